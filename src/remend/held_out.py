@@ -1,0 +1,172 @@
+"""Judge a student on held-out prompts before, during and after recovery.
+
+Three views, all in nats a token of forward KL(reference ‖ student) unless said otherwise: on the reference's greedy
+completions; on the student's own seeded samples, since a student can look well on text that it would never write; and
+samples to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from remend import models, run
+from remend.config import RecoverConfig
+from remend.measure import PromptSums, compare, pool
+from remend.preflight import Preflight
+from remend.progress import stage
+from remend.prompts import Encoded, display
+from remend.rollout import Rollout, TransformersSampler, derive_seed
+from remend.run import RunDirectory
+from remend.scoring import Scorer, scorer
+from remend.stats import bootstrap_gap_closed, gap_closed_divergence, gap_closed_score
+
+SHOWN = 4
+"""How many held-out prompts are answered for people to read."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One model's measurement: sums a prompt on the reference's and on its own completions, and greedy answers."""
+
+    on_reference: list[PromptSums]
+    on_policy: list[PromptSums]
+    answers: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> HeldOut:
+        """Inverse of to_json."""
+        return HeldOut(
+            [PromptSums(**s) for s in value["on_reference"]],
+            [PromptSums(**s) for s in value["on_policy"]],
+            value["answers"],
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Means over tokens, as in summary.json."""
+        ours, own = pool(self.on_reference), pool(self.on_policy)
+        return {
+            "kl": ours["kl"],
+            "top1_agreement": ours["top1_agreement"],
+            "kl_on_policy": own["kl"],
+            "perplexity": ours["perplexity"],
+        }
+
+
+def summarize(degraded: HeldOut, recovered: HeldOut, seed: int) -> dict[str, Any]:
+    """The part of summary.json that says how much was won back."""
+    before, after = degraded.figures(), recovered.figures()
+    interval = bootstrap_gap_closed(
+        [s.kl for s in degraded.on_reference], [s.kl for s in recovered.on_reference], seed=seed
+    )
+    gap = gap_closed_divergence(before["kl"], after["kl"])
+    return {
+        "degraded": before,
+        "recovered": after,
+        "reference_perplexity": pool(degraded.on_reference)["reference_perplexity"],
+        "gap_closed": {
+            "kl": gap,
+            "kl_on_policy": gap_closed_divergence(before["kl_on_policy"], after["kl_on_policy"]),
+            "top1_agreement": gap_closed_score(1.0, before["top1_agreement"], after["top1_agreement"]),
+        }
+        if gap is not None
+        else None,
+        "gap_closed_kl_95": interval if gap is not None else None,
+    }
+
+
+class Judge:
+    """Measures models against one reference on one set of held-out prompts."""
+
+    def __init__(
+        self, reference: Scorer, checked: Preflight, config: RecoverConfig, directory: RunDirectory, pad_id: int
+    ) -> None:
+        self.reference, self.checked, self.config = reference, checked, config
+        self.directory, self.pad_id = directory, pad_id
+        self._completions = self._reference_completions()
+
+    def _sample(self, model: Any, prompts: list[Encoded], title: str, temperature: float, tokens: int) -> list[Rollout]:
+        ends = models.eos_ids(model, self.checked.tokenizer)
+        with stage(title, len(prompts)) as advance:
+            sampler = TransformersSampler(model, self.checked.shared, ends, self.pad_id, on_rows=advance)
+            seeds = [derive_seed(self.config.seed, "held-out", i) for i in range(len(prompts))]
+            return sampler(prompts, max_new_tokens=tokens, temperature=temperature, seeds=seeds)
+
+    def _reference_completions(self) -> list[Rollout]:
+        saved = {r["id"]: r for r in self.directory.rows("reference.jsonl")}
+        held_out = self.checked.held_out
+        if all(p.id in saved for p in held_out):
+            return [Rollout(p.id, p.tokens, tuple(saved[p.id]["completion"]), saved[p.id]["clipped"]) for p in held_out]
+        title = "reference answers the held-out prompts"
+        rollouts = self._sample(self.reference.model, held_out, title, 0.0, self.config.max_new_tokens)
+        rows = [
+            {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": self._text(r)}
+            for r in rollouts
+        ]
+        run.write_text(self.directory.path / "reference.jsonl", "".join(run.json_line(row) for row in rows))
+        return rollouts
+
+    def _text(self, rollout: Rollout) -> str:
+        text: str = self.checked.tokenizer.decode(rollout.completion, skip_special_tokens=True)
+        return text + (" …" if rollout.clipped else "")
+
+    def _compare(self, student: Scorer, rollouts: list[Rollout], title: str) -> list[PromptSums]:
+        with stage(title, len(rollouts)) as advance:
+            return compare(student, self.reference, rollouts, pad_id=self.pad_id, on_rows=advance)
+
+    def measure(self, model: Any, name: str) -> HeldOut:
+        """All three views of one model."""
+        student = scorer(model, self.checked.shared)
+        on_reference = self._compare(student, self._completions, f"measuring the {name} model")
+        tokens = self.config.max_new_tokens
+        own = self._sample(model, self.checked.held_out, f"the {name} model answers", 1.0, tokens)
+        on_policy = self._compare(student, own, "measuring its own answers")
+        shown = self._sample(model, self.checked.held_out[:SHOWN], "sampling answers to read", 0.0, tokens)
+        return HeldOut(on_reference, on_policy, [self._text(r) for r in shown])
+
+    def baseline(self, student: Any) -> HeldOut:
+        """The degraded student's measurement, made once a run."""
+        path = self.directory.path / "baseline.json"
+        if path.is_file():
+            return HeldOut.from_json(run.read_json(path))
+        measured = self.measure(student, "degraded")
+        run.write_json(path, measured.to_json())
+        return measured
+
+    def final(self, recovered: Any) -> HeldOut:
+        """The recovered model's measurement; writes held_out.jsonl (by prompt) and samples.jsonl."""
+        measured = self.measure(recovered, "recovered")
+        degraded = HeldOut.from_json(run.read_json(self.directory.path / "baseline.json"))
+        pairs = zip(degraded.on_reference, measured.on_reference, strict=True)
+        rows = [{"id": a.id, "tokens": a.tokens, "kl_sum_degraded": a.kl, "kl_sum_recovered": b.kl} for a, b in pairs]
+        run.write_text(self.directory.path / "held_out.jsonl", "".join(run.json_line(row) for row in rows))
+        samples = []
+        for i, rollout in enumerate(self._completions[:SHOWN]):
+            samples.append(
+                {
+                    "id": rollout.id,
+                    "prompt": display(self.checked.held_out_examples[rollout.id].prompt),
+                    "reference": self._text(rollout),
+                    "degraded": degraded.answers[i],
+                    "recovered": measured.answers[i],
+                }
+            )
+        run.write_text(self.directory.path / "samples.jsonl", "".join(run.json_line(row) for row in samples))
+        return measured
+
+    def hook(self, student: Any, every: int) -> Callable[[int], Mapping[str, float] | None]:
+        """A training hook that measures KL and agreement on the reference's completions every `every` steps."""
+        parts = scorer(student, self.checked.shared)
+
+        def evaluate(step: int) -> Mapping[str, float] | None:
+            if step % every:
+                return None
+            figures = pool(compare(parts, self.reference, self._completions, pad_id=self.pad_id))
+            return {"eval/kl": figures["kl"], "eval/top1_agreement": figures["top1_agreement"]}
+
+        return evaluate

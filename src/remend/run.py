@@ -1,0 +1,291 @@
+"""The run directory: everything a run writes, each file to a temporary name first and then renamed.
+
+recipe.yaml      the resolved settings
+manifest.json    versions, seeds, git commit, hashes of models and data, command line, hardware, warnings
+metrics.jsonl    one row a training step (`step`, `loss`, `tokens`, …), evaluation rows between; the same on every rerun
+timing.jsonl     seconds of each step, apart from the metrics since they differ on every rerun
+baseline.json    the degraded student's measurement;  reference.jsonl the reference's held-out completions
+checkpoints/     step-000050/ with masters, optimizer tensors and counters
+model/           the recovered model, as measured
+samples.jsonl    what reference, degraded and recovered say to the same prompts
+summary.json, report.html
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from remend.errors import FileError, InputError
+
+INPUTS = "inputs"
+"""A run's directory may hold this folder before the run begins: what a flow made for it."""
+
+MANIFEST, RECIPE, METRICS, SUMMARY = "manifest.json", "recipe.yaml", "metrics.jsonl", "summary.json"
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn the system's errors while writing `target` into one message. What stood there before is untouched."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, FileError):
+            raise
+        full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error)
+        if full:
+            free = shutil.disk_usage(_existing(target)).free / 2**20
+            raise FileError(
+                f"the disk is full: {target} could not be written ({free:.0f} MiB are free). "
+                "Nothing that stood there was overwritten; free some space, then go on with remend recover --resume."
+            ) from None
+        raise FileError(f"{target} can't be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically: temporary name, flush to disk, rename."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, indented. NaN and infinities are refused: JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """One line of a JSON lines file. NaN and infinities are refused."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises FileError that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `target` when the block ends well, and vanishes when it does not."""
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            temporary.chmod(0o755)
+            yield temporary
+            for file in temporary.rglob("*"):  # some writers create files that only their owner can read
+                if file.is_file():
+                    file.chmod(0o644)
+            if target.exists():
+                old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".old-{target.name}."))
+                target.replace(old / "x")
+                temporary.replace(target)
+                shutil.rmtree(old)
+            else:
+                temporary.replace(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state of training after `step` steps."""
+
+    step: int
+    path: Path
+
+    def masters(self) -> dict[str, Tensor]:
+        """Masters by parameter name."""
+        return load_file(self.path / "masters.safetensors")
+
+    def extra(self) -> dict[str, Tensor]:
+        """The constraint's own tensors."""
+        return load_file(self.path / "constraint.safetensors")
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """'<name>.exp_avg' and '<name>.exp_avg_sq'."""
+        return load_file(self.path / "optimizer.safetensors")
+
+
+class RunDirectory:
+    """Read and write one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def create(path: Path) -> RunDirectory:
+        """A new run. Raises InputError when the directory holds anything already."""
+        problem = occupied(path)
+        if problem:
+            raise InputError(problem)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return RunDirectory(path)
+
+    @staticmethod
+    def open(path: Path) -> RunDirectory:
+        """An existing run. Raises InputError when it is none."""
+        if not (path / MANIFEST).is_file() or not (path / RECIPE).is_file():
+            raise InputError(
+                f"{path} is no remend run: it has no {MANIFEST} with {RECIPE}; give the directory that --out named"
+            )
+        return RunDirectory(path)
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add one JSON line."""
+        with writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as stream:
+            stream.write(json_line(row))
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """All complete JSON lines of a file; a last line cut short by a killed process is left out."""
+        path = self.path / name
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def rewind(self, name: str, step: int) -> None:
+        """Drop rows after `step`: they will be made again."""
+        if (self.path / name).is_file():
+            write_text(self.path / name, "".join(json_line(r) for r in self.rows(name) if r["step"] <= step))
+
+    def save_checkpoint(
+        self,
+        step: int,
+        masters: Mapping[str, Tensor],
+        extra: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        keep: int,
+    ) -> Checkpoint:
+        """Write a checkpoint, then remove the oldest beyond `keep`."""
+        target = self.path / "checkpoints" / f"step-{step:06d}"
+        with new_directory(target) as directory:
+            for name, tensors in (("masters", masters), ("constraint", extra), ("optimizer", optimizer)):
+                save_file({k: t.detach().contiguous() for k, t in tensors.items()}, directory / f"{name}.safetensors")
+            (directory / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old.path)
+        return Checkpoint(step, target)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Complete checkpoints, oldest first."""
+        found = sorted((self.path / "checkpoints").glob("step-*"))
+        return [Checkpoint(int(p.name.removeprefix("step-")), p) for p in found if (p / "state.json").is_file()]
+
+
+def occupied(path: Path) -> str | None:
+    """Why a new run can't go to `path`, or None."""
+    if path.is_file():
+        return f"out {path} is a file; name a new directory"
+    if (path / MANIFEST).exists():
+        return f"out {path} holds another run; name a new directory, or continue that run with --resume {path}"
+    if path.is_dir() and any(p.name != INPUTS for p in path.iterdir()):
+        return f"out {path} is not empty; name a new directory"
+    return None
+
+
+def peak_rss_mib() -> float:
+    """Largest resident memory of this process so far, MiB."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the manifest."""
+    import importlib.metadata
+    import platform
+    import sys
+
+    import psutil
+
+    names = ("remend", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "datasets", "gguf")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    hardware: dict[str, Any] = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=True),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "hardware": hardware,
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+    }
+
+
+def _processor() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree that runs, with '-dirty' where it differs; None for an installed package."""
+    import subprocess
+
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,144 @@
+"""A causal language model as two parts: a body that makes hidden states and a head that makes logits.
+
+Scoring only some positions, in chunks, needs the two apart. Transformers models agree on the body
+(`model.base_model`) and on the output embedding; a few scale or cap their logits afterwards, which the head repeats.
+Whether the two parts give the model's own logits is checked once on a probe, so that a model that does something else
+is refused instead of being distilled wrongly.
+
+Legend: B batch, T time, D width, V vocabulary, N positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from remend.errors import InputError
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states [N, D] to the logits [N, shared] of the first `shared` vocabulary ids."""
+
+    embedding: Any
+    shared: int
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        bias = getattr(self.embedding, "bias", None)
+        weight_VD = self.embedding.weight[: self.shared]
+        hidden_ND = hidden_ND.to(weight_VD.dtype) if not torch.is_autocast_enabled(hidden_ND.device.type) else hidden_ND
+        logits_NV = functional.linear(hidden_ND, weight_VD, None if bias is None else bias[: self.shared])
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+    def parameters(self) -> list[Tensor]:
+        """The tensors in the head that are trained."""
+        return [p for p in self.embedding.parameters() if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model seen as body and head. Build it with `scorer`."""
+
+    model: Any
+    head: Head
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, D] before the head. Sequences are padded on the right: a causal model's states at real
+        positions don't see what follows, so no attention mask is needed and attention keeps its fast causal path."""
+        output = self.model.base_model(input_ids=tokens_BT, use_cache=False)
+        hidden_BTD: Tensor = output.last_hidden_state
+        return hidden_BTD
+
+
+def scorer(model: Any, shared: int | None = None) -> Scorer:
+    """Split `model` into body and head.
+
+    Args:
+        model: a transformers causal language model.
+        shared: how many vocabulary ids, from 0, the head keeps; None is all.
+
+    Raises:
+        InputError: the parts don't reproduce the model's own logits.
+    """
+    config = model.config.get_text_config()
+    embedding = model.get_output_embeddings()
+    if embedding is None:
+        raise InputError(f"{type(model).__name__} has no output embedding; remend works with causal language models")
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    vocabulary = embedding.weight.shape[0]
+    result = Scorer(model, Head(embedding, min(shared or vocabulary, vocabulary), scale, softcap))
+    _verify(result)
+    return result
+
+
+@torch.no_grad()
+def _verify(parts: Scorer) -> None:
+    device = parts.head.embedding.weight.device
+    probe_BT = torch.arange(1, 9, device=device).remainder(parts.head.shared).unsqueeze(0)
+    own = parts.model(input_ids=probe_BT, use_cache=False).logits[0, :, : parts.head.shared].float()
+    ours = parts.head(parts.hidden(probe_BT)[0]).float()
+    if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max()), rtol=0):
+        raise InputError(
+            f"{type(parts.model).__name__} computes its logits in a way that remend does not know "
+            f"(largest difference {float((own - ours).abs().max()):.3g} on a probe), so it can't be scored in chunks"
+        )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prompts with completions, padded on the right, and where their completion tokens are predicted.
+
+    tokens_BT: int64, prompt then completion then padding.
+    rows_N, columns_N: the position that predicts each completion token, row after row.
+    targets_N: those completion tokens.
+    """
+
+    tokens_BT: Tensor
+    rows_N: Tensor
+    columns_N: Tensor
+    targets_N: Tensor
+
+    def gather(self, states_BTD: Tensor) -> Tensor:
+        """[N, D]: the states that predict the completion tokens."""
+        return states_BTD[self.rows_N, self.columns_N]
+
+
+def pack(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, device: torch.device, skip_first: int = 0
+) -> Packed:
+    """Lay (prompt, completion) pairs out as a right-padded batch.
+
+    The state at position len(prompt) − 1 + t predicts completion token t. Packing the same completions after prompts
+    of other lengths therefore gives the same N tokens in the same order: that is how a teacher with another prompt is
+    aligned with the student.
+
+    Args:
+        pairs: token ids; every prompt has at least one token.
+        pad_id: any valid id; padded positions are never read.
+        device: where the tensors go.
+        skip_first: completion tokens at the start that are left out.
+    """
+    width = max(len(p) + len(c) for p, c in pairs)
+    tokens_BT = torch.full((len(pairs), width), pad_id, dtype=torch.long)
+    rows, columns, targets = [], [], []
+    for row, (prompt, completion) in enumerate(pairs):
+        if not prompt:
+            raise InputError("a prompt has no tokens: there is no position that predicts its first completion token")
+        sequence = [*prompt, *completion]
+        tokens_BT[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        for t in range(skip_first, len(completion)):
+            rows.append(row)
+            columns.append(len(prompt) - 1 + t)
+            targets.append(completion[t])
+    index = [torch.tensor(x, dtype=torch.long, device=device) for x in (rows, columns, targets)]
+    return Packed(tokens_BT.to(device), *index)

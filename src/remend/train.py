@@ -1,0 +1,239 @@
+"""The one optimisation loop.
+
+What is trained, and on what signal, is an Objective: `prepare(step)` samples the step's rollouts and cuts them into
+micro-batches, and calling it on a micro-batch returns sums of losses, never means. Only this file divides by tokens,
+accumulates, clips, steps, logs and saves:
+
+    gradient = Σ_streams weight_s · ( Σ micro-batches, processes  ∇ loss_sum_s ) / N_s
+
+with N_s the stream's completion tokens in the whole step (arXiv 2604.15794's objective; method.md). So 8 prompts in
+one micro-batch, 8 micro-batches of one prompt and 2 processes of 4 give one gradient, to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from remend.constraints import Constraint
+from remend.errors import TrainingError
+from remend.run import METRICS, Checkpoint, RunDirectory
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one micro-batch gives: for each stream the sum of its loss over positions and their number."""
+
+    sums: Mapping[str, tuple[Tensor, int]]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step's micro-batches with, for each stream, the positions they hold together; ids for error messages."""
+
+    micro_batches: Sequence[Any]
+    tokens: Mapping[str, int]
+    ids: Sequence[str]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A step function with its preparation."""
+
+    weights: Mapping[str, float]
+
+    def prepare(self, step: int) -> Prepared:
+        """Sample everything that step `step` (from 1) trains on."""
+        ...
+
+    def __call__(self, micro_batch: Any) -> StepOutput:
+        """Sums of the losses of one micro-batch, with gradients attached."""
+        ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to `peak`, then a cosine to `final` · peak at the last step."""
+
+    steps: int
+    peak: float
+    warmup: int
+    final: float = 0.1
+
+    def at(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 1."""
+        if step <= self.warmup:
+            return self.peak * step / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.peak * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When and where to save; `every` 0 saves nothing."""
+
+    run: RunDirectory
+    every: int
+    keep: int
+
+
+Hook = Callable[[int], Mapping[str, float] | None]
+"""Called with the number of steps done; what it returns is logged as a row of its own."""
+
+
+def train(
+    objective: Objective,
+    constraint: Constraint,
+    accelerator: Accelerator,
+    schedule: Schedule,
+    saving: Saving,
+    *,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    resume: Checkpoint | None = None,
+    hooks: Sequence[Hook] = (),
+    on_step: Callable[[Mapping[str, float]], None] = lambda row: None,
+) -> int:
+    """Run the loop to `schedule.steps`. Returns the completion tokens trained on in these steps.
+
+    Args:
+        objective: what is trained on.
+        constraint: what is held; it owns the master weights.
+        accelerator: devices, processes, mixed precision, trackers.
+        schedule: learning rates and the number of steps.
+        saving: where rows and checkpoints go.
+        weight_decay, max_grad_norm: AdamW's decay on matrices; the norm to which gradients are clipped.
+        resume: continue from this checkpoint; the trajectory is the uninterrupted one.
+        hooks: called after every step (a hook decides itself whether it is its turn).
+        on_step: gets each training row with `seconds`, for progress bars.
+
+    Raises:
+        TrainingError: loss or gradient is NaN or infinite; weights and files stay as the last good step left them.
+    """
+    masters = constraint.masters()
+    optimizer = _optimizer(masters, schedule.peak, weight_decay)
+    start = 0
+    if resume is not None:
+        start = resume.step
+        _restore(resume, constraint, optimizer)
+    for step in range(start + 1, schedule.steps + 1):
+        began = time.perf_counter()
+        torch.manual_seed(step)  # whatever still draws from the global stream draws the same after a resume
+        row = _gradients(objective, accelerator, step, saving)
+        constraint.take_gradients()
+        norm = _clip(masters, max_grad_norm, accelerator)
+        if not math.isfinite(norm):
+            raise TrainingError(_not_finite("gradient norm", norm, step, row.ids, saving))
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.at(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        constraint.project()
+        values = {"step": step, **row.values, "learning_rate": schedule.at(step), "grad_norm": norm}
+        seconds = time.perf_counter() - began
+        if accelerator.is_main_process:
+            saving.run.append(METRICS, values)
+            saving.run.append("timing.jsonl", {"step": step, "seconds": round(seconds, 4)})
+        accelerator.log({k: v for k, v in values.items() if k != "step"}, step=step)
+        on_step({**values, "seconds": seconds})
+        for hook in hooks:
+            extra = hook(step)
+            if extra and accelerator.is_main_process:
+                saving.run.append(METRICS, {"step": step, **extra})
+                accelerator.log(dict(extra), step=step)
+        if saving.every and step % saving.every == 0 and accelerator.is_main_process:
+            _save(saving, step, constraint, optimizer)
+    return sum(r["tokens"] for r in saving.run.rows(METRICS) if "loss" in r)
+
+
+@dataclass(frozen=True)
+class _Row:
+    values: dict[str, float]
+    ids: Sequence[str]
+
+
+def _gradients(objective: Objective, accelerator: Accelerator, step: int, saving: Saving) -> _Row:
+    """Backward passes of one step, summed over micro-batches and processes, divided once."""
+    prepared = objective.prepare(step)
+    device = accelerator.device
+    streams = sorted(objective.weights)
+    counts = torch.tensor([prepared.tokens.get(s, 0) for s in streams], dtype=torch.float64, device=device)
+    totals = accelerator.reduce(counts, reduction="sum") if accelerator.num_processes > 1 else counts
+    sums = torch.zeros(len(streams), dtype=torch.float64, device=device)
+    metrics: dict[str, float] = dict(prepared.metrics)
+    for micro in prepared.micro_batches:
+        output = objective(micro)
+        loss = torch.zeros((), device=device)
+        for i, stream in enumerate(streams):
+            if stream in output.sums:
+                loss = loss + objective.weights[stream] * output.sums[stream][0] / totals[i].item()
+                sums[i] += output.sums[stream][0].detach().double()
+        accelerator.backward(loss)
+        for name, value in output.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums, reduction="sum")
+    means = {s: float(sums[i] / totals[i]) for i, s in enumerate(streams) if totals[i] > 0}
+    loss_value = sum(objective.weights[s] * m for s, m in means.items())
+    if not math.isfinite(loss_value):
+        raise TrainingError(_not_finite("loss", loss_value, step, prepared.ids, saving))
+    values: dict[str, float] = {"loss": loss_value, "tokens": int(totals.sum()), **metrics}
+    if len(streams) > 1:
+        values.update({f"{s}/loss": m for s, m in means.items()})
+        values.update({f"{s}/tokens": int(n) for s, n in zip(streams, totals, strict=True)})
+    return _Row(values, prepared.ids)
+
+
+def _clip(masters: Mapping[str, Tensor], limit: float, accelerator: Accelerator) -> float:
+    """Sum gradients over processes, clip them together, return their norm before clipping."""
+    with_grad = [t for t in masters.values() if t.grad is not None]
+    if accelerator.num_processes > 1:
+        for tensor in with_grad:
+            tensor.grad = accelerator.reduce(tensor.grad, reduction="sum")
+    return float(torch.nn.utils.clip_grad_norm_(with_grad, limit, foreach=True))
+
+
+def _optimizer(masters: Mapping[str, Tensor], rate: float, weight_decay: float) -> torch.optim.AdamW:
+    groups = [
+        {"params": [t for t in masters.values() if t.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [t for t in masters.values() if t.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=(0.9, 0.999), fused=True)
+
+
+def _not_finite(what: str, value: float, step: int, ids: Sequence[str], saving: Saving) -> str:
+    saved = saving.run.checkpoints()
+    last = f"the last good checkpoint is {saved[-1].path}" if saved else "no checkpoint was saved before it"
+    return (
+        f"the {what} is {value} at step {step} (prompts {', '.join(ids)}); training stopped before the update, and {last}. "
+        "A lower learning_rate or max_grad_norm often helps; bad prompts can be taken out by these ids."
+    )
+
+
+def _save(saving: Saving, step: int, constraint: Constraint, optimizer: torch.optim.Optimizer) -> None:
+    tensors = {}
+    for name, master in constraint.masters().items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in optimizer.state[master]:
+                tensors[f"{name}.{key}"] = optimizer.state[master][key]
+    # rollouts and prompt order derive from seed and step, so the only random state is the step itself
+    saving.run.save_checkpoint(step, constraint.masters(), constraint.extra(), tensors, {}, saving.keep)
+
+
+@torch.no_grad()
+def _restore(checkpoint: Checkpoint, constraint: Constraint, optimizer: torch.optim.Optimizer) -> None:
+    saved, moments = checkpoint.masters(), checkpoint.optimizer()
+    for name, master in constraint.masters().items():
+        master.copy_(saved[name])
+        if f"{name}.exp_avg" in moments:
+            state = {key: torch.empty_like(master).copy_(moments[f"{name}.{key}"]) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[master] = {"step": torch.tensor(float(checkpoint.step), device=master.device), **state}
+    constraint.load_extra(checkpoint.extra())

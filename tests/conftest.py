@@ -1,0 +1,109 @@
+"""A tiny Llama and a tokenizer, built here: no network, no files from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOPICS = ["rain", "bread", "trains", "cats", "maps", "music", "tea", "stars"]
+
+
+def prompts(count: int = 40) -> list[str]:
+    return [f"Tell me about {TOPICS[i % len(TOPICS)]} number {i}." for i in range(count)]
+
+
+def build_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(prompts(200), trainer)
+    core.add_tokens(list(extra))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
+    )
+
+
+def build_model(
+    vocabulary: int, seed: int = 0, *, width: int = 64, layers: int = 2, tied: bool = True
+) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def reference_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A healthy tiny model."""
+    path = tmp_path_factory.mktemp("models") / "reference"
+    build_model(len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def student_dir(reference_dir: Path) -> Path:
+    """The same model on a 3-bit grid."""
+    from remend.degrade import quantize
+
+    path = reference_dir.parent / "student"
+    quantize(str(reference_dir), path, format="int3-g64")
+    return path
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts()), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe(reference_dir: Path, student_dir: Path, prompt_file: Path, tmp_path: Path) -> dict[str, object]:
+    """Settings of a small, quick recovery."""
+    return {
+        "student": str(student_dir),
+        "teacher": str(reference_dir),
+        "data": str(prompt_file),
+        "out": str(tmp_path / "run"),
+        "steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "max_new_tokens": 8,
+        "held_out": 6,
+        "save_every": 2,
+        "device": "cpu",
+    }
