@@ -77,7 +77,7 @@ def reference_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTraine
 @pytest.fixture(scope="session")
 def student_dir(reference_dir: Path) -> Path:
     """The same model on a 3-bit grid."""
-    from remend.degrade import quantize
+    from remend.degrade.quantize import quantize
 
     path = reference_dir.parent / "student"
     quantize(str(reference_dir), path, format="int3-g64")

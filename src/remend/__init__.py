@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from remend.config import RecoverConfig
-    from remend.degrade import quantize
+    from remend.degrade.quantize import quantize
     from remend.errors import RemendError
     from remend.flows.demo import demo
     from remend.losses import divergence
@@ -24,7 +24,7 @@ _HOMES = {
     "check": "remend.recover",
     "demo": "remend.flows.demo",
     "divergence": "remend.losses",
-    "quantize": "remend.degrade",
+    "quantize": "remend.degrade.quantize",
     "recover": "remend.recover",
 }
 

@@ -59,10 +59,6 @@ class RecoverConfig(BaseModel):
         1024, ge=1, description="longer prompts are dropped, never cut (SDFT authors' code: 1024)"
     )
     temperature: float = Field(1.0, gt=0, le=5, description="of the rollouts; 1 samples the policy itself (all peers)")
-    scales: Literal["fixed", "refit"] = Field(
-        "refit",
-        description="grid students: keep the scales as they came, or refit them to the weights after each update",
-    )
 
     eval_data: str | None = Field(None, description="held-out prompts; without it, held_out of the data are set apart")
     held_out: int | None = Field(None, ge=1, description="prompts set apart; by default the smaller of 64 and 10%%")

@@ -89,7 +89,8 @@ def _read_dataset(source: str, name: str, revision: str | None, split: str) -> l
     except Exception as error:  # the library raises many kinds; the user needs one message
         raise FileError(
             f'data "{source}": no such file, and as a data set of the hub it can\'t be loaded '
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Give a JSON lines file, or run with a network."
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Give a JSON lines file, or "
+            "run with a network."
         ) from None
     return [(f"{source}:{i}", dict(row)) for i, row in enumerate(rows)]
 

@@ -88,10 +88,7 @@ def fit(weight_OI: Tensor, fmt: GridFormat) -> Grid:
     """
     grouped_OKG = _grouped(weight_OI.detach().float(), fmt.group)
     low, high = torch.aminmax(grouped_OKG, dim=-1)
-    if fmt.symmetric:
-        span = 2 * torch.maximum(low.abs(), high.abs())
-    else:
-        span = high - low
+    span = 2 * torch.maximum(low.abs(), high.abs()) if fmt.symmetric else high - low
     tiny = torch.finfo(torch.float16).smallest_normal
     scales = _to_half((span / (fmt.levels - 1)).clamp(min=tiny))
     zeros = torch.full_like(scales, fmt.levels / 2) if fmt.symmetric else _to_half(-low / scales)

@@ -79,7 +79,12 @@ def resolve(spec: str) -> Source:
                 return Source(spec, "gguf", path)
         raise FileError(f"model file {path} is not a GGUF file; give a GGUF file or a transformers directory")
     match = _HUB_ID.fullmatch(spec)
-    if not match or path.suffix == ".gguf" or spec.startswith((".", "/", "~")) or (path.parent.is_dir() and "/" in spec):
+    if (
+        not match
+        or path.suffix == ".gguf"
+        or spec.startswith((".", "/", "~"))
+        or (path.parent.is_dir() and "/" in spec)
+    ):
         raise FileError(f"model {spec} does not exist: no such directory or GGUF file")
     return Source(spec, "hub", None, match["repo"], match["revision"])
 
@@ -105,6 +110,7 @@ def fetch(source: Source, *, weights: bool) -> Source:
         return source
     from huggingface_hub import snapshot_download
 
+    assert source.repo is not None
     patterns = _SMALL_FILES + (_WEIGHT_FILES if weights else [])
     try:
         path = snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns)

@@ -83,13 +83,15 @@ def _settings(found: Preflight, config: RecoverConfig) -> None:
         if config.beta != near and abs(config.beta - near) < 0.05:
             found.warnings.append(
                 f"beta {config.beta:g} is close to {near:g} but is no {name}: the generalised JSD shrinks there "
-                f"(about {abs(config.beta - near):g} of the KL), so the same learning rate does less; {near:g} is the {name} itself"
+                f"(about {abs(config.beta - near):g} of the KL), so the same learning rate does less; "
+                f"{near:g} is the {name} itself"
             )
     if config.eval_data and config.held_out is not None:
         found.warnings.append("held_out has no effect, since eval_data is given")
     if config.warmup_steps >= config.steps > 0:
         found.warnings.append(
-            f"warmup_steps {config.warmup_steps} is not below steps {config.steps}: the peak learning rate is never held"
+            f"warmup_steps {config.warmup_steps} is not below steps {config.steps}: the peak learning "
+            "rate is never held"
         )
 
 
@@ -97,7 +99,8 @@ def _models(found: Preflight, config: RecoverConfig, student: models.Source, tea
     same = student.path is not None and teacher.path is not None and student.path.resolve() == teacher.path.resolve()
     if same:
         found.problems.append(
-            f"teacher {config.teacher} is the student's own model: a frozen teacher that equals the student teaches nothing. "
+            f"teacher {config.teacher} is the student's own model: a frozen teacher that equals the "
+            "student teaches nothing. "
             "Name the healthy checkpoint from before the damage."
         )
         return
@@ -126,7 +129,8 @@ def _grid(found: Preflight, path: Path) -> None:
             degradation = run.read_json(declared)
             if degradation.get("kind") == "quantization" and not (path / GRID_FILE).is_file():
                 found.problems.append(
-                    f"{declared} says that the student lies on the grid {degradation.get('format')}, and {GRID_FILE} is missing beside it"
+                    f"{declared} says that the student lies on the grid {degradation.get('format')}, and "
+                    f"{GRID_FILE} is missing beside it"
                 )
     with found._collect():
         stored = StoredGrid.read(path)
@@ -184,7 +188,8 @@ def _encode(found: Preflight, what: str, examples: list[Example], config: Recove
         share = len(dropped) / len(examples)
         named = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
         text = (
-            f"{len(dropped)} of {len(examples)} {what} prompts have over max_prompt_tokens = {config.max_prompt_tokens} tokens "
+            f"{len(dropped)} of {len(examples)} {what} prompts have over max_prompt_tokens = "
+            f"{config.max_prompt_tokens} tokens "
             f"and are dropped, not cut ({named})"
         )
         if share > DROPPED_LIMIT or not kept:
@@ -204,6 +209,8 @@ def _disk(found: Preflight, config: RecoverConfig) -> None:
     free = shutil.disk_usage(target).free
     if need > free:
         found.problems.append(
-            f"out {config.out}: the run writes up to {need / 2**30:.1f} GiB (model and {saved} checkpoints of 12 bytes a "
-            f"parameter) and {free / 2**30:.1f} GiB are free; lower keep_checkpoints, raise save_every, or name another disk"
+            f"out {config.out}: the run writes up to {need / 2**30:.1f} GiB (model and {saved} "
+            "checkpoints of 12 bytes a "
+            f"parameter) and {free / 2**30:.1f} GiB are free; lower keep_checkpoints, raise save_every, "
+            "or name another disk"
         )

@@ -139,7 +139,8 @@ class _Recovery:
     ) -> None:
         self.config, self.checked = config, checked
         self.began = began
-        assert checked.student is not None and checked.teacher is not None
+        assert checked.student is not None
+        assert checked.teacher is not None
         self.dtype = models.choose_dtype(config.dtype, checked.device)
         self.accelerator = Accelerator(
             cpu=checked.device.type == "cpu",
@@ -210,7 +211,7 @@ class _Recovery:
 
     def _constraint(self, student: Any, teacher: Any) -> Constraint:
         where = self.student_source.path if self.student_source.kind == "directory" else None
-        return constraint_of(student, where, origin=teacher, scales=self.config.scales)
+        return constraint_of(student, where, origin=teacher)
 
     def _train(self, student: Any, reference: Any, constraint: Constraint) -> int:
         config, accelerator = self.config, self.accelerator

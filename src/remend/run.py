@@ -129,15 +129,21 @@ class Checkpoint:
 
     def masters(self) -> dict[str, Tensor]:
         """Masters by parameter name."""
-        return load_file(self.path / "masters.safetensors")
-
-    def extra(self) -> dict[str, Tensor]:
-        """The constraint's own tensors."""
-        return load_file(self.path / "constraint.safetensors")
+        return _tensors(self.path / "masters.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
         """'<name>.exp_avg' and '<name>.exp_avg_sq'."""
-        return load_file(self.path / "optimizer.safetensors")
+        return _tensors(self.path / "optimizer.safetensors")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(
+            f"checkpoint file {path} can't be read: {error}; remove {path.parent} to go on from the one before"
+        ) from None
+    return tensors
 
 
 class RunDirectory:
@@ -184,20 +190,14 @@ class RunDirectory:
             write_text(self.path / name, "".join(json_line(r) for r in self.rows(name) if r["step"] <= step))
 
     def save_checkpoint(
-        self,
-        step: int,
-        masters: Mapping[str, Tensor],
-        extra: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        state: Mapping[str, Any],
-        keep: int,
+        self, step: int, masters: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], keep: int
     ) -> Checkpoint:
         """Write a checkpoint, then remove the oldest beyond `keep`."""
         target = self.path / "checkpoints" / f"step-{step:06d}"
         with new_directory(target) as directory:
-            for name, tensors in (("masters", masters), ("constraint", extra), ("optimizer", optimizer)):
+            for name, tensors in (("masters", masters), ("optimizer", optimizer)):
                 save_file({k: t.detach().contiguous() for k, t in tensors.items()}, directory / f"{name}.safetensors")
-            (directory / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+            (directory / "state.json").write_text(json.dumps({"step": step}), encoding="utf-8")
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old.path)
         return Checkpoint(step, target)
@@ -237,7 +237,7 @@ def environment() -> dict[str, Any]:
     import psutil
 
     names = ("remend", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "datasets", "gguf")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
             versions[name] = importlib.metadata.version(name)

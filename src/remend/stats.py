@@ -19,7 +19,7 @@ def gap_closed_divergence(degraded: float, recovered: float) -> float | None:
 
 
 def gap_closed_score(reference: float, degraded: float, recovered: float) -> float | None:
-    """Share of a score's loss that was won back: (recovered − degraded) / (reference − degraded); None without a loss."""
+    """Share of a lost score won back, (recovered − degraded) / (reference − degraded); None without a loss."""
     return None if reference == degraded else (recovered - degraded) / (reference - degraded)
 
 

@@ -213,7 +213,8 @@ def _not_finite(what: str, value: float, step: int, ids: Sequence[str], saving: 
     saved = saving.run.checkpoints()
     last = f"the last good checkpoint is {saved[-1].path}" if saved else "no checkpoint was saved before it"
     return (
-        f"the {what} is {value} at step {step} (prompts {', '.join(ids)}); training stopped before the update, and {last}. "
+        f"the {what} is {value} at step {step} (prompts {', '.join(ids)}); training stopped before the "
+        f"update, and {last}. "
         "A lower learning_rate or max_grad_norm often helps; bad prompts can be taken out by these ids."
     )
 
@@ -225,7 +226,7 @@ def _save(saving: Saving, step: int, constraint: Constraint, optimizer: torch.op
             if key in optimizer.state[master]:
                 tensors[f"{name}.{key}"] = optimizer.state[master][key]
     # rollouts and prompt order derive from seed and step, so the only random state is the step itself
-    saving.run.save_checkpoint(step, constraint.masters(), constraint.extra(), tensors, {}, saving.keep)
+    saving.run.save_checkpoint(step, constraint.masters(), tensors, saving.keep)
 
 
 @torch.no_grad()
@@ -236,4 +237,4 @@ def _restore(checkpoint: Checkpoint, constraint: Constraint, optimizer: torch.op
         if f"{name}.exp_avg" in moments:
             state = {key: torch.empty_like(master).copy_(moments[f"{name}.{key}"]) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[master] = {"step": torch.tensor(float(checkpoint.step), device=master.device), **state}
-    constraint.load_extra(checkpoint.extra())
+    constraint.project()

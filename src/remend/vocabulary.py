@@ -49,14 +49,16 @@ def compare_vocabularies(
         return VocabularyMatch(
             shared,
             [
-                f"student ({len(student)} tokens, {student_rows} rows) and teacher ({len(teacher)} tokens, {teacher_rows} "
+                f"student ({len(student)} tokens, {student_rows} rows) and teacher ({len(teacher)} "
+                f"tokens, {teacher_rows} "
                 f"rows) share only the first {shared} token ids; they can't be matched"
             ],
         )
     warnings = []
     if shared < max(student_rows, teacher_rows):
         warnings.append(
-            f"vocabularies are aligned on the first {shared} ids (student has {student_rows} rows, teacher {teacher_rows}): "
+            f"vocabularies are aligned on the first {shared} ids (student has {student_rows} rows, "
+            f"teacher {teacher_rows}): "
             "the rest is padding or named by one tokenizer only, and is neither sampled nor scored"
         )
     return VocabularyMatch(shared, [], warnings)
@@ -67,7 +69,8 @@ def template_warnings(student: Any, teacher: Any) -> list[str]:
     found = []
     if student.eos_token != teacher.eos_token:
         found.append(
-            f"the end-of-sequence token differs: {student.eos_token!r} for the student, {teacher.eos_token!r} for the teacher; "
+            f"the end-of-sequence token differs: {student.eos_token!r} for the student, "
+            f"{teacher.eos_token!r} for the teacher; "
             "the student's is used"
         )
     if (student.chat_template or "").strip() != (teacher.chat_template or "").strip():

@@ -1,5 +1,1 @@
 """Make degraded students: what damaged models look like, under control."""
-
-from remend.degrade.quantize import METHODS, quantize
-
-__all__ = ["METHODS", "quantize"]

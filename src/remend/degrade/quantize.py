@@ -103,7 +103,8 @@ def quantize(
     }
     if source.kind == "gguf":
         degradation["note"] = (
-            "the reference is a dequantized GGUF file: a grid that is as fine as its own reproduces it and damages nothing"
+            "the reference is a dequantized GGUF file: a grid that is as fine as its own reproduces it "
+            "and damages nothing"
         )
     with stage(f"saving {out}"), run.new_directory(out) as target:
         models.save_model(loaded, tokenizer, target)

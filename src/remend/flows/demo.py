@@ -17,7 +17,7 @@ import torch
 from remend import models, run
 from remend.config import EMBEDDED
 from remend.data import read_lines
-from remend.degrade import quantize
+from remend.degrade.quantize import quantize
 from remend.errors import InputError
 from remend.progress import stage
 from remend.recover import RecoverResult, run_recovery, settings

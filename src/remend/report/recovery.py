@@ -51,10 +51,11 @@ def verdict(summary: Mapping[str, Any]) -> str:
     """One sentence: how much of the gap was closed, with its interval."""
     gap, interval = summary["gap_closed"], summary["gap_closed_kl_95"]
     if gap is None:
-        return "No measurable damage: the student's KL to the reference is below 0.001 nats a token, so there is no gap to close."
+        return "No measurable damage: the KL to the reference is below 0.001 nats a token, so there is no gap to close."
     text = f"{_percent(gap['kl'])} of the KL gap closed"
     if interval:
-        text += f" (95% interval {_percent(interval[0])} to {_percent(interval[1])}, paired over {summary['held_out_prompts']} held-out prompts)"
+        low, high = map(_percent, interval)
+        text += f" (95% interval {low} to {high}, paired over {summary['held_out_prompts']} held-out prompts)"
     return text + "."
 
 

@@ -60,9 +60,8 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: s
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
     )
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text x="14" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 14 {middle:.0f})">{escape(y_label)}</text>'
-    )
+    turned = f'transform="rotate(-90 14 {middle:.0f})"'
+    parts.append(f'<text x="14" y="{middle:.0f}" text-anchor="middle" {turned}>{escape(y_label)}</text>')
     for s in series:
         placed = [place(x, y) for x, y in s.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)

@@ -1,0 +1,259 @@
+"""Divergences against a slow reference in plain Python floats, and the chunked sum against the plain one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from remend.losses import CHUNK_BYTES, chunk_rows, chunked_divergence_sum, direction, divergence
+
+BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+quick = settings(deadline=None, max_examples=40, database=None)
+seeds = st.integers(0, 2**31 - 1)
+
+
+def slow_log_softmax(row: list[float]) -> list[float]:
+    top = max(row)
+    log_sum = top + math.log(math.fsum(math.exp(x - top) for x in row))
+    return [x - log_sum for x in row]
+
+
+def slow_kl(log_a: list[float], log_b: list[float]) -> float:
+    """KL(a ‖ b); an entry with no probability in a adds nothing."""
+    return math.fsum(math.exp(a) * (a - b) for a, b in zip(log_a, log_b, strict=True) if math.exp(a) > 0)
+
+
+def slow_log_mean(a: float, b: float, beta: float) -> float:
+    x, y = math.log(beta) + a, math.log(1 - beta) + b
+    top = max(x, y)
+    return top if top == -math.inf else top + math.log(math.exp(x - top) + math.exp(y - top))
+
+
+def slow_divergence(student: Tensor, teacher: Tensor, beta: float) -> list[float]:
+    """GKD's definition, row by row: p the teacher's distribution, q the student's."""
+    found = []
+    for q_row, p_row in zip(student.tolist(), teacher.tolist(), strict=True):
+        log_q, log_p = slow_log_softmax(q_row), slow_log_softmax(p_row)
+        if beta == 0:
+            found.append(slow_kl(log_p, log_q))
+        elif beta == 1:
+            found.append(slow_kl(log_q, log_p))
+        else:
+            log_m = [slow_log_mean(a, b, beta) for a, b in zip(log_p, log_q, strict=True)]
+            found.append(beta * slow_kl(log_p, log_m) + (1 - beta) * slow_kl(log_q, log_m))
+    return found
+
+
+def logits(seed: int, n: int, v: int, spread: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(n, v, generator=generator, dtype=torch.float64) * spread for _ in range(2))
+    return student.to(dtype), teacher.to(dtype)
+
+
+@quick
+@given(
+    seed=seeds,
+    n=st.integers(1, 4),
+    v=st.integers(1, 30),
+    spread=st.sampled_from([0.0, 0.01, 1.0, 20.0, 1000.0]),  # 1000: differences of thousands between logits
+    beta=st.one_of(st.sampled_from(BETAS), st.floats(0.001, 0.999)),
+)
+def test_divergence_equals_the_slow_reference(seed: int, n: int, v: int, spread: float, beta: float) -> None:
+    student, teacher = logits(seed, n, v, spread)
+    expected = torch.tensor(slow_divergence(student, teacher, beta), dtype=torch.float64)
+    ours = divergence(student, teacher, beta)
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    single = divergence(student.float(), teacher.float(), beta)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_half_precision_is_computed_in_float32(beta: float) -> None:
+    student, teacher = logits(0, 5, 50, 3.0, torch.bfloat16)
+    ours = divergence(student, teacher, beta)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, divergence(student.float(), teacher.float(), beta))
+
+
+@quick
+@given(seed=seeds, v=st.integers(1, 40), spread=st.floats(0, 500), beta=st.floats(0, 1))
+def test_zero_on_equal_and_never_negative(seed: int, v: int, spread: float, beta: float) -> None:
+    student, teacher = logits(seed, 3, v, spread)
+    assert divergence(teacher, teacher, beta).abs().max() < 1e-12
+    assert divergence(student, teacher, beta).min() > -1e-12
+
+
+@quick
+@given(seed=seeds, beta=st.floats(0, 1), student_shift=st.floats(-3e4, 3e4), teacher_shift=st.floats(-3e4, 3e4))
+def test_adding_a_constant_to_the_logits_changes_nothing(
+    seed: int, beta: float, student_shift: float, teacher_shift: float
+) -> None:
+    student, teacher = logits(seed, 3, 11, 3.0)
+    shifted = divergence(student + student_shift, teacher + teacher_shift, beta)
+    torch.testing.assert_close(shifted, divergence(student, teacher, beta), rtol=1e-7, atol=1e-9)
+
+
+def test_reverse_is_forward_with_the_roles_exchanged() -> None:
+    student, teacher = logits(1, 6, 20, 2.0)
+    torch.testing.assert_close(divergence(student, teacher, 1.0), divergence(teacher, student, 0.0))
+    assert not torch.allclose(divergence(student, teacher, 0.0), divergence(student, teacher, 1.0), rtol=0.01)
+
+
+def test_both_limits_of_the_generalised_jsd() -> None:
+    student, teacher = logits(2, 6, 20, 1.0)
+    eps = 1e-6
+    torch.testing.assert_close(
+        divergence(student, teacher, eps) / eps, divergence(student, teacher, 0.0), rtol=1e-3, atol=0
+    )
+    torch.testing.assert_close(
+        divergence(student, teacher, 1 - eps) / eps, divergence(student, teacher, 1.0), rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_padding_of_minus_infinity_has_no_part(beta: float, dtype: torch.dtype) -> None:
+    student, teacher = logits(3, 4, 12, 2.0, dtype)
+    pad = torch.full((4, 3), -math.inf, dtype=dtype)
+    padded = torch.cat([student, pad], 1).requires_grad_()
+    ours = divergence(padded, torch.cat([teacher, pad], 1), beta)
+    plain = student.clone().requires_grad_()
+    expected = divergence(plain, teacher, beta)
+    torch.testing.assert_close(ours, expected)
+    ours.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(padded.grad[:, :12], plain.grad)
+    assert torch.equal(padded.grad[:, 12:], torch.zeros_like(pad))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_an_entry_masked_on_one_side_gives_finite_numbers(beta: float) -> None:
+    student, teacher = logits(4, 4, 12, 2.0, torch.float32)
+    student[0, 3], teacher[1, 5] = -math.inf, -math.inf
+    student.requires_grad_()
+    ours = divergence(student, teacher, beta)
+    ours.sum().backward()
+    assert torch.isfinite(ours).all()
+    assert torch.isfinite(student.grad).all()
+    assert (ours > 0).all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("spread", [0.5, 5.0])
+def test_gradient_by_finite_differences(beta: float, spread: float) -> None:
+    student, teacher = logits(5, 3, 7, spread)
+    assert torch.autograd.gradcheck(lambda s: divergence(s, teacher, beta), student.requires_grad_())
+
+
+def test_no_gradient_flows_to_the_teacher() -> None:
+    student, teacher = (x.requires_grad_() for x in logits(6, 2, 5, 1.0))
+    divergence(student, teacher, 0.5).sum().backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match=r"student logits \(2, 3\) and teacher logits \(2, 4\) differ"):
+        divergence(torch.zeros(2, 3), torch.zeros(2, 4))
+    for beta in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="beta is .* allowed is 0"):
+            divergence(torch.zeros(2, 3), torch.zeros(2, 3), beta)
+    with pytest.raises(ValueError, match="2 student positions and 3 teacher positions"):
+        chunked_divergence_sum(torch.zeros(2, 3), torch.zeros(3, 3), lambda h: h, lambda h: h)
+
+
+def test_direction_names_the_divergence() -> None:
+    assert direction(0.0) == "forward KL, teacher‖student"
+    assert direction(1.0) == "reverse KL, student‖teacher"
+    assert direction(0.25) == "generalised JSD, beta 0.25"
+
+
+def test_a_chunk_of_logits_fits_its_bytes() -> None:
+    for vocabulary in (1000, 49152, 151936):
+        assert chunk_rows(vocabulary) * vocabulary * 4 <= CHUNK_BYTES < (chunk_rows(vocabulary) + 1) * vocabulary * 4
+    assert chunk_rows(10**7) == 16
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rows", [1, 2, 5, 11, 100, None])
+def test_chunked_sum_equals_the_plain_sum(beta: float, rows: int | None) -> None:
+    """Value, and gradients for hidden states, weight and bias, under a scaled incoming gradient."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight, bias, teacher, teacher_weight = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in [(11, 6), (20, 6), (20,), (11, 4), (20, 4)]
+    )
+    results = []
+    for chunked in (True, False):
+        h, w, b = (x.clone().requires_grad_() for x in (hidden, weight, bias))
+        if chunked:
+            total = chunked_divergence_sum(
+                h, teacher, lambda x: x @ w.T + b, lambda x: x @ teacher_weight.T,  # noqa: B023 (used at once)
+                beta=beta, head_parameters=[w, b], rows=rows,
+            )  # fmt: skip
+        else:
+            total = divergence(h @ w.T + b, teacher @ teacher_weight.T, beta).sum()
+        (total * 0.37).backward()
+        results.append((total.detach().double(), h.grad, w.grad, b.grad))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)  # the total is float32
+    for ours, expected in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-12)  # 0.37 arrives rounded to float32
+
+
+@pytest.mark.parametrize("rows", [2, 50])
+def test_chunked_sum_with_a_weight_that_is_embedding_and_head(rows: int) -> None:
+    generator = torch.Generator().manual_seed(8)
+    table, teacher_logits = (torch.randn(20, d, generator=generator) for d in (6, 20))
+    tokens = torch.randint(20, (9,), generator=generator)
+    grads = []
+    for chunked in (True, False):
+        w = table.clone().requires_grad_()
+        h = torch.tanh(w[tokens])
+        target = teacher_logits[tokens]
+        if chunked:
+            total = chunked_divergence_sum(h, target, lambda x: x @ w.T, lambda x: x, head_parameters=[w], rows=rows)  # noqa: B023
+        else:
+            total = divergence(h @ w.T, target).sum()
+        total.backward()
+        grads.append(w.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+
+
+def test_chunked_sum_skips_what_needs_no_gradient() -> None:
+    hidden, teacher, weight = torch.randn(5, 4), torch.randn(5, 8), torch.randn(8, 4)
+    head = lambda x: x @ weight.T  # noqa: E731
+    expected = divergence(head(hidden), teacher).sum()
+    frozen = chunked_divergence_sum(hidden, teacher, head, lambda x: x, head_parameters=[weight], rows=2)
+    torch.testing.assert_close(frozen, expected)
+    assert not frozen.requires_grad
+    only_head = weight.requires_grad_()
+    chunked_divergence_sum(hidden, teacher, head, lambda x: x, head_parameters=[only_head], rows=2).backward()
+    ours, only_head.grad = only_head.grad, None
+    divergence(head(hidden), teacher).sum().backward()
+    torch.testing.assert_close(ours, only_head.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_chunked_sum_of_no_positions_is_zero() -> None:
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    total = chunked_divergence_sum(hidden, torch.zeros(0, 4), lambda x: x, lambda x: x)
+    total.backward()
+    assert total == 0
+    assert hidden.grad.shape == (0, 4)
+
+
+def test_no_full_logits_tensor_is_ever_made() -> None:
+    seen: list[int] = []
+
+    def head(x: Tensor) -> Tensor:
+        seen.append(x.shape[0])
+        return x
+
+    chunked_divergence_sum(torch.randn(10, 4, requires_grad=True), torch.randn(10, 4), head, head, rows=4).backward()
+    assert seen == [4, 4, 4, 4, 2, 2]

@@ -1,0 +1,74 @@
+"""An interrupted run goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from remend.errors import InputError
+from remend.recover import recover
+from remend.run import METRICS, RunDirectory
+
+WORKER = str(Path(__file__).with_name("worker.py"))
+
+
+def kill_at(values: dict[str, object], step: int) -> None:
+    done = subprocess.run(
+        [sys.executable, WORKER, "kill", json.dumps(values), str(step)], capture_output=True, timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+
+
+@pytest.mark.parametrize("kill", [5, 1])
+def test_killed_and_resumed_equals_uninterrupted(recipe: dict[str, object], tmp_path: Path, kill: int) -> None:
+    """Killed between checkpoints (5) and before the first one (1)."""
+    values = {**recipe, "steps": 6, "eval_every": 3}
+    whole = recover(**{**values, "out": str(tmp_path / "whole")})
+    torn = {**values, "out": str(tmp_path / "torn")}
+    kill_at(torn, kill)
+    with (tmp_path / "torn" / METRICS).open("a") as stream:
+        stream.write('{"step": 99, "lo')  # a row that the kill cut short
+    resumed = recover(resume=str(tmp_path / "torn"))
+    assert (tmp_path / "torn" / METRICS).read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
+    for name in ("model.safetensors", "grid.safetensors"):
+        ours, theirs = load_file(whole.model / name), load_file(resumed.model / name)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[k].equal(theirs[k]) for k in ours)
+    same = ("degraded", "recovered", "gap_closed", "tokens_trained")
+    assert {k: whole.summary[k] for k in same} == {k: resumed.summary[k] for k in same}
+
+
+def test_keep_checkpoints(recipe: dict[str, object]) -> None:
+    result = recover(**{**recipe, "steps": 6, "save_every": 1, "keep_checkpoints": 3})
+    assert [c.step for c in RunDirectory(result.out).checkpoints()] == [4, 5, 6]
+
+
+def test_resuming_a_complete_run_changes_nothing(recipe: dict[str, object]) -> None:
+    first = recover(**recipe)
+    before = {p: p.stat().st_mtime_ns for p in first.out.rglob("*")}
+    again = recover(resume=first.out)
+    assert again.summary == first.summary
+    assert {p: p.stat().st_mtime_ns for p in first.out.rglob("*")} == before
+
+
+def test_resume_on_something_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no remend run"):
+        recover(resume=tmp_path)
+
+
+def test_resume_with_a_changed_recipe_is_refused(recipe: dict[str, object]) -> None:
+    result = recover(**{**recipe, "steps": 1, "save_every": 1})
+    (result.out / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"changed since the run began \(steps: 1 became 3\)"):
+        recover(resume=result.out, steps=3)
+    edited = yaml.safe_load((result.out / "recipe.yaml").read_text())
+    (result.out / "recipe.yaml").write_text(yaml.safe_dump({**edited, "learning_rate": 0.5}))
+    with pytest.raises(InputError, match=r"learning_rate: 0.001 became 0.5"):
+        recover(resume=result.out)

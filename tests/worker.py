@@ -1,0 +1,31 @@
+"""Run in its own process by test_resume.py: a recovery that kills itself, or one of two processes of a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+
+import remend
+import remend.train
+
+
+def killed(values: dict[str, object], after: int) -> None:
+    """Recover, and die by SIGKILL right after step `after` was logged, before any clean-up."""
+    append = remend.train.RunDirectory.append
+
+    def deadly(self: object, name: str, row: dict[str, object]) -> None:
+        append(self, name, row)  # type: ignore[arg-type]
+        if name == "timing.jsonl" and row["step"] == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    remend.train.RunDirectory.append = deadly  # type: ignore[method-assign, assignment]
+    remend.recover(**values)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "kill":
+        killed(json.loads(sys.argv[2]), int(sys.argv[3]))
+    else:
+        remend.recover(**json.loads(sys.argv[2]))
