@@ -102,6 +102,7 @@ def recipe(reference_dir: Path, student_dir: Path, prompt_file: Path, tmp_path: 
         "steps": 4,
         "batch_size": 4,
         "learning_rate": 1e-3,
+        "warmup_steps": 1,
         "max_new_tokens": 8,
         "held_out": 6,
         "save_every": 2,

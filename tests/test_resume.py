@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from remend.errors import InputError
-from remend.recover import recover
+from remend.recovery import recover
 from remend.run import METRICS, RunDirectory
 
 WORKER = str(Path(__file__).with_name("worker.py"))

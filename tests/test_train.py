@@ -13,7 +13,7 @@ from torch import nn
 
 from remend.constraints import Free
 from remend.errors import TrainingError
-from remend.recover import recover
+from remend.recovery import recover
 from remend.run import METRICS, RunDirectory
 from remend.train import Prepared, Saving, Schedule, StepOutput, train
 

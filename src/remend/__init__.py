@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from remend.errors import RemendError
     from remend.flows.demo import demo
     from remend.losses import divergence
-    from remend.recover import RecoverResult, check, recover
+    from remend.recovery import RecoverResult, check, recover
 
 _HOMES = {
     "RecoverConfig": "remend.config",
-    "RecoverResult": "remend.recover",
+    "RecoverResult": "remend.recovery",
     "RemendError": "remend.errors",
-    "check": "remend.recover",
+    "check": "remend.recovery",
     "demo": "remend.flows.demo",
     "divergence": "remend.losses",
     "quantize": "remend.degrade.quantize",
-    "recover": "remend.recover",
+    "recover": "remend.recovery",
 }
 
 __all__ = ["RecoverConfig", "RecoverResult", "RemendError", "check", "demo", "divergence", "quantize", "recover"]

@@ -258,6 +258,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def precision(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """The context in which a float32 model computes in `dtype`; it can be entered again and again."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def eos_ids(model_or_config: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token id that ends an answer: the generation config's, and the tokenizer's own."""
     generation = getattr(model_or_config, "generation_config", None)

@@ -58,7 +58,7 @@ class OnPolicy:
         batch_size, accumulation: prompts a micro-batch, micro-batches a step (and process).
         beta, max_new_tokens, temperature, seed: see docs/recipe.md.
         process, processes: this process's turn when several share a step.
-        sampling: context in which rollouts are sampled (mixed precision).
+        precision: context of the forward passes (mixed precision over float32 weights); entered many times.
     """
 
     student: Scorer
@@ -72,7 +72,7 @@ class OnPolicy:
     max_new_tokens: int
     temperature: float
     seed: int
-    sampling: AbstractContextManager[Any]
+    precision: AbstractContextManager[Any]
     process: int = 0
     processes: int = 1
     weights: Mapping[str, float] = field(default_factory=lambda: {STREAM: 1.0})
@@ -82,7 +82,7 @@ class OnPolicy:
         size = self.batch_size * self.accumulation * self.processes
         # a draw's seed is its position in the whole run, so splitting a step among processes changes no rollout
         mine = self.order.take((step - 1) * size, size)[self.process :: self.processes]
-        with self.sampling:
+        with self.precision:
             rollouts = self.sampler(
                 [prompt for _, prompt in mine],
                 max_new_tokens=self.max_new_tokens,
@@ -100,16 +100,17 @@ class OnPolicy:
         """Sum of the divergences at the micro-batch's completion tokens."""
         device = self.student.head.embedding.weight.device
         batch = pack([(r.prompt, r.completion) for r in micro_batch], pad_id=self.pad_id, device=device)
-        teacher_NE = self.teacher.hidden(micro_batch)
-        student_ND = batch.gather(self.student.hidden(batch.tokens_BT))
-        total = chunked_divergence_sum(
-            student_ND,
-            teacher_NE,
-            self.student.head,
-            self.teacher.head,
-            beta=self.beta,
-            head_parameters=self.student.head.parameters(),
-        )
+        with self.precision:
+            teacher_NE = self.teacher.hidden(micro_batch)
+            student_ND = batch.gather(self.student.hidden(batch.tokens_BT))
+            total = chunked_divergence_sum(
+                student_ND,
+                teacher_NE,
+                self.student.head,
+                self.teacher.head,
+                beta=self.beta,
+                head_parameters=self.student.head.parameters(),
+            )
         return StepOutput({STREAM: (total, len(batch.targets_N))})
 
 

@@ -88,10 +88,9 @@ def _settings(found: Preflight, config: RecoverConfig) -> None:
             )
     if config.eval_data and config.held_out is not None:
         found.warnings.append("held_out has no effect, since eval_data is given")
-    if config.warmup_steps >= config.steps > 0:
+    if config.warmup_steps > config.steps > 0:
         found.warnings.append(
-            f"warmup_steps {config.warmup_steps} is not below steps {config.steps}: the peak learning "
-            "rate is never held"
+            f"warmup_steps {config.warmup_steps} is above steps {config.steps}: the peak learning rate is never reached"
         )
 
 

@@ -87,6 +87,10 @@ def _verify(parts: Scorer) -> None:
     probe_BT = torch.arange(1, 9, device=device).remainder(parts.head.shared).unsqueeze(0)
     own = parts.model(input_ids=probe_BT, use_cache=False).logits[0, :, : parts.head.shared].float()
     ours = parts.head(parts.hidden(probe_BT)[0]).float()
+    if not own.isfinite().all():
+        raise InputError(
+            f"the logits of {parts.model.name_or_path} are not finite on a probe: its weights are damaged beyond use"
+        )
     if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max()), rtol=0):
         raise InputError(
             f"{type(parts.model).__name__} computes its logits in a way that remend does not know "

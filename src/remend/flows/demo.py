@@ -20,7 +20,7 @@ from remend.data import read_lines
 from remend.degrade.quantize import quantize
 from remend.errors import InputError
 from remend.progress import stage
-from remend.recover import RecoverResult, run_recovery, settings
+from remend.recovery import RecoverResult, run_recovery, settings
 
 FORMAT = "int3-g64-asym"
 HELD_OUT = 32

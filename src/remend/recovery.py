@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,7 +143,6 @@ class _Recovery:
         self.dtype = models.choose_dtype(config.dtype, checked.device)
         self.accelerator = Accelerator(
             cpu=checked.device.type == "cpu",
-            mixed_precision="bf16" if self.dtype == torch.bfloat16 else "no",
             log_with=config.report_to,
             project_dir=config.out if config.report_to else None,
         )
@@ -232,7 +230,7 @@ class _Recovery:
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=config.seed,
-            sampling=_reusable(accelerator.autocast),
+            precision=models.precision(self.dtype, accelerator.device),
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         )
@@ -284,17 +282,3 @@ class _Recovery:
         }
         write_report(self.directory.path, summary)
         run.write_json(self.directory.path / run.SUMMARY, summary)  # last: its presence says that the run is complete
-
-
-class _reusable(contextlib.AbstractContextManager[None]):
-    """A context manager that can be entered again, from a factory of single-use ones."""
-
-    def __init__(self, factory: Any) -> None:
-        self._factory = factory
-
-    def __enter__(self) -> None:
-        self._inner = self._factory()
-        self._inner.__enter__()
-
-    def __exit__(self, *details: Any) -> None:
-        self._inner.__exit__(*details)

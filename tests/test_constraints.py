@@ -1,0 +1,276 @@
+"""What training must not give back: served weights stay on the grid, files and masters come back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from remend.constraints import GRID_FILE, Free, OnGrid, StoredGrid, constraint_of
+from remend.degrade.quantize import quantize_in_place
+from remend.errors import FileError, InputError
+from remend.grids import GridFormat, decode, encode
+
+VOCABULARY = 64
+TOKENS = torch.arange(3, 35).view(2, 16)
+FORMATS = ["int3-g64-asym", "int4-g32-sym"]
+
+
+def pair(name: str = FORMATS[0]) -> tuple[LlamaForCausalLM, LlamaForCausalLM, StoredGrid]:
+    """A model, its quantized copy, and the grid of the copy."""
+    origin = build_model(VOCABULARY)
+    student = copy.deepcopy(origin)
+    return origin, student, quantize_in_place(student, GridFormat.parse(name))
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
+def constrained(student: nn.Module, stored: StoredGrid, origin: nn.Module | None = None) -> OnGrid:
+    return OnGrid(student, stored, origin=parameters(origin) if origin else None)
+
+
+def train(model: LlamaForCausalLM, constraint: Free | OnGrid, steps: int) -> None:
+    optimizer = torch.optim.AdamW(constraint.masters().values(), lr=1e-2)
+    for _ in range(steps):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        constraint.take_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        constraint.project()
+
+
+def nearest_points(values: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
+    """All grid points of a group are tried for each value, and the nearest is taken."""
+    grouped = values.detach().unflatten(1, (scales.shape[1], -1))
+    points = (torch.arange(levels) - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)  # [O, K, levels]
+    best = (grouped.unsqueeze(-1) - points.unsqueeze(2)).abs().argmin(-1)  # [O, K, G]
+    return points.gather(2, best).flatten(1)
+
+
+def test_free_hands_the_parameters_over(tmp_path: Path) -> None:
+    model = build_model(VOCABULARY)
+    model.model.norm.weight.requires_grad_(False)
+    constraint = Free(model)
+    masters = constraint.masters()
+    assert all(masters[name] is parameters(model)[name] for name in masters)
+    assert set(parameters(model)) - set(masters) == {"model.norm.weight"}
+    before = copy.deepcopy(masters)
+    train(model, constraint, 1)
+    assert all(not torch.equal(before[name], masters[name]) for name in masters)
+    constraint.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_grid_holds_the_matrices_and_leaves_the_rest_free() -> None:
+    _, student, stored = pair()
+    masters = constrained(student, stored).masters()
+    assert set(masters) == set(parameters(student))
+    assert len(stored.matrices) == 14
+    for name, master in masters.items():
+        assert (master is parameters(student)[name]) == (name not in stored.matrices)
+        assert master.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_after_training_every_weight_is_a_point_of_its_grid(name: str) -> None:
+    origin, student, stored = pair(name)
+    constraint = constrained(student, stored, origin)
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    train(student, constraint, 3)
+    for matrix, (_, grid) in stored.matrices.items():
+        weight, master = parameters(student)[matrix].detach(), constraint.masters()[matrix]
+        assert torch.equal(weight, nearest_points(weight, *grid, stored.format.levels)), matrix
+        distance = (weight - nearest_points(master, *grid, stored.format.levels)).abs()
+        # the nearest to the master; the point beside it only where the master lies on the border between the two
+        step = grid.scales.repeat_interleave(stored.format.group, 1)
+        beside = distance > 1e-6
+        assert beside.float().mean() < 1e-3
+        assert ((weight - master).abs() <= 0.5001 * step)[beside].all()
+        assert not torch.equal(weight, before[matrix]), "training moved nothing"
+    for free in set(before) - set(stored.matrices):
+        assert not torch.equal(parameters(student)[free], before[free])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_masters_start_at_the_teachers_weights_behind_the_students_codes(name: str) -> None:
+    origin, student, stored = pair(name)
+    masters = constrained(student, stored, origin).masters()
+    for matrix, (codes, grid) in stored.matrices.items():
+        assert torch.equal(encode(masters[matrix], grid, stored.format), codes)
+        # rounding to nearest: the lost weight is in the cell, so it is the master, but for 0.001 step at a border
+        step = grid.scales.repeat_interleave(stored.format.group, 1)
+        assert ((masters[matrix] - parameters(origin)[matrix]).abs() <= 1.1e-3 * step + 1e-6).all()
+
+
+def test_masters_stay_behind_the_codes_of_a_student_from_elsewhere() -> None:
+    _, student, stored = pair()
+    masters = constrained(student, stored, build_model(VOCABULARY, seed=9)).masters()
+    for matrix, (codes, grid) in stored.matrices.items():
+        assert torch.equal(encode(masters[matrix], grid, stored.format), codes)
+
+
+def test_without_a_fitting_origin_masters_start_on_the_grid() -> None:
+    for origin in (None, build_model(VOCABULARY, width=32)):
+        _, student, stored = pair()
+        masters = constrained(student, stored, origin).masters()
+        for matrix in stored.matrices:
+            assert torch.equal(masters[matrix], parameters(student)[matrix])
+            assert masters[matrix].data_ptr() != parameters(student)[matrix].data_ptr()
+
+
+def test_projecting_before_any_update_changes_nothing() -> None:
+    origin, student, stored = pair()
+    before = copy.deepcopy(student.state_dict())
+    constrained(student, stored, origin).project()
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+
+
+def test_straight_through_is_the_gradient_at_the_served_weights() -> None:
+    origin, student, stored = pair()
+    plain = copy.deepcopy(student)
+    plain(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    constraint = constrained(student, stored, origin)
+    student(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    constraint.take_gradients()
+    for name, master in constraint.masters().items():
+        assert torch.equal(master.grad, parameters(plain)[name].grad), name
+    assert all(parameters(student)[name].grad is None for name in stored.matrices)
+
+
+def test_gradients_accumulate_over_micro_batches_and_not_over_steps() -> None:
+    origin, student, stored = pair()
+    constraint = constrained(student, stored, origin)
+    name = next(iter(stored.matrices))
+    seen = []
+    for batches in (1, 2, 1):
+        for _ in range(batches):
+            student(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        constraint.take_gradients()
+        seen.append(constraint.masters()[name].grad.clone())
+    torch.testing.assert_close(seen[1], 2 * seen[0])
+    torch.testing.assert_close(seen[2], seen[0])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_save_and_read_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    origin, student, stored = pair(name)
+    constraint = constrained(student, stored, origin)
+    train(student, constraint, 2)
+    constraint.save(tmp_path)
+    again = StoredGrid.read(tmp_path)
+    assert again.format == stored.format
+    assert set(again.matrices) == set(stored.matrices)
+    for matrix, (codes, grid) in again.matrices.items():
+        assert codes.dtype == torch.uint8
+        assert torch.equal(decode(codes, grid, again.format), parameters(student)[matrix])
+        assert all(torch.equal(a, b) for a, b in zip(grid, stored.matrices[matrix][1], strict=True))
+    constrained(student, again)  # it accepts the trained student
+
+
+def test_masters_alone_restore_the_served_weights_bit_for_bit() -> None:
+    """What a checkpoint holds: load the masters, project, and both weights and further training are the same."""
+    origin, student, stored = pair()
+    constraint = constrained(student, stored, origin)
+    train(student, constraint, 2)
+    checkpoint = {name: master.detach().clone() for name, master in constraint.masters().items()}
+    served = copy.deepcopy(student.state_dict())
+
+    _, resumed, stored = pair()
+    restored = constrained(resumed, stored, origin)
+    with torch.no_grad():
+        for name, master in restored.masters().items():
+            master.copy_(checkpoint[name])
+    restored.project()
+    assert all(torch.equal(served[name], tensor) for name, tensor in resumed.state_dict().items())
+    train(student, constraint, 1)
+    train(resumed, restored, 1)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
+
+
+def test_weights_that_are_not_on_the_grid_are_refused() -> None:
+    _, student, stored = pair()
+    name = list(stored.matrices)[3]
+    with torch.no_grad():
+        parameters(student)[name][0, 0] += 1e-4
+    with pytest.raises(InputError, match=f"{name} does not lie on its grid: {GRID_FILE} belongs to another model"):
+        constrained(student, stored)
+
+
+def test_a_grid_of_another_model_is_refused() -> None:
+    _, _, stored = pair()
+    with pytest.raises(InputError, match=r"the grid describes model\.layers.* which the model does not have"):
+        constrained(build_model(VOCABULARY, width=32), stored)
+    with pytest.raises(InputError, match=r"the grid describes model\.layers\.1\..*does not have"):
+        constrained(build_model(VOCABULARY, layers=1), StoredGrid(stored.format, dict(reversed(stored.matrices.items()))))
+    with pytest.raises(InputError, match="does not lie on its grid"):
+        constrained(build_model(VOCABULARY, seed=5), stored)
+
+
+def test_no_file_is_no_grid(tmp_path: Path) -> None:
+    assert StoredGrid.read(tmp_path) is None
+    assert StoredGrid.read(tmp_path / "missing") is None
+
+
+def tampered(directory: Path, how: str) -> None:
+    """Write a grid file with one thing wrong."""
+    _, _, stored = pair()
+    stored.write(directory)
+    path = directory / GRID_FILE
+    content, tensors, metadata = path.read_bytes(), load_file(path), {"format": stored.format.name}
+    name = next(iter(stored.matrices))
+    if how == "garbage":
+        path.write_bytes(b"not a safetensors file at all")
+    elif how == "cut short":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        if how == "no scales":
+            del tensors[f"{name}.scales"]
+        elif how == "no format":
+            metadata = {}
+        elif how == "other format":
+            metadata["format"] = "int7-g64"
+        elif how == "scales of another shape":
+            tensors[f"{name}.scales"] = torch.ones(3, 5, dtype=torch.float16)
+        elif how == "codes of another shape":
+            tensors[f"{name}.codes"] = torch.zeros(64, 60, dtype=torch.uint8)
+        save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize("how", ["garbage", "cut short", "empty", "no scales", "no format", "other format"])
+def test_a_corrupt_grid_file_is_a_file_error(how: str, tmp_path: Path) -> None:
+    tampered(tmp_path, how)
+    with pytest.raises(FileError, match=rf"{GRID_FILE} can't be read as a quantization grid"):
+        StoredGrid.read(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["scales of another shape", "codes of another shape"])
+def test_a_grid_file_of_odd_shapes_is_refused(how: str, tmp_path: Path) -> None:
+    tampered(tmp_path, how)
+    _, student, _ = pair()
+    with pytest.raises((FileError, InputError)):
+        constraint_of(student, tmp_path)
+
+
+def test_constraint_of_a_directory(tmp_path: Path) -> None:
+    origin, student, stored = pair()
+    assert isinstance(constraint_of(student, None), Free)
+    assert isinstance(constraint_of(student, tmp_path), Free)
+    stored.write(tmp_path)
+    found = constraint_of(student, tmp_path, origin=origin)
+    assert isinstance(found, OnGrid)
+    expected = constrained(student, stored, origin).masters()
+    assert all(torch.equal(found.masters()[n], expected[n]) for n in expected)
+    name = next(iter(stored.matrices))
+    on_points = constraint_of(student, tmp_path).masters()[name]
+    assert torch.equal(on_points, parameters(student)[name])
+    assert not torch.equal(on_points, found.masters()[name])

@@ -1,0 +1,141 @@
+"""Everything that is known before training is said at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import build_model, build_tokenizer, prompts
+from remend.errors import CheckError
+from remend.preflight import preflight
+from remend.recovery import check, recover, settings
+
+
+def found(recipe: dict[str, Any], **changes: Any) -> Any:
+    return preflight(settings(overrides={**recipe, **changes}))
+
+
+def write_rows(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_good_recipe_has_no_findings(recipe: dict[str, Any]) -> None:
+    result = check(**recipe)
+    assert (result.problems, result.warnings) == ([], [])
+    assert (len(result.train), len(result.held_out)) == (34, 6)
+    assert result.grid == "int3-g64-asym"
+    assert result.shared == 320
+    assert result.parameters == 94_528
+    assert not Path(str(recipe["out"])).exists()
+
+
+def test_all_problems_at_once(recipe: dict[str, Any], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "bad.jsonl", [{"prompt": "fine"}, {"text": "no prompt"}])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    result = found(recipe, teacher=str(tmp_path / "nowhere"), data=data)
+    assert len(result.problems) == 3
+    text = "\n".join(result.problems)
+    assert "holds another run" in text
+    assert "nowhere does not exist" in text
+    assert 'bad.jsonl:2: the row has no "prompt"' in text
+    with pytest.raises(CheckError) as caught:
+        recover(**{**recipe, "teacher": str(tmp_path / "nowhere"), "data": data})
+    assert caught.value.problems == result.problems
+
+
+def test_teacher_that_is_the_student(recipe: dict[str, Any]) -> None:
+    assert "is the student's own model" in found(recipe, teacher=recipe["student"] + "/.").problems[0]
+
+
+def test_different_tokenizers_are_a_problem(recipe: dict[str, Any], tmp_path: Path) -> None:
+    other = build_tokenizer()
+    vocabulary = json.loads(other.backend_tokenizer.to_str())
+    a, b = "r", "s"
+    words = vocabulary["model"]["vocab"]
+    words[a], words[b] = words[b], words[a]
+    path = tmp_path / "other"
+    shutil.copytree(recipe["teacher"], path)
+    (path / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (problem,) = found(recipe, teacher=str(path)).problems
+    assert "2 of 320 shared token ids have different meanings" in problem
+
+
+def test_padded_vocabulary_is_aligned_with_a_warning(recipe: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    build_model(len(tokenizer) + 64, seed=3).save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    result = found(recipe, teacher=str(tmp_path / "padded"))
+    assert result.problems == []
+    assert "aligned on the first 320 ids" in result.warnings[0]
+    done = recover(**{**recipe, "teacher": str(tmp_path / "padded"), "steps": 1})
+    assert done.summary["recovered"]["kl"] > 0
+    assert done.summary["warnings"] == result.warnings
+
+
+def test_template_and_end_of_sequence_warnings(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    shutil.copytree(recipe["teacher"], path)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(path)
+    text = "\n".join(found(recipe, teacher=str(path)).warnings)
+    assert "end-of-sequence token differs: '<|im_end|>' for the student" in text
+    assert "chat template differs" in text
+    student = tmp_path / "student"
+    shutil.copytree(recipe["student"], student)
+    (student / "generation_config.json").write_text('{"eos_token_id": [0]}')
+    assert "generation config ends answers at token [0]" in "\n".join(found(recipe, student=str(student)).warnings)
+
+
+@pytest.mark.parametrize(("long", "severity"), [(5, "warnings"), (20, "problems")])
+def test_prompts_over_the_limit_are_dropped_and_named(
+    recipe: dict[str, Any], tmp_path: Path, long: int, severity: str
+) -> None:
+    rows: list[Any] = [{"id": f"long-{i}", "prompt": f"word {i} " * 80} for i in range(long)]
+    rows += [{"prompt": p} for p in prompts(40)]
+    result = found(recipe, data=write_rows(tmp_path / "long.jsonl", rows), max_prompt_tokens=120, held_out=2)
+    text = "\n".join(getattr(result, severity))
+    assert "dropped, not cut" in text
+    assert "long-" in text
+    assert sum(map(len, result.dropped.values())) == long
+    assert all(len(p.tokens) <= 120 for p in [*result.train, *result.held_out])
+
+
+def test_eval_data_is_never_trained_on(recipe: dict[str, Any], tmp_path: Path) -> None:
+    held = write_rows(tmp_path / "held.jsonl", [{"prompt": p} for p in prompts(3)])
+    values = {k: v for k, v in recipe.items() if k != "held_out"}
+    result = found(values, eval_data=held)
+    assert len(result.held_out) == 3
+    assert len(result.train) == 37
+    assert "3 training prompts are also in eval_data" in result.warnings[0]
+    assert "held_out has no effect" in "\n".join(found(recipe, eval_data=held).warnings)
+    nothing = found(values, data=held, eval_data=held)
+    assert "no example is left to train on" in nothing.problems[0]
+
+
+def test_degradation_without_its_grid(recipe: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(recipe["student"], tmp_path / "student")
+    (tmp_path / "student" / "grid.safetensors").unlink()
+    (problem,) = found(recipe, student=str(tmp_path / "student")).problems
+    assert "lies on the grid int3-g64-asym, and grid.safetensors is missing" in problem
+
+
+def test_beta_close_to_an_end_warns(recipe: dict[str, Any]) -> None:
+    assert "close to 0 but is no forward KL" in found(recipe, beta=0.01).warnings[0]
+    assert "close to 1 but is no reverse KL" in found(recipe, beta=0.99).warnings[0]
+    assert found(recipe, beta=0.5).warnings == []
+
+
+def test_disk_too_small(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    (problem,) = found(recipe).problems
+    assert "0.0 GiB are free" in problem
+    assert "keep_checkpoints" in problem

@@ -1,0 +1,180 @@
+"""Body and head: positions aligned with completion tokens, and heads that scale or cap their logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_model
+from torch import Tensor
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+)
+
+from remend.errors import InputError
+from remend.scoring import Scorer, pack, scorer
+
+CPU = torch.device("cpu")
+VOCABULARY = 64
+PAIRS = [([5, 6, 7], [8, 9, 10, 11]), ([12], [13, 14]), ([20, 21, 22, 23, 24, 25], [26, 27, 28]), ([30, 31], [32])]
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return build_model(VOCABULARY)
+
+
+@torch.no_grad()
+def slow_states(model: Any, pairs: Any, skip: int = 0) -> tuple[Tensor, Tensor, list[int]]:
+    """Hidden states, logits and targets of each completion token, one unpadded sequence after the other."""
+    states, logits, targets = [], [], []
+    for prompt, completion in pairs:
+        tokens = torch.tensor([[*prompt, *completion]])
+        hidden = model.base_model(input_ids=tokens).last_hidden_state[0]
+        own = model(input_ids=tokens).logits[0]
+        for t, token in enumerate(completion):
+            if t >= skip:
+                states.append(hidden[len(prompt) + t - 1])
+                logits.append(own[len(prompt) + t - 1])
+                targets.append(token)
+    return torch.stack(states), torch.stack(logits), targets
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2])
+@pytest.mark.parametrize("pad_id", [0, 63])
+def test_packed_states_equal_those_of_single_sequences(model: LlamaForCausalLM, skip: int, pad_id: int) -> None:
+    parts = scorer(model)
+    batch = pack(PAIRS, pad_id=pad_id, device=CPU, skip_first=skip)
+    states, logits, targets = slow_states(model, PAIRS, skip)
+    with torch.no_grad():
+        ours = batch.gather(parts.hidden(batch.tokens_BT))
+        torch.testing.assert_close(ours, states, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(parts.head(ours), logits, rtol=1e-4, atol=1e-4)
+    assert batch.targets_N.tolist() == targets
+    assert batch.rows_N.tolist() == [row for row, (_, c) in enumerate(PAIRS) for _ in c[skip:]]
+    assert len(targets) == sum(max(0, len(c) - skip) for _, c in PAIRS)
+
+
+def test_other_prompts_keep_the_same_completion_tokens_in_order(model: LlamaForCausalLM) -> None:
+    """How a teacher that sees a longer prompt is aligned with the student."""
+    longer = [([*range(40, 40 + 3 * (i % 2)), *prompt], completion) for i, (prompt, completion) in enumerate(PAIRS)]
+    student, teacher = (pack(pairs, pad_id=0, device=CPU) for pairs in (PAIRS, longer))
+    assert torch.equal(student.targets_N, teacher.targets_N)
+    assert torch.equal(student.rows_N, teacher.rows_N)
+    with torch.no_grad():
+        ours = teacher.gather(scorer(model).hidden(teacher.tokens_BT))
+    torch.testing.assert_close(ours, slow_states(model, longer)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_layout_of_a_batch() -> None:
+    batch = pack([([1, 2], [3, 4]), ([5], [6])], pad_id=9, device=CPU)
+    assert batch.tokens_BT.tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]]
+    assert batch.columns_N.tolist() == [1, 2, 0]
+    assert all(x.dtype == torch.int64 for x in (batch.tokens_BT, batch.rows_N, batch.columns_N, batch.targets_N))
+
+
+def test_pack_refuses_an_empty_prompt() -> None:
+    with pytest.raises(InputError, match="a prompt has no tokens"):
+        pack([([1], [2]), ([], [3])], pad_id=0, device=CPU)
+
+
+def test_a_completion_shorter_than_what_is_skipped_gives_no_positions() -> None:
+    batch = pack([([1], [2]), ([1], [2, 3, 4])], pad_id=0, device=CPU, skip_first=2)
+    assert batch.rows_N.tolist() == [1]
+    assert batch.targets_N.tolist() == [4]
+
+
+def test_the_head_keeps_the_shared_ids_only(model: LlamaForCausalLM) -> None:
+    states, logits, _ = slow_states(model, PAIRS)
+    assert torch.equal(scorer(model, 10).head(states), scorer(model).head(states)[:, :10])
+    assert scorer(model, 10**6).head(states).shape == logits.shape
+    assert scorer(model, 10).head.shared == 10
+
+
+def test_trained_tensors_of_the_head() -> None:
+    tied, untied = build_model(VOCABULARY), build_model(VOCABULARY, tied=False)
+    assert scorer(tied).head.parameters()[0] is tied.model.embed_tokens.weight
+    (weight,) = scorer(untied).head.parameters()
+    assert weight is untied.lm_head.weight
+    weight.requires_grad_(False)
+    assert scorer(untied).head.parameters() == []
+
+
+def test_a_bias_of_the_head_is_applied() -> None:
+    model = build_model(VOCABULARY, tied=False)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCABULARY))
+    parts = scorer(model, 20)
+    states, logits, _ = slow_states(model, PAIRS)
+    torch.testing.assert_close(parts.head(states), logits[:, :20], rtol=1e-4, atol=1e-4)
+    assert len(parts.head.parameters()) == 2
+
+
+def special_models() -> dict[str, Any]:
+    torch.manual_seed(0)
+    gemma = Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=2.0, sliding_window=64)
+    return {
+        "gemma2": Gemma2ForCausalLM(gemma).eval(),
+        "granite": GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)).eval(),
+        "cohere": CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.0625)).eval(),
+    }
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
+def test_scaled_and_capped_logits_are_repeated(name: str) -> None:
+    model = special_models()[name]
+    parts = scorer(model)
+    states, logits, _ = slow_states(model, PAIRS)
+    torch.testing.assert_close(parts.head(states), logits, rtol=1e-4, atol=1e-5)
+    plain = states @ model.get_output_embeddings().weight.T
+    assert float((plain - logits).detach().abs().max()) > 0.1  # the model does change its logits
+    assert parts.head.softcap == (2.0 if name == "gemma2" else None)
+
+
+class Shifted(LlamaForCausalLM):
+    """Changes its logits in a way that no configuration tells."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + torch.linspace(-1, 1, output.logits.shape[-1])
+        return output
+
+
+def test_unknown_treatment_of_logits_is_refused() -> None:
+    torch.manual_seed(0)
+    model = Shifted(build_model(VOCABULARY).config).eval()
+    with pytest.raises(InputError, match="Shifted computes its logits in a way that remend does not know"):
+        scorer(model)
+
+
+def test_a_model_without_a_head_is_refused(model: LlamaForCausalLM) -> None:
+    with pytest.raises(InputError, match="LlamaModel has no output embedding"):
+        scorer(model.model)
+
+
+def test_gradients_reach_body_and_head() -> None:
+    model = build_model(VOCABULARY, tied=False)
+    parts: Scorer = scorer(model)
+    batch = pack(PAIRS, pad_id=0, device=CPU)
+    parts.head(batch.gather(parts.hidden(batch.tokens_BT))).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
