@@ -185,9 +185,8 @@ def report(results: dict[str, list[dict[str, object]]]) -> None:
     memory = {s: max(float(r["peak_mib"]) for r in rows) for s, rows in results.items()}  # type: ignore[arg-type]
     for side in ("remend", "trl"):
         print(f"{side:>6}: {seconds[side]:.2f} s a step (median), {memory[side]:.0f} MiB peak")
-    print(
-        f" ratio: {seconds['remend'] / seconds['trl']:.2f} of the time, {memory['remend'] / memory['trl']:.2f} of the memory"
-    )
+    time_ratio, memory_ratio = (figures["remend"] / figures["trl"] for figures in (seconds, memory))
+    print(f" ratio: {time_ratio:.2f} of the time, {memory_ratio:.2f} of the memory")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="can't be read: Is a directory"):
         read_yaml(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("out: größer".encode("latin-1"))
-    with pytest.raises(FileError, match="latin.yaml can't be read: 'utf-8' codec"):
+    with pytest.raises(FileError, match=r"latin\.yaml can't be read: 'utf-8' codec"):
         read_yaml(tmp_path / "latin.yaml")
 
 
@@ -151,7 +151,7 @@ def test_overrides() -> None:
 
 @pytest.mark.parametrize("word", ["steps", "=3", ""])
 def test_overrides_without_key_or_value(word: str) -> None:
-    with pytest.raises(InputError, match="is not of the form key=value, e.g. steps=20"):
+    with pytest.raises(InputError, match=r"is not of the form key=value, e\.g\. steps=20"):
         parse_overrides([word])
 
 

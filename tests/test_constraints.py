@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from conftest import build_model
 from remend.constraints import GRID_FILE, Free, OnGrid, StoredGrid, constraint_of
 from remend.degrade.quantize import quantize_in_place
 from remend.errors import FileError, InputError
@@ -209,7 +209,9 @@ def test_a_grid_of_another_model_is_refused() -> None:
     with pytest.raises(InputError, match=r"the grid describes model\.layers.* which the model does not have"):
         constrained(build_model(VOCABULARY, width=32), stored)
     with pytest.raises(InputError, match=r"the grid describes model\.layers\.1\..*does not have"):
-        constrained(build_model(VOCABULARY, layers=1), StoredGrid(stored.format, dict(reversed(stored.matrices.items()))))
+        constrained(
+            build_model(VOCABULARY, layers=1), StoredGrid(stored.format, dict(reversed(stored.matrices.items())))
+        )
     with pytest.raises(InputError, match="does not lie on its grid"):
         constrained(build_model(VOCABULARY, seed=5), stored)
 

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from conftest import build_model
 from transformers import LlamaForCausalLM
 
+from conftest import build_model
 from remend import measure
 from remend.measure import PromptSums, compare, pool
 from remend.rollout import Rollout
@@ -65,9 +65,7 @@ def test_compare_equals_the_slow_loop(
     student, reference = models
     rows = rollouts()
     counted: list[int] = []
-    ours = compare(
-        scorer(student), scorer(reference), rows, pad_id=0, max_rows=max_rows, on_rows=counted.append
-    )
+    ours = compare(scorer(student), scorer(reference), rows, pad_id=0, max_rows=max_rows, on_rows=counted.append)
     for own, rollout in zip(ours, rows, strict=True):
         expected = slow_sums(student, reference, rollout, VOCABULARY)
         assert (own.id, own.tokens, own.agree) == (expected.id, expected.tokens, expected.agree)
@@ -79,9 +77,7 @@ def test_compare_equals_the_slow_loop(
 
 def test_only_shared_ids_are_compared(models: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
     student, reference = models
-    rows = [
-        Rollout(r.id, r.prompt, tuple(t % 20 for t in r.completion), r.clipped) for r in rollouts(1, 3)
-    ]
+    rows = [Rollout(r.id, r.prompt, tuple(t % 20 for t in r.completion), r.clipped) for r in rollouts(1, 3)]
     ours = compare(scorer(student, 20), scorer(reference, 20), rows, pad_id=0)
     for own, rollout in zip(ours, rows, strict=True):
         expected = slow_sums(student, reference, rollout, 20)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import TEMPLATE, build_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from conftest import TEMPLATE, build_tokenizer
 from remend.data import Example, Prompt
 from remend.errors import InputError
 from remend.prompts import display, encode, encode_within, render
@@ -51,7 +51,7 @@ def test_a_template_that_refuses_gives_one_line() -> None:
     picky.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no\nsystem') }}{% endif %}" + TEMPLATE
     )
-    with pytest.raises(InputError, match="^the chat template refuses the messages: no system$"):
+    with pytest.raises(InputError, match=r"^the chat template refuses the messages: no system$"):
         render(picky, CHAT)
     assert render(picky, "Hi").endswith("assistant\n")
 

@@ -29,9 +29,8 @@ def longer(recipe: dict[str, Any]) -> dict[str, Any]:
 def test_recovery_closes_part_of_the_gap_and_writes_everything(longer: dict[str, Any]) -> None:
     result = remend.recover(**longer)
     names = {p.name for p in result.out.iterdir()}
-    assert names >= {
-        "recipe.yaml", "manifest.json", "metrics.jsonl", "timing.jsonl", "model", "samples.jsonl", "summary.json", "report.html",
-    }  # fmt: skip
+    assert names >= {"recipe.yaml", "manifest.json", "metrics.jsonl", "timing.jsonl", "model", "samples.jsonl"}
+    assert names >= {"summary.json", "report.html"}
     summary = json.loads((result.out / "summary.json").read_text())
     assert summary == result.summary
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from xml.etree import ElementTree
 
@@ -36,7 +37,7 @@ def test_ticks(low: float, high: float, about: int, expected: list[float]) -> No
 @given(low=st.floats(-1e3, 1e3), span=st.floats(1e-3, 1e6), about=st.integers(2, 10))
 def test_ticks_are_even_inside_and_few(low: float, span: float, about: int) -> None:
     found = ticks(low, low + span, about)
-    steps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(found)]
     assert all(low - 1e-6 * span <= t <= low + span + 1e-6 * span for t in found)
     assert len(found) <= about + 1
     assert all(s == pytest.approx(steps[0]) and s > 0 for s in steps)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from conftest import build_tokenizer
-
 from remend.vocabulary import compare_vocabularies, template_warnings
 
 

@@ -61,7 +61,7 @@ class RecoverConfig(BaseModel):
     temperature: float = Field(1.0, gt=0, le=5, description="of the rollouts; 1 samples the policy itself (all peers)")
 
     eval_data: str | None = Field(None, description="held-out prompts; without it, held_out of the data are set apart")
-    held_out: int | None = Field(None, ge=1, description="prompts set apart; by default the smaller of 64 and 10%%")
+    held_out: int | None = Field(None, ge=1, description="prompts set apart; by default the smaller of 64 and 10%")
     eval_every: int = Field(
         0, ge=0, description="measure on the held-out prompts every n steps; 0: before and after only"
     )
@@ -126,7 +126,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise FileError(f"recipe {path} can't be read: {_reason(error)}") from None
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
         raise InputError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(
@@ -148,6 +148,6 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
             raise InputError(f'"{word}" is not of the form key=value, e.g. steps=20')
         try:
             values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise InputError(f'the value of "{key}" can\'t be read: {text!r}') from None
     return values

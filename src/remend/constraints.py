@@ -164,7 +164,11 @@ class StoredGrid:
                 n: (tensors[f"{n}.codes"], Grid(tensors[f"{n}.scales"].float(), tensors[f"{n}.zeros"].float()))
                 for n in names
             }
-        except (SafetensorError, OSError, KeyError, InputError) as error:
+            for name, (codes, grid) in matrices.items():
+                shape = (codes.shape[0], codes.shape[1] // fmt.group)
+                if codes.dtype != torch.uint8 or grid.scales.shape != shape or grid.zeros.shape != shape:
+                    raise InputError(f"codes, scales and zeros of {name} don't fit each other")
+        except (SafetensorError, OSError, KeyError, IndexError, InputError) as error:
             raise FileError(f"{path} can't be read as a quantization grid: {error}") from None
         return StoredGrid(fmt, matrices)
 

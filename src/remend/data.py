@@ -52,7 +52,15 @@ def load_examples(source: str) -> list[Example]:
         rows = _read_jsonl(path)
     else:
         rows = _read_dataset(source, match["name"], match["revision"], match["split"] or "train")
-    return [example_of(row, where) for where, row in rows]
+    examples: dict[str, tuple[str, Example]] = {}
+    found = []
+    for where, row in rows:
+        example = example_of(row, where)
+        before, same = examples.setdefault(example.id, (where, example))
+        if prompt_key(same.prompt) != prompt_key(example.prompt):
+            raise InputError(f'{where}: the id "{example.id}" stands for another prompt already ({before})')
+        found.append(example)
+    return found
 
 
 def read_lines(path: Path, what: str = "data") -> list[tuple[str, Any]]:
@@ -109,6 +117,10 @@ def example_of(row: Any, where: str) -> Example:
         _validate_messages(prompt, where)
     else:
         raise InputError(f"{where}: prompt must be a string or a list of messages, got {type(prompt).__name__}")
+    try:
+        prompt_key(prompt).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: the prompt holds half of a surrogate pair, which is no valid text") from None
     given = row.get("id")
     return Example(str(given) if given is not None else prompt_id(prompt), prompt, row)
 

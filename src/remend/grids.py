@@ -89,8 +89,9 @@ def fit(weight_OI: Tensor, fmt: GridFormat) -> Grid:
     grouped_OKG = _grouped(weight_OI.detach().float(), fmt.group)
     low, high = torch.aminmax(grouped_OKG, dim=-1)
     span = 2 * torch.maximum(low.abs(), high.abs()) if fmt.symmetric else high - low
-    tiny = torch.finfo(torch.float16).smallest_normal
-    scales = _to_half((span / (fmt.levels - 1)).clamp(min=tiny))
+    # a narrow group far from 0 would need a zero beyond float16: its step is held above 1/1024 of its largest weight
+    least = (torch.maximum(low.abs(), high.abs()) / 1024).clamp(min=torch.finfo(torch.float16).smallest_normal)
+    scales = _to_half(torch.maximum(span / (fmt.levels - 1), least))
     zeros = torch.full_like(scales, fmt.levels / 2) if fmt.symmetric else _to_half(-low / scales)
     return Grid(scales, zeros)
 

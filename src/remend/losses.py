@@ -62,8 +62,7 @@ def divergence(student_NV: Tensor, teacher_NV: Tensor, beta: float = 0.0) -> Ten
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta is {beta}; allowed is 0 (forward KL) to 1 (reverse KL)")
     dtype = torch.float64 if student_NV.dtype == torch.float64 else torch.float32
-    log_q = torch.log_softmax(student_NV.to(dtype).clamp(min=_FLOOR), dim=-1)
-    log_p = torch.log_softmax(teacher_NV.detach().to(dtype).clamp(min=_FLOOR), dim=-1)
+    log_q, log_p = _log_probabilities(student_NV.to(dtype)), _log_probabilities(teacher_NV.detach().to(dtype))
     if beta == 0.0:
         return (log_p.exp() * (log_p - log_q)).sum(-1)
     if beta == 1.0:
@@ -72,6 +71,11 @@ def divergence(student_NV: Tensor, teacher_NV: Tensor, beta: float = 0.0) -> Ten
     to_teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
     to_student = (log_q.exp() * (log_q - log_m)).sum(-1)
     return beta * to_teacher + (1.0 - beta) * to_student
+
+
+def _log_probabilities(logits_NV: Tensor) -> Tensor:
+    floor_N1 = logits_NV.detach().amax(dim=-1, keepdim=True) + _FLOOR
+    return torch.log_softmax(torch.maximum(logits_NV, floor_N1), dim=-1)
 
 
 def chunk_rows(vocabulary: int) -> int:

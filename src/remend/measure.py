@@ -86,12 +86,15 @@ def compare(
 
 
 def pool(sums: Sequence[PromptSums]) -> dict[str, Any]:
-    """Means over all tokens: kl (nats a token), top1_agreement, perplexity, reference_perplexity."""
+    """Means over all tokens: kl (nats a token), top1_agreement, perplexity, reference_perplexity.
+
+    A perplexity beyond float64 (a mean above 700 nats) is given as that of 700.
+    """
     tokens = sum(s.tokens for s in sums)
     return {
         "kl": sum(s.kl for s in sums) / tokens,
         "top1_agreement": sum(s.agree for s in sums) / tokens,
-        "perplexity": math.exp(sum(s.nll for s in sums) / tokens),
-        "reference_perplexity": math.exp(sum(s.reference_nll for s in sums) / tokens),
+        "perplexity": math.exp(min(700.0, sum(s.nll for s in sums) / tokens)),
+        "reference_perplexity": math.exp(min(700.0, sum(s.reference_nll for s in sums) / tokens)),
         "tokens": tokens,
     }

@@ -135,14 +135,19 @@ def _location(source: Source) -> tuple[str, dict[str, Any]]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """No progress bars and no advice from transformers inside: our own output says what happens."""
+    from functools import partial
+
+    from transformers import modeling_gguf_pytorch_utils as gguf_loading
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, bars, tqdm = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf_loading.tqdm
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    gguf_loading.tqdm = partial(tqdm, disable=True)  # it does not ask the logging setting
     try:
         yield
     finally:
+        gguf_loading.tqdm = tqdm
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()

