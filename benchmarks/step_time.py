@@ -57,7 +57,7 @@ def side_remend(model_dir: str, options: argparse.Namespace, work: str) -> list[
     objective = OnPolicy(
         student=parts,
         teacher=Frozen(scorer(teacher), pad),
-        sampler=TransformersSampler(student, parts.head.shared, (), pad),  # no end: every rollout is full length
+        sampler=TransformersSampler(student, parts.shared, (), pad),  # no end: every rollout is full length
         order=Order(encoded, 0),
         pad_id=pad,
         batch_size=options.batch_size,

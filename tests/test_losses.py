@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remend.losses import CHUNK_BYTES, chunk_rows, chunked_divergence_sum, direction, divergence
+from remend import losses
+from remend.losses import CHUNK_BYTES, Head, chunk_rows, chunked_divergence_sum, direction, divergence
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 quick = settings(deadline=None, max_examples=40, database=None)
@@ -165,8 +166,13 @@ def test_bad_arguments() -> None:
     for beta in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=r"beta is .* allowed is 0"):
             divergence(torch.zeros(2, 3), torch.zeros(2, 3), beta)
-    with pytest.raises(ValueError, match="2 student positions and 3 teacher positions"):
-        chunked_divergence_sum(torch.zeros(2, 3), torch.zeros(3, 3), lambda h: h, lambda h: h)
+    head = Head(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match=r"differ in \(positions, vocabulary\): \(2, 5\) and \(3, 5\)"):
+        chunked_divergence_sum(torch.zeros(2, 3), torch.zeros(3, 3), head, head)
+    with pytest.raises(ValueError, match=r"\(2, 5\) and \(2, 4\)"):
+        chunked_divergence_sum(torch.zeros(2, 3), torch.zeros(2, 3), head, Head(torch.zeros(4, 3)))
+    with pytest.raises(ValueError, match=r"beta is 2.0"):
+        chunked_divergence_sum(torch.zeros(2, 3), torch.zeros(2, 3), head, head, beta=2.0)
 
 
 def test_direction_names_the_divergence() -> None:
@@ -181,10 +187,11 @@ def test_a_chunk_of_logits_fits_its_bytes() -> None:
     assert chunk_rows(10**7) == 16
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (1.0, 3.0), (2.0, 5.0)])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("rows", [1, 2, 5, 11, 100, None])
-def test_chunked_sum_equals_the_plain_sum(beta: float, rows: int | None) -> None:
-    """Value, and gradients for hidden states, weight and bias, under a scaled incoming gradient."""
+@pytest.mark.parametrize("rows", [1, 2, 5, 100, None])
+def test_chunked_sum_equals_the_plain_sum(beta: float, rows: int | None, scale: float, softcap: float | None) -> None:
+    """Value, and gradients (closed form against autograd) for states, weight and bias, under a scaled one."""
     generator = torch.Generator().manual_seed(7)
     hidden, weight, bias, teacher, teacher_weight = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -193,18 +200,29 @@ def test_chunked_sum_equals_the_plain_sum(beta: float, rows: int | None) -> None
     results = []
     for chunked in (True, False):
         h, w, b = (x.clone().requires_grad_() for x in (hidden, weight, bias))
+        head, teacher_head = Head(w, b, scale, softcap), Head(teacher_weight)
         if chunked:
-            total = chunked_divergence_sum(
-                h, teacher, lambda x: x @ w.T + b, lambda x: x @ teacher_weight.T,  # noqa: B023 (used at once)
-                beta=beta, head_parameters=[w, b], rows=rows,
-            )  # fmt: skip
+            total = chunked_divergence_sum(h, teacher, head, teacher_head, beta=beta, rows=rows)
         else:
-            total = divergence(h @ w.T + b, teacher @ teacher_weight.T, beta).sum()
+            total = divergence(head(h), teacher_head(teacher), beta).sum()
         (total * 0.37).backward()
-        results.append((total.detach().double(), h.grad, w.grad, b.grad))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)  # the total is float32
-    for ours, expected in zip(results[0][1:], results[1][1:], strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-12)  # 0.37 arrives rounded to float32
+        results.append((total.detach(), h.grad, w.grad, b.grad))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.01, 0.5, 0.99, 1.0])
+def test_closed_form_gradient_with_extreme_logits(beta: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    student = (torch.randn(6, 9, generator=generator, dtype=torch.float64) * 30).requires_grad_()
+    teacher = torch.randn(6, 9, generator=generator, dtype=torch.float64) * 30
+    with torch.no_grad():
+        student[0, 3], teacher[0, 3], teacher[1, 2] = -math.inf, -math.inf, -math.inf
+    values, gradient = losses._with_gradient(student.detach(), teacher, beta)
+    expected = divergence(student, teacher, beta)
+    expected.sum().backward()
+    torch.testing.assert_close(values, expected.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient, student.grad, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [2, 50])
@@ -212,14 +230,12 @@ def test_chunked_sum_with_a_weight_that_is_embedding_and_head(rows: int) -> None
     generator = torch.Generator().manual_seed(8)
     table, teacher_logits = (torch.randn(20, d, generator=generator) for d in (6, 20))
     tokens = torch.randint(20, (9,), generator=generator)
-    grads = []
+    identity, grads = Head(torch.eye(20)), []
     for chunked in (True, False):
         w = table.clone().requires_grad_()
-        h = torch.tanh(w[tokens])
-        target = teacher_logits[tokens]
+        h, target = torch.tanh(w[tokens]), teacher_logits[tokens]
         if chunked:
-            head = lambda x: x @ w.T  # noqa: B023, E731 (used at once)
-            total = chunked_divergence_sum(h, target, head, lambda x: x, head_parameters=[w], rows=rows)
+            total = chunked_divergence_sum(h, target, Head(w), identity, rows=rows)
         else:
             total = divergence(h @ w.T, target).sum()
         total.backward()
@@ -227,34 +243,60 @@ def test_chunked_sum_with_a_weight_that_is_embedding_and_head(rows: int) -> None
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_reach_a_slice_of_the_weight() -> None:
+    """A padded vocabulary: the head is the first rows of the parameter."""
+    weight = torch.randn(12, 4, requires_grad=True)
+    hidden, teacher = torch.randn(5, 4), torch.randn(5, 8)
+    chunked_divergence_sum(hidden, teacher, Head(weight[:8]), Head(torch.eye(8)), rows=2).backward()
+    ours, weight.grad = weight.grad, None
+    divergence(hidden @ weight[:8].T, teacher).sum().backward()
+    torch.testing.assert_close(ours, weight.grad, rtol=1e-4, atol=1e-5)
+    assert not ours[8:].any()
+
+
 def test_chunked_sum_skips_what_needs_no_gradient() -> None:
     hidden, teacher, weight = torch.randn(5, 4), torch.randn(5, 8), torch.randn(8, 4)
-    head = lambda x: x @ weight.T  # noqa: E731
-    expected = divergence(head(hidden), teacher).sum()
-    frozen = chunked_divergence_sum(hidden, teacher, head, lambda x: x, head_parameters=[weight], rows=2)
+    identity = Head(torch.eye(8))
+    expected = divergence(hidden @ weight.T, teacher).sum()
+    frozen = chunked_divergence_sum(hidden, teacher, Head(weight), identity, rows=2)
     torch.testing.assert_close(frozen, expected)
     assert not frozen.requires_grad
     only_head = weight.requires_grad_()
-    chunked_divergence_sum(hidden, teacher, head, lambda x: x, head_parameters=[only_head], rows=2).backward()
+    chunked_divergence_sum(hidden, teacher, Head(only_head), identity, rows=2).backward()
     ours, only_head.grad = only_head.grad, None
-    divergence(head(hidden), teacher).sum().backward()
+    divergence(hidden @ weight.T, teacher).sum().backward()
     torch.testing.assert_close(ours, only_head.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_chunked_sum_of_no_positions_is_zero() -> None:
-    hidden = torch.zeros(0, 4, requires_grad=True)
-    total = chunked_divergence_sum(hidden, torch.zeros(0, 4), lambda x: x, lambda x: x)
+    hidden, head = torch.zeros(0, 4, requires_grad=True), Head(torch.randn(7, 4))
+    total = chunked_divergence_sum(hidden, torch.zeros(0, 4), head, head)
     total.backward()
     assert total == 0
     assert hidden.grad.shape == (0, 4)
 
 
-def test_no_full_logits_tensor_is_ever_made() -> None:
+def test_under_autocast_products_are_bfloat16_and_the_divergence_float32() -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight, teacher, teacher_weight = (
+        torch.randn(*shape, generator=generator) for shape in [(9, 16), (30, 16), (9, 16), (30, 16)]
+    )
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        total = chunked_divergence_sum(h, teacher, Head(w), Head(teacher_weight), rows=4)
+    total.backward()
+    assert total.dtype == h.grad.dtype == w.grad.dtype == torch.float32
+    logits, target = ((a.bfloat16() @ b.bfloat16().T).float() for a, b in ((hidden, weight), (teacher, teacher_weight)))
+    expected = divergence(logits, target).sum()
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
+    exact = torch.softmax(logits, -1) - torch.softmax(target, -1)
+    torch.testing.assert_close(w.grad, exact.T @ hidden, rtol=0.05, atol=0.02)
+
+
+def test_no_full_logits_tensor_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-
-    def head(x: Tensor) -> Tensor:
-        seen.append(x.shape[0])
-        return x
-
+    plain = Head.__call__
+    monkeypatch.setattr(Head, "__call__", lambda self, x: (seen.append(x.shape[0]), plain(self, x))[1])
+    head = Head(torch.randn(7, 4))
     chunked_divergence_sum(torch.randn(10, 4, requires_grad=True), torch.randn(10, 4), head, head, rows=4).backward()
     assert seen == [4, 4, 4, 4, 2, 2]

@@ -107,16 +107,14 @@ def test_the_head_keeps_the_shared_ids_only(model: LlamaForCausalLM) -> None:
     states, logits, _ = slow_states(model, PAIRS)
     torch.testing.assert_close(scorer(model, 10).head(states), logits[:, :10], rtol=1e-4, atol=1e-5)
     assert scorer(model, 10**6).head(states).shape == logits.shape
-    assert scorer(model, 10).head.shared == 10
+    assert scorer(model, 10).shared == 10
 
 
-def test_trained_tensors_of_the_head() -> None:
+def test_the_head_is_the_models_own_parameter() -> None:
     tied, untied = build_model(VOCABULARY), build_model(VOCABULARY, tied=False)
-    assert scorer(tied).head.parameters()[0] is tied.model.embed_tokens.weight
-    (weight,) = scorer(untied).head.parameters()
-    assert weight is untied.lm_head.weight
-    weight.requires_grad_(False)
-    assert scorer(untied).head.parameters() == []
+    assert scorer(tied).head.weight_VD is tied.model.embed_tokens.weight
+    assert scorer(untied).head.weight_VD is untied.lm_head.weight
+    assert scorer(untied).head.bias_V is None
 
 
 def test_a_bias_of_the_head_is_applied() -> None:
@@ -125,7 +123,8 @@ def test_a_bias_of_the_head_is_applied() -> None:
     parts = scorer(model, 20)
     states, logits, _ = slow_states(model, PAIRS)
     torch.testing.assert_close(parts.head(states), logits[:, :20], rtol=1e-4, atol=1e-4)
-    assert len(parts.head.parameters()) == 2
+    assert parts.head.bias_V is not None
+    assert parts.head.bias_V.shape == (20,)
 
 
 def special_models() -> dict[str, Any]:
@@ -146,7 +145,7 @@ def test_scaled_and_capped_logits_are_repeated(name: str) -> None:
     torch.testing.assert_close(parts.head(states), logits, rtol=1e-4, atol=1e-5)
     plain = states @ model.get_output_embeddings().weight.T
     assert float((plain - logits).detach().abs().max()) > 0.1  # the model does change its logits
-    assert parts.head.softcap == (2.0 if name == "gemma2" else None)
+    assert parts.softcap == (2.0 if name == "gemma2" else None)
 
 
 class Shifted(LlamaForCausalLM):

@@ -15,16 +15,43 @@ so a beta of 0.01 gives a loss 100 times smaller than the KL. It is implemented 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-Head = Callable[[Tensor], Tensor]
-"""Hidden states [N, D] to logits [N, V]."""
 
-CHUNK_BYTES = 32 * 2**20
+@dataclass(frozen=True)
+class Head:
+    """Hidden states [N, D] to logits [N, V]: softcap · tanh(scale · (h Wᵀ + b) / softcap), unset parts left out."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V]."""
+        logits_NV = functional.linear(hidden_ND, self.weight_VD, self.bias_V)
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+    def pull_back(self, grad_NV: Tensor, logits_NV: Tensor) -> Tensor:
+        """The gradient at h Wᵀ + b from that at the logits."""
+        if self.softcap is not None:
+            grad_NV = grad_NV * (1.0 - (logits_NV.to(grad_NV.dtype) / self.softcap).square())
+        return grad_NV if self.scale == 1.0 else grad_NV * self.scale
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same head with its tensors in `dtype`."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
+        return replace(self, weight_VD=self.weight_VD.to(dtype), bias_V=bias_V)
+
+
+CHUNK_BYTES = 16 * 2**20
 """Size of one [chunk, V] float32 tensor: small enough to leave no mark on peak memory, large enough for a good GEMM."""
 
 _FLOOR = (
@@ -59,9 +86,8 @@ def divergence(student_NV: Tensor, teacher_NV: Tensor, beta: float = 0.0) -> Ten
         raise ValueError(
             f"student logits {tuple(student_NV.shape)} and teacher logits {tuple(teacher_NV.shape)} differ"
         )
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta is {beta}; allowed is 0 (forward KL) to 1 (reverse KL)")
-    dtype = torch.float64 if student_NV.dtype == torch.float64 else torch.float32
+    _check_beta(beta)
+    dtype = _accurate(student_NV.dtype)
     log_q, log_p = _log_probabilities(student_NV.to(dtype)), _log_probabilities(teacher_NV.detach().to(dtype))
     if beta == 0.0:
         return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -71,6 +97,38 @@ def divergence(student_NV: Tensor, teacher_NV: Tensor, beta: float = 0.0) -> Ten
     to_teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
     to_student = (log_q.exp() * (log_q - log_m)).sum(-1)
     return beta * to_teacher + (1.0 - beta) * to_student
+
+
+def _with_gradient(student_NV: Tensor, teacher_NV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """`divergence` and its gradient at the student's logits, in closed form: (values [N], gradient [N, V]).
+
+    forward KL: q − p.   Otherwise, with g = ∂D/∂log q = w q (log q − log m), gradient = g − q Σ g, where m is the
+    mixture and w = 1 − beta for the JSD, and m = p, w = 1 for the reverse KL (the terms from ∂m cancel).
+    """
+    dtype = _accurate(student_NV.dtype)
+    log_q, log_p = _log_probabilities(student_NV.to(dtype)), _log_probabilities(teacher_NV.to(dtype))
+    q = log_q.exp()
+    if beta == 0.0:
+        p = log_p.exp()
+        return log_p.sub_(log_q).mul_(p).sum(-1), q.sub_(p)
+    if beta == 1.0:
+        values, weight = torch.zeros_like(log_q[:, 0]), 1.0
+        log_m = log_p
+    else:
+        log_m, weight = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta)), 1.0 - beta
+        values = beta * (log_p.exp() * (log_p - log_m)).sum(-1)
+    inner = log_q.sub_(log_m).mul_(q).mul_(weight)
+    total = inner.sum(-1)
+    return values + total, inner.sub_(q.mul_(total.unsqueeze(-1)))
+
+
+def _check_beta(beta: float) -> None:
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta is {beta}; allowed is 0 (forward KL) to 1 (reverse KL)")
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _log_probabilities(logits_NV: Tensor) -> Tensor:
@@ -87,47 +145,56 @@ class _ChunkedSum(torch.autograd.Function):
     """Sum of divergences over positions; the gradient is made chunk by chunk in the forward pass.
 
     Recomputing the logits in the backward pass would cost one more product with the head, and keeping them would
-    cost 4·N·V bytes. Instead each chunk's logits are made, differentiated and dropped at once (the scheme of
-    Liger-Kernel's fused linear losses, arXiv 2410.10989), and only the gradients for the hidden states [N, D] and
-    the head's parameters stay.
+    cost 4·N·V bytes. Instead each chunk's logits are made, differentiated in closed form and dropped at once (the
+    scheme of Liger-Kernel's fused linear losses, arXiv 2410.10989), and only the gradients for the hidden states
+    [N, D] and the head [V, D] stay.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         student_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
         teacher_NE: Tensor,
-        heads: tuple[Head, Head],
-        beta: float,
-        rows: int,
-        *params: Tensor,
+        rest: tuple[Any, ...],
     ) -> Tensor:
-        student_head, teacher_head = heads
-        wants = [student_ND, *params]
-        needed = [i for i, need in enumerate([ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]) if need]
-        grads: list[Tensor | None] = [torch.zeros_like(t) if i in needed else None for i, t in enumerate(wants)]
-        total = torch.zeros((), dtype=torch.float32, device=student_ND.device)
-        for start in range(0, student_ND.shape[0], rows):
-            part = slice(start, start + rows)
-            with torch.no_grad():
-                teacher_logits = teacher_head(teacher_NE[part])
-            with torch.enable_grad():
-                hidden = student_ND[part].detach().requires_grad_()
-                loss = divergence(student_head(hidden), teacher_logits, beta).sum()
-                inputs = [hidden if i == 0 else wants[i] for i in needed]
-                parts = torch.autograd.grad(loss, inputs) if needed else ()
-            total += loss.detach().to(total.dtype)
-            for i, grad in zip(needed, parts, strict=True):
-                target = cast(Tensor, grads[i])
-                (target[part] if i == 0 else target).add_(grad)
-        ctx.grads = grads
+        student_head, teacher_head, beta, rows = rest
+        to_hidden, to_weight, to_bias = (
+            torch.zeros_like(t) if t is not None and need else None
+            for t, need in zip((student_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
+        )
+        kind, dtype = student_ND.device.type, student_ND.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        total = torch.zeros((), dtype=_accurate(student_ND.dtype), device=student_ND.device)
+        with torch.autocast(kind, enabled=False):
+            student_head, teacher_head = student_head.to(dtype), teacher_head.to(dtype)
+            for start in range(0, student_ND.shape[0], rows):
+                part = slice(start, start + rows)
+                hidden_ND = student_ND[part].to(dtype)
+                logits_NV = student_head(hidden_ND)
+                values_N, grad_NV = _with_gradient(logits_NV, teacher_head(teacher_NE[part].to(dtype)), beta)
+                total += values_N.sum()
+                grad_NV = student_head.pull_back(grad_NV, logits_NV).to(dtype)
+                if to_hidden is not None:
+                    to_hidden[part] = grad_NV @ student_head.weight_VD
+                if to_weight is not None and to_weight.dtype == dtype:
+                    to_weight.addmm_(
+                        grad_NV.T, hidden_ND
+                    )  # in place: a [V, D] sum for each chunk would cost more than it
+                elif to_weight is not None:
+                    to_weight += grad_NV.T @ hidden_ND
+                if to_bias is not None:
+                    to_bias += grad_NV.sum(0)
+        ctx.grads = to_hidden, to_weight, to_bias
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g.mul_(grad_outputs[0]) for g in ctx.grads]
         ctx.grads = None
-        return (scaled[0], None, None, None, None, *scaled[1:])
+        return (*scaled, None, None)
 
 
 def chunked_divergence_sum(
@@ -137,29 +204,35 @@ def chunked_divergence_sum(
     teacher_head: Head,
     *,
     beta: float = 0.0,
-    head_parameters: Sequence[Tensor] = (),
     rows: int | None = None,
 ) -> Tensor:
     """Sum over positions of `divergence`, from hidden states, with no [N, V] tensor alive at any time.
 
+    Under autocast the products with the heads are computed in its dtype, the divergence in float32.
+
     Args:
         student_ND: student's hidden states before its head, at completion positions only.
         teacher_NE: teacher's hidden states at the same positions.
-        student_head: maps [n, D] to [n, V] logits; gradients reach `head_parameters` through it.
-        teacher_head: maps [n, E] to [n, V] logits.
+        student_head, teacher_head: from hidden states to logits over the same V ids. Gradients reach the student's
+            hidden states, weight and bias, where they need one.
         beta: see `divergence`.
-        head_parameters: the tensors inside `student_head` that may need a gradient.
         rows: positions a chunk; by default one chunk of logits takes CHUNK_BYTES.
 
     Returns:
-        Scalar in nats, float32. Call backward on it once.
+        Scalar in nats, float32 (float64 for float64 input). Call backward on it once.
+
+    Raises:
+        ValueError: positions or vocabularies differ, or beta is outside 0 to 1.
     """
-    if student_ND.shape[0] != teacher_NE.shape[0]:
-        raise ValueError(f"{student_ND.shape[0]} student positions and {teacher_NE.shape[0]} teacher positions differ")
-    if rows is None:
-        with torch.no_grad():
-            rows = chunk_rows(student_head(student_ND[:1]).shape[-1])
-    result = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
-        student_ND, teacher_NE, (student_head, teacher_head), beta, rows, *head_parameters
+    sizes = [
+        (hidden.shape[0], head.weight_VD.shape[0])
+        for hidden, head in ((student_ND, student_head), (teacher_NE, teacher_head))
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"student and teacher differ in (positions, vocabulary): {sizes[0]} and {sizes[1]}")
+    _check_beta(beta)
+    rest = (student_head, teacher_head, beta, rows or chunk_rows(sizes[0][1]))
+    return cast(
+        Tensor,
+        _ChunkedSum.apply(student_ND, student_head.weight_VD, student_head.bias_V, teacher_NE, rest),  # type: ignore[no-untyped-call]
     )
-    return cast(Tensor, result)

@@ -53,8 +53,8 @@ def compare(
         One PromptSums a rollout, in order. The divergence is forward KL(reference ‖ student) over the full shared
         vocabulary, in float32.
     """
-    device = student.head.embedding.weight.device
-    rows = chunk_rows(student.head.shared)
+    device = student.device
+    rows, head, reference_head = chunk_rows(student.shared), student.head, reference.head
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion))
     results: dict[int, PromptSums] = {}
     for start in range(0, len(order), max_rows):
@@ -65,7 +65,7 @@ def compare(
         sums = torch.zeros(len(part), 5, dtype=torch.float64, device=device)
         for at in range(0, ours_ND.shape[0], rows):
             cut = slice(at, at + rows)
-            logits_NV, reference_NV = student.head(ours_ND[cut]).float(), reference.head(theirs_NE[cut]).float()
+            logits_NV, reference_NV = head(ours_ND[cut]).float(), reference_head(theirs_NE[cut]).float()
             target_N1 = batch.targets_N[cut].unsqueeze(1)
             columns = torch.stack(
                 [

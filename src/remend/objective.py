@@ -98,7 +98,7 @@ class OnPolicy:
 
     def __call__(self, micro_batch: Sequence[Rollout]) -> StepOutput:
         """Sum of the divergences at the micro-batch's completion tokens."""
-        device = self.student.head.embedding.weight.device
+        device = self.student.device
         batch = pack([(r.prompt, r.completion) for r in micro_batch], pad_id=self.pad_id, device=device)
         with self.precision:
             teacher_NE = self.teacher.hidden(micro_batch)
@@ -109,7 +109,6 @@ class OnPolicy:
                 self.student.head,
                 self.teacher.head,
                 beta=self.beta,
-                head_parameters=self.student.head.parameters(),
             )
         return StepOutput({STREAM: (total, len(batch.targets_N))})
 

@@ -16,40 +16,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from remend.errors import InputError
-
-
-@dataclass(frozen=True)
-class Head:
-    """Hidden states [N, D] to the logits [N, shared] of the first `shared` vocabulary ids."""
-
-    embedding: Any
-    shared: int
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, hidden_ND: Tensor) -> Tensor:
-        bias = getattr(self.embedding, "bias", None)
-        weight_VD = self.embedding.weight[: self.shared]
-        hidden_ND = hidden_ND.to(weight_VD.dtype) if not torch.is_autocast_enabled(hidden_ND.device.type) else hidden_ND
-        logits_NV = functional.linear(hidden_ND, weight_VD, None if bias is None else bias[: self.shared])
-        if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
-        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
-
-    def parameters(self) -> list[Tensor]:
-        """The tensors in the head that are trained."""
-        return [p for p in self.embedding.parameters() if p.requires_grad]
+from remend.losses import Head
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model seen as body and head. Build it with `scorer`."""
+    """A model seen as body and head. Build it with `scorer`; `shared` vocabulary ids, from 0, are scored."""
 
     model: Any
-    head: Head
+    shared: int
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.get_output_embeddings().weight.device
+        return device
+
+    @property
+    def head(self) -> Head:
+        """The head over the shared ids, on the model's present weights; gradients reach them."""
+        embedding = self.model.get_output_embeddings()
+        weight_VD, bias_V = embedding.weight, getattr(embedding, "bias", None)
+        if self.shared < weight_VD.shape[0]:
+            weight_VD, bias_V = weight_VD[: self.shared], None if bias_V is None else bias_V[: self.shared]
+        return Head(weight_VD, bias_V, self.scale, self.softcap)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] before the head. Sequences are padded on the right: a causal model's states at real
@@ -76,16 +70,15 @@ def scorer(model: Any, shared: int | None = None) -> Scorer:
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     vocabulary = embedding.weight.shape[0]
-    result = Scorer(model, Head(embedding, min(shared or vocabulary, vocabulary), scale, softcap))
+    result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap)
     _verify(result)
     return result
 
 
 @torch.no_grad()
 def _verify(parts: Scorer) -> None:
-    device = parts.head.embedding.weight.device
-    probe_BT = torch.arange(1, 9, device=device).remainder(parts.head.shared).unsqueeze(0)
-    own = parts.model(input_ids=probe_BT, use_cache=False).logits[0, :, : parts.head.shared].float()
+    probe_BT = torch.arange(1, 9, device=parts.device).remainder(parts.shared).unsqueeze(0)
+    own = parts.model(input_ids=probe_BT, use_cache=False).logits[0, :, : parts.shared].float()
     ours = parts.head(parts.hidden(probe_BT)[0]).float()
     if not own.isfinite().all():
         raise InputError(

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from remend.losses import Head
 from remend.rollout import Rollout
-from remend.scoring import Head, Scorer, pack
+from remend.scoring import Scorer, pack
 
 
 class Teacher(Protocol):
@@ -41,6 +42,6 @@ class Frozen:
     @torch.no_grad()
     def hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
         """See Teacher."""
-        device = self.head.embedding.weight.device
+        device = self.parts.device
         batch = pack([(r.prompt, r.completion) for r in rollouts], pad_id=self.pad_id, device=device)
         return batch.gather(self.parts.hidden(batch.tokens_BT))
