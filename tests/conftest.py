@@ -84,6 +84,22 @@ def student_dir(reference_dir: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, dequantized once for all slow tests."""
+    from remend import models
+    from remend.errors import FileError
+
+    try:
+        source = models.resolve("smollm2")
+    except FileError as error:
+        pytest.skip(str(error))
+    path = tmp_path_factory.mktemp("real") / "smollm2"
+    model = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    models.save_model(model, models.load_tokenizer(source), path)
+    return path
+
+
 @pytest.fixture
 def prompt_file(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"

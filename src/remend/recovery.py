@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from remend.rollout import TransformersSampler
 from remend.run import RunDirectory
 from remend.scoring import scorer
 from remend.teacher import Frozen
-from remend.train import Saving, Schedule, train
+from remend.train import Hook, Saving, Schedule, train
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,13 @@ class _Recovery:
             project_dir=config.out if config.report_to else None,
         )
         self.student_source, self.teacher_source = checked.student, checked.teacher
-        self.directory = directory or self._create()
+        # creating the Accelerator joined all processes, so none still looks whether `out` is free
+        self.directory = directory or RunDirectory(Path(config.out))
+        if directory is None and self.accelerator.is_main_process:
+            self._create()
         self.teacher = teacher
 
-    def _create(self) -> RunDirectory:
+    def _create(self) -> None:
         config = self.config
         with stage("hashing the models' files"):
             hashes = {
@@ -174,7 +177,6 @@ class _Recovery:
         }
         run.write_text(directory.path / run.RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
         run.write_json(directory.path / run.MANIFEST, manifest)
-        return directory
 
     def run(self) -> RecoverResult:
         """All stages in order."""
@@ -182,16 +184,21 @@ class _Recovery:
         self.pad_id = int(pad if pad is not None else self.checked.tokenizer.eos_token_id or 0)
         teacher, student = self._load_teacher(), self._load(self.student_source, torch.float32)
         reference = scorer(teacher, self.checked.shared)
-        self.judge = Judge(reference, self.checked, self.config, self.directory, self.pad_id)
-        baseline = self.judge.baseline(student)
+        # one process measures, writes and saves; the others only share the steps
+        main = self.accelerator.is_main_process
+        judge = Judge(reference, self.checked, self.config, self.directory, self.pad_id) if main else None
+        baseline = judge.baseline(student) if judge else None
+        self.accelerator.wait_for_everyone()
         constraint = self._constraint(student, teacher)
-        tokens = self._train(student, reference, constraint)
-        with stage("saving the model"), run.new_directory(self.directory.path / "model") as target:
-            models.save_model(student, self.checked.tokenizer, target)
-            constraint.save(target)
-        del student, constraint
-        recovered = self.judge.final(self._load_saved())
-        self._finish(baseline, recovered, tokens)
+        hooks = [judge.hook(student, self.config.eval_every)] if judge and self.config.eval_every else []
+        self._train(student, reference, constraint, hooks)
+        if judge and baseline:
+            with stage("saving the model"), run.new_directory(self.directory.path / "model") as target:
+                models.save_model(student, self.checked.tokenizer, target)
+                constraint.save(target)
+            del student, constraint, hooks
+            self._finish(baseline, judge.final(self._load_saved()))
+        self.accelerator.wait_for_everyone()
         return _result(self.directory)
 
     def _load_teacher(self) -> Any:
@@ -211,7 +218,7 @@ class _Recovery:
         where = self.student_source.path if self.student_source.kind == "directory" else None
         return constraint_of(student, where, origin=teacher)
 
-    def _train(self, student: Any, reference: Any, constraint: Constraint) -> int:
+    def _train(self, student: Any, reference: Any, constraint: Constraint, hooks: Sequence[Hook]) -> None:
         config, accelerator = self.config, self.accelerator
         for module in student.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -239,17 +246,17 @@ class _Recovery:
         saved = self.directory.checkpoints()
         resume = saved[-1] if saved else None
         done = resume.step if resume else 0
-        for name in (run.METRICS, "timing.jsonl"):
-            self.directory.rewind(name, done)
+        if accelerator.is_main_process:
+            for name in (run.METRICS, "timing.jsonl"):
+                self.directory.rewind(name, done)
         if config.report_to:
             accelerator.init_trackers("remend", config=config.model_dump())
-        hooks = [self.judge.hook(student, config.eval_every)] if config.eval_every else []
         with stage(f"recovering ({direction(config.beta)})", config.steps, done) as advance:
 
             def on_step(row: Mapping[str, float]) -> None:
                 advance(1, f"loss {row['loss']:.3f}  {row['tokens'] / row['seconds']:.0f} tokens/s")
 
-            tokens = train(
+            train(
                 objective,
                 constraint,
                 accelerator,
@@ -263,10 +270,10 @@ class _Recovery:
             )
         if config.report_to:
             accelerator.end_training()
-        return tokens
 
-    def _finish(self, baseline: HeldOut, recovered: HeldOut, tokens: int) -> None:
+    def _finish(self, baseline: HeldOut, recovered: HeldOut) -> None:
         timing = self.directory.rows("timing.jsonl")
+        tokens = sum(row["tokens"] for row in self.directory.rows(run.METRICS) if "loss" in row)
         summary = {
             **summarize(baseline, recovered, self.config.seed),
             "kl_direction": direction(0.0),

@@ -101,8 +101,8 @@ def train(
     resume: Checkpoint | None = None,
     hooks: Sequence[Hook] = (),
     on_step: Callable[[Mapping[str, float]], None] = lambda row: None,
-) -> int:
-    """Run the loop to `schedule.steps`. Returns the completion tokens trained on in these steps.
+) -> None:
+    """Run the loop to `schedule.steps`.
 
     Args:
         objective: what is trained on.
@@ -147,7 +147,6 @@ def train(
             _log(saving, accelerator, step, hook(step) or {})
         if saving.every and step % saving.every == 0 and accelerator.is_main_process:
             _save(saving, step, constraint, optimizer)
-    return sum(r["tokens"] for r in saving.run.rows(METRICS) if "loss" in r)
 
 
 def _log(saving: Saving, accelerator: Accelerator, step: int, values: Mapping[str, float]) -> None:

