@@ -123,4 +123,5 @@ def recipe(reference_dir: Path, student_dir: Path, prompt_file: Path, tmp_path: 
         "held_out": 6,
         "save_every": 2,
         "device": "cpu",
+        "dtype": "float32",
     }

@@ -123,6 +123,8 @@ def show(result: Any) -> None:
         grid.add_row(row["label"], row["degraded"], row["recovered"], row["gap"])
     console.print(grid)
     console.print(verdict(summary), style="bold")
+    for note in summary["notes"]:
+        console.print(f"note: {note}", markup=False)
     console.print(
         f"{summary['steps']} steps, {summary['tokens_trained']} tokens, {summary['seconds']:.0f} s, "
         f"peak memory {summary['peak_rss_mib']} MiB"

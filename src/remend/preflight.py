@@ -30,6 +30,7 @@ class Preflight:
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     student: models.Source | None = None
     teacher: models.Source | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -70,6 +71,9 @@ def preflight(config: RecoverConfig, *, resuming: bool = False) -> Preflight:
         found.student = models.fetch(models.resolve(config.student), weights=False)
     with found._collect():
         found.teacher = models.fetch(models.resolve(config.teacher), weights=False)
+    if found.teacher:
+        note = models.origin_note(found.teacher)
+        found.notes += [note] if note else []
     if found.student and found.teacher:
         _models(found, config, found.student, found.teacher)
     _data(found, config)

@@ -85,18 +85,13 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
 
 
 def run_recovery(
-    config: RecoverConfig,
-    *,
-    directory: RunDirectory | None = None,
-    teacher_model: Any = None,
-    began: float | None = None,
+    config: RecoverConfig, *, directory: RunDirectory | None = None, began: float | None = None
 ) -> RecoverResult:
-    """`recover` for callers that have a config, and perhaps the teacher in memory.
+    """`recover` for callers that have a config.
 
     Args:
         config: the settings.
         directory: a run to continue; None starts one.
-        teacher_model: the model that `config.teacher` names, loaded; it is frozen.
         began: time.monotonic() when the user's command began, for `seconds`.
     """
     began = time.monotonic() if began is None else began
@@ -105,7 +100,7 @@ def run_recovery(
     checked.raise_problems()
     for warning in checked.warnings:
         console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
-    return _Recovery(config, checked, directory, teacher_model, began).run()
+    return _Recovery(config, checked, directory, began).run()
 
 
 def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any]) -> tuple[RecoverConfig, RunDirectory]:
@@ -133,9 +128,7 @@ def _result(directory: RunDirectory) -> RecoverResult:
 class _Recovery:
     """One recovery under way: holds what its stages share."""
 
-    def __init__(
-        self, config: RecoverConfig, checked: Preflight, directory: RunDirectory | None, teacher: Any, began: float
-    ) -> None:
+    def __init__(self, config: RecoverConfig, checked: Preflight, directory: RunDirectory | None, began: float) -> None:
         self.config, self.checked = config, checked
         self.began = began
         assert checked.student is not None
@@ -151,7 +144,6 @@ class _Recovery:
         self.directory = directory or RunDirectory(Path(config.out))
         if directory is None and self.accelerator.is_main_process:
             self._create()
-        self.teacher = teacher
 
     def _create(self) -> None:
         config = self.config
@@ -172,7 +164,9 @@ class _Recovery:
             "dropped": self.checked.dropped,
             "shared_vocabulary": self.checked.shared,
             "constraint": self.checked.grid or "none",
+            "dtype": str(self.dtype).removeprefix("torch."),
             "warnings": self.checked.warnings,
+            "notes": self.checked.notes,
             **run.environment(),
         }
         run.write_text(directory.path / run.RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
@@ -202,8 +196,9 @@ class _Recovery:
         return _result(self.directory)
 
     def _load_teacher(self) -> Any:
-        model = self.teacher if self.teacher is not None else self._load(self.teacher_source, self.dtype)
-        return model.requires_grad_(False)
+        # a GPU's memory is dear, so its teacher is held in bfloat16; a CPU's measures in float32
+        dtype = self.dtype if self.accelerator.device.type == "cuda" else torch.float32
+        return self._load(self.teacher_source, dtype).requires_grad_(False)
 
     def _load(self, source: models.Source, dtype: torch.dtype) -> Any:
         with stage(f"loading {source.spec}"):
@@ -286,6 +281,7 @@ class _Recovery:
             "peak_rss_mib": round(run.peak_rss_mib()),
             "held_out_prompts": len(self.checked.held_out),
             "warnings": self.checked.warnings,
+            "notes": self.checked.notes,
         }
         write_report(self.directory.path, summary)
         run.write_json(self.directory.path / run.SUMMARY, summary)  # last: its presence says that the run is complete

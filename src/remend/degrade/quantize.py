@@ -57,9 +57,7 @@ def quantize_in_place(model: Any, fmt: GridFormat, method: str = "rtn") -> Store
     return StoredGrid(fmt, matrices)
 
 
-def quantize(
-    model: str, out: str | Path, *, format: str = "int3-g64", method: str = "rtn", loaded: Any = None
-) -> dict[str, Any]:
+def quantize(model: str, out: str | Path, *, format: str = "int3-g64", method: str = "rtn") -> dict[str, Any]:
     """Quantize a model and save it with its grid.
 
     Args:
@@ -67,7 +65,6 @@ def quantize(
         out: a new directory.
         format: 'int{2,3,4,8}-g{32,64,128}', with '-sym' or '-asym' (the default).
         method: 'rtn'.
-        loaded: the model, if it is in memory already. It is changed.
 
     Returns:
         The content of degradation.json.
@@ -81,9 +78,8 @@ def quantize(
     if problem:
         raise InputError(problem)
     tokenizer = models.load_tokenizer(source)
-    if loaded is None:
-        with stage(f"loading {model}"):
-            loaded = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    with stage(f"loading {model}"):
+        loaded = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
     with stage(f"quantizing to {fmt.name} ({method})"):
         hashes = models.hash_files(source)
         began = time.perf_counter()
@@ -101,11 +97,9 @@ def quantize(
         "bits_per_weight": fmt.bits_per_weight,
         "seconds": round(seconds, 3),
     }
-    if source.kind == "gguf":
-        degradation["note"] = (
-            "the reference is a dequantized GGUF file: a grid that is as fine as its own reproduces it "
-            "and damages nothing"
-        )
+    note = models.origin_note(source)
+    if note:
+        degradation["note"] = note
     with stage(f"saving {out}"), run.new_directory(out) as target:
         models.save_model(loaded, tokenizer, target)
         stored.write(target)

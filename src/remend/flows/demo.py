@@ -5,7 +5,6 @@ remend demo
 
 from __future__ import annotations
 
-import copy
 import time
 from datetime import datetime
 from importlib import resources
@@ -24,8 +23,10 @@ from remend.recovery import RecoverResult, run_recovery, settings
 
 FORMAT = "int3-g64-asym"
 HELD_OUT = 32
-STEPS = 32
-LEARNING_RATE = 4e-4
+STEPS = 40
+TRAINING = {"learning_rate": 4e-4, "warmup_steps": 2, "final_learning_rate": 0.3}
+"""Of the rates tried on int3-g64 SmolLM2 (20 steps, held-out KL): 1e-4 1.03, 4e-4 0.75, 5e-4 decaying to 0 0.80; 4e-4
+held constant 0.73. So short runs want a high rate to the end."""
 
 
 def fresh_directory() -> Path:
@@ -65,7 +66,7 @@ def demo(out: str | Path | None = None, *, model: str = EMBEDDED, steps: int = S
         seed: of rollouts and order.
 
     Returns:
-        The recovery's result. `out` is an ordinary run, with the degraded student and the prompts under inputs/.
+        The recovery's result. `out` is an ordinary run; reference, student and prompts are in inputs/.
     """
     began = time.monotonic()
     directory = Path(out) if out is not None else fresh_directory()
@@ -78,20 +79,25 @@ def demo(out: str | Path | None = None, *, model: str = EMBEDDED, steps: int = S
     source = models.resolve(model)
     with stage(f"loading {model}"):
         reference = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
-    quantize(model, inputs / "degraded", format=FORMAT, loaded=copy.deepcopy(reference))
+    with stage("saving it as a plain directory"), run.new_directory(inputs / "reference") as target:
+        models.save_model(reference, models.load_tokenizer(source), target)
+        if source.kind == "gguf" and source.path:
+            run.write_json(target / models.ORIGIN_FILE, {"dequantized_from": source.path.name})
+    del reference
+    quantize(str(inputs / "reference"), inputs / "degraded", format=FORMAT)
     train, held_out = write_prompts(inputs)
     config = settings(
         overrides={
             "student": str(inputs / "degraded"),
-            "teacher": model,
+            "teacher": str(inputs / "reference"),
             "data": str(train),
             "eval_data": str(held_out),
             "out": str(directory),
             "steps": steps,
-            "learning_rate": LEARNING_RATE,
+            **TRAINING,
             "save_every": 0,
             "device": "cpu",
             "seed": seed,
         }
     )
-    return run_recovery(config, teacher_model=reference, began=began)
+    return run_recovery(config, began=began)
