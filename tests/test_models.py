@@ -81,11 +81,18 @@ def test_count_parameters_allocates_nothing_and_counts_tied_once(reference_dir: 
     assert models.count_parameters(config) == sum(p.numel() for p in build_model(320).parameters())
 
 
-def test_device_and_dtype() -> None:
+def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert models.choose_device("cpu") == CPU
     with pytest.raises(InputError, match=r'device "cuda:99" can\'t be used here'):
         models.choose_device("cuda:99")
-    assert models.choose_dtype("auto", CPU) == torch.float32
+    for has, dtype in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert models.choose_dtype("auto", CPU) == dtype
+        assert models.choose_dtype("float32", CPU) == torch.float32
     assert models.choose_dtype("bfloat16", CPU) == torch.bfloat16
 
 

@@ -143,6 +143,7 @@ def test_two_processes_equal_one(recipe: dict[str, object], tmp_path: Path) -> N
         assert a["tokens"] == b["tokens"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["clipped_share"] == pytest.approx(b["clipped_share"])
     summary = json.loads((tmp_path / "pair" / "summary.json").read_text())
     assert summary["recovered"]["kl"] == pytest.approx(single.summary["recovered"]["kl"], rel=1e-2)
     assert summary["tokens_trained"] == single.summary["tokens_trained"]

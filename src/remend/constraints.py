@@ -67,8 +67,7 @@ class Free:
 class OnGrid:
     """Some matrices stay on the quantization grid that they came on; all other parameters are free.
 
-    Scales and zeros stay as stored: re-deriving them from trained weights is not idempotent. Refitting them to the
-    masters after every update was measured too (int3-g64 SmolLM2, 20 steps): held-out KL 0.745 against 0.753, no gain.
+    Scales and zeros stay as stored: re-deriving them from trained weights is not idempotent.
 
     Args:
         model: holds the quantized weights already.

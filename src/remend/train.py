@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -167,9 +167,9 @@ def _gradients(objective: Objective, accelerator: Accelerator, step: int, saving
     device = accelerator.device
     streams = sorted(objective.weights)
     counts = torch.tensor([prepared.tokens.get(s, 0) for s in streams], dtype=torch.float64, device=device)
-    totals = accelerator.reduce(counts, reduction="sum") if accelerator.num_processes > 1 else counts
+    totals = _over_processes(accelerator, counts)
     sums = torch.zeros(len(streams), dtype=torch.float64, device=device)
-    metrics: dict[str, float] = dict(prepared.metrics)
+    metrics: dict[str, float] = {}
     for micro in prepared.micro_batches:
         output = objective(micro)
         loss = torch.zeros((), device=device)
@@ -180,8 +180,10 @@ def _gradients(objective: Objective, accelerator: Accelerator, step: int, saving
         accelerator.backward(loss)
         for name, value in output.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums, reduction="sum")
+    sums = _over_processes(accelerator, sums)
+    names = sorted(prepared.metrics)
+    shared = torch.tensor([prepared.metrics[n] for n in names], dtype=torch.float64, device=device)
+    metrics.update(zip(names, _over_processes(accelerator, shared, "mean").tolist(), strict=True))
     means = {s: float(sums[i] / totals[i]) for i, s in enumerate(streams) if totals[i] > 0}
     loss_value = sum(objective.weights[s] * m for s, m in means.items())
     if not math.isfinite(loss_value):
@@ -193,12 +195,17 @@ def _gradients(objective: Objective, accelerator: Accelerator, step: int, saving
     return _Row(values, prepared.ids)
 
 
+def _over_processes(accelerator: Accelerator, tensor: Tensor, how: str = "sum") -> Tensor:
+    if accelerator.num_processes == 1 or not tensor.numel():
+        return tensor
+    return cast(Tensor, accelerator.reduce(tensor, reduction=how))
+
+
 def _clip(masters: Mapping[str, Tensor], limit: float, accelerator: Accelerator) -> float:
     """Sum gradients over processes, clip them together, return their norm before clipping."""
     with_grad = [t for t in masters.values() if t.grad is not None]
-    if accelerator.num_processes > 1:
-        for tensor in with_grad:
-            tensor.grad = accelerator.reduce(tensor.grad, reduction="sum")
+    for tensor in with_grad:
+        tensor.grad = _over_processes(accelerator, cast(Tensor, tensor.grad))
     return float(torch.nn.utils.clip_grad_norm_(with_grad, limit, foreach=True))
 
 
