@@ -84,3 +84,11 @@ def test_one_point_or_only_zeros_stay_inside(points: list[tuple[float, float]]) 
     for circle in parsed(html).iter("circle"):
         assert LEFT <= float(circle.attrib["cx"]) <= WIDTH - RIGHT
         assert TOP <= float(circle.attrib["cy"]) <= HEIGHT - BOTTOM
+
+
+def test_points_that_are_not_joined_have_no_line() -> None:
+    apart = str(
+        line_chart([Series("a", "accent", [(0, 1), (5, 2)], dots=True, joined=False)], x_label="", y_label="", title="")
+    )
+    assert "<polyline" not in apart
+    assert apart.count("<circle") == 2

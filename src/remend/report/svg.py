@@ -16,12 +16,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name in the legend, its CSS class, its points; `dots` marks every point."""
+    """A line: its name in the legend, its CSS class, its points. `dots` marks every point; `joined` draws the line."""
 
     name: str
     css: str
     points: Sequence[Point]
     dots: bool = False
+    joined: bool = True
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -64,8 +65,9 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: s
     parts.append(f'<text x="14" y="{middle:.0f}" text-anchor="middle" {turned}>{escape(y_label)}</text>')
     for s in series:
         placed = [place(x, y) for x, y in s.points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        parts.append(f'<polyline class="line {s.css}" points="{path}"/>')
+        if s.joined:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+            parts.append(f'<polyline class="line {s.css}" points="{path}"/>')
         if s.dots:
             parts += [f'<circle class="dot {s.css}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in placed]
     parts.append("</svg>")
