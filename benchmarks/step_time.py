@@ -1,12 +1,15 @@
 """One training step of remend against one of TRL's DistillationTrainer 1.16: seconds and peak memory.
 
     pip install -e '.[bench]'
-    python benchmarks/step_time.py [--rounds 3] [--steps 4] [--batch-size 8] [--accumulation 1] [--new-tokens 48]
+    python benchmarks/step_time.py [--rounds 3] [--steps 4] [--prompts 8] [--micro-batch 2] [--trl-micro-batch 8]
 
 Both sides distil the same float32 SmolLM2-135M-Instruct into a copy of itself on the same prompts: sample from the
 student at temperature 1, exactly `new-tokens` tokens a prompt (no early end, so that lengths are equal), forward KL
 over the full vocabulary at the completion tokens, clip, AdamW. Each side runs in its own process; the sides alternate.
 The first step of a process is left out: it pays for allocation. Peak memory is the process's largest resident set.
+
+Both sides sample the step's 8 rollouts together. remend scores them in micro-batches of 2 by default, since its loss is
+divided once and the gradient is the same to rounding; TRL gets its 8 as one batch, or as --trl-micro-batch says.
 """
 
 from __future__ import annotations
@@ -60,8 +63,8 @@ def side_remend(model_dir: str, options: argparse.Namespace, work: str) -> list[
         sampler=TransformersSampler(student, parts.shared, (), pad),  # no end: every rollout is full length
         order=Order(encoded, 0),
         pad_id=pad,
-        batch_size=options.batch_size,
-        accumulation=options.accumulation,
+        batch_size=options.micro_batch,
+        accumulation=options.prompts // options.micro_batch,
         beta=0.0,
         max_new_tokens=options.new_tokens,
         temperature=1.0,
@@ -97,8 +100,8 @@ def side_trl(model_dir: str, options: argparse.Namespace, work: str) -> list[flo
         bf16=False,
         gradient_checkpointing=options.trl_checkpointing,
         max_steps=options.steps + 1,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
+        per_device_train_batch_size=options.trl_micro_batch,
+        gradient_accumulation_steps=options.prompts // options.trl_micro_batch,
         learning_rate=LEARNING_RATE,
         max_completion_length=options.new_tokens,
         generation_kwargs={"min_new_tokens": options.new_tokens},
@@ -151,8 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=8, help="prompts a step")
+    parser.add_argument("--micro-batch", type=int, default=2, help="prompts that remend scores at once")
+    parser.add_argument("--trl-micro-batch", type=int, default=8, help="TRL's per_device_train_batch_size")
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--trl-checkpointing", action="store_true", help="TRL with its default, gradient checkpointing")
     parser.add_argument("--side", choices=["remend", "trl"], help=argparse.SUPPRESS)

@@ -6,12 +6,15 @@ Legend: B active rows, V vocabulary, T prompt length.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from remend.prompts import Encoded
 
@@ -79,7 +82,8 @@ class TransformersSampler:
         self.model.eval()
         for start in range(0, len(order), self.max_rows):
             rows = order[start : start + self.max_rows]
-            completions = self._decode([prompts[i].tokens for i in rows], uniform[rows], temperature)
+            with _weight_first(self.model):
+                completions = self._decode([prompts[i].tokens for i in rows], uniform[rows], temperature)
             for i, tokens in zip(rows, completions, strict=True):
                 clipped = not tokens or tokens[-1] not in self.eos
                 results[i] = Rollout(prompts[i].id, prompts[i].tokens, tuple(tokens), clipped)
@@ -128,6 +132,39 @@ class TransformersSampler:
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
             position_BT = position_BT[:, -1:] + 1
         return completions
+
+
+THIN = 32
+"""Rows up to which a product with a weight is bound by reading the weight."""
+
+
+@contextmanager
+def _weight_first(model: Any) -> Iterator[None]:
+    """On a CPU in float32, multiply thin batches as (W xᵀ)ᵀ instead of x Wᵀ: the same sums in 0.6 to 0.7 of the time.
+
+    Decoding reads every weight once a token for a handful of rows, and MKL streams a weight faster as the left factor
+    (docs/speed.md).
+    """
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32]
+    if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        layers = []
+
+    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+        flat_ND = x.reshape(-1, x.shape[-1])
+        if flat_ND.shape[0] > THIN:
+            return functional.linear(x, layer.weight, layer.bias)
+        y_NE = torch.mm(layer.weight, flat_ND.T).T.contiguous()
+        if layer.bias is not None:
+            y_NE += layer.bias
+        return y_NE.view(*x.shape[:-1], -1)
+
+    for layer in layers:
+        layer.forward = partial(forward, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
