@@ -1,15 +1,15 @@
 """One training step of remend against one of TRL's DistillationTrainer 1.16: seconds and peak memory.
 
     pip install -e '.[bench]'
-    python benchmarks/step_time.py [--rounds 3] [--steps 4] [--prompts 8] [--micro-batch 2] [--trl-micro-batch 8]
+    python benchmarks/step_time.py [--rounds 3] [--steps 4] [--prompts 8] [--trl-checkpointing]
 
 Both sides distil the same float32 SmolLM2-135M-Instruct into a copy of itself on the same prompts: sample from the
 student at temperature 1, exactly `new-tokens` tokens a prompt (no early end, so that lengths are equal), forward KL
 over the full vocabulary at the completion tokens, clip, AdamW. Each side runs in its own process; the sides alternate.
 The first step of a process is left out: it pays for allocation. Peak memory is the process's largest resident set.
 
-Both sides sample the step's 8 rollouts together. remend scores them in micro-batches of 2 by default, since its loss is
-divided once and the gradient is the same to rounding; TRL gets its 8 as one batch, or as --trl-micro-batch says.
+remend recomputes layers in the backward pass (gradient_checkpointing: true), which costs it time and saves memory; TRL
+runs without, which is faster for it, or with --trl-checkpointing as its default is.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def side_remend(model_dir: str, options: argparse.Namespace, work: str) -> list[
     teacher = models.load_model(source, dtype=torch.float32, device=cpu).requires_grad_(False)
     encoded = [encode(tokenizer, Example(str(i), p, {})) for i, p in enumerate(prompts())]
     pad, accelerator = tokenizer.pad_token_id, Accelerator(cpu=True)
-    parts = scorer(student)
+    parts = scorer(student, checkpointing=not options.no_checkpointing)
     objective = OnPolicy(
         student=parts,
         teacher=Frozen(scorer(teacher), pad),
         sampler=TransformersSampler(student, parts.shared, (), pad),  # no end: every rollout is full length
         order=Order(encoded, 0),
         pad_id=pad,
-        batch_size=options.micro_batch,
-        accumulation=options.prompts // options.micro_batch,
+        batch_size=options.prompts,
+        accumulation=1,
         beta=0.0,
         max_new_tokens=options.new_tokens,
         temperature=1.0,
@@ -100,8 +100,8 @@ def side_trl(model_dir: str, options: argparse.Namespace, work: str) -> list[flo
         bf16=False,
         gradient_checkpointing=options.trl_checkpointing,
         max_steps=options.steps + 1,
-        per_device_train_batch_size=options.trl_micro_batch,
-        gradient_accumulation_steps=options.prompts // options.trl_micro_batch,
+        per_device_train_batch_size=options.prompts,
+        gradient_accumulation_steps=1,
         learning_rate=LEARNING_RATE,
         max_completion_length=options.new_tokens,
         generation_kwargs={"min_new_tokens": options.new_tokens},
@@ -155,8 +155,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=8, help="prompts a step")
-    parser.add_argument("--micro-batch", type=int, default=2, help="prompts that remend scores at once")
-    parser.add_argument("--trl-micro-batch", type=int, default=8, help="TRL's per_device_train_batch_size")
+    parser.add_argument("--no-checkpointing", action="store_true", help="remend without gradient checkpointing")
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--trl-checkpointing", action="store_true", help="TRL with its default, gradient checkpointing")
     parser.add_argument("--side", choices=["remend", "trl"], help=argparse.SUPPRESS)

@@ -177,3 +177,31 @@ def test_gradients_reach_body_and_head() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_checkpointing_gives_the_same_gradients_and_leaves_no_trace() -> None:
+    """Recomputed layers: equal loss and gradients, fewer saved tensors, and the model stays in evaluation mode."""
+    pairs = [([1, 2, 3], [4, 5, 6, 7]), ([8, 9], [10, 11])]
+    batch = pack(pairs, pad_id=0, device=torch.device("cpu"))
+    results = []
+    for checkpointing in (False, True):
+        model = build_model(VOCABULARY)
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5  # in training mode this would change everything
+        parts, saved = scorer(model, checkpointing=checkpointing), 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            loss = parts.head(batch.gather(parts.hidden(batch.tokens_BT))).square().sum()
+        loss.backward()
+        assert not any(m.training for m in model.modules())
+        results.append((loss.detach(), saved, {n: p.grad for n, p in model.named_parameters()}))
+    (plain, many, gradients), (recomputed, few, same) = results
+    torch.testing.assert_close(plain, recomputed)
+    assert few < many / 2
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, same[name], rtol=1e-5, atol=1e-6)

@@ -40,6 +40,10 @@ class RecoverConfig(BaseModel):
     gradient_accumulation: int = Field(
         1, ge=1, description="micro-batches a step; a step samples all its rollouts first"
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="recompute layers in the backward pass: less memory, one more forward pass (TRL's default is on)",
+    )
     learning_rate: float = Field(
         2e-4, gt=0, le=1, description="AdamW peak. Full training of large models: 1e-5 to 2e-5 (SDFT authors' code)"
     )

@@ -219,7 +219,7 @@ class _Recovery:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # the distribution that is pulled back is the one that is served
         objective = OnPolicy(
-            student=scorer(student, self.checked.shared),
+            student=scorer(student, self.checked.shared, checkpointing=config.gradient_checkpointing),
             teacher=Frozen(reference, self.pad_id),
             sampler=TransformersSampler(
                 student, self.checked.shared, models.eos_ids(student, self.checked.tokenizer), self.pad_id

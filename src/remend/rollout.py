@@ -54,7 +54,7 @@ class TransformersSampler:
     would not be the policy whose divergence is taken.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers causal language model in evaluation mode.
         shared: only ids below it are sampled (both models must know them).
         eos: ids that end a completion; the ending token belongs to it.
         pad_id: any valid id.
@@ -78,8 +78,6 @@ class TransformersSampler:
         )
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))  # like lengths pad least
         results: dict[int, Rollout] = {}
-        was_training = self.model.training
-        self.model.eval()
         for start in range(0, len(order), self.max_rows):
             rows = order[start : start + self.max_rows]
             with _weight_first(self.model):
@@ -89,7 +87,6 @@ class TransformersSampler:
                 results[i] = Rollout(prompts[i].id, prompts[i].tokens, tuple(tokens), clipped)
             if self.on_rows:
                 self.on_rows(len(rows))
-        self.model.train(was_training)
         return [results[i] for i in range(len(prompts))]
 
     def _decode(self, prompts: list[tuple[int, ...]], uniform: Tensor, temperature: float) -> list[list[int]]:

@@ -10,12 +10,14 @@ Legend: B batch, T time, D width, V vocabulary, N positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remend.errors import InputError
 from remend.losses import Head
@@ -29,6 +31,7 @@ class Scorer:
     shared: int
     scale: float = 1.0
     softcap: float | None = None
+    checkpointing: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -48,17 +51,33 @@ class Scorer:
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] before the head. Sequences are padded on the right: a causal model's states at real
         positions don't see what follows, so no attention mask is needed and attention keeps its fast causal path."""
-        output = self.model.base_model(input_ids=tokens_BT, use_cache=False)
+        with self._recomputed():
+            output = self.model.base_model(input_ids=tokens_BT, use_cache=False)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
 
+    @contextmanager
+    def _recomputed(self) -> Iterator[None]:
+        # transformers' layers recompute only in training mode. The mode is set on these layers alone, and for this pass
+        # alone: dropout stays off, and sampling keeps its cache.
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers = layers if self.checkpointing and torch.is_grad_enabled() else []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
-def scorer(model: Any, shared: int | None = None) -> Scorer:
+
+def scorer(model: Any, shared: int | None = None, *, checkpointing: bool = False) -> Scorer:
     """Split `model` into body and head.
 
     Args:
         model: a transformers causal language model.
         shared: how many vocabulary ids, from 0, the head keeps; None is all.
+        checkpointing: recompute each layer in the backward pass instead of keeping its activations (arXiv 1604.06174).
 
     Raises:
         InputError: the parts don't reproduce the model's own logits.
@@ -70,7 +89,9 @@ def scorer(model: Any, shared: int | None = None) -> Scorer:
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     vocabulary = embedding.weight.shape[0]
-    result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap, checkpointing)
     _verify(result)
     return result
 
