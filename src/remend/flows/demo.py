@@ -23,7 +23,7 @@ from remend.recovery import RecoverResult, run_recovery, settings
 
 FORMAT = "int3-g64-asym"
 HELD_OUT = 32
-STEPS = 36
+STEPS = 40
 TRAINING = {"learning_rate": 4e-4, "warmup_steps": 2, "final_learning_rate": 0.3}
 """A short run wants a high rate to its end; twice this rate was unstable in its first ten steps."""
 
