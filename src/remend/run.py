@@ -50,8 +50,8 @@ def writing(target: Path) -> Iterator[None]:
             free = shutil.disk_usage(_existing(target)).free / 2**20
             raise FileError(
                 f"the disk is full: {target} could not be written ({free:.0f} MiB are free). "
-                "Nothing that stood there was overwritten. Free some space and run the command again; an interrupted run "
-                "continues with remend recover --resume."
+                "Nothing that stood there was overwritten. Free some space and run the command again; an interrupted "
+                "run continues with remend recover --resume."
             ) from None
         raise FileError(f"{target} can't be written: {getattr(error, 'strerror', None) or error}") from None
 
