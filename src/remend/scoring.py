@@ -90,7 +90,7 @@ def scorer(model: Any, shared: int | None = None, *, checkpointing: bool = False
     softcap = getattr(config, "final_logit_softcapping", None)
     vocabulary = embedding.weight.shape[0]
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap, checkpointing)
     _verify(result)
     return result
