@@ -1,7 +1,7 @@
 # make demo    set up .venv and run the demo on the real model
 # make test    set up .venv and run all tests
-# PIP_ARGS passes your choice of package index to pip, e.g. for a CPU-only torch:
-#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# PIP_ARGS passes your choice of package index to pip, for a CPU-only torch, say:
+#   make demo PIP_ARGS="--extra-index-url URL"
 
 PYTHON ?= python3
 PIP_ARGS ?=

@@ -76,7 +76,7 @@ class RecoverConfig(BaseModel):
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU. Trained weights are always float32",
+        description="of the arithmetic; auto: bfloat16 where the hardware has it. Trained weights are float32",
     )
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps")
     report_to: str | None = Field(None, description="tracker that accelerate knows: tensorboard, wandb, trackio, …")

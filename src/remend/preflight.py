@@ -16,7 +16,7 @@ from remend import models, run
 from remend.config import RecoverConfig
 from remend.constraints import GRID_FILE, StoredGrid
 from remend.data import Example, data_hash, load_examples, split_held_out, without
-from remend.errors import CheckError, RemendError
+from remend.errors import CheckError, RemendError, did_you_mean
 from remend.prompts import Encoded, encode_within
 from remend.vocabulary import compare_vocabularies, template_warnings
 
@@ -83,6 +83,7 @@ def preflight(config: RecoverConfig, *, resuming: bool = False) -> Preflight:
 
 
 def _settings(found: Preflight, config: RecoverConfig) -> None:
+    _tracker(found, config.report_to)
     for near, name in ((0.0, "forward KL"), (1.0, "reverse KL")):
         if config.beta != near and abs(config.beta - near) < 0.05:
             found.warnings.append(
@@ -96,6 +97,17 @@ def _settings(found: Preflight, config: RecoverConfig) -> None:
         found.warnings.append(
             f"warmup_steps {config.warmup_steps} is above steps {config.steps}: the peak learning rate is never reached"
         )
+
+
+def _tracker(found: Preflight, name: str | None) -> None:
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [str(kind) for kind in LoggerType.list() if kind != "all"]
+    if name is not None and name not in known:
+        found.problems.append(f'unknown report_to "{name}"; known: {", ".join(known)}.{did_you_mean(name, known)}')
+    elif name is not None and name not in map(str, get_available_trackers()):
+        found.problems.append(f"report_to {name} needs the package of that tracker, which is not installed")
 
 
 def _models(found: Preflight, config: RecoverConfig, student: models.Source, teacher: models.Source) -> None:

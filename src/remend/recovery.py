@@ -78,6 +78,7 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
     if resume is None:
         return run_recovery(settings(recipe, overrides))
     config, directory = _reopen(Path(resume), recipe, overrides)
+    directory.remove_leftovers()
     if (directory.path / run.SUMMARY).is_file():
         console.print(f"{directory.path} is complete; nothing is left to do")
         return _result(directory)
@@ -119,6 +120,18 @@ def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any])
     return config, directory
 
 
+def _same_inputs(directory: RunDirectory, inputs: Mapping[str, Any]) -> None:
+    recorded = run.read_json(directory.path / run.MANIFEST)
+    names = {"student": inputs["models"]["student"], "teacher": inputs["models"]["teacher"], "data": inputs["data"]}
+    before = {**recorded["models"], "data": recorded["data"]}
+    changed = [name for name, hashes in names.items() if before[name] != hashes]
+    if changed:
+        raise InputError(
+            f"the files of {' and '.join(changed)} changed since the run in {directory.path} began, so it can't be "
+            "continued as it was. Put them back, or start a new run with another out."
+        )
+
+
 def _result(directory: RunDirectory) -> RecoverResult:
     rows = [r for r in directory.rows(run.METRICS) if "loss" in r]
     path = directory.path
@@ -142,24 +155,27 @@ class _Recovery:
         self.student_source, self.teacher_source = checked.student, checked.teacher
         # creating the Accelerator joined all processes, so none still looks whether `out` is free
         self.directory = directory or RunDirectory(Path(config.out))
-        if directory is None and self.accelerator.is_main_process:
-            self._create()
+        if self.accelerator.is_main_process:
+            inputs = self._inputs()
+            if directory is None:
+                self._create(inputs)
+            else:
+                _same_inputs(directory, inputs)
 
-    def _create(self) -> None:
-        config = self.config
+    def _inputs(self) -> dict[str, Any]:
+        sources = {"student": self.student_source, "teacher": self.teacher_source}
         with stage("hashing the models' files"):
-            hashes = {
-                n: models.hash_files(s) for n, s in (("student", self.student_source), ("teacher", self.teacher_source))
-            }
-        directory = RunDirectory.create(Path(config.out))
+            return {"models": {n: models.hash_files(s) for n, s in sources.items()}, "data": self.checked.data_hashes}
+
+    def _create(self, inputs: Mapping[str, Any]) -> None:
+        config, environment = self.config, run.environment()
         recipe = config.model_dump()
         manifest = {
             "kind": "recover",
             "recipe": recipe,
             "kl_direction": direction(config.beta),
             "seeds": {"seed": config.seed},
-            "models": hashes,
-            "data": self.checked.data_hashes,
+            **inputs,
             "prompts": {"train": len(self.checked.train), "held_out": len(self.checked.held_out)},
             "dropped": self.checked.dropped,
             "shared_vocabulary": self.checked.shared,
@@ -167,8 +183,9 @@ class _Recovery:
             "dtype": str(self.dtype).removeprefix("torch."),
             "warnings": self.checked.warnings,
             "notes": self.checked.notes,
-            **run.environment(),
+            **environment,
         }
+        directory = RunDirectory.create(Path(config.out))
         run.write_text(directory.path / run.RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
         run.write_json(directory.path / run.MANIFEST, manifest)
 
@@ -215,9 +232,6 @@ class _Recovery:
 
     def _train(self, student: Any, reference: Any, constraint: Constraint, hooks: Sequence[Hook]) -> None:
         config, accelerator = self.config, self.accelerator
-        for module in student.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # the distribution that is pulled back is the one that is served
         objective = OnPolicy(
             student=scorer(student, self.checked.shared, checkpointing=config.gradient_checkpointing),
             teacher=Frozen(reference, self.pad_id),

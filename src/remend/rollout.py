@@ -142,7 +142,8 @@ def _weight_first(model: Any) -> Iterator[None]:
     Decoding reads every weight once a token for a handful of rows, and MKL streams a weight faster as the left factor
     (docs/speed.md).
     """
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32]
+    plain = (m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m))
+    layers = [m for m in plain if m.weight.dtype == torch.float32]
     if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         layers = []
 

@@ -203,6 +203,15 @@ class RunDirectory:
             shutil.rmtree(old.path)
         return Checkpoint(step, target)
 
+    def remove_leftovers(self) -> None:
+        """Remove temporary files and directories that a killed process left behind."""
+        for folder, names in ((self.path, ".*"), (self.path / "checkpoints", ".step-*")):
+            for path in folder.glob(names):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
     def checkpoints(self) -> list[Checkpoint]:
         """Complete checkpoints, oldest first."""
         found = sorted((self.path / "checkpoints").glob("step-*"))

@@ -107,7 +107,7 @@ def train(
     Args:
         objective: what is trained on.
         constraint: what is held; it owns the master weights.
-        accelerator: devices, processes, mixed precision, trackers.
+        accelerator: devices, processes, trackers (precision is the objective's own matter).
         schedule: learning rates and the number of steps.
         saving: where rows and checkpoints go.
         weight_decay, max_grad_norm: AdamW's decay on matrices; the norm to which gradients are clipped.
