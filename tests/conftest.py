@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEMPLATE = (
@@ -80,7 +82,7 @@ def student_dir(reference_dir: Path) -> Path:
     from remend.degrade.quantize import quantize
 
     path = reference_dir.parent / "student"
-    quantize(str(reference_dir), path, format="int3-g64")
+    quantize(str(reference_dir), path, format="int3-g64", probe=False)
     return path
 
 
@@ -124,4 +126,40 @@ def recipe(reference_dir: Path, student_dir: Path, prompt_file: Path, tmp_path: 
         "save_every": 2,
         "device": "cpu",
         "dtype": "float32",
+        "repair": False,
     }
+
+
+SKIPPED = "model.layers.1.mlp.up_proj"
+"""Left off the grid by `on_grid`, so that a plain layer stands among packed ones."""
+
+
+def put_on_grid(model: Any, name: str) -> Any:
+    """All linear layers but the head and SKIPPED, as a stored grid; the model's weights are moved onto it."""
+    from remend.constraints import StoredGrid
+    from remend.grids import GridFormat, decode, quantize
+
+    fmt, matrices = GridFormat.parse(name), {}
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and layer_name not in ("lm_head", SKIPPED):
+            codes, grid = quantize(layer.weight.detach(), fmt)
+            layer.weight.data.copy_(decode(codes, grid, fmt))
+            matrices[f"{layer_name}.weight"] = (codes, grid)
+    return StoredGrid(fmt, matrices)
+
+
+@pytest.fixture
+def on_grid(tmp_path: Path, tokenizer: Any) -> Any:
+    """Makes a directory with the tiny model on the grid of that name."""
+    from remend import models, run
+
+    def make(name: str) -> Path:
+        directory = tmp_path / f"student-{name.replace(':', '-')}"
+        model = build_model(len(tokenizer), width=256 if name == "gguf:tq2_0" else 64)
+        stored = put_on_grid(model, name)
+        models.save_model(model, tokenizer, directory)
+        stored.write(directory)
+        run.write_json(directory / "degradation.json", {"kind": "quantization", "format": name})
+        return directory
+
+    return make

@@ -63,7 +63,8 @@ def test_recover_without_a_recipe(run: Any, recipe: dict[str, object]) -> None:
 def test_degrade_quantize(run: Any, reference_dir: Path, tmp_path: Path) -> None:
     code, out, _ = run("degrade", "quantize", reference_dir, "--format", "int4-g32-sym", "--out", tmp_path / "q")
     assert code == 0
-    assert "14 matrices on int4-g32-sym (rtn), 4.5 bits a weight as packed" in out
+    assert "quantization int4-g32-sym rtn: 4.5 bits a weight, 0.1 MiB as packed" in out
+    assert "probe: KL 0." in out
     assert json.loads((tmp_path / "q" / "degradation.json").read_text())["format"] == "int4-g32-sym"
 
 
@@ -187,7 +188,7 @@ def test_out_of_another_run_and_resume_of_none(run: Any, recipe_file: Path, tmp_
 def test_bad_formats(run: Any, reference_dir: Path, tmp_path: Path) -> None:
     for words, message in (
         (("--format", "int5-g64"), 'unknown format "int5-g64"'),
-        (("--method", "magic"), 'unknown quantization method "magic"; known: rtn'),
+        (("--method", "magic"), 'unknown quantization method "magic"; known: gptq, rtn'),
         (("--format", "int3-g128"), "does not divide the input width of model.layers.0.self_attn.q_proj (64)"),
     ):
         code, _, err = run("degrade", "quantize", reference_dir, "--out", tmp_path / "q", *words)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from remend.config import RecoverConfig, build, parse_overrides, read_yaml
+from remend.config import RecoverConfig, build, merged, parse_overrides, read_yaml
 from remend.errors import FileError, InputError
 
 NEEDED = {"student": "s", "teacher": "t", "data": "d.jsonl", "out": "o"}
@@ -159,3 +159,43 @@ def test_overrides_without_key_or_value(word: str) -> None:
 def test_overrides_that_are_no_yaml(word: str) -> None:
     with pytest.raises(InputError, match='the value of "out" can\'t be read'):
         parse_overrides([word])
+
+
+def test_dotted_overrides_open_a_mapping() -> None:
+    words = ["lora.rank=4", "steps=2", "lora.targets=[q_proj, v_proj]"]
+    assert parse_overrides(words) == {"lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}, "steps": 2}
+    assert parse_overrides(["lora.rank=4", "lora=null"]) == {"lora": None}
+
+
+def test_a_mapping_over_a_mapping_changes_the_keys_that_it_names() -> None:
+    recipe = {"steps": 1, "lora": {"rank": 4, "alpha": 9}}
+    assert merged(recipe, {"lora": {"rank": 2}}) == {"steps": 1, "lora": {"rank": 2, "alpha": 9}}
+    assert merged(recipe, {"lora": None})["lora"] is None
+    assert merged({"lora": None}, {"lora": {"rank": 2}})["lora"] == {"rank": 2}
+    assert recipe["lora"] == {"rank": 4, "alpha": 9}
+
+
+REQUIRED = {"student": "a", "teacher": "b", "data": "c", "out": "d"}
+
+
+def test_lora_is_off_unless_asked_for() -> None:
+    assert build(RecoverConfig, REQUIRED, "x").lora is None
+    lora = build(RecoverConfig, {**REQUIRED, "lora": {"rank": 4}}, "x").lora
+    assert lora is not None
+    assert (lora.rank, lora.alpha, lora.targets) == (4, None, "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ({"rnak": 3}, r'unknown key "lora\.rnak"\. Did you mean "rank"\? Known: rank, alpha, targets'),
+        ({"rank": 0}, r'"lora\.rank" is 0'),
+        ({"rank": 1.5}, r'"lora\.rank" is 1\.5'),
+        ({"alpha": -1}, r'"lora\.alpha" is -1'),
+        ({"targets": "some"}, r'"lora\.targets.*is \'some\''),
+        (5, '"lora" is 5'),
+    ],
+)
+def test_bad_lora_settings(value: object, part: str) -> None:
+    with pytest.raises(InputError, match=part):
+        build(RecoverConfig, {**REQUIRED, "lora": value}, "x")

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from conftest import build_model
+from grid_reference import slow_groups
 from remend.constraints import GRID_FILE, Free, OnGrid, StoredGrid, constraint_of
 from remend.degrade.quantize import quantize_in_place
 from remend.errors import FileError, InputError
-from remend.grids import GridFormat, decode, encode
+from remend.grids import Grid, GridFormat, decode, encode
 
 VOCABULARY = 64
 TOKENS = torch.arange(3, 35).view(2, 16)
-FORMATS = ["int3-g64-asym", "int4-g32-sym"]
+FORMATS = ["int3-g64-asym", "int4-g32-sym", "int4-g32-zp", "gguf:q4_0", "gguf:q4_1", "gguf:q8_0", "gguf:mxfp4"]
+FORMATS += ["mxfp4", "nvfp4", "nf4", "fp8-e4m3"]  # gguf:tq2_0's 256 divides no row of the tiny model
 
 
 def pair(name: str = FORMATS[0]) -> tuple[LlamaForCausalLM, LlamaForCausalLM, StoredGrid]:
@@ -37,6 +39,10 @@ def constrained(student: nn.Module, stored: StoredGrid, origin: nn.Module | None
     return OnGrid(student, stored, origin=parameters(origin) if origin else None)
 
 
+def same(one: Grid, other: Grid) -> bool:
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def train(model: LlamaForCausalLM, constraint: Free | OnGrid, steps: int) -> None:
     optimizer = torch.optim.AdamW(constraint.masters().values(), lr=1e-2)
     for _ in range(steps):
@@ -47,12 +53,15 @@ def train(model: LlamaForCausalLM, constraint: Free | OnGrid, steps: int) -> Non
         constraint.project()
 
 
-def nearest_points(values: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
-    """All grid points of a group are tried for each value, and the nearest is taken."""
-    grouped = values.detach().unflatten(1, (scales.shape[1], -1))
-    points = (torch.arange(levels) - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)  # [O, K, levels]
-    best = (grouped.unsqueeze(-1) - points.unsqueeze(2)).abs().argmin(-1)  # [O, K, G]
-    return points.gather(2, best).flatten(1)
+def nearest_points(values: Tensor, grid: Grid, fmt: GridFormat) -> tuple[Tensor, Tensor]:
+    """All points of a group are tried for each value: the nearest, and the largest gap beside it. Float64 both."""
+    best, gap = torch.empty(values.shape, dtype=torch.float64), torch.empty(values.shape, dtype=torch.float64)
+    for row, columns, points in slow_groups(values, grid, fmt):
+        sorted_points = torch.tensor(sorted({p for p in points if p == p}), dtype=torch.float64)
+        distance = (values[row, columns].detach().double().unsqueeze(1) - sorted_points).abs()
+        best[row, columns] = sorted_points[distance.argmin(1)]
+        gap[row, columns] = float(sorted_points.diff().max())
+    return best, gap
 
 
 def test_free_hands_the_parameters_over(tmp_path: Path) -> None:
@@ -85,15 +94,14 @@ def test_after_training_every_weight_is_a_point_of_its_grid(name: str) -> None:
     constraint = constrained(student, stored, origin)
     before = {n: p.detach().clone() for n, p in student.named_parameters()}
     train(student, constraint, 3)
-    for matrix, (_, grid) in stored.matrices.items():
+    for matrix, (_, grid) in list(stored.matrices.items())[::4]:
         weight, master = parameters(student)[matrix].detach(), constraint.masters()[matrix]
-        assert torch.equal(weight, nearest_points(weight, *grid, stored.format.levels)), matrix
-        distance = (weight - nearest_points(master, *grid, stored.format.levels)).abs()
+        assert torch.equal(decode(encode(weight, grid, stored.format), grid, stored.format), weight), matrix
+        point, gap = nearest_points(weight, grid, stored.format)
+        assert ((weight - point).abs() <= 1e-5 * gap).all()
         # the nearest to the master; the point beside it only where the master lies on the border between the two
-        step = grid.scales.repeat_interleave(stored.format.group, 1)
-        beside = distance > 1e-6
-        assert beside.float().mean() < 1e-3
-        assert ((weight - master).abs() <= 0.5001 * step)[beside].all()
+        point, gap = nearest_points(master, grid, stored.format)
+        assert ((weight - master).abs() <= (point - master).abs() + 1e-5 * gap).all()
         assert not torch.equal(weight, before[matrix]), "training moved nothing"
     for free in set(before) - set(stored.matrices):
         assert not torch.equal(parameters(student)[free], before[free])
@@ -103,11 +111,14 @@ def test_after_training_every_weight_is_a_point_of_its_grid(name: str) -> None:
 def test_masters_start_at_the_teachers_weights_behind_the_students_codes(name: str) -> None:
     origin, student, stored = pair(name)
     masters = constrained(student, stored, origin).masters()
-    for matrix, (codes, grid) in stored.matrices.items():
+    for matrix, (codes, grid) in list(stored.matrices.items())[::4]:
         assert torch.equal(encode(masters[matrix], grid, stored.format), codes)
-        # rounding to nearest: the lost weight is in the cell, so it is the master, but for 0.001 step at a border
-        step = grid.scales.repeat_interleave(stored.format.group, 1)
-        assert ((masters[matrix] - parameters(origin)[matrix]).abs() <= 1.1e-3 * step + 1e-6).all()
+        # rounding to nearest: the lost weight is in the cell, so it is the master, but for 0.001 gap at a border; GGUF
+        # chooses codes by the scale before its rounding to float16, so there the weight may be in the cell beside
+        _, gap = nearest_points(masters[matrix], grid, stored.format)
+        moved = (masters[matrix] - parameters(origin)[matrix]).abs()
+        assert (moved <= (0.07 if stored.format.gguf else 1.1e-3) * gap + 1e-6).all()
+        assert (moved > 1.1e-3 * gap + 1e-6).float().mean() < 0.05
 
 
 def test_masters_stay_behind_the_codes_of_a_student_from_elsewhere() -> None:
@@ -171,7 +182,7 @@ def test_save_and_read_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     for matrix, (codes, grid) in again.matrices.items():
         assert codes.dtype == torch.uint8
         assert torch.equal(decode(codes, grid, again.format), parameters(student)[matrix])
-        assert all(torch.equal(a, b) for a, b in zip(grid, stored.matrices[matrix][1], strict=True))
+        assert same(grid, stored.matrices[matrix][1])
     constrained(student, again)  # it accepts the trained student
 
 
@@ -243,12 +254,22 @@ def tampered(directory: Path, how: str) -> None:
             metadata["format"] = "int7-g64"
         elif how == "scales of another shape":
             tensors[f"{name}.scales"] = torch.ones(3, 5, dtype=torch.float16)
+        elif how == "no zeros":
+            del tensors[f"{name}.zeros"]
+        elif how == "codes beyond the levels":
+            tensors[f"{name}.codes"][0, 0] = 8
+        elif how == "codes of another type":
+            tensors[f"{name}.codes"] = tensors[f"{name}.codes"].to(torch.int32)
         elif how == "codes of another shape":
             tensors[f"{name}.codes"] = torch.zeros(64, 60, dtype=torch.uint8)
         save_file(tensors, path, metadata=metadata)
 
 
-@pytest.mark.parametrize("how", ["garbage", "cut short", "empty", "no scales", "no format", "other format"])
+BROKEN = ["garbage", "cut short", "empty", "no scales", "no zeros", "no format", "other format"]
+BROKEN += ["codes beyond the levels", "codes of another type"]
+
+
+@pytest.mark.parametrize("how", BROKEN)
 def test_a_corrupt_grid_file_is_a_file_error(how: str, tmp_path: Path) -> None:
     tampered(tmp_path, how)
     with pytest.raises(FileError, match=rf"{GRID_FILE} can't be read as a quantization grid"):
@@ -260,19 +281,57 @@ def test_a_grid_file_of_odd_shapes_is_refused(how: str, tmp_path: Path) -> None:
     tampered(tmp_path, how)
     _, student, _ = pair()
     with pytest.raises((FileError, InputError)):
-        constraint_of(student, tmp_path)
+        constraint_of(student, StoredGrid.read(tmp_path))
 
 
 def test_constraint_of_a_directory(tmp_path: Path) -> None:
     origin, student, stored = pair()
     assert isinstance(constraint_of(student, None), Free)
-    assert isinstance(constraint_of(student, tmp_path), Free)
+    assert isinstance(constraint_of(student, StoredGrid.read(tmp_path)), Free)
     stored.write(tmp_path)
-    found = constraint_of(student, tmp_path, origin=origin)
+    found = constraint_of(student, StoredGrid.read(tmp_path), origin=origin)
     assert isinstance(found, OnGrid)
     expected = constrained(student, stored, origin).masters()
     assert all(torch.equal(found.masters()[n], expected[n]) for n in expected)
     name = next(iter(stored.matrices))
-    on_points = constraint_of(student, tmp_path).masters()[name]
+    on_points = constraint_of(student, StoredGrid.read(tmp_path)).masters()[name]
     assert torch.equal(on_points, parameters(student)[name])
     assert not torch.equal(on_points, found.masters()[name])
+
+
+def test_masters_may_start_where_repair_left_them() -> None:
+    origin, student, stored = pair()
+    elsewhere = constrained(student, stored, build_model(VOCABULARY, seed=9)).masters()
+    name = next(iter(stored.matrices))
+    masters = OnGrid(student, stored, origin=parameters(origin), masters={name: elsewhere[name]}).masters()
+    plain = constrained(student, stored, origin).masters()
+    assert torch.equal(masters[name], elsewhere[name])
+    assert masters[name].data_ptr() != elsewhere[name].data_ptr()
+    assert all(torch.equal(masters[n], plain[n]) for n in plain if n != name)
+    with pytest.raises(InputError, match=f"the start value of {name} does not round to the weight"):
+        OnGrid(student, stored, masters={name: elsewhere[name] + 1})
+
+
+def test_a_gguf_block_without_a_scale_is_held() -> None:
+    """Its codes are any, all of them mean 0, and no master can be behind them."""
+    origin = build_model(VOCABULARY)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        parameters(origin)[name][3, :32] *= 1e-9
+    student = copy.deepcopy(origin)
+    stored = quantize_in_place(student, GridFormat.parse("gguf:q4_0"))
+    assert int(stored.matrices[name][0][3, :32].max()) > 8
+    constraint = constrained(student, stored, origin)
+    OnGrid(student, stored, masters=constraint.masters())
+    train(student, constraint, 1)
+    assert not parameters(student)[name][3, :32].any()
+
+
+def test_constraint_of_hands_starts_and_scales_on(tmp_path: Path) -> None:
+    _, student, stored = pair()
+    stored.write(tmp_path)
+    name = next(iter(stored.matrices))
+    start = parameters(student)[name].detach() + 1e-5
+    found = constraint_of(student, StoredGrid.read(tmp_path), masters={name: start}, scales="learned").masters()
+    assert torch.equal(found[name], start)
+    assert f"{name}.log_scales" in found

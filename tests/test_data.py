@@ -11,10 +11,13 @@ import datasets
 import pytest
 
 from remend.data import (
+    COMPLETION_KEYS,
     Example,
+    completion_of,
     data_hash,
     example_of,
     load_examples,
+    load_pairs,
     prompt_id,
     prompt_key,
     read_lines,
@@ -219,3 +222,46 @@ def test_data_hash_sees_ids_prompts_and_order() -> None:
     a, b = examples(2)
     assert data_hash([a, b]) == data_hash(iter([a, b]))
     assert len({data_hash(x) for x in ([a, b], [b, a], [a], [Example("other", a.prompt, a.row), b])}) == 4
+
+
+@pytest.mark.parametrize("key", COMPLETION_KEYS)
+def test_completions_under_every_key(tmp_path: Path, key: str) -> None:
+    ((example, text),) = load_pairs(write(tmp_path / "d.jsonl", {"prompt": "Hi", key: " Hello\n"}))
+    assert (example.prompt, text) == ("Hi", " Hello\n")
+
+
+def test_completions_as_messages(tmp_path: Path) -> None:
+    turn = [{"role": "assistant", "content": "Hello."}]
+    whole, parts = load_pairs(
+        write(tmp_path / "d.jsonl", {"messages": [*CHAT, *turn]}, {"prompt": CHAT, "completion": turn})
+    )
+    assert whole[0].prompt == parts[0].prompt == CHAT
+    assert whole[1] == parts[1] == "Hello."
+    assert whole[0].id == prompt_id(CHAT)
+    assert load_examples(write(tmp_path / "e.jsonl", {"messages": [*CHAT, *turn]}))[0].prompt == CHAT
+
+
+def test_a_demonstration_goes_before_a_bare_answer_and_null_is_no_completion() -> None:
+    assert completion_of({"answer": "B", "demonstration": "Since …, B", "completion": None}, "x") == "Since …, B"
+
+
+BAD_COMPLETIONS: list[tuple[Any, str]] = [
+    (
+        {"prompt": "a", "golden_answer": []},
+        "has no completion .it has: prompt, golden_answer.; allowed keys: completion,",
+    ),
+    ({"prompt": "a", "completion": " "}, "the completion is empty"),
+    ({"prompt": "a", "response": 5}, "response must be a text or one assistant message in a list, got int"),
+    ({"prompt": "a", "completion": [{"role": "user", "content": "b"}]}, "completion must be a text .* got list"),
+    ({"prompt": "a", "completion": []}, "got list"),
+    ({"prompt": "a", "answer": "\ud800"}, "half of a surrogate pair"),
+    ({"messages": CHAT}, 'the row has no "prompt"'),
+    ({"messages": CHAT[:1] + CHAT[:1] + [{"role": "assistant", "content": ""}]}, "the messages is empty"),
+]
+
+
+@pytest.mark.parametrize(("row", "part"), BAD_COMPLETIONS)
+def test_rows_without_a_usable_completion_are_named(tmp_path: Path, row: Any, part: str) -> None:
+    source = write(tmp_path / "d.jsonl", {"prompt": "a", "answer": "b"}, row)
+    with pytest.raises(InputError, match=rf"d\.jsonl:2: .*{part}"):
+        load_pairs(source)

@@ -9,9 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from remend import losses
-from remend.losses import CHUNK_BYTES, Head, chunk_rows, chunked_divergence_sum, direction, divergence
+from remend.losses import (
+    CHUNK_BYTES,
+    Head,
+    chunk_rows,
+    chunked_cross_entropy_sum,
+    chunked_divergence_sum,
+    direction,
+    divergence,
+)
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 quick = settings(deadline=None, max_examples=40, database=None)
@@ -300,3 +309,56 @@ def test_no_full_logits_tensor_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> 
     head = Head(torch.randn(7, 4))
     chunked_divergence_sum(torch.randn(10, 4, requires_grad=True), torch.randn(10, 4), head, head, rows=4).backward()
     assert seen == [4, 4, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 3.0)])
+def test_cross_entropy_and_gradients_match_torchs_own(rows: int, scale: float, softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(8)
+    hidden, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in [(9, 6), (30, 6), (30,)])
+    targets = torch.randint(30, (9,), generator=generator)
+    inputs = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    total = chunked_cross_entropy_sum(inputs[0], Head(inputs[1], inputs[2], scale, softcap), targets, rows=rows)
+    (2 * total).backward()
+    slow = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    logits = scale * (slow[0] @ slow[1].T + slow[2])
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = functional.cross_entropy(logits, targets, reduction="sum")
+    (2 * expected).backward()
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+    for ours, theirs in zip(inputs, slow, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_cross_entropy_in_float32_and_bfloat16_products() -> None:
+    generator = torch.Generator().manual_seed(9)
+    hidden, weight = (torch.randn(*s, generator=generator) for s in [(40, 16), (300, 16)])
+    targets = torch.randint(300, (40,), generator=generator)
+    exact = functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
+    assert float(chunked_cross_entropy_sum(hidden, Head(weight), targets)) == pytest.approx(float(exact), rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = chunked_cross_entropy_sum(hidden, Head(weight), targets)
+    rounded = functional.cross_entropy((hidden.bfloat16() @ weight.bfloat16().T).double(), targets, reduction="sum")
+    assert total.dtype == torch.float32
+    assert float(total) == pytest.approx(float(rounded), rel=1e-5)
+
+
+def test_cross_entropy_makes_no_full_logits_and_leaves_a_frozen_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = Head.__call__
+    monkeypatch.setattr(Head, "__call__", lambda self, x: (seen.append(x.shape[0]), plain(self, x))[1])
+    hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(7, 4)
+    chunked_cross_entropy_sum(hidden, Head(weight), torch.arange(10) % 7, rows=4).backward()
+    assert seen == [4, 4, 2]
+    assert hidden.grad.abs().sum() > 0
+    assert weight.grad is None
+    nothing = chunked_cross_entropy_sum(torch.zeros(0, 4), Head(weight), torch.zeros(0, dtype=torch.long))
+    assert nothing == 0
+
+
+def test_cross_entropy_of_targets_that_do_not_fit() -> None:
+    head = Head(torch.randn(7, 4))
+    with pytest.raises(ValueError, match=r"3 hidden states and targets \(2,\) differ"):
+        chunked_cross_entropy_sum(torch.zeros(3, 4), head, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="targets reach from 1 to 7, ids from 0 to 6"):
+        chunked_cross_entropy_sum(torch.zeros(2, 4), head, torch.tensor([1, 7]))

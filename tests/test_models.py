@@ -78,7 +78,7 @@ def test_incomplete_weights_are_refused(reference_dir: Path, tmp_path: Path) -> 
 
 def test_count_parameters_allocates_nothing_and_counts_tied_once(reference_dir: Path) -> None:
     config = models.load_config(models.resolve(str(reference_dir)))
-    assert models.count_parameters(config) == sum(p.numel() for p in build_model(320).parameters())
+    assert models.count_parameters(models.skeleton(config)) == sum(p.numel() for p in build_model(320).parameters())
 
 
 def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import remend
-from remend import run
+from remend import models, run
 from remend.constraints import StoredGrid
 from remend.errors import FileError, InputError
 from remend.grids import decode
@@ -195,3 +195,48 @@ def test_adamw_state_survives_exactly(recipe: dict[str, Any]) -> None:
     assert set(moments) == {f"{n}.{k}" for n in masters for k in ("exp_avg", "exp_avg_sq")}
     assert not list(saved.path.rglob("*.pt"))
     assert not list(saved.path.rglob("*.bin"))
+
+
+def test_lora_beside_a_grid_leaves_the_base_and_learns(longer: dict[str, Any]) -> None:
+    student = Path(longer["student"])
+    before = {p.name: p.read_bytes() for p in student.iterdir()}
+    result = recover(**{**longer, "learning_rate": 2e-2, "lora": {"rank": 8}})
+    assert {p.name: p.read_bytes() for p in student.iterdir()} == before
+    names = {p.name for p in result.model.iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert not names & {"model.safetensors", "grid.safetensors"}
+    assert result.summary["gap_closed"]["kl"] > 0.1
+    source = models.resolve(str(result.model))
+    loaded = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    stored = StoredGrid.read(student)
+    assert stored is not None
+    weights = dict(loaded.named_parameters())
+    for name, (codes, grid) in stored.matrices.items():
+        on_grid = weights[name.replace(".weight", ".base_layer.weight")]
+        assert on_grid.equal(decode(codes, grid, stored.format))
+
+
+@pytest.mark.parametrize("change", [{"rank": 2}, {"alpha": 64}, {"targets": ["q_proj", "down_proj"]}])
+def test_every_lora_knob_changes_the_trajectory(recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any]) -> None:
+    settings = {**recipe, "save_every": 0, "learning_rate": 1e-2}
+    base = recover(**{**settings, "lora": {"rank": 4}, "out": str(tmp_path / "base")})
+    other = recover(**{**settings, "lora": {"rank": 4, **change}, "out": str(tmp_path / "other")})
+    assert [r["loss"] for r in base.metrics] != [r["loss"] for r in other.metrics]
+
+
+def test_a_student_that_is_an_adapter_is_trained_as_one(recipe: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**recipe, "save_every": 0, "learning_rate": 1e-2}
+    first = recover(**{**settings, "lora": {"rank": 4}, "out": str(tmp_path / "first")})
+    second = recover(**{**settings, "student": str(first.model), "out": str(tmp_path / "second")})
+    assert second.summary["degraded"]["kl"] == pytest.approx(first.summary["recovered"]["kl"])
+    before, after = (load_file(r.model / "adapter_model.safetensors") for r in (first, second))
+    assert before.keys() == after.keys()
+    assert any(not before[k].equal(after[k]) for k in before)
+    with pytest.raises(InputError, match="is an adapter, which is trained as it is; leave lora out"):
+        recover(**{**settings, "student": str(first.model), "lora": {"rank": 2}, "out": str(tmp_path / "third")})
+
+
+def test_lora_targets_are_checked_before_any_weight_is_loaded(recipe: dict[str, Any]) -> None:
+    problems = remend.check(None, **{**recipe, "lora": {"targets": ["x_proj"]}}).problems
+    assert len(problems) == 1
+    assert "lora.targets: x_proj is no linear layer" in problems[0]

@@ -45,6 +45,22 @@ def test_killed_and_resumed_equals_uninterrupted(recipe: dict[str, object], tmp_
     assert {k: whole.summary[k] for k in same} == {k: resumed.summary[k] for k in same}
 
 
+def test_an_adapter_killed_and_resumed_equals_uninterrupted(recipe: dict[str, object], tmp_path: Path) -> None:
+    values = {**recipe, "steps": 6, "lora": {"rank": 4}, "learning_rate": 5e-3}
+    whole = recover(**{**values, "out": str(tmp_path / "whole")})
+    torn = {**values, "out": str(tmp_path / "torn")}
+    kill_at(torn, 5)
+    resumed = recover(resume=str(tmp_path / "torn"))
+    assert (tmp_path / "torn" / METRICS).read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
+    ours, theirs = (load_file(r.model / "adapter_model.safetensors") for r in (whole, resumed))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[k].equal(theirs[k]) for k in ours)
+    assert whole.summary["recovered"] == resumed.summary["recovered"]
+    masters = RunDirectory(whole.out).checkpoints()[-1].masters()
+    assert len(masters) == len(ours)
+    assert all("lora_" in name for name in masters)
+
+
 def test_keep_checkpoints(recipe: dict[str, object]) -> None:
     result = recover(**{**recipe, "steps": 6, "save_every": 1, "keep_checkpoints": 3})
     assert [c.step for c in RunDirectory(result.out).checkpoints()] == [4, 5, 6]

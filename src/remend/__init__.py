@@ -11,8 +11,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from remend.config import RecoverConfig
+    from remend.degrade.depth import prune_depth
+    from remend.degrade.finetune import finetune
+    from remend.degrade.prune import prune
     from remend.degrade.quantize import quantize
+    from remend.degrade.width import prune_width
     from remend.errors import RemendError
+    from remend.exporting import export
     from remend.flows.demo import demo
     from remend.losses import divergence
     from remend.recovery import RecoverResult, check, recover
@@ -24,11 +29,17 @@ _HOMES = {
     "check": "remend.recovery",
     "demo": "remend.flows.demo",
     "divergence": "remend.losses",
+    "export": "remend.exporting",
+    "finetune": "remend.degrade.finetune",
+    "prune": "remend.degrade.prune",
+    "prune_depth": "remend.degrade.depth",
+    "prune_width": "remend.degrade.width",
     "quantize": "remend.degrade.quantize",
     "recover": "remend.recovery",
 }
 
-__all__ = ["RecoverConfig", "RecoverResult", "RemendError", "check", "demo", "divergence", "quantize", "recover"]
+__all__ = ["RecoverConfig", "RecoverResult", "RemendError", "check", "demo", "divergence", "export"]
+__all__ += ["finetune", "prune", "prune_depth", "prune_width", "quantize", "recover"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import remend
-from remend.errors import RemendError
+from remend.errors import InputError, RemendError
 
 app = typer.Typer(
     help="Bring a degraded language model back, with its own healthy past as the teacher.",
@@ -79,19 +80,99 @@ def check(
     )
 
 
+Model = Annotated[str, typer.Argument(help="The healthy model: a directory, GGUF file, hub id[@revision], smollm2.")]
+NewDirectory = Annotated[str, typer.Option(help="A new directory.")]
+Skip = Annotated[list[str] | None, typer.Option(help="Layers to leave as they are, e.g. '*.down_proj'; repeatable.")]
+Seed = Annotated[int, typer.Option(help="Seed of calibration text and training order.")]
+Calibration = Annotated[str | None, typer.Option(help="Prompts for calibration; by default bundled ones.")]
+Samples = Annotated[int, typer.Option(help="Calibration prompts; the reference answers them itself.")]
+Probe = Annotated[bool, typer.Option(help="Measure the damage on the demo's held-out prompts.")]
+
+
 @degrade.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="The healthy model.")],
-    out: Annotated[str, typer.Option(help="A new directory.")],
-    format: Annotated[str, typer.Option(help="intB-gG[-sym|-asym], B of 2 3 4 8, G of 32 64 128.")] = "int3-g64",
-    method: Annotated[str, typer.Option(help="How weights are put on the grid: rtn.")] = "rtn",
+    model: Model,
+    out: NewDirectory,
+    format: Annotated[str, typer.Option(help="int3-g64, int4-g32-sym, gguf:q4_0, nf4, nvfp4, …")] = "int3-g64",
+    method: Annotated[str, typer.Option(help="How weights are put on the grid: rtn or gptq.")] = "rtn",
+    skip: Skip = None,
+    data: Calibration = None,
+    samples: Samples = 48,
+    seed: Seed = 0,
+    probe: Probe = True,
 ) -> None:
     """Quantize every linear layer of the decoder onto a grid."""
-    done = remend.quantize(model, out, format=format, method=method)
-    print_line(
-        f"{out}: {done['matrices']} matrices on {done['format']} ({done['method']}), "
-        f"{done['bits_per_weight']:g} bits a weight as packed, {done['seconds']:.1f} s"
-    )
+    options: dict[str, Any] = {"skip": skip or (), "data": data, "samples": samples, "seed": seed, "probe": probe}
+    show_damage(out, remend.quantize(model, out, format=format, method=method, **options))
+
+
+@degrade.command()
+def prune(
+    model: Model,
+    out: NewDirectory,
+    method: Annotated[
+        str, typer.Option(help="magnitude, wanda, sparsegpt (zeros); depth (whole layers); width (channels, heads).")
+    ] = "magnitude",
+    sparsity: Annotated[str, typer.Option(help="Share of zeros, or n:m: 0.5, 2:4, 4:8.")] = "0.5",
+    scope: Annotated[str, typer.Option(help="The share holds in every layer, or over all: layer, global.")] = "layer",
+    layers: Annotated[str, typer.Option(help="depth: how many layers to remove, or which: 5, or 23,24,25.")] = "5",
+    by: Annotated[str, typer.Option(help="depth: choose layers by block-influence or angular.")] = "block-influence",
+    ffn: Annotated[float, typer.Option(help="width: share of feed-forward channels to remove.")] = 0.25,
+    heads: Annotated[int, typer.Option(help="width: key-value head groups to remove from each layer.")] = 0,
+    skip: Skip = None,
+    data: Calibration = None,
+    samples: Samples = 48,
+    seed: Seed = 0,
+    probe: Probe = True,
+) -> None:
+    """Set weights to zero, or remove layers, channels and heads."""
+    rest: dict[str, Any] = {"data": data, "samples": samples, "seed": seed, "probe": probe}
+    if method == "depth":
+        chosen, how = parse_layers(layers, by)
+        done = remend.prune_depth(model, out, layers=chosen, method=how, **rest)
+    elif method == "width":
+        done = remend.prune_width(model, out, ffn=ffn, heads=heads, **rest)
+    else:
+        done = remend.prune(model, out, method=method, sparsity=sparsity, scope=scope, skip=skip or (), **rest)
+    show_damage(out, done)
+
+
+@degrade.command()
+def finetune(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Rows with a prompt and a completion: JSON lines or a datasets id.")],
+    out: NewDirectory,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; by default one epoch.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data, in place of steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="AdamW's peak.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 4,
+    max_tokens: Annotated[int, typer.Option(help="Longer rows are dropped, never cut.")] = 1024,
+    lora_rank: Annotated[int | None, typer.Option(help="Train an adapter of this rank and fold it in.")] = None,
+    seed: Seed = 0,
+    probe: Probe = True,
+) -> None:
+    """Fine-tune on a task by cross-entropy of its completions: how forgetting is produced."""
+    lora = None if lora_rank is None else {"rank": lora_rank}
+    rest: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "lora": lora,
+        "seed": seed,
+        "probe": probe,
+    }
+    done = remend.finetune(model, out, data=data, steps=steps, epochs=epochs, learning_rate=learning_rate, **rest)
+    show_damage(out, done)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="A run's directory, or a model.")],
+    out: NewDirectory,
+    format: Annotated[str, typer.Option(help="dense, compressed-tensors, gguf or gguf:q4_0 …")] = "dense",
+) -> None:
+    """Write a model in the container that is served, read it back and compare it with what was measured."""
+    done = remend.export(source, out, format=format)
+    print_line(f"{out}: {done['container']}, {done['bytes']} bytes; check: {done['check']}")
 
 
 @app.command()
@@ -103,6 +184,30 @@ def version() -> None:
 def print_line(text: str) -> None:
     """One line on standard output, as it is."""
     sys.stdout.write(text + "\n")
+
+
+def parse_layers(text: str, by: str) -> tuple[int | list[int], str]:
+    """'5' is a number of layers to choose, '23,24' are the layers themselves."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f'layers "{text}" is neither a number nor a list like 23,24,25') from None
+    return (numbers[0], by) if len(numbers) == 1 else (numbers, "list")
+
+
+def show_damage(out: str, done: Mapping[str, Any]) -> None:
+    """What a degradation made, on one line each."""
+    size = done["packed_bytes"] / 2**20
+    bits = f"{done['bits_per_weight']:g} bits a weight, " if done.get("bits_per_weight") else ""
+    what = " ".join(str(done[key]) for key in ("kind", "format", "method") if done.get(key))
+    print_line(f"{out}: {what}: {bits}{size:.1f} MiB as packed, {done['seconds']:.1f} s")
+    if done.get("sparsity") is not None:
+        print_line(f"sparsity: {done['sparsity']:.2%} of the weights in {done['matrices']} matrices are zero")
+    if probe := done.get("probe"):
+        print_line(
+            f"probe: KL {probe['kl']:.3f} nats a token, top-1 agreement {probe['top1_agreement']:.1%} "
+            f"with the reference on {probe['prompts']} held-out prompts"
+        )
 
 
 def show(result: Any) -> None:

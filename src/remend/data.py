@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def load_examples(source: str) -> list[Example]:
         FileError: the file can't be read, or the data set can't be fetched.
         InputError: a line is not JSON, or a row has no usable `prompt`; the message names file and line.
     """
+    return [example for _, example in _load(source)]
+
+
+def load_pairs(source: str) -> list[tuple[Example, str]]:
+    """Read prompts with their completions, as `load_examples` does; see `completion_of` for where they stand.
+
+    Raises:
+        FileError, InputError: as `load_examples`; a row has no usable completion.
+    """
+    return [(example, completion_of(example.row, where)) for where, example in _load(source)]
+
+
+def _load(source: str) -> list[tuple[str, Example]]:
     path = Path(source)
     match = _DATASET_ID.fullmatch(source)
     if path.exists() or not match or path.suffix in {".jsonl", ".json"}:
@@ -59,7 +73,7 @@ def load_examples(source: str) -> list[Example]:
         before, same = examples.setdefault(example.id, (where, example))
         if prompt_key(same.prompt) != prompt_key(example.prompt):
             raise InputError(f'{where}: the id "{example.id}" stands for another prompt already ({before})')
-        found.append(example)
+        found.append((where, example))
     return found
 
 
@@ -107,9 +121,9 @@ def example_of(row: Any, where: str) -> Example:
     """Validate one row. Raises InputError that starts with `where`."""
     if not isinstance(row, Mapping):
         raise InputError(f'{where}: a row must be an object like {{"prompt": "…"}}, got {type(row).__name__}')
-    if "prompt" not in row:
+    prompt = row["prompt"] if "prompt" in row else _chat(row)
+    if prompt is None and "prompt" not in row:
         raise InputError(f'{where}: the row has no "prompt" (it has: {", ".join(map(str, row)) or "nothing"})')
-    prompt = row["prompt"]
     if isinstance(prompt, str):
         if not prompt.strip():
             raise InputError(f"{where}: the prompt is empty")
@@ -123,6 +137,49 @@ def example_of(row: Any, where: str) -> Example:
         raise InputError(f"{where}: the prompt holds half of a surrogate pair, which is no valid text") from None
     given = row.get("id")
     return Example(str(given) if given is not None else prompt_id(prompt), prompt, row)
+
+
+COMPLETION_KEYS = ("completion", "response", "golden_response", "demonstration", "answer")
+"""Where a completion may stand, best first: a row with a worked demonstration and a bare answer gives the former."""
+
+
+def completion_of(row: Mapping[str, Any], where: str) -> str:
+    """The answer to train on: a text under one of COMPLETION_KEYS, or the last message where the assistant gives it.
+
+    A key may also hold one assistant message in a list, as TRL's prompt-completion rows do.
+
+    Raises InputError that starts with `where`.
+    """
+    key = next((k for k in COMPLETION_KEYS if row.get(k) is not None), None)
+    value = row[key] if key else None
+    if key is None and _chat(row) is not None:
+        key, value = "messages", row["messages"][-1:]
+    if key is None:
+        raise InputError(
+            f"{where}: the row has no completion (it has: {', '.join(map(str, row)) or 'nothing'}); allowed keys: "
+            f"{', '.join(COMPLETION_KEYS)}, or messages that end with the assistant's"
+        )
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
+        value = value[0].get("content") if value[0].get("role") == "assistant" else value
+    if not isinstance(value, str):
+        raise InputError(
+            f"{where}: {key} must be a text or one assistant message in a list, got {type(value).__name__}"
+        )
+    if not value.strip():
+        raise InputError(f"{where}: the {key} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: the {key} holds half of a surrogate pair, which is no valid text") from None
+    return value
+
+
+def _chat(row: Mapping[str, Any]) -> list[Any] | None:
+    """The prompt of a row that is a whole conversation (GKD's form): all messages but the assistant's last."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], Mapping):
+        return None
+    return messages[:-1] if messages[-1].get("role") == "assistant" else None
 
 
 def _validate_messages(messages: Sequence[Any], where: str) -> None:
@@ -162,6 +219,29 @@ def split_held_out(examples: Sequence[Example], held_out: int | None, seed: int)
     chosen = set(ranked[:count])
     train = [e for e in examples if prompt_key(e.prompt) not in chosen]
     return train, [distinct[key] for key in ranked[:count]]
+
+
+def bundled(split: str) -> list[Example]:
+    """The bundled prompts of one split, 'train' or 'held_out': no topic is in both.
+
+    In the order that goes round the topics, so that the first n are as varied as n can be.
+    """
+    source = resources.files("remend") / "resources" / "prompts.jsonl"
+    with resources.as_file(source) as path:
+        rows = [(where, row) for where, row in read_lines(path) if row["split"] == split]
+    topics: dict[str, list[Example]] = {}
+    for where, row in rows:
+        topics.setdefault(row["topic"], []).append(example_of(row, where))
+    depth = max(map(len, topics.values()))
+    return [topic[i] for i in range(depth) for topic in topics.values() if i < len(topic)]
+
+
+def choose(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """`count` distinct prompts (all, where there are fewer), settled by text and seed alone; in the order given."""
+    distinct = {prompt_key(e.prompt): e for e in examples}
+    ranked = sorted(distinct, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    chosen = set(ranked[:count])
+    return [e for key, e in distinct.items() if key in chosen]
 
 
 def without(examples: Iterable[Example], others: Iterable[Example]) -> list[Example]:

@@ -138,6 +138,15 @@ class Judge:
         run.write_json(path, measured.to_json())
         return measured
 
+    def after_repair(self, student: Any, seconds: float) -> None:
+        """Measure the repaired student on the reference's answers; writes repair.json and held_out_repaired.jsonl."""
+        sums = self._compare(scorer(student, self.checked.shared), self._completions, "measuring the repaired model")
+        rows = [{"id": s.id, "tokens": s.tokens, "kl_sum": s.kl} for s in sums]
+        run.write_text(self.directory.path / "held_out_repaired.jsonl", "".join(run.json_line(row) for row in rows))
+        figures = pool(sums)
+        kept = {key: figures[key] for key in ("kl", "top1_agreement", "perplexity")}
+        run.write_json(self.directory.path / run.REPAIR, {**kept, "seconds": round(seconds, 1)})
+
     def final(self, recovered: Any) -> HeldOut:
         """The recovered model's measurement; writes held_out.jsonl (by prompt) and samples.jsonl."""
         measured = self.measure(recovered, "recovered")

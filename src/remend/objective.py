@@ -12,38 +12,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from remend.losses import chunked_divergence_sum
 from remend.prompts import Encoded
-from remend.rollout import Rollout, Sampler, derive_seed
+from remend.rollout import Order, Rollout, Sampler, derive_seed
 from remend.scoring import Scorer, pack
 from remend.teacher import Teacher
 from remend.train import Prepared, StepOutput
 
 STREAM = "recover"
-
-
-class Order:
-    """An endless order of prompts: one seeded permutation after another, a function of position alone."""
-
-    def __init__(self, prompts: Sequence[Encoded], seed: int) -> None:
-        self._prompts = prompts
-        self._seed = seed
-        self._epoch = -1
-        self._permutation: list[int] = []
-
-    def take(self, start: int, count: int) -> list[tuple[int, Encoded]]:
-        """Positions start … start + count − 1, each with its prompt."""
-        return [(at, self._at(at)) for at in range(start, start + count)]
-
-    def _at(self, position: int) -> Encoded:
-        epoch, within = divmod(position, len(self._prompts))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", epoch))
-            self._permutation = torch.randperm(len(self._prompts), generator=generator).tolist()
-            self._epoch = epoch
-        return self._prompts[self._permutation[within]]
 
 
 @dataclass
@@ -64,7 +40,7 @@ class OnPolicy:
     student: Scorer
     teacher: Teacher
     sampler: Sampler
-    order: Order
+    order: Order[Encoded]
     pad_id: int
     batch_size: int
     accumulation: int

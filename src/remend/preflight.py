@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from remend import models, run
+from remend.adapters import check_targets
 from remend.config import RecoverConfig
-from remend.constraints import GRID_FILE, StoredGrid
+from remend.constraints import GRID_FILE
 from remend.data import Example, data_hash, load_examples, split_held_out, without
 from remend.errors import CheckError, RemendError, did_you_mean
+from remend.foreign import Recognised, recognise
 from remend.prompts import Encoded, encode_within
 from remend.vocabulary import compare_vocabularies, template_warnings
 
@@ -38,6 +40,8 @@ class Preflight:
     shared: int = 0
     parameters: int = 0
     grid: str | None = None
+    recognised: Recognised = field(default_factory=lambda: Recognised("plain", None, False, "plain weights"))
+    layer_map: list[int] | None = None
     train: list[Encoded] = field(default_factory=list)
     held_out: list[Encoded] = field(default_factory=list)
     held_out_examples: dict[str, Example] = field(default_factory=dict)
@@ -48,6 +52,14 @@ class Preflight:
         """Raise CheckError when there are problems."""
         if self.problems:
             raise CheckError(self.problems)
+
+    @property
+    def constraint(self) -> str:
+        """What training holds, in words: a grid's name, a mask's share of zeros, or 'none'."""
+        held = self.recognised
+        if held.mask:
+            return f"mask, {held.sparsity:.1%} zeros" + (f" ({held.pattern})" if held.pattern else "")
+        return self.grid or "none"
 
     @contextmanager
     def _collect(self) -> Iterator[None]:
@@ -132,24 +144,31 @@ def _models(found: Preflight, config: RecoverConfig, student: models.Source, tea
         found.warnings += match.warnings
         found.warnings += template_warnings(found.tokenizer, teacher_tokenizer)
         found.warnings += _ending(found.tokenizer, student)
-        found.parameters = models.count_parameters(settings, trust_remote_code=trust)
-    if student.kind == "directory" and student.path is not None:
-        _grid(found, student.path)
+        shapes = models.skeleton(settings, trust_remote_code=trust)
+        found.parameters = models.count_parameters(shapes)
+        if config.lora:
+            check_targets(shapes, config.lora.targets)
+    if config.lora and student.kind == "adapter":
+        found.problems.append(f"student {config.student} is an adapter, which is trained as it is; leave lora out")
+    _constraint(found, config, student)
 
 
-def _grid(found: Preflight, path: Path) -> None:
-    declared = path / "degradation.json"
-    if declared.is_file():
-        with found._collect():
-            degradation = run.read_json(declared)
-            if degradation.get("kind") == "quantization" and not (path / GRID_FILE).is_file():
-                found.problems.append(
-                    f"{declared} says that the student lies on the grid {degradation.get('format')}, and "
-                    f"{GRID_FILE} is missing beside it"
-                )
+def _constraint(found: Preflight, config: RecoverConfig, student: models.Source) -> None:
+    path = student.path if student.kind == "directory" else None
+    declared = path / "degradation.json" if path else None
     with found._collect():
-        stored = StoredGrid.read(path)
-        found.grid = stored.format.name if stored else None
+        degradation = run.read_json(declared) if declared and declared.is_file() else {}
+        held = recognise(student, as_dense=config.as_dense)
+        found.recognised = held
+        found.layer_map = config.layer_map or degradation.get("layer_map")
+        if degradation.get("kind") == "quantization" and held.stored is None and not config.as_dense:
+            found.problems.append(
+                f"{declared} says that the student lies on the grid {degradation.get('format')}, and "
+                f"{GRID_FILE} is missing beside it"
+            )
+        if config.scales == "learned" and held.stored is None:
+            found.warnings.append("scales: learned has no effect, since the student lies on no grid")
+        found.grid = held.stored.format.name if held.stored else None
 
 
 def _ending(tokenizer: Any, source: models.Source) -> list[str]:

@@ -13,16 +13,18 @@ import yaml
 from accelerate import Accelerator
 
 from remend import models, run
-from remend.config import RecoverConfig, build, read_yaml
-from remend.constraints import Constraint, constraint_of
+from remend.adapters import add_lora
+from remend.config import RecoverConfig, build, merged, read_yaml
+from remend.constraints import Adapter, Constraint, constraint_of
 from remend.errors import InputError
 from remend.held_out import HeldOut, Judge, summarize
 from remend.losses import direction
-from remend.objective import OnPolicy, Order
+from remend.objective import OnPolicy
 from remend.preflight import Preflight, preflight
 from remend.progress import console, stage
+from remend.repair import Repaired, repair
 from remend.report import write_report
-from remend.rollout import TransformersSampler
+from remend.rollout import Order, TransformersSampler, derive_seed
 from remend.run import RunDirectory
 from remend.scoring import scorer
 from remend.teacher import Frozen
@@ -49,8 +51,7 @@ def settings(recipe: str | Path | None = None, overrides: Mapping[str, Any] | No
 
     Raises FileError for an unreadable recipe and InputError for unknown keys or values out of range.
     """
-    values = read_yaml(recipe) if recipe is not None else {}
-    values.update(overrides or {})
+    values = merged(read_yaml(recipe) if recipe is not None else {}, overrides or {})
     return build(RecoverConfig, values, f"recipe {recipe}" if recipe is not None else "settings")
 
 
@@ -108,7 +109,7 @@ def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any])
     directory = RunDirectory.open(path)
     config = build(RecoverConfig, read_yaml(path / run.RECIPE), f"recipe {path / run.RECIPE}")
     recorded = run.read_json(path / run.MANIFEST)["recipe"]
-    given = settings(recipe, {**({} if recipe else recorded), **overrides}) if recipe or overrides else config
+    given = settings(recipe, merged({} if recipe else recorded, overrides)) if recipe or overrides else config
     for values in (config, given):
         changed = [k for k, v in values.model_dump().items() if recorded.get(k) != v]
         if changed:
@@ -179,7 +180,7 @@ class _Recovery:
             "prompts": {"train": len(self.checked.train), "held_out": len(self.checked.held_out)},
             "dropped": self.checked.dropped,
             "shared_vocabulary": self.checked.shared,
-            "constraint": self.checked.grid or "none",
+            "constraint": self.checked.constraint,
             "dtype": str(self.dtype).removeprefix("torch."),
             "warnings": self.checked.warnings,
             "notes": self.checked.notes,
@@ -200,7 +201,10 @@ class _Recovery:
         judge = Judge(reference, self.checked, self.config, self.directory, self.pad_id) if main else None
         baseline = judge.baseline(student) if judge else None
         self.accelerator.wait_for_everyone()
-        constraint = self._constraint(student, teacher)
+        repaired = self._repair(student, teacher)
+        if judge and repaired.seconds:
+            judge.after_repair(student, repaired.seconds)
+        constraint = self._constraint(student, teacher, repaired)
         hooks = [judge.hook(student, self.config.eval_every)] if judge and self.config.eval_every else []
         self._train(student, reference, constraint, hooks)
         if judge and baseline:
@@ -226,9 +230,35 @@ class _Recovery:
     def _load_saved(self) -> Any:
         return self._load(models.resolve(str(self.directory.path / "model")), torch.float32)
 
-    def _constraint(self, student: Any, teacher: Any) -> Constraint:
-        where = self.student_source.path if self.student_source.kind == "directory" else None
-        return constraint_of(student, where, origin=teacher)
+    def _constraint(self, student: Any, teacher: Any, repaired: Repaired) -> Constraint:
+        constraint = constraint_of(
+            student,
+            repaired.stored,
+            masked=self.checked.recognised.mask,
+            origin=teacher,
+            masters=repaired.masters,
+            scales=self.config.scales,
+        )  # beside a grid, it also checks that it is the model's
+        if self.config.lora is None:
+            return constraint
+        settings = self.config.lora.model_dump()
+        add_lora(student, **settings, seed=derive_seed(self.config.seed, "lora"), base=self.config.student)
+        return Adapter(student)
+
+    def _repair(self, student: Any, teacher: Any) -> Repaired:
+        held = self.checked.recognised
+        if not self.config.repair or self.config.lora is not None or hasattr(student, "peft_config"):
+            return Repaired(held.stored)
+        return repair(
+            student,
+            teacher,
+            self.checked.tokenizer,
+            self.checked.train,
+            stored=held.stored,
+            masked=held.mask,
+            layer_map=self.checked.layer_map,
+            seed=self.config.seed,
+        )
 
     def _train(self, student: Any, reference: Any, constraint: Constraint, hooks: Sequence[Hook]) -> None:
         config, accelerator = self.config, self.accelerator
@@ -287,7 +317,8 @@ class _Recovery:
             **summarize(baseline, recovered, self.config.seed),
             "kl_direction": direction(0.0),
             "training_loss": direction(self.config.beta),
-            "constraint": self.checked.grid or "none",
+            "constraint": self.checked.constraint,
+            "repair": run.read_json(path) if (path := self.directory.path / run.REPAIR).is_file() else None,
             "steps": self.config.steps,
             "tokens_trained": tokens,
             "seconds": round(time.monotonic() - self.began, 1),

@@ -5,6 +5,7 @@ manifest.json    versions, seeds, git commit, hashes of models and data, command
 metrics.jsonl    one row a training step (`step`, `loss`, `tokens`, …), evaluation rows between; the same on every rerun
 timing.jsonl     seconds of each step, apart from the metrics since they differ on every rerun
 baseline.json    the degraded student's measurement;  reference.jsonl the reference's held-out completions
+repair.json      KL and agreement after one-shot repair, before the first step;  held_out_repaired.jsonl by prompt
 checkpoints/     step-000050/ with masters, optimizer tensors and counters
 model/           the recovered model, as measured
 samples.jsonl    what reference, degraded and recovered say to the same prompts
@@ -35,6 +36,7 @@ INPUTS = "inputs"
 """A run's directory may hold this folder before the run begins: what a flow made for it."""
 
 MANIFEST, RECIPE, METRICS, SUMMARY = "manifest.json", "recipe.yaml", "metrics.jsonl", "summary.json"
+REPAIR = "repair.json"
 
 
 @contextmanager

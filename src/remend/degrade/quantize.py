@@ -1,70 +1,135 @@
 """Quantize a model's linear layers onto a grid and save it as a plain transformers directory.
 
 remend degrade quantize smollm2 --format int3-g64 --out student
+
+Legend: O rows (outputs), I columns (inputs).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from remend import models, run
+from remend import calibration
 from remend.constraints import StoredGrid
+from remend.degrade.job import Changed, Job, chosen_layers, run_job
 from remend.errors import InputError
-from remend.grids import Grid, GridFormat, decode, encode, fit
-from remend.progress import stage
+from remend.grids import Grid, GridFormat, decode
+from remend.grids import quantize as quantize_matrix
 from remend.registry import Registry
+from remend.solvers import gptq
 
-Method = Callable[[Tensor, GridFormat], tuple[Tensor, Grid]]
+Method = Callable[[Tensor, Tensor | None, GridFormat], tuple[Tensor, Grid]]
 METHODS: Registry[Method] = Registry("quantization method")
+CALIBRATED = ("gptq",)
+"""Methods that look at a layer's inputs."""
 
 
 @METHODS.register("rtn", source="round to nearest; the baseline of GPTQ, arXiv 2210.17323")
-def round_to_nearest(weight_OI: Tensor, fmt: GridFormat) -> tuple[Tensor, Grid]:
-    """Codes and grid from each group's own minimum and maximum."""
-    grid = fit(weight_OI, fmt)
-    return encode(weight_OI, grid, fmt), grid
+def round_to_nearest(weight_OI: Tensor, gram_II: Tensor | None, fmt: GridFormat) -> tuple[Tensor, Grid]:
+    """Codes and grid from each group's own weights, as the format's own writer makes them."""
+    return quantize_matrix(weight_OI, fmt)
 
 
-def linear_layers(model: Any) -> dict[str, nn.Linear]:
-    """Every linear layer of the decoder by name: not the head, not embeddings."""
-    head = model.get_output_embeddings()
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+@METHODS.register("gptq", source="arXiv 2210.17323")
+def compensated(weight_OI: Tensor, gram_II: Tensor | None, fmt: GridFormat) -> tuple[Tensor, Grid]:
+    """Each column's rounding error is made good by the columns not yet rounded."""
+    assert gram_II is not None
+    rounded = gptq(weight_OI, gram_II, fmt)
+    return rounded.codes, rounded.grid
+
+
+def _fitting(layers: Mapping[str, nn.Linear], fmt: GridFormat) -> None:
+    bad = [f"{name} ({layer.in_features})" for name, layer in layers.items() if layer.in_features % (fmt.group or 1)]
+    if bad:
+        named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise InputError(
+            f"group {fmt.group} of {fmt.name} does not divide the input width of {named}; choose a format with a "
+            "smaller group, or skip those layers"
+        )
 
 
 @torch.no_grad()
-def quantize_in_place(model: Any, fmt: GridFormat, method: str = "rtn") -> StoredGrid:
+def quantize_in_place(
+    model: Any, fmt: GridFormat, method: str = "rtn", *, skip: Sequence[str] = (), job: Job | None = None
+) -> StoredGrid:
     """Put every linear layer of the decoder on the grid; returns what describes it.
+
+    Args:
+        model: changed in place.
+        fmt, method: the grid, and a name of METHODS.
+        skip: patterns of layer names that stay as they are.
+        job: where a calibrated method gets its text; not needed by 'rtn'.
 
     Raises InputError that names the layers whose rows the group size does not divide.
     """
-    layers = linear_layers(model)
-    bad = [f"{name} ({layer.in_features})" for name, layer in layers.items() if layer.in_features % fmt.group]
-    if bad:
-        named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        raise InputError(f"group {fmt.group} does not divide the input width of {named}; choose a smaller group")
-    apply = METHODS.get(method)
-    matrices = {}
-    for name, layer in layers.items():
-        codes, grid = apply(layer.weight, fmt)
+    layers = chosen_layers(model, skip)
+    _fitting(layers, fmt)
+    apply, matrices = METHODS.get(method), {}
+
+    def settle(name: str, layer: nn.Linear, gram_II: Tensor | None) -> None:
+        codes, grid = apply(layer.weight, gram_II, fmt)
         layer.weight.copy_(decode(codes, grid, fmt))
         matrices[f"{name}.weight"] = (codes, grid)
+
+    def visit(sites: calibration.Sites) -> None:
+        for name, layer in zip(sites.names, sites.layers, strict=True):
+            if name in layers:
+                settle(name, layer, sites.gram_II)
+
+    if method in CALIBRATED:
+        assert job is not None
+        calibration.walk(model, job.calibration(), visit, pad_id=job.pad_id, title=f"quantizing ({method})")
+    else:
+        for name, layer in layers.items():
+            settle(name, layer, None)
     return StoredGrid(fmt, matrices)
 
 
-def quantize(model: str, out: str | Path, *, format: str = "int3-g64", method: str = "rtn") -> dict[str, Any]:
+def _described(student: Any, stored: StoredGrid, entry: dict[str, Any]) -> Changed:
+    fmt = stored.format
+    quantized = sum(codes.numel() for codes, _ in stored.matrices.values())
+    bits = sum(codes.numel() * fmt.bits_per_weight(codes.shape[1]) for codes, _ in stored.matrices.values())
+    parameters = sum(p.numel() for p in student.parameters())
+    entry = {
+        "kind": "quantization",
+        **entry,
+        "matrices": len(stored.matrices),
+        "weights_on_grid": quantized,
+        "weights_in_all": parameters,
+    }
+    packed = round(bits / 8) + 2 * (parameters - quantized)
+    return Changed(student, entry, stored.write, bits_per_weight=bits / quantized, packed_bytes=packed)
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    *,
+    format: str = "int3-g64",
+    method: str = "rtn",
+    skip: Sequence[str] = (),
+    seed: int = 0,
+    data: str | None = None,
+    samples: int = 48,
+    probe: bool = True,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Quantize a model and save it with its grid.
 
     Args:
         model: what to quantize: directory, GGUF file, hub id[@revision] or smollm2.
         out: a new directory.
-        format: 'int{2,3,4,8}-g{32,64,128}', with '-sym' or '-asym' (the default).
-        method: 'rtn'.
+        format: as `GridFormat.parse` reads it: 'int3-g64', 'int4-g32-sym', 'gguf:q4_0', 'nvfp4' …
+        method: 'rtn', or 'gptq' (calibrated on the reference's own completions).
+        skip: patterns of layer names that stay as they are, e.g. '*.down_proj'. Head and embeddings always do.
+        seed, data, samples: of the calibration text.
+        probe: measure the damage on the demo's held-out prompts.
+        trust_remote_code: let the model's own code run.
 
     Returns:
         The content of degradation.json.
@@ -72,36 +137,21 @@ def quantize(model: str, out: str | Path, *, format: str = "int3-g64", method: s
     Raises:
         InputError, FileError: unknown format or method, unreadable model, occupied directory.
     """
-    fmt, source, out = GridFormat.parse(format), models.resolve(model), Path(out)
+    fmt = GridFormat.parse(format)
     METHODS.get(method)
-    problem = run.occupied(out)
-    if problem:
-        raise InputError(problem)
-    tokenizer = models.load_tokenizer(source)
-    with stage(f"loading {model}"):
-        loaded = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
-    with stage(f"quantizing to {fmt.name} ({method})"):
-        hashes = models.hash_files(source)
-        began = time.perf_counter()
-        stored = quantize_in_place(loaded, fmt, method)
-        seconds = time.perf_counter() - began
-    quantized = sum(codes.numel() for codes, _ in stored.matrices.values())
-    degradation = {
-        "kind": "quantization",
-        "format": fmt.name,
-        "method": method,
-        "reference": {"model": model, "files": hashes},
-        "matrices": len(stored.matrices),
-        "weights_on_grid": quantized,
-        "weights_in_all": sum(p.numel() for p in loaded.parameters()),
-        "bits_per_weight": fmt.bits_per_weight,
-        "seconds": round(seconds, 3),
-    }
-    note = models.origin_note(source)
-    if note:
-        degradation["note"] = note
-    with stage(f"saving {out}"), run.new_directory(out) as target:
-        models.save_model(loaded, tokenizer, target)
-        stored.write(target)
-        run.write_json(target / "degradation.json", degradation)
-    return degradation
+
+    def change(job: Job) -> Changed:
+        stored = quantize_in_place(job.student, fmt, method, skip=skip, job=job)
+        return _described(job.student, stored, {"format": fmt.name, "method": method, "skip": list(skip)})
+
+    return run_job(
+        model,
+        out,
+        change,
+        title=f"quantizing to {fmt.name} ({method})",
+        seed=seed,
+        data=data,
+        samples=samples,
+        probe=probe,
+        trust_remote_code=trust_remote_code,
+    )

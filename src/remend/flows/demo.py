@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from remend import models, run
 from remend.config import EMBEDDED
-from remend.data import read_lines
+from remend.data import bundled
 from remend.degrade.quantize import quantize
 from remend.errors import InputError
 from remend.progress import stage
@@ -40,18 +38,9 @@ def write_prompts(directory: Path) -> tuple[Path, Path]:
     The bundled set is split by topic: no training prompt touches a held-out topic. Of the held-out prompts the demo
     takes HELD_OUT, going round the topics so that each is there.
     """
-    source = resources.files("remend") / "resources" / "prompts.jsonl"
-    with resources.as_file(source) as path:
-        rows = [row for _, row in read_lines(path)]
-    by_topic: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["split"] == "held_out":
-            by_topic.setdefault(row["topic"], []).append(row)
-    depth = max(map(len, by_topic.values()))
-    held_out = [topic[i] for i in range(depth) for topic in by_topic.values() if i < len(topic)][:HELD_OUT]
-    parts = {"train.jsonl": [r for r in rows if r["split"] == "train"], "held_out.jsonl": held_out}
+    parts = {"train.jsonl": bundled("train"), "held_out.jsonl": bundled("held_out")[:HELD_OUT]}
     for name, chosen in parts.items():
-        run.write_text(directory / name, "".join(run.json_line(r) for r in chosen))
+        run.write_text(directory / name, "".join(run.json_line(e.row) for e in chosen))
     return directory / "train.jsonl", directory / "held_out.jsonl"
 
 
@@ -83,7 +72,7 @@ def demo(out: str | Path | None = None, *, model: str = EMBEDDED, steps: int = S
         if source.kind == "gguf" and source.path:
             run.write_json(target / models.ORIGIN_FILE, {"dequantized_from": source.path.name})
     del reference
-    quantize(str(inputs / "reference"), inputs / "degraded", format=FORMAT)
+    quantize(str(inputs / "reference"), inputs / "degraded", format=FORMAT, probe=False)
     train, held_out = write_prompts(inputs)
     config = settings(
         overrides={

@@ -1,0 +1,45 @@
+"""What training must not give back: the quantization grid or the zeros that a student came with.
+
+A constraint stands between model and optimizer. The model holds the weights as they are served; the optimizer moves
+float32 masters. After the backward pass the gradients at the served weights are handed to the masters unchanged
+(the straight-through estimator, Bengio et al., arXiv 1308.3432), and after the update the served weights are written
+anew. So a weight is quantized once per update, and sampling, scoring and saving see plain tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from remend.constraints.adapter import Adapter
+from remend.constraints.free import Constraint, Free
+from remend.constraints.grid import GRID_FILE, OnGrid, StoredGrid
+from remend.constraints.mask import Masked
+
+__all__ = ["GRID_FILE", "Adapter", "Constraint", "Free", "Masked", "OnGrid", "StoredGrid", "constraint_of"]
+
+
+def constraint_of(
+    model: nn.Module,
+    stored: StoredGrid | None,
+    *,
+    masked: bool = False,
+    origin: Any = None,
+    masters: Mapping[str, Tensor] | None = None,
+    scales: Literal["fixed", "learned"] = "fixed",
+) -> Free | OnGrid | Masked | Adapter:
+    """The constraint of a student as it was recognised (remend.foreign).
+
+    Where the model carries an adapter, that alone is trained. `stored` is its grid and `masked` says that its zeros
+    stay; `origin` is the teacher's model, or None; for the rest see OnGrid.
+    """
+    if hasattr(model, "peft_config"):
+        return Adapter(model)
+    if masked:
+        return Masked(model)
+    if stored is None:
+        return Free(model)
+    originals = dict(origin.named_parameters()) if origin is not None else None
+    return OnGrid(model, stored, origin=originals, masters=masters, scales=scales)

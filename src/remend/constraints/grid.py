@@ -1,0 +1,210 @@
+"""A student on a quantization grid: the file that describes the grid, and training that stays on it.
+
+Legend: O rows (outputs), I columns (inputs), K groups a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from remend.errors import FileError, InputError
+from remend.grids import Grid, GridFormat, decode, encode, ends, rescale, restore, snap, store, within_cell
+
+GRID_FILE = "grid.safetensors"
+LOG_SCALES = "log_scales"
+_FORMULAS = {
+    "scaled": "w = scales * value of a code",
+    "zero": "w = scales * (codes - zeros)",
+    "minimum": "w = scales * codes + zeros",
+}
+
+
+@dataclass
+class _Matrix:
+    """One matrix in training: the weight as served, what the optimizer moves, the grid that it started on."""
+
+    weight: Tensor
+    master: Tensor
+    grid: Grid
+    log_scales: Tensor | None = None
+
+
+class OnGrid:
+    """Some matrices stay on the quantization grid that they came on; all other parameters are free.
+
+    Scales and zeros are not derived anew from trained weights, which is not idempotent. They stay as stored
+    (`scales="fixed"`), or are learned: each group's scale is then scale · exp(r), rounded as the format stores it, with
+    a master r that starts at 0. A zero counts in codes and stays; the minimum of GGUF's _1 formats is multiplied too.
+    The gradient of r is LSQ's (arXiv 1902.08153, eq. 3) times the scale: the sum over the group of g · (w_served - w)
+    inside the grid's range and g · w_served beyond it, w the master. Its gradient scale (section 2.2) is left out: the
+    optimizer is Adam, which undoes it.
+
+    Args:
+        model: holds the quantized weights already.
+        stored: the grid as read from the student's directory.
+        origin: parameters of the model before quantization (the teacher's), by name. Where names and shapes agree, a
+            master starts at the original weight, moved as far as its code demands: it still rounds to the student's
+            code, but remembers on which side of it the lost weight was. Elsewhere it starts on the grid point.
+        masters: where masters start instead, by name, e.g. the weights that one-shot repair rounded.
+        scales: 'fixed' or 'learned'.
+
+    Raises:
+        InputError: the model lacks a matrix of the grid, its weights are not the ones that the grid describes, a start
+            value rounds to another weight, or scales are to be learned that are no float16 or float32.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stored: StoredGrid,
+        *,
+        origin: Mapping[str, Tensor] | None = None,
+        masters: Mapping[str, Tensor] | None = None,
+        scales: Literal["fixed", "learned"] = "fixed",
+    ) -> None:
+        self.format = stored.format
+        if scales == "learned" and self.format.scale not in (torch.float16, torch.float32):
+            raise InputError(
+                f"the scales of {self.format.name} are {str(self.format.scale).removeprefix('torch.')}, too coarse to "
+                "learn; use scales: fixed"
+            )
+        parameters = dict(model.named_parameters())
+        self._matrices: dict[str, _Matrix] = {}
+        for name, (codes, grid) in stored.matrices.items():
+            weight = parameters.get(name)
+            if weight is None or weight.shape != codes.shape:
+                raise InputError(f"the grid describes {name} {tuple(codes.shape)}, which the model does not have")
+            codes, grid = codes.to(weight.device), grid.to(weight.device)
+            if not torch.equal(decode(codes, grid, self.format), weight.detach().float()):
+                raise InputError(f"{name} does not lie on its grid: {GRID_FILE} belongs to another model")
+            start, source = (masters or {}).get(name), (origin or {}).get(name)
+            if start is not None:
+                master = self._start(name, start, weight, grid)
+            elif source is not None and source.shape == codes.shape:
+                master = within_cell(source.detach().to(weight.device), codes, grid, self.format)
+            else:
+                master = weight.detach().clone()
+            learned = torch.zeros_like(grid.scales) if scales == "learned" else None
+            self._matrices[name] = _Matrix(weight, master, grid, learned)
+        self._free = {n: p for n, p in parameters.items() if n not in self._matrices and p.requires_grad}
+
+    def _start(self, name: str, start: Tensor, weight: Tensor, grid: Grid) -> Tensor:
+        master = start.detach().to(weight.device, torch.float32, copy=True)
+        if master.shape != weight.shape or not torch.equal(
+            decode(encode(master, grid, self.format), grid, self.format), weight.detach().float()
+        ):
+            raise InputError(f"the start value of {name} does not round to the weight that the model holds")
+        return master
+
+    def _grid(self, matrix: _Matrix) -> Grid:
+        if matrix.log_scales is None:
+            return matrix.grid
+        return rescale(matrix.grid, matrix.log_scales.exp(), self.format)
+
+    def masters(self) -> dict[str, Tensor]:
+        """See Constraint. Learned scales are '<matrix>.log_scales', float32 [O, K]."""
+        masters = {name: matrix.master for name, matrix in self._matrices.items()}
+        logs = {f"{n}.{LOG_SCALES}": m.log_scales for n, m in self._matrices.items() if m.log_scales is not None}
+        return {**masters, **logs, **self._free}
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """See Constraint. Straight-through: the gradient at the served weight, unchanged."""
+        for matrix in self._matrices.values():
+            gradient = matrix.weight.grad
+            matrix.master.grad, matrix.weight.grad = gradient, None
+            if matrix.log_scales is not None:
+                matrix.log_scales.grad = None if gradient is None else self._scale_gradient(matrix, gradient)
+
+    def _scale_gradient(self, matrix: _Matrix, gradient_OI: Tensor) -> Tensor:
+        """Of the loss by the log-scales: float32 [O, K]."""
+        groups = (-1, matrix.grid.scales.shape[1], self.format.group or gradient_OI.shape[1])
+        low, high = (end.unsqueeze(-1) for end in ends(self._grid(matrix), self.format))
+        master = matrix.master.view(groups)
+        moved = torch.where((master > low) & (master < high), master, 0)
+        return ((matrix.weight.detach().view(groups) - moved) * gradient_OI.view(groups)).sum(-1)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """See Constraint."""
+        for matrix in self._matrices.values():
+            snap(matrix.master, self._grid(matrix), self.format, out=matrix.weight)
+
+    @torch.no_grad()
+    def save(self, directory: Path) -> None:
+        """See Constraint: codes, scales and zeros as `grid.safetensors`."""
+        matrices = {}
+        for name, matrix in self._matrices.items():
+            grid = self._grid(matrix)
+            matrices[name] = (encode(matrix.master, grid, self.format), grid)
+        StoredGrid(self.format, matrices).write(directory)
+
+
+class StoredGrid:
+    """The content of `grid.safetensors`: one format, and for every quantized matrix its codes and its grid.
+
+    For a matrix W the file holds 'W.codes' (uint8 [O, I]), 'W.scales' and, where the format has them, 'W.zeros' (each
+    [O, K]) and 'W.outer' ([]), in the types that `remend.grids.store` gives. The header names format and formula.
+    """
+
+    def __init__(self, fmt: GridFormat, matrices: dict[str, tuple[Tensor, Grid]]) -> None:
+        self.format = fmt
+        self.matrices = matrices
+
+    def write(self, directory: Path) -> None:
+        """Write the file into `directory` (which the caller moves into place)."""
+        tensors: dict[str, Tensor] = {}
+        for name, (codes, grid) in self.matrices.items():
+            for key, tensor in {"codes": codes, **store(grid, self.format)}.items():
+                tensors[f"{name}.{key}"] = tensor.cpu().contiguous()
+        formula = f"{_FORMULAS[self.format.form]}, one scale for {self.format.group or 'all'} neighbours in a row"
+        save_file(
+            tensors,
+            directory / GRID_FILE,
+            metadata={"remend_grid": "2", "format": self.format.name, "formula": formula},
+        )
+
+    @staticmethod
+    def read(directory: Path) -> StoredGrid | None:
+        """The grid beside a model, or None where there is none. Raises FileError for a file that can't be used."""
+        path = directory / GRID_FILE
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            fmt = GridFormat.parse(metadata.get("format", "without a format"))
+            names = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
+            matrices = {name: _matrix_of(name, tensors, fmt) for name in names}
+        except (SafetensorError, OSError, InputError) as error:
+            raise FileError(f"{path} can't be read as a quantization grid: {error}") from None
+        return StoredGrid(fmt, matrices)
+
+
+def _matrix_of(name: str, tensors: Mapping[str, Tensor], fmt: GridFormat) -> tuple[Tensor, Grid]:
+    codes = tensors[f"{name}.codes"]
+    parts = {key: tensors[f"{name}.{key}"] for key in ("scales", "zeros", "outer") if f"{name}.{key}" in tensors}
+    try:
+        grid = restore(parts, fmt)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    if codes.dtype != torch.uint8 or codes.ndim != 2:
+        raise InputError(f"the codes of {name} are no matrix of type uint8")
+    rows, columns = codes.shape
+    group = fmt.group or columns
+    if columns % group or grid.scales.shape != (rows, columns // group):
+        raise InputError(
+            f"codes {tuple(codes.shape)} and scales {tuple(grid.scales.shape)} of {name} don't fit each other"
+        )
+    if codes.numel() and int(codes.max()) >= fmt.levels:
+        raise InputError(f"{name} holds codes up to {int(codes.max())}; {fmt.name} has {fmt.levels}")
+    return codes, grid

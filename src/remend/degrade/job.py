@@ -1,0 +1,210 @@
+"""What all degradations share: load the reference, change a copy, probe it, save it with its record."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remend import models, run
+from remend.calibration import completions
+from remend.data import bundled, choose, data_hash, load_examples
+from remend.errors import InputError
+from remend.measure import compare, pool
+from remend.progress import stage
+from remend.prompts import encode
+from remend.rollout import Rollout, TransformersSampler
+from remend.scoring import scorer
+
+PROBE_PROMPTS, PROBE_TOKENS = 32, 48
+CALIBRATION_TOKENS = 64
+"""Completion tokens of a calibration sample: 48 samples with their prompts are about 4,000 rows a layer."""
+
+RECORD = "degradation.json"
+
+
+@dataclass
+class Job:
+    """What a degradation works on.
+
+    reference: the healthy model, not to be changed; student: a copy that is.
+    samples, data: how many calibration prompts, and from where (None: the bundled training prompts).
+    """
+
+    reference: Any
+    student: Any
+    tokenizer: Any
+    source: models.Source
+    seed: int
+    samples: int
+    data: str | None
+    calibration_seconds: float = 0.0
+    calibration_hash: str | None = None
+    _rollouts: list[Rollout] | None = None
+
+    @property
+    def pad_id(self) -> int:
+        """Any valid id."""
+        return models.pad_id(self.tokenizer)
+
+    def calibration(self) -> list[Rollout]:
+        """The reference's own completions, sampled once. Raises InputError when there is no prompt."""
+        if self._rollouts is None:
+            began = time.perf_counter()
+            everything = bundled("train") if self.data is None else load_examples(self.data)
+            chosen = everything[: self.samples] if self.data is None else choose(everything, self.samples, self.seed)
+            self.calibration_hash = data_hash(chosen)
+            prompts = [encode(self.tokenizer, e) for e in chosen]
+            self._rollouts = completions(
+                self.reference, self.tokenizer, prompts, max_new_tokens=CALIBRATION_TOKENS, seed=self.seed
+            )
+            self.calibration_seconds = time.perf_counter() - began
+        return self._rollouts
+
+
+@dataclass
+class Changed:
+    """What a degradation made.
+
+    student: the changed model.
+    entry: its part of degradation.json: kind, method, and what else describes it.
+    files: writes what lies beside the model (a grid, say) into a directory.
+    bits_per_weight: of the changed matrices, as packed, scales included.
+    packed_bytes: the whole model as packed; None counts every parameter at 16 bits.
+    """
+
+    student: Any
+    entry: dict[str, Any]
+    files: Callable[[Path], None] | None = None
+    bits_per_weight: float | None = None
+    packed_bytes: int | None = None
+
+
+def run_job(
+    model: str,
+    out: str | Path,
+    change: Callable[[Job], Changed],
+    *,
+    title: str,
+    seed: int = 0,
+    data: str | None = None,
+    samples: int = 48,
+    probe: bool = True,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Load `model`, let `change` damage a copy, measure and save it.
+
+    Args:
+        model: the healthy reference: directory, GGUF file, hub id[@revision] or smollm2.
+        out: a new directory.
+        change: gets a Job, gives Changed.
+        title: what is done, for the progress line.
+        seed: of calibration and whatever else draws.
+        data: calibration prompts; None takes bundled ones.
+        samples: calibration prompts used.
+        probe: measure KL and agreement with the reference on the demo's held-out prompts.
+        device: auto, cpu, cuda.
+        trust_remote_code: let a model directory run its own Python.
+
+    Returns:
+        The content of degradation.json.
+
+    Raises:
+        InputError, FileError: unreadable model, occupied directory, no calibration prompts.
+    """
+    out = Path(out)
+    problem = run.occupied(out)
+    if problem:
+        raise InputError(problem)
+    job, hashes = _load(model, seed, samples, data, device, trust_remote_code)
+    with stage(title):
+        began = time.perf_counter()
+        changed = change(job)
+        seconds = time.perf_counter() - began - job.calibration_seconds
+    record = _record(job, changed, model, hashes, seconds)
+    if probe:
+        record["probe"] = probe_against(job.reference, changed.student, job.tokenizer)
+    with stage(f"saving {out}"), run.new_directory(out) as target:
+        models.save_model(changed.student, job.tokenizer, target)
+        if changed.files:
+            changed.files(target)
+        run.write_json(target / RECORD, record)
+    return record
+
+
+def _record(job: Job, changed: Changed, model: str, hashes: Mapping[str, str], seconds: float) -> dict[str, Any]:
+    record = {
+        **changed.entry,
+        "reference": {"model": model, "files": hashes},
+        "bits_per_weight": changed.bits_per_weight,
+        "packed_bytes": changed.packed_bytes or 2 * sum(p.numel() for p in changed.student.parameters()),
+        "seconds": round(seconds, 3),
+        "seed": job.seed,
+    }
+    if job.calibration_hash:
+        spent = round(job.calibration_seconds, 3)
+        record["calibration"] = {"prompts": job.samples, "hash": job.calibration_hash, "seconds": spent}
+    note = models.origin_note(job.source)
+    if note:
+        record["note"] = note
+    return record
+
+
+def _load(
+    model: str, seed: int, samples: int, data: str | None, device: str, trust_remote_code: bool
+) -> tuple[Job, dict[str, str]]:
+    source = models.resolve(model)
+    if samples < 1:
+        raise InputError(f"samples is {samples}: the calibration set is empty; allowed is 1 or more")
+    where = models.choose_device(device)
+    tokenizer = models.load_tokenizer(source, trust_remote_code=trust_remote_code)
+    with stage(f"loading {model}"):
+        reference = models.load_model(source, dtype=torch.float32, device=where, trust_remote_code=trust_remote_code)
+        reference.requires_grad_(False)
+        hashes = models.hash_files(source)
+    return Job(reference, copy.deepcopy(reference), tokenizer, source, seed, samples, data), hashes
+
+
+@torch.no_grad()
+def probe_against(reference: Any, student: Any, tokenizer: Any) -> dict[str, Any]:
+    """Forward KL (nats a token) and top-1 agreement on the demo's held-out prompts: the reference's greedy answers."""
+    prompts = [encode(tokenizer, e) for e in bundled("held_out")[:PROBE_PROMPTS]]
+    pad, parts = models.pad_id(tokenizer), scorer(reference)
+    with stage("probing: the reference answers", len(prompts)) as advance:
+        sampler = TransformersSampler(
+            reference, parts.shared, models.eos_ids(reference, tokenizer), pad, on_rows=advance
+        )
+        rollouts = sampler(prompts, max_new_tokens=PROBE_TOKENS, temperature=0.0, seeds=[0] * len(prompts))
+    with stage("probing: comparing", len(prompts)) as advance:
+        figures = pool(compare(scorer(student), parts, rollouts, pad_id=pad, on_rows=advance))
+    return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"], "prompts": len(prompts)}
+
+
+def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:
+    """Every linear layer of the decoder by name: not the head, not embeddings."""
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+
+
+def chosen_layers(model: Any, skip: Sequence[str]) -> dict[str, torch.nn.Linear]:
+    """`linear_layers` without those that a skip pattern matches (shell patterns over the full name).
+
+    Raises InputError for a pattern that matches nothing, or when nothing is left.
+    """
+    from fnmatch import fnmatchcase
+
+    layers = linear_layers(model)
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            some = ", ".join(list(layers)[:3])
+            raise InputError(f'skip "{pattern}" matches no linear layer; names are like {some}; * matches any part')
+    kept = {n: m for n, m in layers.items() if not any(fnmatchcase(n, p) for p in skip)}
+    if not kept:
+        raise InputError(f"skip {', '.join(skip)} leaves no layer to change")
+    return kept

@@ -1,0 +1,69 @@
+"""Write a measured model into a container that others read, and prove that it is the same model.
+
+remend export runs/mine --format gguf:q4_0 --out mine-gguf
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from remend import run
+from remend.constraints import GRID_FILE
+from remend.errors import InputError
+from remend.exporting import compressed_tensors, dense, gguf  # noqa: F401  (each registers its container)
+from remend.exporting.card import write_card
+from remend.exporting.check import compare_file, verify
+from remend.exporting.measured import CONTAINERS, open_measured
+from remend.progress import stage
+
+__all__ = ["CONTAINERS", "export", "verify"]
+
+EXPORT_FILE = "export.json"
+
+
+def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Write a model as it was measured, read it back and compare.
+
+    Args:
+        source: a run directory (its recovered model is taken), or a model: directory, GGUF file, hub id or smollm2.
+        out: a new directory.
+        format: 'dense', 'compressed-tensors', 'gguf' (the type that the grid has) or 'gguf:q4_0' and the like.
+        trust_remote_code: let the model's own code run.
+
+    Returns:
+        The content of export.json: container, grid, bytes, and `check` as `verify` returns it.
+
+    Raises:
+        InputError: unknown format, a grid that fits no such container (with the reason), an occupied `out`.
+        FileError: the model can't be read, or what was written is not what was measured.
+    """
+    name, _, kind = format.partition(":")
+    write, out = CONTAINERS.get(name), Path(out)
+    problem = run.occupied(out)
+    if problem:
+        raise InputError(problem)
+    measured = open_measured(source, trust_remote_code=trust_remote_code)
+    with run.new_directory(out) as target:
+        with stage(f"writing {format}"):
+            facts = write(measured, target, kind)
+        with stage("reading it back"):
+            check = compare_file(target, measured, trust_remote_code=trust_remote_code)
+        if measured.degradation is not None:
+            run.write_json(target / "degradation.json", measured.degradation)
+        run.write_text(target / "README.md", write_card(measured, facts["container"], check))
+        result = {
+            "source": source,
+            "format": format,
+            **facts,
+            "grid": measured.grid,
+            "matrices_on_grid": len(measured.stored.matrices) if measured.stored else 0,
+            "bytes": sum(
+                f.stat().st_size
+                for f in target.iterdir()
+                if f.suffix in {".safetensors", ".gguf"} and f.name != GRID_FILE
+            ),
+            "check": check,
+        }
+        run.write_json(target / EXPORT_FILE, result)
+    return result

@@ -1,0 +1,77 @@
+"""README.md of an exported model: what it is, how it was made, what was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from typing import Any
+
+from remend import run
+from remend.exporting.measured import Measured
+
+_SETTINGS = ("student", "teacher", "steps", "batch_size", "learning_rate", "beta", "seed")
+
+
+def write_card(measured: Measured, container: str, check: dict[str, Any]) -> str:
+    """Markdown with a YAML head. Text that comes from files is escaped: it can't become markup."""
+    summary = _json(measured, run.SUMMARY)
+    recipe = _json(measured, run.MANIFEST).get("recipe", {})
+    lines = ["---", "tags:", "- remend", "---", "", f"# {escape(_title(measured))}", ""]
+    grid = f"its linear weights lie on the grid {escape(measured.grid)}" if measured.stored else "its weights are free"
+    lines += [f"Exported by remend {importlib.metadata.version('remend')} as {escape(container)}; {grid}.", ""]
+    if measured.degradation:
+        lines += ["## Compression", ""]
+        lines += [f"- {escape(k)}: {escape(v)}" for k, v in measured.degradation.items() if _plain(v)] + [""]
+    if recipe:
+        lines += ["## Recovery", "", "Trained on its own answers against its healthy teacher (remend recover).", ""]
+        lines += [f"- {k}: {escape(recipe[k])}" for k in _SETTINGS if k in recipe] + [""]
+    if summary:
+        lines += ["## Measured on held-out prompts", ""]
+        lines += [f"- {escape(k)}: {escape(v)}" for k, v in _figures(summary)] + [""]
+    lines += ["## This file", "", _checked(check), ""]
+    return "\n".join(lines)
+
+
+def escape(value: Any) -> str:
+    """One line of plain text in Markdown: no markup, no HTML, no link."""
+    text = " ".join(str(value).split())[:200]
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]{}|#!~])", r"\\\1", text)
+
+
+def _json(measured: Measured, name: str) -> dict[str, Any]:
+    path = measured.run / name if measured.run else None
+    content = run.read_json(path) if path and path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _title(measured: Measured) -> str:
+    where = measured.run or measured.source.path
+    return where.name if where else measured.source.spec
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float))
+
+
+def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Numbers of summary.json, one level deep: 'recovered.kl' and the like, six at most a group."""
+    rows = []
+    for key, value in summary.items():
+        if isinstance(value, dict):
+            rows += [(f"{key}.{k}", _number(v)) for k, v in value.items() if isinstance(v, (int, float))][:6]
+        elif _plain(value):
+            rows.append((key, _number(value)))
+    return rows
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _checked(check: dict[str, Any]) -> str:
+    return (
+        "Read back and compared with the model that was measured: "
+        f"{'all weights equal bit for bit' if check['weights_equal'] else 'weights differ'}, "
+        f"largest logit difference {check['max_logit_difference']:g} over {check['tokens_compared']} tokens."
+    )

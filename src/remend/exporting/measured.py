@@ -1,0 +1,97 @@
+"""What is exported: a model directory as it was measured, with the grid that its weights lie on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remend import foreign, models, run
+from remend.constraints import StoredGrid
+from remend.errors import InputError
+from remend.grids import decode
+from remend.progress import stage
+from remend.registry import Registry
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A loaded model and what is known of it. `run` is the run's directory, or None for a model alone."""
+
+    source: models.Source
+    model: Any
+    tokenizer: Any
+    stored: StoredGrid | None
+    mask: str | None
+    degradation: dict[str, Any] | None
+    run: Path | None
+
+    @property
+    def grid(self) -> str:
+        """The grid's name, or 'none'."""
+        return self.stored.format.name if self.stored else "none"
+
+
+Container = Callable[[Measured, Path, str], dict[str, Any]]
+"""Writes a measured model into a directory. The string is what follows the colon in --format, or ''. Returns facts."""
+
+CONTAINERS: Registry[Container] = Registry("container")
+
+
+def open_measured(source: str, *, trust_remote_code: bool = False) -> Measured:
+    """Load a run's recovered model, or any model, in float32 on the CPU.
+
+    Raises InputError when a run has no model yet or the weights don't lie on the grid beside them, and FileError when
+    the model can't be read.
+    """
+    path = Path(source)
+    of_run = path if (path / run.MANIFEST).is_file() else None
+    if of_run and not (path / "model" / "config.json").is_file():
+        raise InputError(
+            f"the run {path} has no recovered model yet; finish it with remend recover --resume {path}, then export"
+        )
+    where = models.resolve(str(path / "model") if of_run else source)
+    if where.kind == "adapter":
+        raise InputError(
+            f"{where.spec} is an adapter, which stays apart from its base: it is a peft directory already, and merged "
+            "it would move the base's weights off what was measured. Export the base, and load the adapter on it"
+        )
+    where = models.fetch(where, weights=True)
+    found = foreign.recognise(where, as_dense=True)
+    with stage(f"loading {where.spec}"):
+        tokenizer = models.load_tokenizer(where, trust_remote_code=trust_remote_code)
+        model = models.load_model(
+            where, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust_remote_code
+        )
+    _on_grid(model, found.stored)
+    mask = found.why if found.mask else None
+    return Measured(where, model, tokenizer, found.stored, mask, _degradation(where, of_run), of_run)
+
+
+def _on_grid(model: Any, stored: StoredGrid | None) -> None:
+    if stored is None:
+        return
+    parameters = dict(model.named_parameters())
+    for name, (codes, grid) in stored.matrices.items():
+        weight = parameters.get(name)
+        if weight is None or not torch.equal(decode(codes, grid, stored.format), weight):
+            raise InputError(
+                f"{name} does not lie on the grid beside the model: grid.safetensors belongs to another model; "
+                "remove it to export the weights as they are"
+            )
+
+
+def _degradation(where: models.Source, of_run: Path | None) -> dict[str, Any] | None:
+    """degradation.json from the model's directory, else from the student that the run began with."""
+    places = [where.path] if where.kind == "directory" else []
+    if of_run:
+        student = run.read_json(of_run / run.MANIFEST).get("recipe", {}).get("student")
+        places += [Path(student)] if isinstance(student, str) else []
+    for place in places:
+        if place and (place / "degradation.json").is_file():
+            content = run.read_json(place / "degradation.json")
+            return content if isinstance(content, dict) else None
+    return None

@@ -1,0 +1,90 @@
+"""Weights that other tools packed: what config.json says of them, and unpacking without a rounding."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remend.errors import FileError
+
+
+def packing(directory: Path | None) -> dict[str, Any]:
+    """`quantization_config` of a model directory's config.json; empty for plain weights."""
+    if directory is None:
+        return {}
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(config.get("quantization_config") or {}) if isinstance(config, dict) else {}
+
+
+def require_compressed_tensors(what: str) -> None:
+    """Raises FileError with the line that installs compressed-tensors when it is absent."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise FileError(
+            f"{what} needs the package compressed-tensors, which is not installed. "
+            "Install it with: pip install compressed-tensors"
+        )
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply scale and value in float32 while transformers lets compressed-tensors decompress.
+
+    It multiplies in the scale's own dtype (bfloat16 or float16, as most writers store it) and unpacks fp4 to bfloat16.
+    That rounds the products: the weights would lie beside their grid. Float32 scales give the same with and without.
+    """
+    from compressed_tensors.compressors.nvfp4 import base as fp4
+    from transformers.integrations.compressed_tensors import CompressedTensorsDequantize as Operation
+
+    unpack, convert = fp4.unpack_fp4_from_uint8, Operation.convert
+
+    def widened(self: Any, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        scale = input_dict.get("weight_scale")
+        if scale is not None:
+            input_dict = {
+                **input_dict,
+                "weight_scale": [_widen(s) for s in scale] if isinstance(scale, list) else _widen(scale),
+            }
+        return convert(self, input_dict, *args, **kwargs)
+
+    fp4.unpack_fp4_from_uint8, Operation.convert = partial(unpack, dtype=torch.float32), widened
+    try:
+        with warnings.catch_warnings():  # that `dequantize` goes before what config.json says: it is meant to
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            yield
+    finally:
+        fp4.unpack_fp4_from_uint8, Operation.convert = unpack, convert
+
+
+def unpacked(model: Any) -> Any:
+    """The model with plain weights, where transformers loaded it packed; saved, it does not claim to be packed.
+
+    Raises what transformers raises for a packing that it can't undo.
+    """
+    if getattr(model, "is_quantized", False) and not getattr(
+        model.hf_quantizer.quantization_config, "dequantize", False
+    ):
+        for module in model.modules():  # bitsandbytes would round to the type that the weights once had
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            if state is not None:
+                state.dtype = torch.float32
+        model = model.dequantize()
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
+    return model
+
+
+def _widen(scale: torch.Tensor) -> torch.Tensor:
+    return scale.float() if scale.dtype in (torch.float16, torch.bfloat16) else scale

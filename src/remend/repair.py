@@ -1,0 +1,188 @@
+"""One-shot repair: win back in closed form what needs no gradient, before the first step.
+
+The student's calibration inputs and the teacher's outputs say what every layer ought to give (`calibration.walk`).
+The dense least-squares answer to that, with the teacher's weight as prior, is then put under the student's constraint:
+
+    grid        GPTQ onto the very grid that the student came on (arXiv 2210.17323)
+    mask        SparseGPT's compensation under the student's own zeros (arXiv 2301.00774)
+    smaller     the answer itself, in the layers that write into the residual stream: a cut is patched by the layer
+                before it, a narrowed layer by its own output matrix
+
+Legend: O rows (outputs), I columns (inputs).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remend import models
+from remend.calibration import Sites, completions, decoder_layers, walk
+from remend.constraints import StoredGrid
+from remend.constraints.mask import kept_weights
+from remend.errors import InputError
+from remend.grids import decode
+from remend.prompts import Encoded
+from remend.rollout import Rollout
+from remend.solvers import gptq, least_squares, sparsegpt
+
+SAMPLES, TOKENS = 48, 64
+"""Calibration: the reference's own completions of training prompts."""
+
+DAMPING = 0.1
+"""Of the least-squares target, as a share of the gram's mean diagonal: keeps it near the prior off the text."""
+
+
+@dataclass
+class Repaired:
+    """What training starts from: the grid (with new codes) and its masters; `seconds` is 0 where nothing was done."""
+
+    stored: StoredGrid | None
+    masters: Mapping[str, Tensor] | None = None
+    seconds: float = 0.0
+
+
+def repair(
+    student: Any,
+    teacher: Any,
+    tokenizer: Any,
+    prompts: Sequence[Encoded],
+    *,
+    stored: StoredGrid | None,
+    masked: bool,
+    layer_map: Sequence[int] | None,
+    seed: int,
+) -> Repaired:
+    """Repair a compressed student in place. One that is not compressed is left as it is.
+
+    Args:
+        student, teacher: the models; the teacher's weights are used, so it must be of the student's family.
+        tokenizer, prompts: calibration is the teacher's answers to the first SAMPLES prompts.
+        stored, masked: the student's constraint.
+        layer_map: for each of its layers the teacher's; None finds it by the weights.
+        seed: of the calibration text.
+    """
+    smaller = [p.shape for p in student.parameters()] != [p.shape for p in teacher.parameters()]
+    if stored is None and not masked and not smaller:
+        return Repaired(None)
+    began, pad_id = time.perf_counter(), models.pad_id(tokenizer)
+    text = completions(teacher, tokenizer, prompts[:SAMPLES], max_new_tokens=TOKENS, seed=seed)
+    masters = None
+    if stored is not None:
+        stored, masters = repair_grid(student, teacher, stored, text, pad_id)
+    elif masked:
+        repair_mask(student, teacher, text, pad_id)
+    else:
+        repair_smaller(student, teacher, text, pad_id, layer_map or infer_layer_map(student, teacher))
+    return Repaired(stored, masters, time.perf_counter() - began)
+
+
+def _target(sites: Sites, at: int, prior_OI: Tensor) -> Tensor:
+    cross_OI = sites.cross_OI[at] if sites.cross_OI else None
+    if cross_OI is None:
+        return prior_OI
+    return least_squares(sites.gram_II, cross_OI.T, damping=DAMPING, prior_OI=prior_OI)
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().float() for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def repair_grid(
+    student: Any, teacher: Any, stored: StoredGrid, rollouts: Sequence[Rollout], pad_id: int
+) -> tuple[StoredGrid, dict[str, Tensor]]:
+    """Round the teacher's weights anew onto the student's grid, each layer compensating for those before it.
+
+    The student's weights are changed in place.
+
+    Returns:
+        The grid with its new codes, and for each matrix the compensated weights that were rounded: float32 masters.
+    """
+    healthy, masters, matrices = _weights(teacher), {}, dict(stored.matrices)
+
+    def visit(sites: Sites) -> None:
+        for at, (name, layer) in enumerate(zip(sites.names, sites.layers, strict=True)):
+            key = f"{name}.weight"
+            if key not in matrices or key not in healthy or healthy[key].shape != layer.weight.shape:
+                continue
+            grid = matrices[key][1].to(layer.weight.device)
+            rounded = gptq(_target(sites, at, healthy[key]), sites.gram_II, stored.format, grid)
+            layer.weight.copy_(decode(rounded.codes, grid, stored.format))
+            matrices[key], masters[key] = (rounded.codes, grid), rounded.weight
+
+    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, title="repairing on the grid")
+    return StoredGrid(stored.format, matrices), masters
+
+
+@torch.no_grad()
+def repair_mask(student: Any, teacher: Any, rollouts: Sequence[Rollout], pad_id: int) -> None:
+    """Refit what the mask left, in place; the zeros stay where they are."""
+    healthy, kept = _weights(teacher), kept_weights(student)
+
+    def visit(sites: Sites) -> None:
+        for at, (name, layer) in enumerate(zip(sites.names, sites.layers, strict=True)):
+            key = f"{name}.weight"
+            if key not in kept or key not in healthy or healthy[key].shape != layer.weight.shape:
+                continue
+            target_OI = _target(sites, at, healthy[key])
+            layer.weight.copy_(sparsegpt(target_OI, sites.gram_II, mask_OI=kept[key]))
+
+    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, title="repairing under the mask")
+
+
+@torch.no_grad()
+def repair_smaller(
+    student: Any, teacher: Any, rollouts: Sequence[Rollout], pad_id: int, layer_map: Sequence[int]
+) -> None:
+    """Refit the layers of a student with fewer or narrower layers to the teacher's streams, in place."""
+
+    def visit(sites: Sites) -> None:
+        for at, layer in enumerate(sites.layers):
+            layer.weight.copy_(_target(sites, at, layer.weight.detach().float()))
+
+    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, layer_map=layer_map, title="repairing at the cut")
+
+
+@torch.no_grad()
+def infer_layer_map(student: Any, teacher: Any) -> list[int]:
+    """Which of the teacher's blocks each of the student's is: the rising assignment whose weights differ least.
+
+    Raises InputError when the student has more blocks than the teacher.
+    """
+    ours, theirs = decoder_layers(student), decoder_layers(teacher)
+    if len(ours) > len(theirs):
+        raise InputError(
+            f"the student has {len(ours)} layers and the teacher {len(theirs)}: it is no pruned copy; set repair: false"
+        )
+    if len(ours) == len(theirs):
+        return list(range(len(ours)))
+    cost_ST = torch.tensor([[_difference(a, b) for b in theirs] for a in ours])
+    spare = len(theirs) - len(ours)
+    best = torch.full((len(ours) + 1, len(theirs) + 1), float("inf"))
+    best[0, : spare + 1] = 0
+    for s in range(len(ours)):
+        for t in range(s, s + spare + 1):
+            best[s + 1, t + 1] = torch.minimum(best[s + 1, t], best[s, t] + cost_ST[s, t])
+    chosen, t = [], len(theirs)
+    for s in range(len(ours), 0, -1):
+        while best[s, t - 1] <= best[s, t]:
+            t -= 1
+        t -= 1
+        chosen.append(t)
+    return chosen[::-1]
+
+
+def _difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
+    """Relative squared difference of the parameters that have one shape in both blocks."""
+    healthy, total, size = dict(theirs.named_parameters()), 0.0, 0.0
+    for name, parameter in ours.named_parameters():
+        if name in healthy and healthy[name].shape == parameter.shape:
+            total += float((parameter.float() - healthy[name].float()).square().sum())
+            size += float(parameter.float().square().sum())
+    return total / size if size else 0.0

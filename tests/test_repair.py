@@ -1,0 +1,125 @@
+"""One-shot repair: better than what it starts from, and exactly under the student's constraint."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import build_model, build_tokenizer, put_on_grid
+from remend import calibration
+from remend.constraints import OnGrid
+from remend.constraints.mask import Masked, kept_weights
+from remend.degrade.depth import without_blocks
+from remend.errors import InputError
+from remend.grids import decode
+from remend.repair import infer_layer_map, repair_grid, repair_mask, repair_smaller
+from remend.rollout import Rollout
+
+
+@pytest.fixture(scope="module")
+def text() -> list[Rollout]:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(3, 300, (24, 40), generator=generator).tolist()
+    return [Rollout(str(i), tuple(row[:10]), tuple(row[10 : 40 - i % 7]), False) for i, row in enumerate(rows)]
+
+
+@pytest.fixture
+def teacher() -> Any:
+    return build_model(len(build_tokenizer()), layers=4).requires_grad_(False)
+
+
+@torch.no_grad()
+def distance(student: Any, teacher: Any, text: list[Rollout]) -> float:
+    """Mean forward KL at every position, one sequence at a time."""
+    total, count = 0.0, 0
+    for row in text:
+        tokens = torch.tensor([[*row.prompt, *row.completion]])
+        ours, theirs = (m(input_ids=tokens).logits[0].double().log_softmax(-1) for m in (student, teacher))
+        total += float((theirs.exp() * (theirs - ours)).sum())
+        count += tokens.shape[1]
+    return total / count
+
+
+def test_repair_on_the_grid_keeps_the_grid_and_lowers_the_divergence(teacher: Any, text: list[Rollout]) -> None:
+    student = copy.deepcopy(teacher)
+    stored = put_on_grid(student, "int3-g64")
+    before = distance(student, teacher, text)
+    repaired, masters = repair_grid(student, teacher, stored, text, 0)
+    assert distance(student, teacher, text) < 0.7 * before
+    changed = 0
+    for name, (codes, grid) in repaired.matrices.items():
+        assert student.get_parameter(name).equal(decode(codes, grid, repaired.format))
+        assert grid.scales.equal(stored.matrices[name][1].scales)
+        changed += int((codes != stored.matrices[name][0]).sum())
+    assert changed > 100
+    OnGrid(student.requires_grad_(True), repaired, masters=masters)  # refuses masters that round to other codes
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_repair_under_the_mask_keeps_every_zero(teacher: Any, text: list[Rollout], pattern: Any) -> None:
+    from remend.solvers import keep_mask
+
+    student = copy.deepcopy(teacher)
+    for name, module in student.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            how = {"pattern": pattern} if pattern else {"sparsity": 0.5}
+            module.weight.mul_(keep_mask(module.weight.abs(), **how))
+    zeros, before = kept_weights(student), distance(student, teacher, text)
+    repair_mask(student, teacher, text, 0)
+    assert distance(student, teacher, text) < 0.7 * before
+    after = kept_weights(student)
+    assert set(zeros) == set(after)
+    assert all(after[name].equal(kept) for name, kept in zeros.items())
+    assert Masked(student).sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_repair_patches_a_cut(teacher: Any, text: list[Rollout]) -> None:
+    student, kept = without_blocks(teacher, [1])
+    before = distance(student, teacher, text)
+    assert infer_layer_map(student, teacher) == kept == [0, 2, 3]
+    repair_smaller(student, teacher, text, 0, kept)
+    assert distance(student, teacher, text) < 0.7 * before
+
+
+def test_more_layers_than_the_teacher_are_refused(teacher: Any) -> None:
+    student, _ = without_blocks(teacher, [3])
+    with pytest.raises(InputError, match=r"4 layers and the teacher 3.*repair: false"):
+        infer_layer_map(teacher, student)
+
+
+@torch.no_grad()
+def test_walk_gives_each_layers_gram_and_target(teacher: Any, text: list[Rollout]) -> None:
+    """With the teacher as its own student, what a layer should give is what it gives: Σ y xᵀ = W Σ x xᵀ."""
+    seen: dict[str, float] = {}
+    rows = sum(len(r.prompt) + len(r.completion) for r in text)
+
+    def visit(sites: calibration.Sites) -> None:
+        assert sites.rows == rows
+        for name, layer, cross in zip(sites.names, sites.layers, sites.cross_OI or (), strict=True):
+            assert cross is not None
+            seen[name] = float((cross - layer.weight @ sites.gram_II).norm() / cross.norm())
+
+    calibration.walk(copy.deepcopy(teacher), text, visit, pad_id=0, teacher=teacher)
+    linear = [n for n, m in teacher.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert sorted(seen) == sorted(linear)
+    assert max(seen.values()) < 1e-4
+
+
+@torch.no_grad()
+def test_walk_sees_real_tokens_only(teacher: Any, text: list[Rollout]) -> None:
+    """The gram of the first layer equals a slow one, sequence by sequence without padding."""
+    grams: dict[str, torch.Tensor] = {}
+
+    def visit(sites: calibration.Sites) -> None:
+        grams[sites.names[0]] = sites.gram_II
+
+    calibration.walk(copy.deepcopy(teacher), text, visit, pad_id=0)
+    block = teacher.model.layers[0]
+    slow = torch.zeros(64, 64, dtype=torch.float64)
+    for row in text:
+        x = block.input_layernorm(teacher.model.embed_tokens(torch.tensor([*row.prompt, *row.completion]))).double()
+        slow += x.T @ x
+    assert torch.allclose(grams["model.layers.0.self_attn.q_proj"].double(), slow, rtol=1e-4, atol=1e-2)
