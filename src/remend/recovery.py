@@ -205,6 +205,7 @@ class _Recovery:
         if judge and repaired.seconds:
             judge.after_repair(student, repaired.seconds)
         constraint = self._constraint(student, teacher, repaired)
+        del repaired  # its masters are as large as the model, and the constraint has its own
         hooks = [judge.hook(student, self.config.eval_every)] if judge and self.config.eval_every else []
         self._train(student, reference, constraint, hooks)
         if judge and baseline:

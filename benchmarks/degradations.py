@@ -1,0 +1,139 @@
+"""Degrade, recover and export SmolLM2 in the ways that users meet, and print the table of docs/degradations.md.
+
+python benchmarks/degradations.py --out runs/degradations [--only int3-g64] [--steps 24]
+
+Every row runs the commands `remend degrade`, `remend recover` (settings in OPTIONS) and `remend export`, each as a
+process of its own, in its own folder. Results are appended to results.json; a row that is there is not run again, and a
+recovery that was interrupted is resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from remend.flows.demo import write_prompts
+from remend.stats import bootstrap_gap_closed
+
+MODEL = "smollm2"
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One degradation: arguments of `remend degrade`, of `remend recover`, and the container that it is exported to."""
+
+    name: str
+    degrade: tuple[str, ...]
+    container: str = "dense"
+    recover: tuple[str, ...] = field(default=())
+
+
+ROWS = (
+    Row("int4-g32-sym rtn", ("quantize", MODEL, "--format", "int4-g32-sym"), "compressed-tensors"),
+    Row("int3-g64 rtn", ("quantize", MODEL, "--format", "int3-g64")),
+    Row("gguf:q4_0", ("quantize", MODEL, "--format", "gguf:q4_0"), "gguf:q4_0"),
+    Row("nvfp4", ("quantize", MODEL, "--format", "nvfp4"), "compressed-tensors"),
+    Row("magnitude 50%", ("prune", MODEL, "--method", "magnitude", "--sparsity", "0.5")),
+    Row("wanda 2:4", ("prune", MODEL, "--method", "wanda", "--sparsity", "2:4")),
+    Row("depth -5", ("prune", MODEL, "--method", "depth", "--layers", "23,24,25,26,27")),
+    Row("ffn width -25%", ("prune", MODEL, "--method", "width", "--ffn", "0.25")),
+    Row("tool-use SFT", ("finetune", MODEL, "--data", str(SHARED / "tooluse" / "train.jsonl"), "--max-tokens", "512")),
+)
+
+
+def remend(*words: str) -> float:
+    """Run the command line; returns its seconds. Stops the benchmark when it fails."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "remend", *words], check=True)
+    return time.monotonic() - began
+
+
+def run_row(row: Row, folder: Path, steps: int) -> dict[str, Any]:
+    """All three commands, and what their files say."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train, held_out = write_prompts(folder)
+    student, recovered, exported = folder / "student", folder / "recovered", folder / "exported"
+    if not (student / "degradation.json").is_file():
+        remend("degrade", *row.degrade, "--out", str(student))
+    if (recovered / "manifest.json").is_file():
+        remend("recover", "--resume", str(recovered))
+    else:
+        words = [f"student={student}", f"teacher={MODEL}", f"data={train}", f"eval_data={held_out}", f"out={recovered}"]
+        remend("recover", *words, f"steps={steps}", *row.recover)
+    if not exported.exists():
+        remend("export", str(recovered), "--format", row.container, "--out", str(exported))
+    summary, damage, check = (
+        json.loads(path.read_text())
+        for path in (recovered / "summary.json", student / "degradation.json", exported / "export.json")
+    )
+    repair = summary["repair"]
+    return {
+        "row": row.name,
+        "probe_kl": damage["probe"]["kl"],
+        "bits_per_weight": damage["bits_per_weight"],
+        "degraded_kl": summary["degraded"]["kl"],
+        "repaired_kl": repair["kl"] if repair else None,
+        "recovered_kl": summary["recovered"]["kl"],
+        "gap_closed": summary["gap_closed"]["kl"],
+        "gap_closed_95": summary["gap_closed_kl_95"],
+        "below_repair_95": below_repair(recovered) if repair else None,
+        "constraint": summary["constraint"],
+        "steps": summary["steps"],
+        "seconds": summary["seconds"],
+        "repair_seconds": repair["seconds"] if repair else 0,
+        "container": row.container,
+        "weights_equal": check["check"]["weights_equal"],
+        "max_logit_difference": check["check"]["max_logit_difference"],
+    }
+
+
+def below_repair(recovered: Path) -> list[float]:
+    """Share of repair's KL that training won on top: 95% interval, paired over the held-out prompts."""
+    rows = [[json.loads(line) for line in (recovered / f"{n}.jsonl").open()] for n in ("held_out_repaired", "held_out")]
+    before, after = [r["kl_sum"] for r in rows[0]], [r["kl_sum_recovered"] for r in rows[1]]
+    return list(bootstrap_gap_closed(before, after, seed=0))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The page's table."""
+    heads = ("degradation", "degraded KL", "after repair", "repair + SDFT", "gap closed (95%)", "over repair (95%)")
+    lines = ["| " + " | ".join((*heads, "recover, s", "export")) + " |", "| --- " * 8 + "|"]
+    for r in results:
+        repaired = "–" if r["repaired_kl"] is None else f"{r['repaired_kl']:.3f}"
+        low, high = r["gap_closed_95"]
+        over = "–" if r["below_repair_95"] is None else "{:.2f} to {:.2f}".format(*r["below_repair_95"])
+        same = "equal" if r["weights_equal"] and r["max_logit_difference"] == 0 else "DIFFERS"
+        gap = f"{r['gap_closed']:.2f} ({low:.2f} to {high:.2f})"
+        cells = (r["row"], f"{r['degraded_kl']:.3f}", repaired, f"{r['recovered_kl']:.3f}", gap, over)
+        lines.append("| " + " | ".join((*cells, f"{r['seconds']:.0f}", f"{r['container']}, {same}")) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """See the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/degradations"))
+    parser.add_argument("--only", choices=[row.name for row in ROWS], action="append")
+    parser.add_argument("--steps", type=int, default=24)
+    arguments = parser.parse_args()
+    path = arguments.out / "results.json"
+    results = json.loads(path.read_text()) if path.is_file() else []
+    for row in ROWS:
+        if (arguments.only and row.name not in arguments.only) or any(r["row"] == row.name for r in results):
+            continue
+        folder = arguments.out / row.name.replace(" ", "-").replace(":", "-").replace("%", "")
+        results.append(run_row(row, folder, arguments.steps))
+        path.write_text(json.dumps(results, indent=2) + "\n")
+        print(table(results), flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
