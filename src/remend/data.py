@@ -221,10 +221,10 @@ def split_held_out(examples: Sequence[Example], held_out: int | None, seed: int)
     return train, [distinct[key] for key in ranked[:count]]
 
 
-def bundled(split: str) -> list[Example]:
+def bundled(split: str, *, mixed: bool = True) -> list[Example]:
     """The bundled prompts of one split, 'train' or 'held_out': no topic is in both.
 
-    In the order that goes round the topics, so that the first n are as varied as n can be.
+    Mixed, their order goes round the topics, so that the first n are as varied as n can be; else it is the file's.
     """
     source = resources.files("remend") / "resources" / "prompts.jsonl"
     with resources.as_file(source) as path:
@@ -233,6 +233,8 @@ def bundled(split: str) -> list[Example]:
     for where, row in rows:
         topics.setdefault(row["topic"], []).append(example_of(row, where))
     depth = max(map(len, topics.values()))
+    if not mixed:
+        return [example for topic in topics.values() for example in topic]
     return [topic[i] for i in range(depth) for topic in topics.values() if i < len(topic)]
 
 

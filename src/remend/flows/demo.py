@@ -38,7 +38,7 @@ def write_prompts(directory: Path) -> tuple[Path, Path]:
     The bundled set is split by topic: no training prompt touches a held-out topic. Of the held-out prompts the demo
     takes HELD_OUT, going round the topics so that each is there.
     """
-    parts = {"train.jsonl": bundled("train"), "held_out.jsonl": bundled("held_out")[:HELD_OUT]}
+    parts = {"train.jsonl": bundled("train", mixed=False), "held_out.jsonl": bundled("held_out")[:HELD_OUT]}
     for name, chosen in parts.items():
         run.write_text(directory / name, "".join(run.json_line(e.row) for e in chosen))
     return directory / "train.jsonl", directory / "held_out.jsonl"
@@ -83,6 +83,7 @@ def demo(out: str | Path | None = None, *, model: str = EMBEDDED, steps: int = S
             "out": str(directory),
             "steps": steps,
             **TRAINING,
+            "repair": False,  # the demo shows what training alone wins back
             "save_every": 0,
             "device": "cpu",
             "seed": seed,
