@@ -4,7 +4,7 @@ The student's calibration inputs and the teacher's outputs say what every layer 
 The dense least-squares answer to that, with the teacher's weight as prior, is then put under the student's constraint:
 
     grid        GPTQ onto the very grid that the student came on (arXiv 2210.17323)
-    mask        least squares over the weights that the mask left: what SparseGPT's sweep (arXiv 2301.00774) comes near
+    mask        SparseGPT's compensation under the student's own zeros (arXiv 2301.00774)
     smaller     the answer itself, in the layers that write into the residual stream: a cut is patched by the layer
                 before it, a narrowed layer by its own output matrix
 
@@ -29,7 +29,7 @@ from remend.errors import InputError
 from remend.grids import decode
 from remend.prompts import Encoded
 from remend.rollout import Rollout
-from remend.solvers import gptq, least_squares, refit_kept
+from remend.solvers import gptq, least_squares, sparsegpt
 
 SAMPLES, TOKENS = 48, 64
 """Calibration: the reference's own completions of training prompts."""
@@ -131,7 +131,7 @@ def repair_mask(student: Any, teacher: Any, rollouts: Sequence[Rollout], pad_id:
             if key not in kept or key not in healthy or healthy[key].shape != layer.weight.shape:
                 continue
             target_OI = _target(sites, at, healthy[key])
-            layer.weight.copy_(refit_kept(target_OI, sites.gram_II, kept[key]))
+            layer.weight.copy_(sparsegpt(target_OI, sites.gram_II, mask_OI=kept[key]))
 
     walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, title="repairing under the mask")
 
