@@ -22,7 +22,8 @@ from remend.flows.demo import write_prompts
 from remend.stats import bootstrap_gap_closed
 
 MODEL = "smollm2"
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+TOOLS = str(Path(__file__).parent.parent.parent / "shared" / "data" / "tooluse" / "train.jsonl")
+FORGETTING = ("--max-tokens", "512", "--epochs", "1.5", "--learning-rate", "5e-4")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ ROWS = (
     Row("wanda 2:4", ("prune", MODEL, "--method", "wanda", "--sparsity", "2:4")),
     Row("depth -5", ("prune", MODEL, "--method", "depth", "--layers", "23,24,25,26,27")),
     Row("ffn width -25%", ("prune", MODEL, "--method", "width", "--ffn", "0.25")),
-    Row("tool-use SFT", ("finetune", MODEL, "--data", str(SHARED / "tooluse" / "train.jsonl"), "--max-tokens", "512")),
+    Row("tool-use SFT", ("finetune", MODEL, "--data", TOOLS, *FORGETTING)),
 )
 
 
