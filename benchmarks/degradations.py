@@ -2,9 +2,9 @@
 
 python benchmarks/degradations.py --out runs/degradations [--only int3-g64] [--steps 24]
 
-Every row runs the commands `remend degrade`, `remend recover` (settings in OPTIONS) and `remend export`, each as a
-process of its own, in its own folder. Results are appended to results.json; a row that is there is not run again, and a
-recovery that was interrupted is resumed.
+Every row runs the commands `remend degrade`, `remend recover` and `remend export`, each as a process of
+its own, with the defaults but for --steps. Results are appended to results.json; a row that is there is not run again,
+and a recovery that was interrupted is resumed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ FORGETTING = ("--max-tokens", "512", "--epochs", "1.5", "--learning-rate", "5e-4
 
 @dataclass(frozen=True)
 class Row:
-    """One degradation: arguments of `remend degrade`, of `remend recover`, and the container that it is exported to."""
+    """One degradation: arguments of `remend degrade`, and the container that it is exported to."""
 
     name: str
     degrade: tuple[str, ...]
     container: str = "dense"
-    recover: tuple[str, ...] = field(default=())
 
 
 ROWS = (
@@ -49,11 +47,9 @@ ROWS = (
 )
 
 
-def remend(*words: str) -> float:
-    """Run the command line; returns its seconds. Stops the benchmark when it fails."""
-    began = time.monotonic()
+def remend(*words: str) -> None:
+    """Run the command line. Stops the benchmark when it fails."""
     subprocess.run([sys.executable, "-m", "remend", *words], check=True)
-    return time.monotonic() - began
 
 
 def run_row(row: Row, folder: Path, steps: int) -> dict[str, Any]:
@@ -67,7 +63,7 @@ def run_row(row: Row, folder: Path, steps: int) -> dict[str, Any]:
         remend("recover", "--resume", str(recovered))
     else:
         words = [f"student={student}", f"teacher={MODEL}", f"data={train}", f"eval_data={held_out}", f"out={recovered}"]
-        remend("recover", *words, f"steps={steps}", *row.recover)
+        remend("recover", *words, f"steps={steps}")
     if not exported.exists():
         remend("export", str(recovered), "--format", row.container, "--out", str(exported))
     summary, damage, check = (

@@ -94,7 +94,7 @@ def test_imports_point_down(path: Path) -> None:
     assert problems_of(room_of(path), path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("module", ["losses.py", "grids.py", "formats.py"])
+@pytest.mark.parametrize("module", ["losses.py", "grids.py", "formats.py", "solvers.py"])
 def test_tensor_mathematics_touches_nothing_else(module: str) -> None:
     names = [name for _, name in imports_of((SOURCE / module).read_text(encoding="utf-8"))]
     for name in names:

@@ -32,6 +32,7 @@ Teacher = Annotated[
     str | None, typer.Option(help="The healthy reference, named likewise; smollm2 is the embedded model.")
 ]
 Data = Annotated[str | None, typer.Option(help="Training prompts: JSON lines with a prompt, or a datasets id.")]
+As = Annotated[str | None, typer.Option("--as", help="dense: train weights freely whose grid can't be held.")]
 Out = Annotated[str | None, typer.Option(help="A new directory for everything that is written.")]
 
 
@@ -55,25 +56,33 @@ def recover(
     teacher: Teacher = None,
     data: Data = None,
     out: Out = None,
+    as_: As = None,
     resume: Annotated[str | None, typer.Option(help="Continue the interrupted run in this directory.")] = None,
 ) -> None:
     """Recover a degraded student: remend recover RECIPE.yaml [key=value …], or with the four options."""
-    recipe, overrides = _arguments(words, student=student, teacher=teacher, data=data, out=out)
+    recipe, overrides = _arguments(words, as_, student=student, teacher=teacher, data=data, out=out)
     show(remend.recover(recipe, resume=resume, **overrides))
 
 
 @app.command()
 def check(
-    words: Overrides = None, student: Student = None, teacher: Teacher = None, data: Data = None, out: Out = None
+    words: Overrides = None,
+    student: Student = None,
+    teacher: Teacher = None,
+    data: Data = None,
+    out: Out = None,
+    as_: As = None,
 ) -> None:
     """Check a recipe without training: every problem and warning at once."""
-    recipe, overrides = _arguments(words, student=student, teacher=teacher, data=data, out=out)
+    recipe, overrides = _arguments(words, as_, student=student, teacher=teacher, data=data, out=out)
     found = remend.check(recipe, **overrides)
     console = Console(highlight=False, soft_wrap=True)
     for warning in found.warnings:
         console.print("warning:", warning, markup=False)
     found.raise_problems()
-    held = f"; held to {found.grid}" if found.grid else ""
+    held = f"; held to {found.constraint}" if found.constraint != "none" else ""
+    for note in found.notes:
+        console.print("note:", note, markup=False)
     console.print(
         f"ok: {len(found.train)} training and {len(found.held_out)} held-out prompts, "
         f"{found.parameters / 1e6:.1f}M parameters, {found.shared} shared token ids{held}"
@@ -238,10 +247,14 @@ def show(result: Any) -> None:
         console.print(f"{name:>7}  {path}", soft_wrap=True)
 
 
-def _arguments(words: list[str] | None, **options: str | None) -> tuple[Path | None, dict[str, Any]]:
+def _arguments(
+    words: list[str] | None, held_as: str | None, **options: str | None
+) -> tuple[Path | None, dict[str, Any]]:
     from remend.config import parse_overrides
 
-    words = list(words or [])
+    if held_as not in (None, "dense"):
+        raise InputError(f'--as is "{held_as}"; allowed is dense')
+    words = list(words or []) + (["as_dense=true"] if held_as else [])
     recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
     return recipe, {**parse_overrides(words), **{k: v for k, v in options.items() if v is not None}}
 

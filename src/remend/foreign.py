@@ -20,12 +20,17 @@ from torch import Tensor
 from remend import models
 from remend.constraints import StoredGrid
 from remend.errors import InputError
+from remend.gguf_blocks import from_gguf_blocks
 from remend.grids import Grid, GridFormat
 from remend.packed import packing
 from remend.packed_grid import grid_of_bitsandbytes, grid_of_compressed
 
 ZEROS = 0.05
 """A plain directory with a larger share of exact zeros in its linear weights counts as pruned."""
+
+PLAIN = "plain weights, no constraint"
+SAMPLE_ROWS = 64
+"""Rows of a matrix that tell whether its values repeat."""
 
 _GGUF_GRIDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "TQ2_0")
 _GGUF_LINEAR = {
@@ -99,7 +104,9 @@ def recognise(where: str | Path | models.Source, *, as_dense: bool = False) -> R
     except InputError as error:
         if as_dense:
             return Recognised(method, None, False, f"held as dense: {error}")
-        raise InputError(f"{source.spec}: {error}; say --as dense to train its weights freely") from None
+        raise InputError(
+            f"{source.spec}: {error}; say --as dense (as_dense: true in a recipe) to train its weights freely"
+        ) from None
     return Recognised(method, stored, False, why)
 
 
@@ -155,8 +162,6 @@ def _name(gguf_name: str) -> str | None:
 
 
 def _blocks(tensor: Any, fmt: GridFormat, heads: dict[str, int], name: str) -> tuple[Tensor, Grid]:
-    from remend.gguf_blocks import from_gguf_blocks
-
     columns, rows = (int(n) for n in tensor.shape)
     codes, grid = from_gguf_blocks(tensor.data, fmt, (rows, columns))
     count = heads.get(name.split(".")[2])
@@ -180,17 +185,18 @@ def linear_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(directory: Path) -> Recognised:
-    zeros = total = repeated = 0
+    zeros = total = repeated = sampled = 0
     patterns = {"2:4": (2, 4), "4:8": (4, 8)}
     for _, weight in linear_weights(directory):
         is_zero = weight == 0
         zeros, total = zeros + int(is_zero.sum()), total + weight.numel()
-        repeated += _repeats(weight)
+        some = weight[:SAMPLE_ROWS]
+        repeated, sampled = repeated + _repeats(some), sampled + some.numel()
         patterns = {name: nm for name, nm in patterns.items() if _follows(is_zero, *nm)}
     if not total or (zeros / total <= ZEROS and not (patterns and zeros)):
-        return Recognised("plain", None, False, "plain weights, no constraint", zeros / total if total else None)
+        return Recognised("plain", None, False, PLAIN, zeros / total if total else None)
     share, pattern = zeros / total, next(iter(patterns), None)
-    if repeated / total > 0.25:
+    if repeated / sampled > 0.25:
         why = f"{share:.1%} exact zeros, but the weights repeat a few values: they were quantized, not pruned; no mask"
         return Recognised("plain", None, False, why, share)
     found = f"{share:.1%} of the linear weights are exactly zero" + (f", in the pattern {pattern}" if pattern else "")

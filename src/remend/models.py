@@ -347,6 +347,12 @@ def eos_ids(model_or_config: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def linear_layers(model: Any) -> dict[str, nn.Linear]:
+    """Every linear layer of the decoder by name: not the head, not embeddings."""
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
 def pad_id(tokenizer: Any) -> int:
     """An id to pad with: any valid one serves, since padded positions are never read."""
     pad = tokenizer.pad_token_id

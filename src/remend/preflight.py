@@ -18,7 +18,7 @@ from remend.config import RecoverConfig
 from remend.constraints import GRID_FILE
 from remend.data import Example, data_hash, load_examples, split_held_out, without
 from remend.errors import CheckError, RemendError, did_you_mean
-from remend.foreign import Recognised, recognise
+from remend.foreign import PLAIN, Recognised, recognise
 from remend.prompts import Encoded, encode_within
 from remend.vocabulary import compare_vocabularies, template_warnings
 
@@ -40,7 +40,7 @@ class Preflight:
     shared: int = 0
     parameters: int = 0
     grid: str | None = None
-    recognised: Recognised = field(default_factory=lambda: Recognised("plain", None, False, "plain weights"))
+    recognised: Recognised = field(default_factory=lambda: Recognised("plain", None, False, PLAIN))
     layer_map: list[int] | None = None
     train: list[Encoded] = field(default_factory=list)
     held_out: list[Encoded] = field(default_factory=list)
@@ -70,7 +70,10 @@ class Preflight:
 
 
 def preflight(config: RecoverConfig, *, resuming: bool = False) -> Preflight:
-    """Run every check. Problems are collected, not raised; nothing is written and no weights are loaded."""
+    """Run every check. Problems are collected, not raised; nothing is written.
+
+    No model is loaded: the student's files are read only to see what it is held to.
+    """
     found = Preflight()
     if not resuming:
         problem = run.occupied(Path(config.out))
@@ -161,6 +164,8 @@ def _constraint(found: Preflight, config: RecoverConfig, student: models.Source)
         held = recognise(student, as_dense=config.as_dense)
         found.recognised = held
         found.layer_map = config.layer_map or degradation.get("layer_map")
+        if held.kind != "remend" and held.why != PLAIN:
+            found.notes.append(f"student {config.student}: {held.why}")
         if degradation.get("kind") == "quantization" and held.stored is None and not config.as_dense:
             found.problems.append(
                 f"{declared} says that the student lies on the grid {degradation.get('format')}, and "

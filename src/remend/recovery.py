@@ -13,9 +13,9 @@ import yaml
 from accelerate import Accelerator
 
 from remend import models, run
-from remend.adapters import add_lora
+from remend.adapters import add_lora, is_adapted
 from remend.config import RecoverConfig, build, merged, read_yaml
-from remend.constraints import Adapter, Constraint, constraint_of
+from remend.constraints import Constraint, constraint_of
 from remend.errors import InputError
 from remend.held_out import HeldOut, Judge, summarize
 from remend.losses import direction
@@ -192,8 +192,7 @@ class _Recovery:
 
     def run(self) -> RecoverResult:
         """All stages in order."""
-        pad = self.checked.tokenizer.pad_token_id
-        self.pad_id = int(pad if pad is not None else self.checked.tokenizer.eos_token_id or 0)
+        self.pad_id = models.pad_id(self.checked.tokenizer)
         teacher, student = self._load_teacher(), self._load(self.student_source, torch.float32)
         reference = scorer(teacher, self.checked.shared)
         # one process measures, writes and saves; the others only share the steps
@@ -232,23 +231,25 @@ class _Recovery:
         return self._load(models.resolve(str(self.directory.path / "model")), torch.float32)
 
     def _constraint(self, student: Any, teacher: Any, repaired: Repaired) -> Constraint:
-        constraint = constraint_of(
+        if self.config.lora is not None:
+            if repaired.stored:
+                repaired.stored.check(student)
+            settings = self.config.lora.model_dump()
+            add_lora(student, **settings, seed=derive_seed(self.config.seed, "lora"), base=self.config.student)
+        return constraint_of(
             student,
             repaired.stored,
             masked=self.checked.recognised.mask,
             origin=teacher,
             masters=repaired.masters,
             scales=self.config.scales,
-        )  # beside a grid, it also checks that it is the model's
-        if self.config.lora is None:
-            return constraint
-        settings = self.config.lora.model_dump()
-        add_lora(student, **settings, seed=derive_seed(self.config.seed, "lora"), base=self.config.student)
-        return Adapter(student)
+        )
 
     def _repair(self, student: Any, teacher: Any) -> Repaired:
         held = self.checked.recognised
-        if not self.config.repair or self.config.lora is not None or hasattr(student, "peft_config"):
+        # a checkpoint holds what came of repair, so a resumed run need not do it again
+        done = bool(self.directory.checkpoints())
+        if done or not self.config.repair or self.config.lora is not None or is_adapted(student):
             return Repaired(held.stored)
         return repair(
             student,

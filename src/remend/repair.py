@@ -58,7 +58,7 @@ def repair(
     layer_map: Sequence[int] | None,
     seed: int,
 ) -> Repaired:
-    """Repair a compressed student in place. One that is not compressed is left as it is.
+    """Repair a compressed student in place. One that is not compressed, or not cut from the teacher, is left as it is.
 
     Args:
         student, teacher: the models; the teacher's weights are used, so it must be of the student's family.
@@ -67,9 +67,10 @@ def repair(
         layer_map: for each of its layers the teacher's; None finds it by the weights.
         seed: of the calibration text.
     """
-    smaller = [p.shape for p in student.parameters()] != [p.shape for p in teacher.parameters()]
-    if stored is None and not masked and not smaller:
-        return Repaired(None)
+    same = _shapes(student) == _shapes(teacher)
+    smaller = not same and stored is None and not masked and _is_cut_from(student, teacher)
+    if not smaller and not (same and (stored is not None or masked)):
+        return Repaired(stored)
     began, pad_id = time.perf_counter(), models.pad_id(tokenizer)
     text = completions(teacher, tokenizer, prompts[:SAMPLES], max_new_tokens=TOKENS, seed=seed)
     masters = None
@@ -80,6 +81,19 @@ def repair(
     else:
         repair_smaller(student, teacher, text, pad_id, layer_map or infer_layer_map(student, teacher))
     return Repaired(stored, masters, time.perf_counter() - began)
+
+
+def _shapes(model: Any) -> dict[str, torch.Size]:
+    return {name: layer.weight.shape for name, layer in models.linear_layers(model).items()}
+
+
+def _is_cut_from(student: Any, teacher: Any) -> bool:
+    """One architecture and one residual stream, but fewer or narrower layers."""
+    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    alike = ours.model_type == theirs.model_type and ours.hidden_size == theirs.hidden_size
+    return alike and sum(s.numel() for s in _shapes(student).values()) < sum(
+        s.numel() for s in _shapes(teacher).values()
+    )
 
 
 def _target(sites: Sites, at: int, prior_OI: Tensor) -> Tensor:

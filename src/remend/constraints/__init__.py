@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from remend.adapters import is_adapted
 from remend.constraints.adapter import Adapter
 from remend.constraints.free import Constraint, Free
 from remend.constraints.grid import GRID_FILE, OnGrid, StoredGrid
@@ -35,7 +36,7 @@ def constraint_of(
     Where the model carries an adapter, that alone is trained. `stored` is its grid and `masked` says that its zeros
     stay; `origin` is the teacher's model, or None; for the rest see OnGrid.
     """
-    if hasattr(model, "peft_config"):
+    if is_adapted(model):
         return Adapter(model)
     if masked:
         return Masked(model)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from remend.adapters import is_adapted
 from remend.errors import InputError
 
 
@@ -23,7 +24,7 @@ class Adapter:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not hasattr(model, "peft_config") or not self._parameters:
+        if not is_adapted(model) or not self._parameters:
             raise InputError("the model carries no adapter to train; add one with lora, or name an adapter's directory")
 
     def masters(self) -> dict[str, Tensor]:

@@ -76,15 +76,12 @@ class OnGrid:
                 f"the scales of {self.format.name} are {str(self.format.scale).removeprefix('torch.')}, too coarse to "
                 "learn; use scales: fixed"
             )
+        stored.check(model)
         parameters = dict(model.named_parameters())
         self._matrices: dict[str, _Matrix] = {}
         for name, (codes, grid) in stored.matrices.items():
-            weight = parameters.get(name)
-            if weight is None or weight.shape != codes.shape:
-                raise InputError(f"the grid describes {name} {tuple(codes.shape)}, which the model does not have")
+            weight = parameters[name]
             codes, grid = codes.to(weight.device), grid.to(weight.device)
-            if not torch.equal(decode(codes, grid, self.format), weight.detach().float()):
-                raise InputError(f"{name} does not lie on its grid: {GRID_FILE} belongs to another model")
             start, source = (masters or {}).get(name), (origin or {}).get(name)
             if start is not None:
                 master = self._start(name, start, weight, grid)
@@ -158,6 +155,20 @@ class StoredGrid:
     def __init__(self, fmt: GridFormat, matrices: dict[str, tuple[Tensor, Grid]]) -> None:
         self.format = fmt
         self.matrices = matrices
+
+    def check(self, model: nn.Module) -> None:
+        """Raise InputError when the model lacks a matrix, or its weights are not the ones that this grid describes."""
+        parameters = dict(model.named_parameters())
+        for name, (codes, grid) in self.matrices.items():
+            weight = parameters.get(name)
+            if weight is None or weight.shape != codes.shape:
+                raise InputError(f"the grid describes {name} {tuple(codes.shape)}, which the model does not have")
+            codes, grid = codes.to(weight.device), grid.to(weight.device)
+            if not torch.equal(decode(codes, grid, self.format), weight.detach().float()):
+                raise InputError(
+                    f"{name} does not lie on its grid: {GRID_FILE} belongs to another model; remove it to take the "
+                    "weights as they are"
+                )
 
     def write(self, directory: Path) -> None:
         """Write the file into `directory` (which the caller moves into place)."""

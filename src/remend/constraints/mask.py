@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from remend import models
 from remend.errors import InputError
-
-LEAST_SHARE = 0.01
-"""Of exact zeros in a matrix: fewer are chance (underflow, an unused row), not pruning."""
 
 
 class Masked:
-    """The exact zeros of pruned matrices stay exactly zero; everything else is free.
+    """The exact zeros of linear weights stay exactly zero; everything else is free.
 
     The mask is the zeros that the student came with. Gradients at them are dropped, so AdamW's moments there are 0 and
     an update moves nothing; after every update the mask is applied once more, whatever the optimizer did.
@@ -27,7 +25,7 @@ class Masked:
         model: holds the pruned weights.
 
     Raises:
-        InputError: no matrix holds enough zeros to be pruned.
+        InputError: no linear layer holds a zero.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,11 +33,6 @@ class Masked:
         self._kept = kept_weights(model)
         if not self._kept:
             raise InputError("no linear layer of the student holds zeros: there is no sparsity mask to keep")
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros in the pruned matrices."""
-        return 1 - sum(int(k.sum()) for k in self._kept.values()) / sum(k.numel() for k in self._kept.values())
 
     def masters(self) -> dict[str, Tensor]:
         """See Constraint."""
@@ -64,12 +57,6 @@ class Masked:
 
 
 def kept_weights(model: Any) -> dict[str, Tensor]:
-    """For every pruned linear weight of the decoder (not head, not embeddings) a bool [O, I]: True where not zero."""
-    head = model.get_output_embeddings()
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            kept_OI = module.weight.detach() != 0
-            if 1 - float(kept_OI.float().mean()) >= LEAST_SHARE:
-                found[f"{name}.weight"] = kept_OI
-    return found
+    """For every linear weight of the decoder that holds a zero a bool [O, I]: True where it is not zero."""
+    kept = {f"{name}.weight": layer.weight.detach() != 0 for name, layer in models.linear_layers(model).items()}
+    return {name: kept_OI for name, kept_OI in kept.items() if not bool(kept_OI.all())}

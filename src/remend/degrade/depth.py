@@ -11,13 +11,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from remend import calibration
-from remend.degrade.job import Changed, Job, run_job
+from remend.degrade.job import Changed, Job, Options, run_job
 from remend.degrade.smaller import path_of, rebuild
 from remend.errors import InputError
 from remend.registry import Registry
@@ -26,7 +26,6 @@ Choice = Callable[[Iterable[Tensor], int], list[int]]
 METHODS: Registry[Choice] = Registry("way to choose blocks")
 
 GIVEN = "list"
-DENSE_BITS = 16.0
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Configuration entries of transformers that hold one value a block."""
 
@@ -133,11 +132,7 @@ def prune_depth(
     *,
     layers: int | Sequence[int],
     method: str = "block-influence",
-    seed: int = 0,
-    data: str | None = None,
-    samples: int = 48,
-    probe: bool = True,
-    trust_remote_code: bool = False,
+    **options: Unpack[Options],
 ) -> dict[str, Any]:
     """Remove blocks from a model and save what is left as a standard, shallower model.
 
@@ -147,9 +142,7 @@ def prune_depth(
         layers: how many blocks to remove, or with method 'list' their numbers, from 0.
         method: 'block-influence' (the least influential ones, arXiv 2403.03853), 'angular' (neighbours whose ends are
             most alike, arXiv 2403.17887) or 'list'.
-        seed, data, samples: of the calibration text that the blocks are scored on.
-        probe: measure the damage on the demo's held-out prompts.
-        trust_remote_code: let the model's own code run.
+        **options: see job.Options.
 
     Returns:
         The content of degradation.json; `layer_map` holds, for every block that stays, its number in the reference.
@@ -166,18 +159,14 @@ def prune_depth(
             removed = METHODS.get(method)(_points(job), removed)
         student, kept = without_blocks(job.reference, removed)
         entry = {"kind": "pruning", "method": f"depth:{method}", "removed_layers": removed, "layer_map": kept}
-        return Changed(student, entry, bits_per_weight=DENSE_BITS)
+        return Changed(student, entry)
 
     return run_job(
         model,
         out,
         change,
         title="removing blocks",
-        seed=seed,
-        data=data,
-        samples=samples,
-        probe=probe,
-        trust_remote_code=trust_remote_code,
+        **options,
     )
 
 

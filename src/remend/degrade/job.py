@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -26,6 +26,27 @@ CALIBRATION_TOKENS = 64
 """Completion tokens of a calibration sample: 48 samples with their prompts are about 4,000 rows a layer."""
 
 RECORD = "degradation.json"
+DENSE_BITS = 16
+"""Of a weight that is not packed, as models are served."""
+
+
+class Options(TypedDict, total=False):
+    """What every degradation takes beside its own settings.
+
+    seed: of calibration text, training order and whatever else draws; 0.
+    data: calibration prompts, JSON lines or a datasets id; None takes bundled ones.
+    samples: how many of them; 48.
+    probe: measure KL and agreement with the reference on the demo's held-out prompts; True.
+    device: auto (the default), cpu, cuda.
+    trust_remote_code: let a model directory run its own Python; False.
+    """
+
+    seed: int
+    data: str | None
+    samples: int
+    probe: bool
+    device: str
+    trust_remote_code: bool
 
 
 @dataclass
@@ -74,14 +95,14 @@ class Changed:
     student: the changed model.
     entry: its part of degradation.json: kind, method, and what else describes it.
     files: writes what lies beside the model (a grid, say) into a directory.
-    bits_per_weight: of the changed matrices, as packed, scales included.
+    bits_per_weight: of the changed matrices, as packed, scales included; 16 for dense ones.
     packed_bytes: the whole model as packed; None counts every parameter at 16 bits.
     """
 
     student: Any
     entry: dict[str, Any]
     files: Callable[[Path], None] | None = None
-    bits_per_weight: float | None = None
+    bits_per_weight: float = DENSE_BITS
     packed_bytes: int | None = None
 
 
@@ -105,12 +126,7 @@ def run_job(
         out: a new directory.
         change: gets a Job, gives Changed.
         title: what is done, for the progress line.
-        seed: of calibration and whatever else draws.
-        data: calibration prompts; None takes bundled ones.
-        samples: calibration prompts used.
-        probe: measure KL and agreement with the reference on the demo's held-out prompts.
-        device: auto, cpu, cuda.
-        trust_remote_code: let a model directory run its own Python.
+        seed, data, samples, probe, device, trust_remote_code: see Options.
 
     Returns:
         The content of degradation.json.
@@ -140,16 +156,17 @@ def run_job(
 
 def _record(job: Job, changed: Changed, model: str, hashes: Mapping[str, str], seconds: float) -> dict[str, Any]:
     record = {
+        "sparsity": 0.0,
         **changed.entry,
         "reference": {"model": model, "files": hashes},
         "bits_per_weight": changed.bits_per_weight,
-        "packed_bytes": changed.packed_bytes or 2 * sum(p.numel() for p in changed.student.parameters()),
+        "packed_bytes": changed.packed_bytes or DENSE_BITS // 8 * sum(p.numel() for p in changed.student.parameters()),
         "seconds": round(seconds, 3),
         "seed": job.seed,
     }
     if job.calibration_hash:
         spent = round(job.calibration_seconds, 3)
-        record["calibration"] = {"prompts": job.samples, "hash": job.calibration_hash, "seconds": spent}
+        record["calibration"] = {"prompts": len(job.calibration()), "hash": job.calibration_hash, "seconds": spent}
     note = models.origin_note(job.source)
     if note:
         record["note"] = note
@@ -186,20 +203,14 @@ def probe_against(reference: Any, student: Any, tokenizer: Any) -> dict[str, Any
     return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"], "prompts": len(prompts)}
 
 
-def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:
-    """Every linear layer of the decoder by name: not the head, not embeddings."""
-    head = model.get_output_embeddings()
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-
-
 def chosen_layers(model: Any, skip: Sequence[str]) -> dict[str, torch.nn.Linear]:
-    """`linear_layers` without those that a skip pattern matches (shell patterns over the full name).
+    """`models.linear_layers` without those that a skip pattern matches (shell patterns over the full name).
 
     Raises InputError for a pattern that matches nothing, or when nothing is left.
     """
     from fnmatch import fnmatchcase
 
-    layers = linear_layers(model)
+    layers = models.linear_layers(model)
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in layers):
             some = ", ".join(list(layers)[:3])

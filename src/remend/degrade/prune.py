@@ -14,18 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from remend import calibration, solvers
-from remend.degrade.job import Changed, Job, chosen_layers, run_job
+from remend.degrade.job import DENSE_BITS, Changed, Job, Options, chosen_layers, run_job
 from remend.errors import InputError
 from remend.registry import Registry
 
-VALUE_BITS, MASK_BITS = 16, 1
-"""As packed: a kept value takes 16 bits, as in a dense model; a mask says for each weight whether it is kept.
+MASK_BITS = 1
+"""As packed: a kept value takes as many bits as in a dense model; a mask says for each weight whether it is kept.
 compressed-tensors' sparse-bitmask stores that one bit, and the hardware form of 2:4 two bits for each kept half."""
 
 SCOPES = ("layer", "global")
@@ -62,7 +62,7 @@ class Sparsity:
 
 def bits_per_weight(sparsity: float) -> float:
     """As packed, for a measured share of zeros: 16 · (1 − sparsity) + 1."""
-    return VALUE_BITS * (1 - sparsity) + MASK_BITS
+    return DENSE_BITS * (1 - sparsity) + MASK_BITS
 
 
 Method = Callable[[Tensor, Tensor | None, Sparsity], Tensor]
@@ -170,11 +170,7 @@ def prune(
     sparsity: str = "0.5",
     scope: str = "layer",
     skip: Sequence[str] = (),
-    seed: int = 0,
-    data: str | None = None,
-    samples: int = 48,
-    probe: bool = True,
-    trust_remote_code: bool = False,
+    **options: Unpack[Options],
 ) -> dict[str, Any]:
     """Set weights of the decoder's linear layers to zero and save the model.
 
@@ -186,9 +182,7 @@ def prune(
         sparsity: a share of zeros, '0.5', or how many of how many neighbours in a row are kept, '2:4'.
         scope: 'layer', the share holds in every matrix, or 'global', over all of them (magnitude only).
         skip: patterns of layer names that stay as they are, e.g. '*.down_proj'.
-        seed, data, samples: of the calibration text of wanda and sparsegpt.
-        probe: measure the damage on the demo's held-out prompts.
-        trust_remote_code: let the model's own code run.
+        **options: see job.Options.
 
     Returns:
         The content of degradation.json. `sparsity` is the measured share of zeros in the pruned matrices, and
@@ -207,11 +201,7 @@ def prune(
         out,
         change,
         title=title,
-        seed=seed,
-        data=data,
-        samples=samples,
-        probe=probe,
-        trust_remote_code=trust_remote_code,
+        **options,
     )
 
 
@@ -232,5 +222,5 @@ def _pruned(job: Job, *, sparsity: Sparsity, method: str, scope: str, skip: Sequ
     }
     bits = bits_per_weight(zeros / total)
     others = sum(p.numel() for p in job.student.parameters()) - total
-    packed = round(total * bits / 8) + others * VALUE_BITS // 8
+    packed = round(total * bits / 8) + others * DENSE_BITS // 8
     return Changed(job.student, entry, bits_per_weight=bits, packed_bytes=packed)

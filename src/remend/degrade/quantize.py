@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from remend import calibration
 from remend.constraints import StoredGrid
-from remend.degrade.job import Changed, Job, chosen_layers, run_job
+from remend.degrade.job import DENSE_BITS, Changed, Job, Options, chosen_layers, run_job
 from remend.errors import InputError
 from remend.grids import Grid, GridFormat, decode
 from remend.grids import quantize as quantize_matrix
@@ -102,7 +102,7 @@ def _described(student: Any, stored: StoredGrid, entry: dict[str, Any]) -> Chang
         "weights_on_grid": quantized,
         "weights_in_all": parameters,
     }
-    packed = round(bits / 8) + 2 * (parameters - quantized)
+    packed = round(bits / 8) + DENSE_BITS // 8 * (parameters - quantized)
     return Changed(student, entry, stored.write, bits_per_weight=bits / quantized, packed_bytes=packed)
 
 
@@ -113,11 +113,7 @@ def quantize(
     format: str = "int3-g64",
     method: str = "rtn",
     skip: Sequence[str] = (),
-    seed: int = 0,
-    data: str | None = None,
-    samples: int = 48,
-    probe: bool = True,
-    trust_remote_code: bool = False,
+    **options: Unpack[Options],
 ) -> dict[str, Any]:
     """Quantize a model and save it with its grid.
 
@@ -127,9 +123,7 @@ def quantize(
         format: as `GridFormat.parse` reads it: 'int3-g64', 'int4-g32-sym', 'gguf:q4_0', 'nvfp4' …
         method: 'rtn', or 'gptq' (calibrated on the reference's own completions).
         skip: patterns of layer names that stay as they are, e.g. '*.down_proj'. Head and embeddings always do.
-        seed, data, samples: of the calibration text.
-        probe: measure the damage on the demo's held-out prompts.
-        trust_remote_code: let the model's own code run.
+        **options: see job.Options.
 
     Returns:
         The content of degradation.json.
@@ -149,9 +143,5 @@ def quantize(
         out,
         change,
         title=f"quantizing to {fmt.name} ({method})",
-        seed=seed,
-        data=data,
-        samples=samples,
-        probe=probe,
-        trust_remote_code=trust_remote_code,
+        **options,
     )

@@ -18,14 +18,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from remend import calibration
-from remend.degrade.job import Changed, Job, run_job
+from remend.degrade.job import Changed, Job, Options, run_job
 from remend.degrade.smaller import path_of, rebuild
 from remend.errors import InputError
 from remend.rollout import Rollout
@@ -33,7 +33,6 @@ from remend.rollout import Rollout
 WIDTH_FILE = "width.safetensors"
 MULTIPLE = 32
 """Widths are rounded to it where that leaves something to drop: quantization groups then still divide them."""
-DENSE_BITS = 16.0
 
 
 @dataclass(frozen=True)
@@ -206,11 +205,7 @@ def prune_width(
     *,
     ffn: float = 0.25,
     heads: int = 0,
-    seed: int = 0,
-    data: str | None = None,
-    samples: int = 48,
-    probe: bool = True,
-    trust_remote_code: bool = False,
+    **options: Unpack[Options],
 ) -> dict[str, Any]:
     """Drop the least active MLP channels and attention heads of every block and save a standard, narrower model.
 
@@ -222,9 +217,7 @@ def prune_width(
         out: a new directory.
         ffn: share of each MLP's channels to drop, 0 … 1; the new width is a multiple of 32 where possible.
         heads: groups of heads to drop in every block; a group is the query heads that share one key-value head.
-        seed, data, samples: of the calibration text that channels and heads are scored on.
-        probe: measure the damage on the demo's held-out prompts.
-        trust_remote_code: let the model's own code run.
+        **options: see job.Options.
 
     Returns:
         The content of degradation.json; `kept_channels` is the SHA-256 of width.safetensors.
@@ -244,11 +237,7 @@ def prune_width(
         out,
         change,
         title="cutting the width",
-        seed=seed,
-        data=data,
-        samples=samples,
-        probe=probe,
-        trust_remote_code=trust_remote_code,
+        **options,
     )
 
 
@@ -271,4 +260,4 @@ def _narrow(job: Job, *, ffn: float, heads: int) -> Changed:
     def write(target: Path) -> None:
         (target / WIDTH_FILE).write_bytes(content)
 
-    return Changed(student, entry, write, bits_per_weight=DENSE_BITS)
+    return Changed(student, entry, write)

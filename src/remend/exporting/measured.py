@@ -12,7 +12,6 @@ import torch
 from remend import foreign, models, run
 from remend.constraints import StoredGrid
 from remend.errors import InputError
-from remend.grids import decode
 from remend.progress import stage
 from remend.registry import Registry
 
@@ -66,22 +65,10 @@ def open_measured(source: str, *, trust_remote_code: bool = False) -> Measured:
         model = models.load_model(
             where, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust_remote_code
         )
-    _on_grid(model, found.stored)
+    if found.stored:
+        found.stored.check(model)
     mask = found.why if found.mask else None
     return Measured(where, model, tokenizer, found.stored, mask, _degradation(where, of_run), of_run)
-
-
-def _on_grid(model: Any, stored: StoredGrid | None) -> None:
-    if stored is None:
-        return
-    parameters = dict(model.named_parameters())
-    for name, (codes, grid) in stored.matrices.items():
-        weight = parameters.get(name)
-        if weight is None or not torch.equal(decode(codes, grid, stored.format), weight):
-            raise InputError(
-                f"{name} does not lie on the grid beside the model: grid.safetensors belongs to another model; "
-                "remove it to export the weights as they are"
-            )
 
 
 def _degradation(where: models.Source, of_run: Path | None) -> dict[str, Any] | None:

@@ -1,0 +1,193 @@
+"""Recovery of pruned, shallower, narrower and foreign students: repaired first, and held to what they came with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import remend
+from conftest import build_model
+from remend import models, run
+from remend.constraints import StoredGrid
+from remend.constraints.mask import Masked, kept_weights
+from remend.degrade.depth import prune_depth
+from remend.degrade.finetune import finetune
+from remend.degrade.prune import prune
+from remend.degrade.width import prune_width
+from remend.errors import CheckError, InputError
+from remend.recovery import check, recover
+from test_resume import kill_at
+
+
+@pytest.fixture(scope="module")
+def deep_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A healthy model of four layers."""
+    path = tmp_path_factory.mktemp("deep") / "reference"
+    models.save_model(build_model(len(tokenizer), layers=4), tokenizer, path)
+    return path
+
+
+@pytest.fixture
+def sparse(reference_dir: Path, tmp_path: Path) -> Path:
+    prune(str(reference_dir), tmp_path / "sparse", method="magnitude", sparsity="2:4", probe=False)
+    return tmp_path / "sparse"
+
+
+def zeros(path: Path) -> dict[str, torch.Tensor]:
+    return {n: t == 0 for n, t in load_file(path / "model.safetensors").items() if "proj" in n}
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_zeros_stay_zero_through_repair_training_and_saving(recipe: dict[str, Any], sparse: Path, repair: bool) -> None:
+    result = recover(**{**recipe, "student": str(sparse), "repair": repair, "weight_decay": 0.1, "steps": 3})
+    before, after = zeros(sparse), zeros(result.model)
+    assert all(float(z.float().mean()) == pytest.approx(0.5, abs=0.01) for z in before.values())
+    assert all(after[name].equal(z) for name, z in before.items())
+    assert "(2:4)" in result.summary["constraint"]
+    assert any("exactly zero, in the pattern 2:4" in note for note in result.summary["notes"])
+
+
+def test_a_masked_run_killed_and_resumed_equals_uninterrupted(
+    recipe: dict[str, Any], sparse: Path, tmp_path: Path
+) -> None:
+    """With repair: the checkpoint holds what came of it."""
+    values = {**recipe, "student": str(sparse), "repair": True, "steps": 4}
+    whole = recover(**{**values, "out": str(tmp_path / "whole")})
+    kill_at({**values, "out": str(tmp_path / "torn")}, 3)
+    resumed = recover(resume=str(tmp_path / "torn"))
+    assert (tmp_path / "torn" / run.METRICS).read_bytes() == (tmp_path / "whole" / run.METRICS).read_bytes()
+    ours, theirs = (load_file(r.model / "model.safetensors") for r in (whole, resumed))
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert whole.summary["repair"]["kl"] == resumed.summary["repair"]["kl"]
+
+
+def test_gradients_at_zeros_take_no_part_in_the_norm(sparse: Path) -> None:
+    model = models.load_model(models.resolve(str(sparse)), dtype=torch.float32, device=torch.device("cpu"))
+    held = Masked(model)
+    for parameter in held.masters().values():
+        parameter.grad = torch.ones_like(parameter)
+    held.take_gradients()
+    for name, kept in kept_weights(model).items():
+        gradient = held.masters()[name].grad
+        assert gradient is not None
+        assert float(gradient.sum()) == float(kept.sum())
+
+
+def test_a_model_without_zeros_has_no_mask(reference_dir: Path) -> None:
+    model = models.load_model(models.resolve(str(reference_dir)), dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(InputError, match="no sparsity mask to keep"):
+        Masked(model)
+
+
+def test_repair_lowers_the_held_out_divergence_before_the_first_step(recipe: dict[str, Any]) -> None:
+    result = recover(**{**recipe, "repair": True, "steps": 0})
+    repair, degraded = result.summary["repair"], result.summary["degraded"]
+    assert repair["kl"] < 0.7 * degraded["kl"]
+    assert result.summary["recovered"]["kl"] == pytest.approx(repair["kl"], rel=1e-4)
+    rows = run.RunDirectory(result.out).rows("held_out_repaired.jsonl")
+    assert sum(r["kl_sum"] for r in rows) / sum(r["tokens"] for r in rows) == pytest.approx(repair["kl"])
+    before, after = StoredGrid.read(Path(recipe["student"])), StoredGrid.read(result.model)
+    assert before is not None
+    assert after is not None
+    assert all(grid.scales.equal(before.matrices[n][1].scales) for n, (_, grid) in after.matrices.items())
+
+
+def test_without_repair_none_is_reported(recipe: dict[str, Any]) -> None:
+    assert recover(**{**recipe, "steps": 0}).summary["repair"] is None
+
+
+def test_a_shallower_student_is_repaired_through_its_layer_map(
+    recipe: dict[str, Any], deep_dir: Path, tmp_path: Path
+) -> None:
+    prune_depth(str(deep_dir), tmp_path / "cut", layers=[1], method="list", probe=False)
+    values = {**recipe, "student": str(tmp_path / "cut"), "teacher": str(deep_dir), "repair": True, "steps": 0}
+    declared = recover(**{**values, "out": str(tmp_path / "a")}).summary["repair"]["kl"]
+    wrong = recover(**{**values, "out": str(tmp_path / "b"), "layer_map": [0, 1, 2]}).summary["repair"]["kl"]
+    (tmp_path / "cut" / "degradation.json").unlink()
+    inferred = recover(**{**values, "out": str(tmp_path / "c")})
+    assert inferred.summary["repair"]["kl"] == declared != wrong
+    assert declared < inferred.summary["degraded"]["kl"]
+
+
+def test_a_narrower_student_is_repaired_and_keeps_its_shape(
+    recipe: dict[str, Any], reference_dir: Path, tmp_path: Path
+) -> None:
+    prune_width(str(reference_dir), tmp_path / "narrow", ffn=0.5, probe=False)
+    summary = recover(**{**recipe, "student": str(tmp_path / "narrow"), "repair": True, "steps": 1}).summary
+    assert summary["repair"]["kl"] < summary["degraded"]["kl"]
+    assert json.loads((Path(recipe["out"]) / "model" / "config.json").read_text())["intermediate_size"] == 64
+
+
+def test_a_fine_tuned_student_is_not_repaired(
+    recipe: dict[str, Any], reference_dir: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    rows = [{**json.loads(line), "completion": "No."} for line in prompt_file.read_text().splitlines()]
+    data = tmp_path / "task.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finetune(str(reference_dir), tmp_path / "tuned", data=str(data), steps=3, learning_rate=1e-2, probe=False)
+    summary = recover(**{**recipe, "student": str(tmp_path / "tuned"), "repair": True, "steps": 1}).summary
+    assert (summary["repair"], summary["constraint"]) == (None, "none")
+
+
+def test_a_padded_vocabulary_alone_is_no_cut(
+    recipe: dict[str, Any], reference_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = models.load_model(models.resolve(str(reference_dir)), dtype=torch.float32, device=torch.device("cpu"))
+    padded: Any = copy.deepcopy(model)
+    padded.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
+    models.save_model(padded, tokenizer, tmp_path / "padded")
+    result = recover(**{**recipe, "student": str(tmp_path / "padded"), "repair": True, "steps": 0})
+    assert result.summary["repair"] is None
+
+
+def test_scales_are_learned_when_asked(recipe: dict[str, Any], tmp_path: Path) -> None:
+    fixed, learned = (
+        recover(**{**recipe, "scales": how, "out": str(tmp_path / how), "steps": 2}) for how in ("fixed", "learned")
+    )
+    grids = [StoredGrid.read(path) for path in (Path(recipe["student"]), fixed.model, learned.model)]
+    start, same, moved = ([grid.scales for _, grid in g.matrices.values()] for g in grids if g)
+    assert all(a.equal(b) for a, b in zip(start, same, strict=True))
+    assert any(not a.equal(b) for a, b in zip(start, moved, strict=True))
+
+
+def test_learned_scales_without_a_grid_are_warned_about(recipe: dict[str, Any], sparse: Path) -> None:
+    found = check(**{**recipe, "student": str(sparse), "scales": "learned"})
+    assert any("scales: learned has no effect" in w for w in found.warnings)
+
+
+def test_what_cant_be_held_is_refused_unless_it_is_taken_as_dense(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A grid whose file is gone: the record says that there was one."""
+    student = tmp_path / "lost"
+    student.mkdir()
+    for file in Path(recipe["student"]).iterdir():
+        if file.name != "grid.safetensors":
+            (student / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(CheckError, match=r"grid\.safetensors is missing"):
+        recover(**{**recipe, "student": str(student)})
+    assert recover(**{**recipe, "student": str(student), "as_dense": True}).summary["constraint"] == "none"
+
+
+def test_changed_inputs_are_not_resumed(recipe: dict[str, Any], tmp_path: Path) -> None:
+    kill_at({**recipe, "out": str(tmp_path / "torn")}, 3)
+    data = Path(recipe["data"])
+    data.write_text(data.read_text().replace("number 1.", "number one."))
+    with pytest.raises(InputError, match=r"the files of data changed.*start a new run"):
+        recover(resume=str(tmp_path / "torn"))
+
+
+def test_an_unknown_tracker_is_named_with_the_known_ones(recipe: dict[str, Any]) -> None:
+    found = check(**{**recipe, "report_to": "tensorbord"})
+    assert any('unknown report_to "tensorbord"' in p and "tensorboard" in p for p in found.problems)
+
+
+def test_remend_export_stays_a_function(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A module of that name would shadow it after its first use."""
+    for name in ("a", "b"):
+        done = remend.export(recipe["student"], tmp_path / name, format="dense")
+        assert done["check"]["weights_equal"]
