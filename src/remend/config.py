@@ -77,7 +77,7 @@ class RecoverConfig(BaseModel):
     )
     repair: bool = Field(
         True,
-        description="first refit a compressed student in closed form (GPTQ, SparseGPT, least squares)",
+        description="first refit a compressed student in closed form (GPTQ, least squares)",
     )
     scales: Literal["fixed", "learned"] = Field(
         "fixed", description="of a grid: as stored, or trained along (learned step size, 1902.08153)"

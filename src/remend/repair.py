@@ -1,10 +1,11 @@
 """One-shot repair: win back in closed form what needs no gradient, before the first step.
 
 The student's calibration inputs and the teacher's outputs say what every layer ought to give (`calibration.walk`).
-The dense least-squares answer to that, with the teacher's weight as prior, is then put under the student's constraint:
+The least-squares answer to that, with the teacher's weight as prior, is put under the student's constraint:
 
     grid        GPTQ onto the very grid that the student came on (arXiv 2210.17323)
-    mask        SparseGPT's compensation under the student's own zeros (arXiv 2301.00774)
+    mask        least squares over the weights that the student's zeros leave; SparseGPT's sweep (arXiv 2301.00774)
+                solves the same problem approximately
     smaller     the answer itself, in the layers that write into the residual stream: a cut is patched by the layer
                 before it, a narrowed layer by its own output matrix
 
@@ -29,7 +30,7 @@ from remend.errors import InputError
 from remend.grids import decode
 from remend.prompts import Encoded
 from remend.rollout import Rollout
-from remend.solvers import gptq, least_squares, sparsegpt
+from remend.solvers import gptq, least_squares, refit_kept
 
 SAMPLES, TOKENS = 48, 64
 """Calibration: the reference's own completions of training prompts."""
@@ -144,8 +145,9 @@ def repair_mask(student: Any, teacher: Any, rollouts: Sequence[Rollout], pad_id:
             key = f"{name}.weight"
             if key not in kept or key not in healthy or healthy[key].shape != layer.weight.shape:
                 continue
-            target_OI = _target(sites, at, healthy[key])
-            layer.weight.copy_(sparsegpt(target_OI, sites.gram_II, mask_OI=kept[key]))
+            cross_OI = sites.cross_OI[at] if sites.cross_OI else None
+            refitted_OI = refit_kept(healthy[key], sites.gram_II, kept[key], cross_OI=cross_OI, damping=DAMPING)
+            layer.weight.copy_(refitted_OI)
 
     walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, title="repairing under the mask")
 
