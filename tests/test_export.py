@@ -100,7 +100,7 @@ def test_weights_off_their_grid_are_refused(on_grid: Any, tmp_path: Path, tokeni
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     model.model.layers[0].mlp.up_proj.weight.data[3, 5] += 1e-4
     model.save_pretrained(student)
-    with pytest.raises(InputError, match="does not lie on the grid"):
+    with pytest.raises(InputError, match="does not lie on its grid"):
         export(str(student), tmp_path / "out", format="dense")
 
 
