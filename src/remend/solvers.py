@@ -181,13 +181,12 @@ def refit_kept(
     gram_II: Tensor,
     mask_OI: Tensor,
     *,
-    cross_OI: Tensor | None = None,
     damping: float = 0.01,
     iterations: int = 12,
 ) -> Tensor:
     """The kept weights that put out best what the whole matrix did: least squares under a mask, all rows at once.
 
-    Minimises Σ‖y − V x‖² + λ‖V − W‖² over V that are 0 where the mask says so. SparseGPT's sweep solves the same
+    Minimises Σ‖W x − V x‖² + λ‖V − W‖² over V that are 0 where the mask says so. SparseGPT's sweep solves the same
     problem approximately, since a weight is not moved any more once its column is passed; here conjugate gradients,
     preconditioned by the diagonal, run on every row's own free weights.
 
@@ -195,7 +194,6 @@ def refit_kept(
         weight_OI: W, the matrix before pruning, any float dtype; computed in float32.
         gram_II: Σ x xᵀ, float32 or float64.
         mask_OI: bool, True = kept.
-        cross_OI: Σ y xᵀ for other targets y; None is y = W x.
         damping: λ as a share of the mean of the gram's diagonal.
         iterations: each is one product with the gram.
 
@@ -206,13 +204,12 @@ def refit_kept(
         InputError: shapes don't fit or a number is not finite.
     """
     weight_OI = _checked(weight_OI, gram_II)
-    _same_shape(weight_OI, mask=mask_OI, cross=cross_OI)
+    _same_shape(weight_OI, mask=mask_OI)
     kept_OI = mask_OI.to(weight_OI.dtype)
     strength = _strength(gram_II, damping)
     damped_II = gram_II.float() + strength * torch.eye(len(gram_II), device=gram_II.device)
     refitted_OI = weight_OI * kept_OI
-    target_OI = weight_OI @ damped_II if cross_OI is None else cross_OI.float() + strength * weight_OI
-    residual_OI = (target_OI - refitted_OI @ damped_II).mul_(kept_OI)
+    residual_OI = ((weight_OI - refitted_OI) @ damped_II).mul_(kept_OI)
     scale_I = damped_II.diagonal().clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
     direction_OI = residual_OI * scale_I
     energy_O1 = (residual_OI * direction_OI).sum(1, keepdim=True)
