@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from remend.correlation import CELLS, POINTS_FOR_INTERVAL, RUNS_TO_RESAMPLE, Correlation, pearson, spearman
+from remend.correlation import POINTS_FOR_INTERVAL, RUNS_TO_RESAMPLE, Correlation, pearson, spearman
 from remend.errors import InputError
 
 MEASURES = {"spearman": (spearman, stats.spearmanr), "pearson": (pearson, stats.pearsonr)}
@@ -62,10 +62,10 @@ def test_coefficients_are_scipys(name: str, n: int) -> None:
     rng = np.random.default_rng(n)
     x = rng.normal(size=n)
     y = x + rng.normal(size=n)
-    for pair in ((x, y), (1e9 + 1e-3 * x, -y), (np.round(x), np.round(y)), (1e-200 * x, 1e200 * y)):
+    for pair in ((x, y), (1e6 + x, -y), (np.round(x), np.round(y)), (1e-200 * x, 1e200 * y)):
         if np.ptp(pair[0]) and np.ptp(pair[1]):
             found = ours(*pair, permutations=50)
-            assert found.coefficient == pytest.approx(theirs(*pair).statistic, abs=1e-6 if pair[0][0] > 1e8 else 1e-12)
+            assert found.coefficient == pytest.approx(theirs(*pair).statistic, abs=1e-8 if pair[0][0] > 1e5 else 1e-12)
             assert found.n == n
 
 
@@ -165,7 +165,7 @@ def test_shifts_hold_their_level_where_shuffling_fails() -> None:
     """Independent stationary series of autocorrelation 0.9: shuffling rejects far too often, shifts do so seldom."""
     rng = np.random.default_rng(6)
     shuffled, shifted = [], []
-    for _ in range(200):
+    for _ in range(100):
         series = rng.normal(size=(2, 4, 40))
         series[..., 0] /= math.sqrt(1 - 0.9**2)
         for t in range(1, 40):
@@ -231,7 +231,13 @@ def test_a_long_run_weighs_as_two_of_half_its_length() -> None:
         ([0.1] * 4, [1, 2, 3, 4], None, "pooled", "CKA is the same at every point"),
         ([1, 2, 3, 4], [0.3] * 4, None, "pooled", "recovery is the same at every point"),
         ([1, 1, 2, 2], [1, 2, 3, 4], "aabb", "within", "CKA is the same all along each run"),
-        ([1, 2, 3], [1, 2, 3], "abb", "within", "2 points in 1 runs of two or more; within runs it needs at least 2"),
+        (
+            [1, 2, 3],
+            [1, 2, 3],
+            "abb",
+            "within",
+            "2 points in 1 run of two or more; a correlation within runs needs at least 2 more",
+        ),
         ([1, 2, 3], [1, 2, 3], "abc", "within", "0 points in 0 runs"),
         ([1, 2, 3, 4], [1, 2, 3, 4], "aabb", "between", "2 runs; a correlation between runs needs 3 or more"),
         ([1, 2, 3], [1, 2, 3], "aaa", "between", "1 run; a correlation between runs needs 3 or more"),
@@ -314,16 +320,15 @@ def test_resampling_runs_is_wider_where_runs_differ() -> None:
     assert whole.high - whole.low > 2 * (points.high - points.low)
 
 
-def test_the_seed_settles_everything_and_large_samples_are_drawn_in_parts() -> None:
+def test_the_seed_settles_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it does where a large sample is drawn in parts."""
     x, y, groups = flat(random_runs(11, [30] * 3))
     one, two, other = (spearman(x, y, groups=groups, level="within", permutations=99, seed=s) for s in (1, 1, 2))
     assert one == two
     assert (one.low, one.high) != (other.low, other.high)
-    n = CELLS // 50
-    rng = np.random.default_rng(12)
-    found = pearson(*rng.normal(size=(2, n)), permutations=60)
-    assert abs(found.coefficient) < 0.03
-    assert found.low < found.coefficient < found.high
+    whole = [measure(x, y, permutations=99) for measure in (spearman, pearson)]
+    monkeypatch.setattr("remend.correlation.CELLS", 1000)
+    assert [measure(x, y, permutations=99) for measure in (spearman, pearson)] == whole
 
 
 def test_what_is_refused() -> None:

@@ -216,7 +216,8 @@ def _obstacle(sample: _Sample, level: Level, names: tuple[str, str]) -> str | No
     if level == "pooled" and n < 3:
         return f"{n} point{'s' * (n != 1)}; a correlation needs 3 or more"
     if level == "within" and n - runs < 2:
-        return f"{n} points in {runs} runs of two or more; within runs it needs at least 2 more points than runs"
+        have = f"{n} points in {runs} run{'s' * (runs != 1)} of two or more"
+        return f"{have}; a correlation within runs needs at least 2 more points than runs"
     where = {"pooled": "at every point", "within": "all along each run", "between": "on average in every run"}[level]
     for name, values_N in zip(names, (sample.x_N, sample.y_N), strict=True):
         parts = [values_N[block] for block in sample.blocks]

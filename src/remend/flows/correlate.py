@@ -213,20 +213,26 @@ def _label(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _row(row: Any, where: str) -> dict[str, Any]:
     """A checked row, its CKA by the reference's layer; what is not a finite number is None."""
-    try:
-        step, stage, values, layers = row["step"], row["stage"], row["cka"], row["reference_layers"]
-        cka = dict(zip(map(int, layers), map(_finite, values), strict=True))
-        if len(cka) < len(layers):
-            raise ValueError("two of the student's layers are the same of the reference's")
-        return {"step": int(step), "stage": str(stage), "kl": _finite(row["kl"]), "cka": cka}
-    except (KeyError, TypeError, ValueError) as error:
-        why = f"{error} is missing" if isinstance(error, KeyError) else error
+    allowed = {"step": int, "stage": str, "kl": float | int | None, "cka": list, "reference_layers": list}
+    row = row if isinstance(row, dict) else {}
+    wrong = [key for key in allowed if key not in row]
+    wrong += [f"{key} = {row[key]!r}" for key, kind in allowed.items() if key in row and not isinstance(row[key], kind)]
+    if not wrong:
+        values, layers = row["cka"], row["reference_layers"]
+        if len(values) != len(layers) or len(set(layers)) != len(layers):
+            wrong.append(f"{len(values)} values of cka for the reference_layers {layers}")
+        elif not all(isinstance(value, float | int | None) for value in values):
+            wrong.append(f"cka = {values}")
+    if wrong:
         raise InputError(
-            f"{where}: {why}; a row needs step, stage, kl, and of each layer cka and reference_layers"
-        ) from None
+            f"{where}: missing or wrong: {', '.join(wrong)}. A row needs step, stage, kl, and for each of the "
+            "student's layers one cka and one of reference_layers."
+        )
+    cka = {layer: _finite(value) for layer, value in zip(layers, values, strict=True)}
+    return {"step": row["step"], "stage": row["stage"], "kl": _finite(row["kl"]), "cka": cka}
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
@@ -311,7 +317,7 @@ def _hedge(level: str, rank: Mapping[str, Any], least: float) -> str:
     if level == "pooled":
         return " This mixes the two above and takes every checkpoint for independent."
     if level == "between" and 2 / math.factorial(rank["n"]) > SIGNIFICANT:
-        return f" With {rank['n']} runs no p-value can be below {2 / math.factorial(rank['n']):.2g}."
+        return f" With {rank['n']} runs Spearman's p-value can't be below {2 / math.factorial(rank['n']):.2g}."
     if level == "within" and least > SIGNIFICANT:
         return f" With so few checkpoints the p-value of shifts can't be below {least:.2g}."
     if level == "within" and rank["p_value"] <= SIGNIFICANT < rank["shift_p_value"]:
@@ -368,7 +374,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         by_layer.append(f"{layer['layer']:>6}{cells}")
     said = [sentence["text"] for sentence in found["sentences"]]
     return [
-        f"recovery ({found['recovery']}) against alignment ({found['alignment']})",
+        f"recovery: {found['recovery']}",
+        f"alignment: {found['alignment']}",
         *("", *table, "", *by_layer, "", *said),
         *(f"note: {note}" for note in found["notes"]),
     ]
