@@ -37,8 +37,8 @@ MOVING = ("ema", "live", "initial", "base")
 """Teachers that are views of the student: its moving average, itself, itself as it came in, itself without adapter."""
 
 
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-4 as a string (it wants 1.0e-4); people write 1e-4
+def as_number(value: Any) -> Any:
+    """A float where a whole number or its text was given: YAML 1.1 reads 1e-4 as a text (it wants 1.0e-4)."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -53,7 +53,7 @@ def _on_off(value: Any) -> Any:
 
 
 def _policy(value: Any) -> str | float:
-    value = _number(_on_off(value)) if value not in ("on", "off") else value
+    value = as_number(_on_off(value)) if value not in ("on", "off") else value
     if value in ("on", "off") or (isinstance(value, float) and 0 <= value <= 1):
         return cast(str | float, value)
     raise ValueError("allowed: on, off, or the share of completions that the student samples, 0 to 1")
@@ -86,7 +86,7 @@ class EmaConfig(BaseModel):
     rate: float = Field(EMA_RATE, gt=0, le=1, description="ema += rate · (student − ema) (SDFT authors' code: 0.01)")
     every: int = Field(1, ge=1, description="after every n steps")
 
-    _numbers = field_validator("rate", mode="before")(_number)
+    _numbers = field_validator("rate", mode="before")(as_number)
 
 
 class AlignmentConfig(BaseModel):
@@ -98,7 +98,7 @@ class AlignmentConfig(BaseModel):
     weight: float = Field(0.5, gt=0, le=100, description="length of its gradient as a share of the divergence's")
     layers: list[int] | None = Field(None, description="the student's layers; by default all")
 
-    _numbers = field_validator("weight", mode="before")(_number)
+    _numbers = field_validator("weight", mode="before")(as_number)
 
 
 class StreamConfig(BaseModel):
@@ -125,7 +125,7 @@ class StreamConfig(BaseModel):
     held_out: int | None = Field(None, ge=1, description="as in the recipe")
     task: str | None = Field(None, description="graders by name (remend tasks ls): the gate then measures task scores")
 
-    _numbers = field_validator("weight", "share", "beta", "temperature", mode="before")(_number)
+    _numbers = field_validator("weight", "share", "beta", "temperature", mode="before")(as_number)
 
 
 class RecoverConfig(BaseModel):
@@ -273,7 +273,7 @@ class RecoverConfig(BaseModel):
         "final_learning_rate",
         "importance_clip",
         mode="before",
-    )(_number)
+    )(as_number)
     _switch = field_validator("bootstrap", mode="before")(_on_off)
 
 

@@ -16,30 +16,31 @@ from remend.report.comparison import Compared, Diagnosis, Run, comparison_page
 from remend.report.diagnosis import diagnosis_page
 from remend.report.page import Page
 from remend.report.recovery import recovery_page
+from remend.report.study import study_page
 from remend.report.writing import write_page
 from remend.run import RunDirectory
 
-DIAGNOSIS = "diagnosis.json"
+DIAGNOSIS, STUDY = "diagnosis.json", "results.json"
 
 WHAT = (
     f"a recovery's directory holds {run.MANIFEST}, {run.RECIPE} and, once it is complete, {run.SUMMARY}; a diagnosis' "
-    f"directory holds {DIAGNOSIS}"
+    f"directory holds {DIAGNOSIS}, a study's {STUDY}"
 )
 
 
 def report(paths: Sequence[str | Path], out: Path | None = None) -> Path:
-    """Write report.html, report.md and report.json of one run or diagnosis, or of several compared.
+    """Write report.html, report.md and report.json of one run, diagnosis or study, or of several runs and diagnoses.
 
     Args:
-        paths: directories of complete recoveries and diagnoses.
+        paths: directories of complete recoveries and diagnoses, or one study's.
         out: a new directory. Several paths need one; without it the page of one path goes into its own directory.
 
     Returns:
         The path of report.html.
 
     Raises:
-        InputError: no path, a path that is neither or given twice, a run that is not complete, files of another
-            version, an `out` that is missing or occupied.
+        InputError: no path, a path that is none of these or given twice, a study beside others, a run that is not
+            complete, files of another version, an `out` that is missing or occupied.
         FileError: a file that can't be read or written.
     """
     places = [Path(path) for path in paths]
@@ -53,12 +54,14 @@ def report(paths: Sequence[str | Path], out: Path | None = None) -> Path:
         )
     if out is not None and (problem := run.occupied(out) or _filled(out)):
         raise InputError(problem)
-    found = [_read(place, name) for place, name in zip(places, names, strict=True)]
     try:
+        if len(places) == 1 and (places[0] / STUDY).is_file():
+            return write_page(out or places[0], study_page(_object(places[0] / STUDY)))
+        found = [_read(place, name) for place, name in zip(places, names, strict=True)]
         page = _page(found)
     except KeyError as error:
         raise InputError(
-            f"{' or '.join(str(one.path) for one in found)} lacks {error}: its files are of another version of remend, "
+            f"{' or '.join(map(str, places))} lacks {error}: its files are of another version of remend, "
             "or were changed by hand; make it anew with this version"
         ) from error
     return write_page(out or found[0].path, page)

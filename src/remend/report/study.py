@@ -1,0 +1,323 @@
+"""The page of a study: table with intervals, task against general ability, methods at equal spending, CKA, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from remend.report.arrows import Arrows
+from remend.report.page import Block, Code, Facts, Figure, Forest, Lines, Page, Scatter, Section, Table, Text, number
+from remend.report.plots import Group, Interval, percent
+from remend.report.svg import Series, style
+from remend.report.tracks import CAUTION
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def study_page(results: Mapping[str, Any]) -> Page:
+    """The page as data, of what remend.flows.study gathered."""
+    rows = [row for row in results["rows"] if row["how"] != "none"]
+    sections = [
+        *_table(results["rows"], rows),
+        *_ability(results["rows"], rows),
+        *_equal(results),
+        *_alignment(results["correlation"]),
+        Section("Cost", "cost", _cost(results)),
+        *_failures(results["failures"]),
+        Section("How to rerun this", "rerun", _rerun(results)),
+    ]
+    models = ", ".join(results["models"].values())
+    done = [cell["state"] for cell in results["cells"]].count("done")
+    return Page(
+        title=f"Study {results['study']}",
+        verdict=_verdict(rows),
+        about=f"Of {models}. {done} of {len(results['cells'])} cells are done. Every cell has a page of its own in "
+        "cells/; all of them were measured on the recovered model as saved and loaded again.",
+        sections=sections,
+        warnings=[f"{name} failed: {message}" for name, message in results["failures"].items()],
+    )
+
+
+def _interval(row: Mapping[str, Any], name: str) -> Interval:
+    return Interval(name, row["gap_closed"], *(row["gap_closed_95"] or (None, None)))
+
+
+def _verdict(rows: Rows) -> str:
+    known = [row for row in rows if row["gap_closed"] is not None]
+    if not known:
+        return "No recovery has been measured."
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in known:
+        if row["group"] not in best or row["gap_closed"] > best[row["group"]]["gap_closed"]:
+            best[row["group"]] = row
+    words = "; ".join(f"{group}: {_interval(r, '').words()} by {r['method']}" for group, r in best.items())
+    return f"Most of the KL gap closed, with 95% intervals: {words}."
+
+
+def _table(every: Rows, rows: Rows) -> list[Section]:
+    if not every:
+        return []
+    names = list(dict.fromkeys(grade["name"] for row in every for grade in row["grades"]))
+    columns = ["degradation", "method", "seeds", "KL, nats a token", "KL gap closed (95%)", "top-1 agreement"]
+    columns += [f"{name}: {what}" for name in names for what in ("score (95%)", "change (95%)", "verdict")]
+    columns += ["trained tokens", "training s"]
+    table = Table(columns, [_cells(row, names) for row in every], emphasis=4, caption=_caption(every))
+    blocks: list[Block] = [table]
+    if any(row["gap_closed"] is not None for row in rows):
+        bars = [_interval(row, f"{row['group']}: {row['method']}") for row in rows]
+        blocks.append(
+            Figure(
+                [Forest("KL gap closed, with 95% intervals", bars, "share of the KL gap closed")],
+                see="0% is the degraded student, 100% the reference. A bar that does not cross 0% is recovery beyond "
+                "chance.",
+                measured="Forward KL to the reference on its own answers to the held-out prompts, averaged over seeds "
+                "prompt by prompt; percentile bootstrap with prompts resampled in pairs. The bars say nothing of "
+                "seeds: what these differ by is in results.json.",
+            )
+        )
+    return [Section("Degraded and recovered", "table", blocks)]
+
+
+def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    graded = {grade["name"]: grade for grade in row["grades"]}
+    kl, agreed = row["kl"], row["agreement"]
+    idle = row["how"] == "none"
+    cells = [
+        row["group"],
+        row["method"],
+        str(len(row["seeds"])),
+        number(kl["degraded"]) + ("" if idle else f" → {number(kl['recovered'])}"),
+        "–" if idle else _interval(row, "").words(),
+        number(agreed["degraded"], ".1%") + ("" if idle else f" → {number(agreed['recovered'], '.1%')}"),
+    ]
+    for name in names:
+        cells += _score(graded.get(name), idle)
+    return [*cells, _span(row["tokens_trained"], ",.0f"), _span(row["training_seconds"], ",.0f")]
+
+
+def _score(grade: Mapping[str, Any] | None, idle: bool) -> list[str]:
+    if grade is None:
+        return ["–", "–", "–"]
+    scores, change = grade["scores"], grade["change"]
+    found = scores["recovered"]
+    score = f"{found['score']:.1%}{_ends(found['interval'], '.1%')}"
+    if idle:
+        theirs = scores["reference"]
+        return [f"{score}, reference {theirs['score']:.1%}{_ends(theirs['interval'], '.1%')}", "–", "–"]
+    if change is None:
+        return [score, "–", "–"]
+    points = f"{100 * change['difference']:+.1f}{_ends([100 * end for end in change['interval']], '+.1f')}"
+    return [score, points.replace("-", "−"), change["verdict"]]
+
+
+def _ends(interval: Sequence[float] | None, form: str) -> str:
+    return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """One number, or the least and the most of several seeds."""
+    low, high = min(values), max(values)
+    return f"{low:{form}}" if f"{low:{form}}" == f"{high:{form}}" else f"{low:{form}} to {high:{form}}"
+
+
+def _caption(rows: Rows) -> str:
+    counts = {grade["name"]: grade["n"] for row in rows for grade in row["grades"] if grade["n"]}
+    items = ", ".join(f"{name} {n}" for name, n in counts.items())
+    return (
+        "KL, agreement: degraded → recovered, on held-out prompts. Scores are of the recovered model, in the row of "
+        "the method none of the degraded one, averaged over seeds item by item; changes are in points from the "
+        "degraded to the recovered, paired by item, and better and worse are adjusted by Holm over the tasks of a row. "
+        f"Items: {items or 'none'}. Training seconds are those of repair, of the reference's answers to train on and "
+        "of the steps; measuring is not in them."
+    )
+
+
+def _ability(every: Rows, rows: Rows) -> list[Section]:
+    charts = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        mine = [row for row in rows if row["group"] == group and row["grades"]]
+        if not mine:
+            continue
+        task = mine[0]["grades"][0]["name"]
+        arrows, goal = [], None
+        for row in mine:
+            scores, agreed = row["grades"][0]["scores"], row["agreement"]
+            points = [
+                (
+                    agreed[when],
+                    scores[when]["score"],
+                    f"{when}: agreement {agreed[when]:.1%}, score {scores[when]['score']:.1%}",
+                )
+                for when in ("degraded", "recovered")
+            ]
+            arrows.append(Group(row["method"], points))
+            goal = (1.0, scores["reference"]["score"], f"reference: score {scores['reference']['score']:.1%}")
+        charts.append(Arrows(group, arrows, "top-1 agreement with the reference", f"score on {task}", goal=goal))
+    if not charts:
+        return []
+    figure = Figure(
+        charts,
+        see="An arrow goes from the degraded student to the recovered one. Up is the task, right is general ability; "
+        "the reference has both. A method that learns the task alone goes up and not right.",
+        measured="Agreement on the reference's answers to held-out general prompts; the score on held-out rows of the "
+        "task. Means over seeds; the intervals stand in the table.",
+    )
+    return [Section("Task against general ability", "ability", [figure])]
+
+
+def _equal(results: Mapping[str, Any]) -> list[Section]:
+    sections = []
+    for key, what, unit in (
+        ("at_equal_tokens", "tokens", "trained tokens"),
+        ("at_equal_seconds", "seconds", "seconds"),
+    ):
+        if results[key]:
+            blocks: list[Block] = [_equal_table(results[key], what, unit), _courses(results, what, unit)]
+            sections.append(Section(f"At the same {unit}", f"equal-{what}", blocks))
+    return sections
+
+
+def _equal_table(groups: Rows, what: str, unit: str) -> Table:
+    rows = []
+    for group in groups:
+        for entry in group["methods"]:
+            gaps = [gap for gap in entry["gap_closed_by_seed"] if gap is not None]
+            rows.append(
+                [
+                    group["group"],
+                    entry["method"],
+                    f"{group['at']:,.0f}",
+                    _span(entry["spent"], ",.0f"),
+                    number(entry["kl"]),
+                    percent(entry["gap_closed"]),
+                    f"{percent(min(gaps))} to {percent(max(gaps))}" if len(gaps) > 1 else "–",
+                ]
+            )
+    chosen = any(group["chosen"] for group in groups)
+    where = "the study's budget" if chosen else f"the {unit} of the degradation's cell that spent least"
+    caption = (
+        f"KL at {where}, on a line between the measurements around it, averaged over seeds. A cell that spent more is "
+        "read in the middle of its learning-rate schedule, one that spent less at its end. "
+    )
+    caption += (
+        "Trained tokens are completion tokens that a loss was taken at; sampled ones that were not trained on are free."
+        if what == "tokens"
+        else "Seconds are those of repair, of the reference's answers to train on and of the steps, on the machine "
+        "below."
+    )
+    columns = ["degradation", "method", f"{unit} allowed", f"{unit} spent", "KL", "KL gap closed", "over seeds"]
+    return Table(columns, rows, caption=caption, emphasis=5)
+
+
+def _courses(results: Mapping[str, Any], what: str, unit: str) -> Figure:
+    charts = []
+    for group in dict.fromkeys(cell["group"] for cell in results["cells"]):
+        cells = [c for c in results["cells"] if c["group"] == group and len(c.get("curve", ())) > 1]
+        first = {c["method"]: c for c in reversed(cells)}  # the first seed of each method
+        order = list(dict.fromkeys(c["method"] for c in cells))
+        series = [
+            Series(name, style(i), [(p[what], p["kl"]) for p in first[name]["curve"]], dots=True)
+            for i, name in enumerate(order)
+        ]
+        if series:
+            charts.append(Lines(group, series, x_label=unit, y_label="KL to the reference"))
+    return Figure(
+        charts,
+        see="The course of held-out KL, of each method's first seed. Lower is closer to the reference; a line that "
+        "falls at the left edge is a repair.",
+        measured="On the reference's answers to the held-out prompts, along the training.",
+    )
+
+
+def _alignment(found: Mapping[str, Any]) -> list[Section]:
+    if not found.get("points"):
+        return [Section("CKA against recovery", "alignment", [Text(f"Not given: {found['reason']}", "soft")])]
+    names = dict.fromkeys(point["group"] for point in found["points"])
+    groups = [
+        Group(
+            name,
+            [
+                (p["alignment"], p["recovery"], f"{p['run']}, step {p['step']} ({p['stage']})")
+                for p in found["points"]
+                if p["group"] == name
+            ],
+            joined=False,
+        )
+        for name in names
+    ]
+    figure = Figure(
+        [Scatter("Recovery against alignment", groups, "mean CKA over layers", "KL gap closed")],
+        see="Each point is a checkpoint of a trained cell. Right is closer to the reference in representation, up in "
+        "behaviour.",
+        measured=f"{found['checkpoints']} checkpoints of {len(found['cells'])} cells, by remend correlate. {CAUTION}",
+    )
+    table = Table(
+        ["", "n", "Spearman (95%)", "p, permutation", "p, shifts", "Pearson (95%)", "p, permutation"],
+        [_correlated(level, found["overall"][level]) for level in ("within", "between", "pooled")],
+        caption="Within: along each cell's training. Between: means of cells. Shifts keep the checkpoints' order.",
+    )
+    said: list[Block] = [Text(sentence["text"]) for sentence in found["sentences"]]
+    return [Section("CKA against recovery", "alignment", [*said, table, figure])]
+
+
+def _correlated(level: str, found: Mapping[str, Any]) -> list[str]:
+    rank, line = found["spearman"], found["pearson"]
+    cells = [f"{level} cells", str(rank["n"])]
+    if rank["coefficient"] is None:
+        return [*cells, str(rank["reason"]), "–", "–", "–", "–"]
+    cells += [_coefficient(rank), f"{rank['p_value']:.2g}", number(rank["shift_p_value"], ".2g")]
+    return [*cells, _coefficient(line), number(line["p_value"], ".2g")]
+
+
+def _coefficient(found: Mapping[str, Any]) -> str:
+    ends = "" if found["low"] is None else f" ({number(found['low'], '.2f')} to {number(found['high'], '.2f')})"
+    return number(found["coefficient"], ".2f") + ends
+
+
+def _cost(results: Mapping[str, Any]) -> list[Block]:
+    rows = []
+    for row in results["rows"]:
+        parts = row["training_seconds_of"]
+        cells = [c for c in results["cells"] if c["group"] == row["group"] and c["method"] == row["method"]]
+        whole = [sum(c["seconds"].values()) for c in cells if "seconds" in c]
+        memory = [c["peak_rss_mib"] for c in cells if "peak_rss_mib" in c]
+        rows.append(
+            [
+                row["group"],
+                row["method"],
+                _span(row["steps"], ",.0f"),
+                _span(row["tokens_trained"], ",.0f"),
+                *(_span(parts[key], ",.0f") for key in ("repair", "answers", "steps")),
+                _span(whole, ",.0f"),
+                _span(memory, ",.0f"),
+            ]
+        )
+    columns = ["degradation", "method", "steps", "trained tokens", "s of repair", "s of the reference's answers"]
+    columns += ["s of steps", "s in all, with measuring and grading", "peak MiB of its process"]
+    total = sum(sum(cell["seconds"].values()) for cell in results["cells"] if "seconds" in cell)
+    return [Table(columns, rows, caption=f"All cells together: {total / 3600:.2f} hours.")]
+
+
+def _failures(failures: Mapping[str, str]) -> list[Section]:
+    if not failures:
+        return []
+    return [Section("Failed", "failed", [Table(["cell", "why"], [[name, why] for name, why in failures.items()])])]
+
+
+def _rerun(results: Mapping[str, Any]) -> list[Block]:
+    facts = [("models", ", ".join(f"{name}: {path}" for name, path in results["models"].items()))]
+    facts += [(name, how) for name, how in results["methods"].items()]
+    facts.append(("seeds", ", ".join(map(str, results["seeds"]))))
+    for machine in results["hardware"]:
+        hardware = machine["hardware"]
+        gpus = "".join(f", {gpu}" for gpu in hardware["gpus"])
+        text_of = f"{hardware['processor']}, {hardware['threads']} threads, {machine['dtype']} arithmetic{gpus}"
+        facts.append(("hardware", text_of))
+        facts.append(("versions", ", ".join(f"{n} {v}" for n, v in machine["versions"].items() if v)))
+        facts.append(("commit", str(machine["git_commit"] or "–")))
+    facts += [("note", note) for note in results["notes"]]
+    return [
+        Code("remend study STUDY.yaml --out NEW_DIRECTORY"),
+        Facts(facts),
+        Code(results["recipe"].rstrip("\n"), folded="STUDY.yaml"),
+    ]
