@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"config", "data", "prompts", "vocabulary", "run", "report", "progress", "sieve", "tasks", "shipped"} | {"compare"},
     {"packed", "packed_grid", "foreign", "adapters", "models", "constraints", "scoring", "rollout", "teacher"}
     | {"train", "supervised", "measure", "calibration", "capture", "layer_map", "teacher_cache", "answers"},
-    {"caching", "degrade", "diagnosis", "evaluate", "exporting", "recovery"},
+    {"caching", "degrade", "diagnosis", "evaluation", "exporting", "recovery"},
     {"flows"},
     {"cli", "__main__", "__init__"},
 ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from remend.degrade.width import prune_width
     from remend.diagnosis import diagnose
     from remend.errors import RemendError
+    from remend.evaluation import evaluate
     from remend.exporting import export
     from remend.flows.demo import demo
     from remend.losses import divergence
@@ -35,6 +36,7 @@ _HOMES = {
     "demo": "remend.flows.demo",
     "diagnose": "remend.diagnosis",
     "divergence": "remend.losses",
+    "evaluate": "remend.evaluation",
     "export": "remend.exporting",
     "finetune": "remend.degrade.finetune",
     "prune": "remend.degrade.prune",
@@ -47,7 +49,7 @@ _HOMES = {
 }
 
 __all__ = ["RecoverConfig", "RecoverResult", "RemendError", "cache_teacher", "check", "demo", "diagnose", "divergence"]
-__all__ += ["export", "finetune", "prune", "prune_depth", "prune_width", "quantize", "recover", "tasks"]
+__all__ += ["evaluate", "export", "finetune", "prune", "prune_depth", "prune_width", "quantize", "recover", "tasks"]
 __all__ += ["track", "write_self_prompts"]
 
 

@@ -33,7 +33,6 @@ Grid = tuple[list[str], list[list[str]]]  # header and rows of cells
 SHAPE = 'a results file is {"task": …, "grader": …, "items": [{"id": …, "correct": …}, …]}, as remend eval writes it'
 FEW = 20
 """Below so many units a percentile bootstrap is visibly too narrow, and the printed result says so."""
-TINY = 1e-12  # a spread below it is rounding
 BETTER, WORSE, SAME = "better", "worse", "not distinguishable"
 
 
@@ -265,7 +264,8 @@ def _task(key: Key, graded: Sequence[Graded], labels: Sequence[str], choices: Ch
     named: dict[str, str] = next((file.clusters for file in graded if file.clusters), {})
     clusters = [named[name] for name in ids] if named else None
     scores = [np.array([file.scores[name] for name in ids]) for file in graded]
-    rows = [{"name": name, **_score(s, clusters, choices.level)} for name, s in zip(labels, scores, strict=True)]
+    intervals = [paired.score_interval(values, clusters, choices.level) for values in scores]
+    rows = [{"name": name, **found} for name, found in zip(labels, intervals, strict=True)]
     pairs = dict.fromkeys([*((0, i) for i in range(1, len(labels))), *itertools.pairwise(range(len(labels)))])
     draws = (choices.seed, choices.resamples)
     closed = [
@@ -285,16 +285,6 @@ def _task(key: Key, graded: Sequence[Graded], labels: Sequence[str], choices: Ch
     }
 
 
-def _score(values: Array, clusters: Sequence[str] | None, level: float) -> dict[str, Any]:
-    score, units = float(values.mean()), len(set(clusters)) if clusters else len(values)
-    if clusters is None and paired.is_binary(values):
-        return {"score": score, "interval": paired.wilson(int(values.sum()), len(values), level), "method": "Wilson"}
-    if units < 2 or paired.standard_error(values, clusters) < TINY:  # no spread to go by: a cluster counts as an item
-        return {"score": score, "interval": paired.wilson(score * units, units, level), "method": "Wilson of clusters"}
-    low, high = paired.clustered_interval(values, clusters, level)
-    return {"score": score, "interval": (max(0.0, low), min(1.0, high)), "method": "clustered t" if clusters else "t"}
-
-
 def _pair(first: Array, later: Array, clusters: Sequence[str] | None, choices: Choices) -> dict[str, Any]:
     draws, level, power = (choices.seed, choices.resamples), choices.level, choices.power
     difference, n = later - first, len(first)
@@ -310,7 +300,7 @@ def _pair(first: Array, later: Array, clusters: Sequence[str] | None, choices: C
     else:
         method = f"paired bootstrap of {'clusters' if clusters else 'items'}"
         interval = paired.paired_bootstrap(first, later, *draws, level=level, clusters=clusters)
-        if (error := paired.standard_error(difference, clusters)) > TINY:
+        if (error := paired.standard_error(difference, clusters)) > paired.TINY:
             effect = paired.detectable_difference(error, power, level)
     return {
         "difference": float(difference.mean()) + 0.0,  # no minus zero

@@ -31,6 +31,9 @@ CELLS = 2_000_000
 EXACT_FLIPS = 1_000
 """Expected flips up to which power is counted out; beyond, the usual formula is short of it by 1.1% or less."""
 
+TINY = 1e-12
+"""A spread below it is rounding."""
+
 
 def wilson(correct: float, n: int, level: float = 0.95) -> Interval:
     """Interval of a share of n independent items (Wilson 1927, JASA 22:209), never empty and never beyond [0, 1].
@@ -70,6 +73,22 @@ def clustered_interval(scores: ArrayLike, clusters: Clusters, level: float = 0.9
     error = standard_error(scores_N, clusters)
     half = _t(level, len(_units(scores_N, clusters)) - 1) * error
     return float(scores_N.mean()) - half, float(scores_N.mean()) + half
+
+
+def score_interval(scores: ArrayLike, clusters: Clusters = None, level: float = 0.95) -> dict[str, Any]:
+    """{score, interval, method} of a mean: Wilson's where all are 0 or 1 and alone, else t over items or clusters.
+
+    Without any spread there is no standard error to go by; then a cluster counts as one item of Wilson's.
+    """
+    (scores_N,) = _vectors(scores)
+    score, units = float(scores_N.mean()), len(_units(scores_N, clusters))
+    if clusters is None and is_binary(scores_N):
+        return {"score": score, "interval": wilson(int(scores_N.sum()), units, level), "method": "Wilson"}
+    if units < 2 or standard_error(scores_N, clusters) < TINY:
+        return {"score": score, "interval": wilson(score * units, units, level), "method": "Wilson of clusters"}
+    low, high = clustered_interval(scores_N, clusters, level)
+    method = "t" if clusters is None else "clustered t"
+    return {"score": score, "interval": (max(0.0, low), min(1.0, high)), "method": method}
 
 
 def mcnemar_exact(b: int, c: int) -> float:

@@ -109,3 +109,30 @@ def show_track(rows: Sequence[Mapping[str, Any]]) -> None:
         figures = (f"{row['kl']:.3f}", f"{row['top1_agreement']:.1%}", _figure(mean), least)
         grid.add_row(str(row["step"]), row["stage"], *figures)
     Console(highlight=False).print(grid)
+
+
+def show_scores(out: str, done: Mapping[str, Any]) -> None:
+    """One line a task and grader: score, its interval, and what qualifies it."""
+    parts = done.get("results", [done])
+    names = {part.get("interval_method", "") for part in parts}
+    grid = Table("task", "grader", "score", f"95% interval{f' ({names.pop()})' if len(names) == 1 else ''}", "n", "")
+    for part in parts:
+        low, high = part["interval_95"]
+        figures = (f"{part['score']:.1%}", f"{low:.1%} to {high:.1%}", str(part["n"]))
+        grid.add_row(part["task"], part["grader"], *figures, "; ".join(_qualifiers(part)))
+    console = Console(highlight=False)
+    console.print(grid)
+    console.print(f"{out}  {done['seconds']:.0f} s", markup=False, soft_wrap=True)
+
+
+def _qualifiers(part: Mapping[str, Any]) -> list[str]:
+    """What a score must be read with: chance, pass@k, and answers that are no usual ones."""
+    found = [f"pass@{k} {value:.1%}" for k, value in part.get("pass_at", {}).items()]
+    if "metric" in part:
+        found.append(part["metric"])
+    if "chance" in part:
+        verdict = "above chance" if part["p_shuffled"] < 0.05 else "not distinguishable from chance"
+        figures = f"{part['chance']:.1%}; its letters at random {part['shuffled']:.1%}, p {part['p_shuffled']:.2g}"
+        found.append(f"{verdict} ({figures})")
+    found += [f"{part[key]} {key}" for key in ("clipped", "empty", "raised") if part.get(key)]
+    return found + ([f"{len(part['dropped'])} dropped"] if part.get("dropped") else [])

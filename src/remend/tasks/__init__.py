@@ -15,11 +15,25 @@ A task is one short file that ends in `TASKS.register(...)(Task(...))`; importin
 
 from remend.tasks import general, science, science_short, tooluse, tooluse_short
 from remend.tasks.forms import FORMS, Form
-from remend.tasks.score import score
+from remend.tasks.score import RAISED, score
 from remend.tasks.task import MODES, SPLITS, TASKS, Grade, Task, row_id
 from remend.tasks.write import write
 
-__all__ = ["FORMS", "MODES", "SPLITS", "TASKS", "Form", "Grade", "Task", "form", "get", "names", "row_id", "score"]
+__all__ = [
+    "FORMS",
+    "MODES",
+    "RAISED",
+    "SPLITS",
+    "TASKS",
+    "Form",
+    "Grade",
+    "Task",
+    "form",
+    "get",
+    "names",
+    "row_id",
+    "score",
+]
 __all__ += ["general", "science", "science_short", "tooluse", "tooluse_short", "write"]
 
 

@@ -8,6 +8,9 @@ from typing import Any
 from remend.errors import InputError
 from remend.tasks.task import Grade, Task, require_mode, row_id
 
+RAISED = "the grader raised on row "
+"""How the reason begins where no grade could be given."""
+
 
 def score(
     task: Task, rows: Sequence[Mapping[str, Any]], answers: Sequence[str], *, mode: str = "paper"
@@ -42,7 +45,7 @@ def score(
             grade = task.grade(answer, row, mode)
         except Exception as error:  # one bad row must not lose the grades of the others
             raised += 1
-            grade = Grade(False, f"the grader raised on row {name}: {type(error).__name__}: {error}")
+            grade = Grade(False, f"{RAISED}{name}: {type(error).__name__}: {error}")
         items.append({"id": name, "correct": grade.correct, "reason": grade.reason})
     right = sum(item["correct"] for item in items)
     return {

@@ -1,0 +1,236 @@
+"""Tasks of lm-evaluation-harness (EleutherAI, arXiv 2405.14782) on the model in memory.
+
+remend eval smollm2 --task lm-eval:hellaswag,ifeval --out runs/general.json
+remend eval smollm2 --task lm-eval:mine --include my_tasks --out runs/mine.json     my_tasks/mine.yaml, no network
+
+The package is imported when it is asked for; `pip install 'remend[eval]'` brings it. The weights are those that remend
+loads: a quantized student's lie on its grid. Chat templates are applied to the tasks of CHAT alone, as is usual for
+them; the others are continued as plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from remend.errors import CheckError, FileError, InputError, did_you_mean
+from remend.evaluation.plan import LM_EVAL
+from remend.evaluation.results import scored
+from remend.progress import console
+
+ROWS, GPU_ROWS = {"cpu": 8}, 16
+"""Rows of a batch: the harness holds the logits of all positions."""
+
+CHAT = {"ifeval", "humaneval_instruct"}
+METRICS = {
+    ("hellaswag", "acc"): "HellaSwag, accuracy by log-likelihood",
+    ("hellaswag", "acc_norm"): "HellaSwag, accuracy by log-likelihood per character",
+    ("truthfulqa_mc1", "acc"): "TruthfulQA MC1, the one true answer is the likeliest",
+    ("truthfulqa_mc2", "acc"): "TruthfulQA MC2, probability of all true answers",
+    ("winogrande", "acc"): "WinoGrande XL, accuracy by log-likelihood",
+    ("mmlu", "acc"): "MMLU, accuracy over all subjects by letter log-likelihood",
+    ("ifeval", "prompt_level_strict_acc"): "IFEval, prompts with all instructions followed, strict",
+    ("ifeval", "prompt_level_loose_acc"): "IFEval, prompts with all instructions followed, loose",
+    ("ifeval", "inst_level_strict_acc"): "IFEval, share of a prompt's instructions followed, strict",
+    ("ifeval", "inst_level_loose_acc"): "IFEval, share of a prompt's instructions followed, loose",
+    ("humaneval", "pass@1"): "HumanEval, pass@1 of one greedy answer",
+}
+"""Names in full; others are task and metric."""
+
+
+class Tasks:
+    """The harness with its own tasks and those of a folder.
+
+    Args:
+        include: a directory with task files (YAML), or None.
+
+    Raises FileError when the package is not installed.
+    """
+
+    def __init__(self, include: Path | None = None) -> None:
+        found = {"include_sha256": _digest(include)} if include else {}
+        try:
+            self._package: Any = importlib.import_module("lm_eval")
+            self._manager = _manager(str(include) if include else None, found.get("include_sha256"))
+        except ImportError as error:
+            raise FileError(
+                f"{LM_EVAL} tasks need the package lm-eval, which is not installed or not complete ({error}). "
+                "Install it with: pip install 'remend[eval]' (or pip install lm-eval)"
+            ) from None
+        self.about = {"version": importlib.metadata.version("lm_eval"), **found}
+        """The package's version, and the hash of the folder's files."""
+
+    def check(self, names: Sequence[str], *, allow_code: bool) -> None:
+        """Raises CheckError with all unknown names, and those that run code where that is not allowed."""
+        problems, known = [], self._manager.all_tasks
+        for name in (name.removeprefix(LM_EVAL) for name in names):
+            if name not in known:
+                near = did_you_mean(name, known).replace('"', f'"{LM_EVAL}', 1)
+                problems.append(
+                    f'unknown task "{LM_EVAL}{name}": lm-eval {self.about["version"]} knows {len(known)} names, but '
+                    f"not this one. Give your own with include (--include DIRECTORY).{near}"
+                )
+            elif name.startswith(("humaneval", "mbpp")) and not allow_code:
+                problems.append(
+                    f"task {LM_EVAL}{name} runs code that the model writes; do so in a sandbox only, and say "
+                    "--allow-code (allow_code)"
+                )
+        if problems:
+            raise CheckError(problems)
+
+    def run(
+        self, model: Any, tokenizer: Any, name: str, *, limit: int | None, seed: int, rows: int, code: bool
+    ) -> list[dict[str, Any]]:
+        """Evaluate a task or a group of tasks.
+
+        Args:
+            model, tokenizer: a transformers causal language model in memory, and its tokenizer.
+            name: with or without the prefix.
+            limit: documents of each task.
+            seed: of few-shot examples.
+            rows: of a batch.
+            code: the task may run code that the model writes.
+
+        Returns:
+            For each metric that is a number from 0 to 1 a document: task (with the prefix), grader (the metric's
+            short name, with its filter where that is not "none"), metric (in full), what results.scored gives over
+            documents, reported (the harness's own, which may weigh otherwise), chat_template, items [{id, correct,
+            answer, target}]; of a group the id is task/document.
+
+        Raises:
+            FileError: the task's data can't be loaded.
+            InputError: no metric of the task is a number from 0 to 1 a document.
+        """
+        short = name.removeprefix(LM_EVAL)
+        chat = short in CHAT and bool(tokenizer.chat_template)
+        console.print(f"{LM_EVAL}{short} (lm-evaluation-harness {self.about['version']})")
+        seeds = {f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
+        try:
+            with _quietly(), _code_allowed(code):
+                wrapped: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
+                found = self._package.simple_evaluate(
+                    model=wrapped(pretrained=model, tokenizer=tokenizer, batch_size=rows),
+                    tasks=[short],
+                    task_manager=self._manager,
+                    limit=limit,
+                    bootstrap_iters=0,
+                    log_samples=True,
+                    apply_chat_template=chat,
+                    confirm_run_unsafe_code=code,
+                    **seeds,
+                )
+        except Exception as error:  # data sets, task files and templates raise anything
+            raise FileError(
+                f"task {LM_EVAL}{short} failed in lm-eval: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}. Its data comes from the hub unless its YAML names files"
+            ) from error
+        parts = [{**part, "chat_template": chat} for part in parts_of(found, short)]
+        if not parts:
+            raise InputError(
+                f"task {LM_EVAL}{short} has no metric from 0 to 1 a document, so it can't be compared item by item; "
+                "run it with lm-eval itself"
+            )
+        return parts
+
+
+def _digest(include: Path) -> str:
+    """SHA-256 over a folder's task files and data."""
+    digest = hashlib.sha256()
+    for path in sorted(include.rglob("*")):
+        if path.is_file() and path.suffix in {".yaml", ".yml", ".py", ".json", ".jsonl"}:
+            digest.update(f"{path.relative_to(include)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _manager(include: str | None, digest: str | None) -> Any:
+    """Its own task files are thousands and take seconds to read; a changed folder (`digest`) is read anew."""
+    with _quietly():
+        return importlib.import_module("lm_eval.tasks").TaskManager(include_path=include)
+
+
+def parts_of(found: Mapping[str, Any], short: str) -> list[dict[str, Any]]:
+    """The results of one task or group as parts of a results file; see Tasks.run."""
+    several = len(found["samples"]) > 1
+    items: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for leaf, samples in found["samples"].items():
+        for sample in samples:
+            for metric in sample["metrics"]:
+                value = _share(sample[metric])
+                entry = {"id": f"{leaf}/{sample['doc_id']}" if several else str(sample["doc_id"]), "correct": value}
+                entry |= {"answer": _answer(sample["filtered_resps"]), "target": str(sample["target"])}
+                items.setdefault((metric, sample["filter"]), []).append(entry)
+    parts = []
+    for (metric, filtered), rows in items.items():
+        if any(row["correct"] is None for row in rows):
+            continue
+        reported = {**found["results"], **found.get("groups", {})}.get(short, {}).get(f"{metric},{filtered}")
+        parts.append(
+            {
+                "task": f"{LM_EVAL}{short}",
+                "grader": metric if filtered == "none" else f"{metric} ({filtered})",
+                "metric": METRICS.get((short, metric), f"{short}, {metric}"),
+                "how": "lm-eval",
+                **scored(rows),
+                "reported": float(reported) if isinstance(reported, int | float) else None,
+                "items": rows,
+            }
+        )
+    return parts
+
+
+def _share(value: Any) -> float | None:
+    """A document's metric as a number from 0 to 1, of several values their mean; None where it is none."""
+    try:
+        values = [float(v) for v in value] if isinstance(value, list | tuple) else [float(value)]
+    except (TypeError, ValueError):
+        return None
+    mean = sum(values) / len(values) if values else math.nan
+    return mean if 0 <= mean <= 1 else None
+
+
+def _answer(responses: Sequence[Any]) -> Any:
+    """The generated text, or the log-likelihood of each choice. Raises InputError when one is not finite."""
+    plain = [r[0] if isinstance(r, list | tuple) and r else r for r in responses]
+    if len(plain) == 1:
+        return str(plain[0])
+    found = [p if isinstance(p, int | str) else float(p) for p in plain]
+    if not all(math.isfinite(p) for p in found if isinstance(p, float)):
+        raise InputError("the model's log-likelihoods are not finite: its weights are damaged beyond use")
+    return found
+
+
+@contextmanager
+def _code_allowed(allowed: bool) -> Iterator[None]:
+    """The variable without which the metric of code tasks refuses to run code."""
+    name, before = "HF_ALLOW_CODE_EVAL", os.environ.get("HF_ALLOW_CODE_EVAL")
+    if allowed:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if allowed and before is None:
+            del os.environ[name]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the harness's log of every step; its bars stay."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
