@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from remend.evaluation import evaluate
     from remend.exporting import export
     from remend.flows.demo import demo
+    from remend.flows.study import study
     from remend.losses import divergence
     from remend.recovery import RecoverResult, check, recover, track
     from remend.recovery.self_prompts import write_self_prompts
@@ -44,13 +45,14 @@ _HOMES = {
     "prune_width": "remend.degrade.width",
     "quantize": "remend.degrade.quantize",
     "recover": "remend.recovery",
+    "study": "remend.flows.study",
     "track": "remend.recovery",
     "write_self_prompts": "remend.recovery.self_prompts",
 }
 
 __all__ = ["RecoverConfig", "RecoverResult", "RemendError", "cache_teacher", "check", "demo", "diagnose", "divergence"]
 __all__ += ["evaluate", "export", "finetune", "prune", "prune_depth", "prune_width", "quantize", "recover", "tasks"]
-__all__ += ["track", "write_self_prompts"]
+__all__ += ["study", "track", "write_self_prompts"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import remend
 from remend import shipped
-from remend.cli import grading, measuring
+from remend.cli import grading, measuring, studying
 from remend.cli.show import print_line, show, show_cache, show_damage
 from remend.errors import InputError, RemendError
 
@@ -30,6 +30,7 @@ recipe = typer.Typer(help="List the recipes that ship with remend, and copy one.
 app.add_typer(recipe, name="recipes")
 measuring.add_to(app)
 grading.add_to(app)
+studying.add_to(app)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Recipe file, then key=value …", metavar="[RECIPE.yaml] [KEY=VALUE]…")
@@ -302,7 +303,7 @@ def main() -> None:
             sys.stderr.write(f"error: {line}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; remend recover --resume DIR continues from the last checkpoint\n")
+        sys.stderr.write("interrupted; a recovery goes on with remend recover --resume DIR, a study as it began\n")
         raise SystemExit(130) from None
 
 

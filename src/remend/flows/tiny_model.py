@@ -35,7 +35,7 @@ from remend.supervised import Supervised, encode_pairs
 from remend.train import Saving, Schedule, train
 
 WIDTH, INNER, LAYERS, HEADS, VOCABULARY = 64, 192, 5, 4, 512
-STEPS, ROWS, RATE = 500, 32, 3e-3
+STEPS, ROWS, RATE = 700, 32, 3e-3
 """Of the training: about a minute on two cores."""
 
 RECORD = "tiny.json"

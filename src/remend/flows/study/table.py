@@ -1,0 +1,102 @@
+"""The rows of a study as CSV and as lines for a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DEGRADED, RECOVERED, REFERENCE = "degraded", "recovered", "reference"
+
+COLUMNS = (
+    "group model degradation task method how seeds kl_degraded kl_recovered gap_closed gap_closed_low gap_closed_high "
+    "agreement_degraded agreement_recovered graded grader n reference degraded recovered recovered_low recovered_high "
+    "difference difference_low difference_high p_holm verdict steps tokens_trained training_seconds"
+)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def table_of(results: Mapping[str, Any]) -> str:
+    """The rows as CSV: one line a group, method and task."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n")
+    writer.writeheader()
+    for row in results["rows"]:
+        writer.writerows({**_plain(row), **_graded(grade)} for grade in row["grades"] or [None])
+    return stream.getvalue()
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = row["gap_closed_95"] or (None, None)
+    kept = {key: row[key] for key in ("group", "model", "degradation", "task", "method", "how", "gap_closed")}
+    means = {key: round(_mean(row[key]), 2) for key in ("steps", "tokens_trained", "training_seconds")}
+    by_time = {f"{what}_{when}": row[what][when] for what in ("kl", "agreement") for when in (DEGRADED, RECOVERED)}
+    seeds = " ".join(map(str, row["seeds"]))
+    return {**kept, **means, **by_time, "seeds": seeds, "gap_closed_low": low, "gap_closed_high": high}
+
+
+def _graded(grade: Mapping[str, Any] | None) -> dict[str, Any]:
+    if grade is None:
+        return {}
+    scores, change = grade["scores"], grade["change"] or {}
+    low, high = scores[RECOVERED]["interval"] or (None, None)
+    ends = change.get("interval") or (None, None)
+    return {
+        "graded": grade["name"],
+        "grader": grade["grader"],
+        "n": grade["n"],
+        **{who: scores[who]["score"] for who in (REFERENCE, DEGRADED, RECOVERED)},
+        "recovered_low": low,
+        "recovered_high": high,
+        "difference": change.get("difference"),
+        "difference_low": ends[0],
+        "difference_high": ends[1],
+        "p_holm": change.get("p_holm"),
+        "verdict": change.get("verdict"),
+    }
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """What `study` returned, for a terminal: the cost of a dry run, or the table of a finished one."""
+    return _cost(found) if found.get("dry_run") else _results(found)
+
+
+def _cost(found: Mapping[str, Any]) -> list[str]:
+    width = max(len(cell["name"]) for cell in found["cells"])
+    said = [f"{'cell':<{width}}  {'steps':>6} {'tokens':>8} {'hours':>7}  estimated from"]
+    for cell in found["cells"]:
+        hours = "–" if cell["hours"] is None else f"{cell['hours']:.2f}"
+        said.append(f"{cell['name']:<{width}}  {cell['steps']:>6} {cell['tokens']:>8} {hours:>7}  {cell['basis']}")
+    total = found["total"]
+    hours = "unknown" if total["hours"] is None else f"{total['hours']:.1f}"
+    said.append(
+        f"{total['cells']} cells, {total['trained']} of them trained, {total['done']} done before; to do: "
+        f"{total['steps']} steps, {total['tokens']} tokens, {hours} hours one after the other"
+    )
+    return [*said, *(f"note: {note}" for note in found["notes"])]
+
+
+def _results(found: Mapping[str, Any]) -> list[str]:
+    said = []
+    for row in found["rows"]:
+        low, high = row["gap_closed_95"] or (None, None)
+        ends = "" if low is None else f" (95% {low:.0%} to {high:.0%})"
+        gap = "no gap" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}{ends} of it closed"
+        text = f"{row['group']}, {row['method']}: KL {row['kl'][DEGRADED]:.3f} -> {row['kl'][RECOVERED]:.3f}, {gap}"
+        for grade in row["grades"]:
+            scores = grade["scores"]
+            text += f"; {grade['name']} {scores[DEGRADED]['score']:.1%} -> {scores[RECOVERED]['score']:.1%}"
+            text += f" (reference {scores[REFERENCE]['score']:.1%}"
+            text += f"; {grade['change']['verdict']})" if grade["change"] else ")"
+        said.append(text)
+    said += [sentence["text"] for sentence in found["correlation"].get("sentences", [])]
+    if "reason" in found["correlation"]:
+        said.append(f"CKA and recovery: {found['correlation']['reason']}")
+    said += [f"failed: {name}: {message}" for name, message in found["failures"].items()]
+    states = [cell["state"] for cell in found["cells"]]
+    said.append(f"{states.count('done')} of {len(states)} cells are done, {len(found['failures'])} failed")
+    return [*said, *(f"{key:>7}  {found[key]}" for key in ("report", "csv", "json"))]
