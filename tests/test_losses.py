@@ -191,9 +191,35 @@ def test_direction_names_the_divergence() -> None:
 
 
 def test_a_chunk_of_logits_fits_its_bytes() -> None:
+    cpu = torch.device("cpu")
     for vocabulary in (1000, 49152, 151936):
-        assert chunk_rows(vocabulary) * vocabulary * 4 <= CHUNK_BYTES < (chunk_rows(vocabulary) + 1) * vocabulary * 4
-    assert chunk_rows(10**7) == 16
+        rows = chunk_rows(vocabulary, cpu)
+        assert rows * vocabulary * 4 <= CHUNK_BYTES < (rows + 1) * vocabulary * 4
+    assert chunk_rows(10**7, cpu) == 16
+
+
+def test_a_chunk_on_a_gpu_follows_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, cuda = 0, torch.device("cuda")
+    monkeypatch.setattr(losses, "free_bytes", lambda device: free)
+    found = {}
+    for free in (0, 2**30, 10 * 2**30, 80 * 2**30):
+        found[free // 2**30] = chunk_rows(151936, cuda)
+    assert found == {0: 27, 1: 35, 10: 353, 80: 883}  # 16 MiB at least, then 2%, 512 MiB at most
+
+
+@pytest.mark.parametrize("rows", [1, 5, 883])
+def test_the_size_of_a_chunk_changes_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    torch.manual_seed(0)
+    hidden_ND, teacher_ND = torch.randn(13, 6, dtype=torch.float64), torch.randn(13, 6, dtype=torch.float64)
+    heads = Head(torch.randn(11, 6, dtype=torch.float64)), Head(torch.randn(11, 6, dtype=torch.float64))
+    found = []
+    for size in (4, rows):
+        monkeypatch.setattr(losses, "chunk_rows", lambda *_, size=size: size)
+        leaf_ND = hidden_ND.clone().requires_grad_()
+        total = chunked_divergence_sum(leaf_ND, teacher_ND, *heads)
+        total.backward()
+        found.append((total.detach(), leaf_ND.grad))
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (1.0, 3.0), (2.0, 5.0)])

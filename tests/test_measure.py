@@ -61,7 +61,7 @@ def slow_sums(student: LlamaForCausalLM, reference: LlamaForCausalLM, rollout: R
 def test_compare_equals_the_slow_loop(
     models: tuple[LlamaForCausalLM, LlamaForCausalLM], max_rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "chunk_rows", lambda _: chunk)
+    monkeypatch.setattr(measure, "chunk_rows", lambda *_: chunk)
     student, reference = models
     rows = rollouts()
     counted: list[int] = []

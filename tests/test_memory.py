@@ -47,3 +47,16 @@ def test_recomputation_follows_free_memory(config: Any) -> None:
     assert not must_recompute(config, 8, 100, 1000, free=2 * needed + state)
     assert must_recompute(config, 8, 100, 1000, free=2 * needed + state - 2)
     assert free_bytes(torch.device("cpu")) > 0
+
+
+def test_copies_that_teachers_keep_count(config: Any) -> None:
+    needed, state = activation_bytes(config, 8, 100), 12 * 1000
+    assert not must_recompute(config, 8, 100, 1000, free=2 * needed + state + 2 * 4000, copies=2)
+    assert must_recompute(config, 8, 100, 1000, free=2 * needed + state + 4000, copies=2)
+
+
+def test_what_the_allocator_holds_for_reuse_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"mem_get_info": (100, 1000), "memory_reserved": 70, "memory_allocated": 50}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda")) == 120

@@ -117,8 +117,8 @@ class _Plan:
 
 def _check(plan: _Plan, out: Path) -> None:
     problem = run.occupied(out)
-    if problem or (out.is_dir() and any(out.iterdir())):
-        raise InputError(problem or f"out {out} is not empty; name a new directory")
+    if problem:
+        raise InputError(problem)
     for name in ("max_new_tokens", "held_out", "max_prompt_tokens"):
         value = getattr(plan, name)
         if value is not None and value < 1:
@@ -237,7 +237,7 @@ def _score(
     """Score all completions, like lengths together; (shard, first row) of each, in the order given."""
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion))
     places: dict[int, tuple[int, int]] = {}
-    head, rows = parts.head, chunk_rows(parts.shared)
+    head, rows = parts.head, chunk_rows(parts.shared, parts.device)
     for at in range(0, len(order), ROWS):
         part = order[at : at + ROWS]
         batch = pack([(rollouts[i].prompt, rollouts[i].completion) for i in part], pad_id=pad, device=parts.device)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from remend.gpu_memory import free_bytes
 from remend.prefix import PrefixWeights
 from remend.truncated import TopK, check_k, floored, fold, unfold_gradient
 from remend.truncated import top_k as largest
@@ -61,8 +62,12 @@ class Head:
         return replace(self, weight_VD=self.weight_VD.to(dtype), bias_V=bias_V)
 
 
-CHUNK_BYTES = 16 * 2**20
-"""Size of one [chunk, V] float32 tensor: small enough to leave no mark on peak memory, large enough for a good GEMM."""
+CHUNK_BYTES, CHUNK_LIMIT = 16 * 2**20, 512 * 2**20
+"""Least and largest size of one [chunk, V] float32 tensor. The least leaves no mark on a CPU's peak memory and is large
+enough for its GEMM; at a vocabulary of 152k it is 27 positions, too few to fill a GPU."""
+
+CHUNK_SHARE = 0.02
+"""Of a GPU's free memory that one such tensor takes: about six of them are alive at once."""
 
 
 def direction(beta: float) -> str:
@@ -173,9 +178,13 @@ def _log_probabilities(logits_NV: Tensor) -> Tensor:
     return torch.log_softmax(floored(logits_NV), dim=-1)
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Positions a chunk, so that one float32 [chunk, V] tensor takes CHUNK_BYTES."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Positions a chunk, so that one float32 [chunk, V] tensor takes CHUNK_BYTES, on a GPU more where more is free.
+
+    Sums over chunks of other sizes differ by rounding, so a CPU's size is constant: its runs repeat to the byte.
+    """
+    share = int(CHUNK_SHARE * free_bytes(device)) if device.type == "cuda" else 0
+    return max(16, min(CHUNK_LIMIT, max(CHUNK_BYTES, share)) // (4 * vocabulary))
 
 
 _Loss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
@@ -244,7 +253,7 @@ def _chunked_sum(
         if len(prefix) != student_ND.shape[0]:
             raise ValueError(f"{student_ND.shape[0]} hidden states and {len(prefix)} prefix weights differ in number")
         loss = _weighted(loss, prefix)
-    rest = (head, rows or chunk_rows(head.weight_VD.shape[0]), loss)
+    rest = (head, rows or chunk_rows(head.weight_VD.shape[0], student_ND.device), loss)
     total = _ChunkedSum.apply(student_ND, head.weight_VD, head.bias_V, rest)  # type: ignore[no-untyped-call]
     return cast(Tensor, total)
 
@@ -283,7 +292,7 @@ def chunked_divergence_sum(
         beta: see `divergence`.
         top_k: fold both distributions to the teacher's k most likely tokens and a tail; None keeps all.
         prefix: weigh each position's value and gradient (remend.prefix); None weighs all alike.
-        rows: positions a chunk; by default one chunk of logits takes CHUNK_BYTES.
+        rows: positions a chunk; by default see `chunk_rows`.
 
     Returns:
         Scalar in nats, float32 (float64 for float64 input). Call backward on it once.
@@ -348,7 +357,7 @@ def chunked_cross_entropy_sum(student_ND: Tensor, head: Head, targets_N: Tensor,
         student_ND: hidden states before the head, at completion positions only.
         head: from hidden states to logits. Gradients reach hidden states, weight and bias, where they need one.
         targets_N: int64, the ids to predict, 0 to V − 1.
-        rows: positions a chunk; by default one chunk of logits takes CHUNK_BYTES.
+        rows: positions a chunk; by default see `chunk_rows`.
 
     Returns:
         Scalar in nats, float32 (float64 for float64 input). Call backward on it once.

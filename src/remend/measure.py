@@ -58,7 +58,8 @@ def compare(
         One PromptSums a rollout, in order. The divergence is forward KL(reference ‖ student) over the full shared
         vocabulary, in float32.
     """
-    device, rows, head = student.device, chunk_rows(student.shared), student.head
+    device, head = student.device, student.head
+    rows = chunk_rows(student.shared, device)
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion))
     results: dict[int, PromptSums] = {}
     for start in range(0, len(order), max_rows):
@@ -130,7 +131,7 @@ def negative_log_likelihoods(
         batch = pack(pairs, pad_id=pad_id, device=device)
         states_ND, head = batch.gather(model.hidden(batch.tokens_BT)), model.head
         sums = torch.zeros(len(part), dtype=torch.float64, device=device)
-        rows = chunk_rows(head.weight_VD.shape[0])
+        rows = chunk_rows(head.weight_VD.shape[0], states_ND.device)
         for at in range(0, len(states_ND), rows):
             cut = slice(at, at + rows)
             log_p_NV = torch.log_softmax(head(states_ND[cut]).float(), -1)

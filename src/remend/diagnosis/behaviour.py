@@ -28,7 +28,7 @@ MAX_NATS = 700.0
 def token_measures(states_ND: Tensor, head: Head, theirs_ND: Tensor, their_head: Head, targets_N: Tensor) -> Tensor:
     """COLUMNS of every token, float32 [N, C], from the states of the model and of the reference before their heads."""
     found = []
-    rows = chunk_rows(min(head.weight_VD.shape[0], their_head.weight_VD.shape[0]))
+    rows = chunk_rows(min(head.weight_VD.shape[0], their_head.weight_VD.shape[0]), states_ND.device)
     for at in range(0, len(states_ND), rows):
         cut = slice(at, at + rows)
         q_NV = torch.log_softmax(head(states_ND[cut]).float(), -1)

@@ -76,7 +76,7 @@ def log_likelihoods(parts: Scorer, choices: Sequence[Choice], *, pad_id: int) ->
     pairs = [(c.context, (*stem, c.context[-1])) for c, stem in stems]
     batch = pack(pairs, pad_id=pad_id, device=parts.device)
     states_ND, head = batch.gather(parts.hidden(batch.tokens_BT)), parts.head
-    rows = chunk_rows(parts.shared)
+    rows = chunk_rows(parts.shared, parts.device)
     total_N = torch.cat(
         [torch.logsumexp(head(states_ND[at : at + rows]).float(), -1) for at in range(0, len(states_ND), rows)]
     )

@@ -7,11 +7,14 @@ from typing import Any
 import psutil
 import torch
 
+from remend import gpu_memory
+
 SHARE = 0.5
 """Of the free memory that activations may take: the estimate leaves out what the allocator wastes."""
 
-STATE_BYTES = 12
-"""A trained parameter in float32: its gradient and AdamW's two moments, which do not exist yet when memory is read."""
+STATE_BYTES, COPY_BYTES = 12, 4
+"""A trained parameter in float32: its gradient and AdamW's two moments; and one copy of it (the teachers `ema` and
+`initial`). None of these exist yet when memory is read."""
 
 
 def activation_bytes(config: Any, rows: int, tokens: int) -> int:
@@ -37,10 +40,18 @@ def activation_bytes(config: Any, rows: int, tokens: int) -> int:
 def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take where the model is."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return gpu_memory.free_bytes(device)
     return int(psutil.virtual_memory().available)
 
 
-def must_recompute(config: Any, rows: int, tokens: int, trained: int, free: int) -> bool:
-    """Whether activations of one micro-batch, beside the state of `trained` parameters, take over SHARE of `free`."""
-    return activation_bytes(config, rows, tokens) > SHARE * (free - STATE_BYTES * trained)
+def must_recompute(config: Any, rows: int, tokens: int, trained: int, free: int, copies: int = 0) -> bool:
+    """Whether a micro-batch's activations take over SHARE of what `free` bytes leave beside the training's state.
+
+    Args:
+        config, rows, tokens: see `activation_bytes`.
+        trained: parameters that are trained.
+        free: bytes, see `free_bytes`.
+        copies: of the trained parameters that teachers keep.
+    """
+    state = (STATE_BYTES + COPY_BYTES * copies) * trained
+    return activation_bytes(config, rows, tokens) > SHARE * (free - state)

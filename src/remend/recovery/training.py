@@ -111,7 +111,9 @@ class Training:
         tokens = max(prompts) + max(max(stream.lengths) for stream in streams)
         trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         free = free_bytes(self.accelerator.device)
-        return must_recompute(self.student.config.get_text_config(), self.config.batch_size, tokens, trained, free)
+        copies = len({stream.teacher for stream in streams} & {"ema", "initial"})
+        text = self.student.config.get_text_config()
+        return must_recompute(text, self.config.batch_size, tokens, trained, free, copies)
 
     def run(self) -> dict[str, Any]:
         """Train, and put the selected weights in place; what the summary says of it."""
