@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from transformers import LlamaForCausalLM
 from conftest import build_model
 from remend import tasks
 from remend.errors import CheckError, FileError, InputError
-from remend.evaluation import harness, letters, parse_data, parse_tasks
+from remend.evaluation import evaluate, harness, letters, parse_data, parse_tasks
 from remend.evaluation.generation import batches, token_cap
 from remend.evaluation.letters import Choice
 from remend.evaluation.results import pass_at
@@ -298,11 +299,6 @@ metric_list:
 def test_a_local_task_runs_without_a_network(
     reference_dir: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-    import json
-
-    from remend.evaluation import evaluate
-
     folder = tmp_path / "mine"
     folder.mkdir()
     rows = [

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from remend.errors import FileError, InputError
+from remend.errors import CheckError, FileError, InputError
+from remend.evaluation import harness
 from remend.flows.study import lines, shipped_studies, study
 from remend.flows.study.plan import read_study
 
@@ -127,6 +128,28 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
         FileError, match=r'no such file.* ships with remend: full, paper, small, tiny. Did you mean "small"'
     ):
         study("smal", out)
+
+
+def test_tasks_of_the_harness_are_checked_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    changes: dict[str, Any] = {"benchmarks": {"lm-eval:helaswag": {}, "lm-eval:humaneval": {}}}
+    path = write(tmp_path, **changes)
+    assert study(path, out, dry_run=True)["total"]["cells"] == 10  # that needs no package
+    with pytest.raises(CheckError) as caught:
+        study(path, out)
+    said = str(caught.value)
+    assert 'benchmarks.lm-eval:helaswag: unknown task "lm-eval:helaswag"' in said
+    assert "benchmarks.lm-eval:humaneval: task lm-eval:humaneval runs code" in said
+    assert not out.exists()
+
+    def absent(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(harness.importlib, "import_module", absent)
+    with pytest.raises(FileError, match=r"pip install 'remend\[eval\]'"):
+        study(path, out)
 
 
 def test_the_cost_scales_with_size_and_method(tmp_path: Path) -> None:

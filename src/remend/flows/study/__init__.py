@@ -33,7 +33,7 @@ from remend.flows.study.made import (
     student_arguments,
     student_inputs,
 )
-from remend.flows.study.plan import read_study, shipped_studies
+from remend.flows.study.plan import read_study, require_benchmarks, shipped_studies
 from remend.flows.study.results import gather
 from remend.flows.study.table import lines, table_of
 from remend.flows.study.work import Job, failure_of, run_jobs
@@ -64,7 +64,8 @@ def study(
         cell that failed. A dry run: see remend.flows.study.cost.estimate. `lines` makes either readable.
 
     Raises:
-        InputError, FileError: an unusable study, an `out` that is another study's, a pattern that names no cell.
+        InputError, FileError: an unusable study, an `out` that is another study's, a pattern that names no cell, a
+            benchmark that lm-evaluation-harness does not know, or that package missing.
         What goes wrong in a cell is not raised.
     """
     if jobs < 1:
@@ -74,6 +75,7 @@ def study(
     _require_own(plan, out)
     if dry_run:
         return estimate(plan, out, cells)
+    require_benchmarks(plan)
     run.write_json(out / STUDY, _identity(plan))
     work = _Work(plan, out, jobs, make(plan, out))
     try:

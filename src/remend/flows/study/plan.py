@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from remend import shipped, tasks
 from remend.config import build, read_yaml
 from remend.degrade import prune, quantize
-from remend.errors import FileError, InputError, did_you_mean
-from remend.evaluation import evaluate
+from remend.errors import CheckError, FileError, InputError, did_you_mean
+from remend.evaluation import evaluate, harness
 from remend.evaluation.plan import LM_EVAL, make_plan
 from remend.flows.study.grid import Cell, Method, Study, cells_of
 from remend.flows.study.spec import (
@@ -80,6 +80,24 @@ def read_study(path: str | Path) -> Study:
     if problems:
         raise InputError("\n".join(dict.fromkeys(problems)))
     return study
+
+
+def require_benchmarks(study: Study) -> None:
+    """Raises FileError or CheckError unless lm-evaluation-harness is there and knows the study's tasks.
+
+    It is asked before anything is trained, and not when a study is read: a dry run needs no such package.
+    """
+    problems: list[str] = []
+    for name, spec in study.benchmarks.items():
+        if name.startswith(LM_EVAL):
+            include = spec.options.get("include")
+            found = harness.Tasks(Path(include) if include else None)
+            try:
+                found.check([name], allow_code=spec.options.get("allow_code", False))
+            except CheckError as error:
+                problems.append(f"study {study.path}: benchmarks.{name}: {error}")
+    if problems:
+        raise CheckError(problems)
 
 
 def shipped_studies() -> list[str]:
