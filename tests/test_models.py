@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import build_model, build_tokenizer
-from remend import models
+from remend import adapters, models
 from remend.config import EMBEDDED
 from remend.errors import FileError, InputError
+from remend.foreign import recognise
 
 CPU = torch.device("cpu")
 
@@ -37,6 +41,68 @@ def test_a_runs_directory_points_to_its_model(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(FileError, match=r"It looks like a run: its model is in .*model"):
         models.resolve(str(tmp_path))
+
+
+class Hub:
+    """Stands for snapshot_download: fills a cache directory with what the patterns allow, from a local directory."""
+
+    def __init__(self, origin: Path, cache: Path) -> None:
+        self.origin, self.cache, self.asked = origin, cache, 0
+
+    def __call__(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked += 1
+        self.cache.mkdir(exist_ok=True)
+        for file in self.origin.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, self.cache / file.name)
+        return str(self.cache)
+
+
+def test_a_hub_model_fetched_without_weights_gets_them_later(
+    student_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a check does it before the run: configuration first, then the grid, hashes and weights."""
+    hub = Hub(student_dir, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    light = models.fetch(models.resolve("some-org/some-model@v1"), weights=False)
+    assert (light.kind, light.repo, light.revision) == ("directory", "some-org/some-model", "v1")
+    assert list(hub.cache.glob("*.safetensors")) == []
+    held = recognise(light)
+    assert held.stored is not None
+    assert {"model.safetensors", "grid.safetensors"} <= models.hash_files(light).keys()
+    assert models.load_model(light, dtype=torch.float32, device=CPU).num_parameters() == 94_528
+    assert hub.asked == 2
+    assert models.fetch(light, weights=True) == light
+    assert hub.asked == 2, "what is complete is not asked for again"
+
+
+def test_a_shard_that_is_missing_is_fetched(
+    reference_dir: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_model(len(tokenizer)).save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    hub = Hub(tmp_path / "sharded", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    source = models.fetch(models.resolve("some-org/some-model"), weights=True)
+    shards = sorted(hub.cache.glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[0].unlink()
+    models.load_model(source, dtype=torch.float32, device=CPU)
+    assert shards[0].is_file()
+
+
+def test_a_hub_adapter_fetched_without_weights_gets_them_later(
+    reference_dir: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(len(tokenizer))
+    adapters.add_lora(model, rank=2, base=str(reference_dir))
+    models.save_model(model, tokenizer, tmp_path / "adapter")
+    hub = Hub(tmp_path / "adapter", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    light = models.fetch(models.resolve("some-org/some-adapter"), weights=False)
+    assert (light.kind, list(hub.cache.glob("*.safetensors"))) == ("adapter", [])
+    assert "adapter_model.safetensors" in models.hash_files(light)
+    models.load_model(light, dtype=torch.float32, device=CPU)
+    assert hub.asked == 2
 
 
 def test_embedded_model_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +149,10 @@ def test_count_parameters_allocates_nothing_and_counts_tied_once(reference_dir: 
 
 def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert models.choose_device("cpu") == CPU
+    with monkeypatch.context() as patch:  # a Mac: its GPU has no float64
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.backends.mps, "is_available", lambda: True)
+        assert models.choose_device("auto") == CPU
     with pytest.raises(InputError, match=r'device "cuda:99" can\'t be used here'):
         models.choose_device("cuda:99")
     for has, dtype in (

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from remend import adapters
+from remend import adapters, run
 from remend.config import EMBEDDED
 from remend.errors import FileError, InputError
 from remend.packed import exact_products, packing, require_compressed_tensors, unpacked
@@ -36,7 +36,7 @@ _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 class Source:
     """Where a model comes from. `path` is a directory, or a GGUF file; None for a hub id not yet fetched.
 
-    An adapter (LoRA, peft) has a `base`, the model under it.
+    An adapter (LoRA, peft) has a `base`, the model under it. `repo` and `revision` stay when a hub id was fetched.
     """
 
     spec: str
@@ -115,10 +115,23 @@ def fetch(source: Source, *, weights: bool) -> Source:
 
     Raises FileError with what to do when the hub can't be reached or does not have it.
     """
-    if source.base:
-        return replace(source, base=fetch(source.base, weights=weights))
-    if source.kind != "hub":
-        return source
+    # what was fetched for its configuration alone may still lack its weights
+    if source.kind == "hub" or (weights and source.repo and not _complete(source.path)):
+        source = _download(source, weights)
+    return replace(source, base=fetch(source.base, weights=weights)) if source.base else source
+
+
+def _complete(directory: Path | None) -> bool:
+    """Whether a directory of the hub's cache holds every weight file that it should."""
+    assert directory is not None
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(directory.glob("*.safetensors"))
+    shards = run.read_json(index).get("weight_map", {}).values()
+    return all((directory / name).is_file() for name in shards)
+
+
+def _download(source: Source, weights: bool) -> Source:
     from huggingface_hub import snapshot_download
 
     assert source.repo is not None
@@ -132,7 +145,7 @@ def fetch(source: Source, *, weights: bool) -> Source:
             "Give a local directory or GGUF file, or run with a network."
         ) from None
     if adapters.is_adapter(Path(path)):
-        return fetch(replace(resolve(path), spec=source.spec), weights=weights)
+        return replace(resolve(path), spec=source.spec, repo=source.repo, revision=source.revision)
     if weights:
         _require_safetensors(Path(path))
     return Source(source.spec, "directory", Path(path), source.repo, source.revision)
@@ -294,11 +307,12 @@ def _sha256(path: Path) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' is a GPU where there is one. Raises InputError for a device that this machine lacks."""
+    """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError for a device that this machine lacks.
+
+    Apple's mps has no float64, in which losses are summed and calibration is solved, so 'auto' never takes it.
+    """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
