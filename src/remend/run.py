@@ -163,8 +163,8 @@ class RunDirectory:
 
     @staticmethod
     def create(path: Path) -> RunDirectory:
-        """A new run. Raises InputError when the directory holds anything already."""
-        problem = occupied(path)
+        """A new run. Raises InputError when the directory holds anything already but its inputs."""
+        problem = occupied(path, inputs=True)
         if problem:
             raise InputError(problem)
         with writing(path):
@@ -231,13 +231,17 @@ class RunDirectory:
         return [Checkpoint(int(p.name.removeprefix("step-")), p) for p in found if (p / "state.json").is_file()]
 
 
-def occupied(path: Path) -> str | None:
-    """Why a new run can't go to `path`, or None."""
+def occupied(path: Path, *, inputs: bool = False) -> str | None:
+    """Why something new can't be written to `path`, or None.
+
+    `inputs`: the folder of what was made for a run may stand there already. Only what is written into the directory
+    may allow that; `new_directory` replaces it whole.
+    """
     if path.is_file():
         return f"out {path} is a file; name a new directory"
     if (path / MANIFEST).exists():
         return f"out {path} holds another run; name a new directory, or continue that run with --resume {path}"
-    if path.is_dir() and any(p.name != INPUTS for p in path.iterdir()):
+    if path.is_dir() and any(not (inputs and p.name == INPUTS) for p in path.iterdir()):
         return f"out {path} is not empty; name a new directory"
     return None
 

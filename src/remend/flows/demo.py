@@ -58,7 +58,7 @@ def demo(out: str | Path | None = None, *, model: str = EMBEDDED, steps: int = S
     """
     began = time.monotonic()
     directory = Path(out) if out is not None else fresh_directory()
-    problem = run.occupied(directory)
+    problem = run.occupied(directory, inputs=True)
     if problem:
         raise InputError(problem)
     if steps < 0:

@@ -14,7 +14,7 @@ import torch
 
 from remend import models, run
 from remend.adapters import check_targets
-from remend.config import SELF, RecoverConfig
+from remend.config import BASE, MOVING, SELF, RecoverConfig
 from remend.constraints import GRID_FILE
 from remend.errors import CheckError, InputError, RemendError, did_you_mean
 from remend.foreign import PLAIN, RECORD, Recognised, recognise, was_pruned
@@ -99,7 +99,7 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
     """
     found = Preflight()
     if files and not resuming:
-        problem = run.occupied(Path(config.out))
+        problem = run.occupied(Path(config.out), inputs=True)
         if problem:
             found.problems.append(problem)
     with found._collect():
@@ -117,10 +117,10 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
         return found
     with found._collect():
         found.student = models.fetch(models.resolve(config.student), weights=False)
-    _teachers(found, config, [reference, *(s.teacher for s in streams if not s.moving)])
+    _teachers(found, config, [name for name in (reference, *(s.teacher for s in streams)) if name not in MOVING])
     found.teacher = found.teachers.get(reference)
     if found.student:
-        _student(found, config, found.student, streams)
+        _student(found, config, found.student, based=BASE in (reference, *(s.teacher for s in streams)))
         taught = {s.teacher for s in streams if not s.demonstrations}
         for name, teacher in found.teachers.items():
             _compare(found, config, found.student, name, teacher, alike=name not in taught)
@@ -133,8 +133,9 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
             found.problems.append(f"top_k is {stream.top_k}; the vocabulary has {found.shared} tokens. Leave it out")
     if config.alignment:
         _alignment(found, config, streams)
-    if reference in found.caches and config.diagnose_every:
-        found.problems.append("diagnose_every needs the reference's layers in memory; a cache has none. Set it to 0")
+    if (reference in found.caches or reference == BASE) and config.diagnose_every:
+        why = "a cache has none" if reference in found.caches else "base has the student's own. Name the base model"
+        found.problems.append(f"diagnose_every needs the reference's layers in memory; {why}, or set it to 0")
     if reference in found.caches and any(s.data == SELF for s in streams):
         found.problems.append("data: self needs the reference in memory to write prompts; a cache can't")
     _data(found, config, streams, reference)
@@ -190,7 +191,7 @@ def _tracker(found: Preflight, name: str | None) -> None:
         found.problems.append(f"report_to {name} needs the package of that tracker, which is not installed")
 
 
-def _student(found: Preflight, config: RecoverConfig, student: models.Source, streams: list[Stream]) -> None:
+def _student(found: Preflight, config: RecoverConfig, student: models.Source, *, based: bool) -> None:
     trust = config.trust_remote_code
     with found._collect():
         settings = models.load_config(student, trust_remote_code=trust)
@@ -207,7 +208,7 @@ def _student(found: Preflight, config: RecoverConfig, student: models.Source, st
         found.problems.append(f"student {config.student} is an adapter, which is trained as it is; leave lora out")
     _constraint(found, config, student)
     adapted = bool(config.lora) or student.kind == "adapter"
-    if any(s.teacher == "base" for s in streams) and not adapted:
+    if based and not adapted:
         found.problems.append(
             "teacher base is the student without its adapter, and there is none; set lora, or name one"
         )
