@@ -265,3 +265,38 @@ def test_the_learning_rate_is_by_what_is_trained(recipe: dict[str, Any], sparse:
     assert (rate(), rate(student=fine), rate(student=str(sparse))) == (2e-4, 5e-5, 2e-4)
     assert (rate(student=fine, repair=False), rate(lora={"rank": 2})) == (2e-4, 2e-3)
     assert rate(student=fine, learning_rate=3e-3) == 3e-3
+
+
+def test_the_recovered_model_keeps_its_students_record(
+    recipe: dict[str, Any], reference_dir: Path, deep_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thin mask and a layer map outlive two recoveries, and an export finds the record from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    prune(str(reference_dir), "thin", method="magnitude", sparsity="0.04", probe=False)
+    prune_depth(str(deep_dir), "cut", layers=[1], method="list", probe=False)
+    values = {**recipe, "steps": 1, "save_every": 0}
+    first = recover(**{**values, "student": "thin", "out": "a"})
+    second = recover(**{**values, "student": str(first.model), "out": "b"})
+    assert second.summary["constraint"].startswith("mask, 4.0% zeros")
+    assert all(zeros(second.model)[n].equal(z) for n, z in zeros(Path("thin")).items())
+    shallow = recover(**{**values, "student": "cut", "teacher": str(deep_dir), "out": "c"})
+    again = check(**{**values, "student": str(shallow.model), "teacher": str(deep_dir), "out": "d"})
+    assert again.layer_map == [0, 2, 3]
+    record = json.loads((tmp_path / "thin" / "degradation.json").read_text())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    remend.export(str(tmp_path / "b"), "out", format="dense")
+    assert json.loads(Path("out/degradation.json").read_text()) == record
+
+
+def test_a_record_that_is_no_longer_true_is_left_behind(
+    recipe: dict[str, Any], student_dir: Path, sparse: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(student_dir, tmp_path / "freed")
+    (tmp_path / "freed" / "grid.safetensors").unlink()
+    values = {**recipe, "steps": 0, "as_dense": True}
+    freed = recover(**{**values, "student": str(tmp_path / "freed")})
+    assert not (freed.model / "degradation.json").exists()
+    assert check(**{**recipe, "student": str(freed.model), "out": str(tmp_path / "x")}).problems == []
+    lora = recover(**{**recipe, "student": str(sparse), "steps": 0, "lora": {"rank": 2}, "out": str(tmp_path / "l")})
+    assert not (lora.model / "degradation.json").exists(), "its base keeps the record"

@@ -219,9 +219,29 @@ def _plain(directory: Path) -> Recognised:
 
 def was_pruned(directory: Path) -> bool:
     """Whether the record beside the weights says that some were set to zero: the zeros are then no grid's accident."""
+    return _set_to_zero(_record(directory))
+
+
+def _record(directory: Path) -> dict[str, Any]:
     path = directory / RECORD
-    record = run.read_json(path) if path.is_file() else {}
-    return record.get("kind") == "pruning" and bool(record.get("sparsity"))
+    found = run.read_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _set_to_zero(record: dict[str, Any]) -> bool:
+    # removed layers and channels are pruning too, and a zero in what they leave is one of the reference's own
+    smaller = str(record.get("method")).startswith(("depth", "width"))
+    return record.get("kind") == "pruning" and not smaller and bool(record.get("sparsity"))
+
+
+def record_to_keep(student: models.Source, held: Recognised) -> dict[str, Any]:
+    """The student's `degradation.json` for the model recovered from it; empty where it would no longer be true.
+
+    A student that was taken as dense left its grid or zeros; an adapter's base keeps its record itself.
+    """
+    record = _record(student.path) if student.kind == "directory" and student.path else {}
+    gone = (record.get("kind") == "quantization" and not held.stored) or (_set_to_zero(record) and not held.mask)
+    return {} if gone else record
 
 
 def _follows(is_zero_OI: Tensor, keep: int, of: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from remend import models, run
 from remend.adapters import add_lora, is_adapted, merge
-from remend.config import SELF, RecoverConfig
+from remend.config import BASE, SELF, RecoverConfig
 from remend.constraints import Constraint, constraint_of
 from remend.data import example_of
 from remend.errors import InputError
+from remend.foreign import RECORD, record_to_keep
 from remend.losses import direction
 from remend.progress import console, stage
 from remend.recovery.held_out import HeldOut, Judge, summarize
@@ -33,6 +35,7 @@ from remend.report import write_report
 from remend.rollout import derive_seed
 from remend.run import RunDirectory
 from remend.scoring import Scorer, scorer
+from remend.teacher import AdapterOff, Teacher, policy_of
 from remend.teacher_cache import TeacherCache
 from remend.train import restore_masters
 
@@ -80,6 +83,8 @@ class Recovery:
             hashes: dict[str, Any] = {"student": models.hash_files(self.student_source)}
             for name, source in self.checked.teachers.items():
                 hashes["teacher" if source is self.checked.teacher else f"teacher {name}"] = models.hash_files(source)
+            if main == BASE:
+                hashes["teacher"] = models.hash_files(self.student_source.base or self.student_source)
             for name, cache in self.checked.caches.items():
                 hashes["teacher" if name == main else f"teacher {name}"] = cache.record["files"]
         return {"models": hashes, "data": self.checked.data_hashes}
@@ -115,10 +120,10 @@ class Recovery:
 
     def run(self) -> RunDirectory:
         """All stages in order."""
-        known = self._teachers()
+        student = self._load(self.student_source, torch.float32)
+        known = self._teachers(student)
         reference = known[reference_of(self.config)]
         self._write_prompts(reference)
-        student = self._load(self.student_source, torch.float32)
         stored = self.checked.recognised.stored
         if stored and not is_adapted(student):
             stored.check(student)  # before repair, which would write the grid's points whatever the weights were
@@ -158,15 +163,15 @@ class Recovery:
         if judge and baseline:
             self._save(student, constraint)
             del student, constraint, training
-            saved = self._load_saved()
+            saved = self._reopened(reference)
             recovered = judge.final(saved)
             self._note(tracker, saved, outcome["selected"]["step"], "recovered", figures_of(recovered.on_reference))
             self._finish(baseline, recovered, outcome)
         self.accelerator.wait_for_everyone()
         return self.directory
 
-    def _tracker(self, reference: Scorer | TeacherCache, judge: Judge | None) -> Tracker | None:
-        if not self.config.diagnose_every or judge is None or isinstance(reference, TeacherCache):
+    def _tracker(self, reference: Teacher | TeacherCache, judge: Judge | None) -> Tracker | None:
+        if not self.config.diagnose_every or judge is None or not isinstance(reference, Scorer):
             return None
         return self._new_tracker(reference, judge)
 
@@ -182,14 +187,15 @@ class Recovery:
     def track(self) -> list[dict[str, Any]]:
         """Measure what track.jsonl lacks: the student as it came in, the checkpoints that are kept, the saved model.
 
-        Raises InputError where the reference is a cache, which has no layers.
+        Raises InputError where the reference is a cache, which has no layers, or the student's own base.
         """
-        reference = self._teachers()[reference_of(self.config)]
-        if isinstance(reference, TeacherCache):
-            raise InputError("the reference of this run is a cache, which has no layers to compare with")
+        student = self._load(self.student_source, torch.float32)
+        reference = self._teachers(student)[reference_of(self.config)]
+        if not isinstance(reference, Scorer):
+            kind = "a cache, which has no layers" if isinstance(reference, TeacherCache) else "no model of its own"
+            raise InputError(f"the reference of this run is {kind} to compare with")
         judge = Judge(reference, self.checked, self.config, self.directory, self.pad_id)
         tracker = self._new_tracker(reference, judge)
-        student = self._load(self.student_source, torch.float32)
         parts = scorer(student, self.checked.shared)
         self._note(tracker, student, 0, "degraded", judge.quick(parts))
         saved = [c for c in self.directory.checkpoints() if not tracker.measured(c.step, "training")]
@@ -204,10 +210,12 @@ class Recovery:
             self._note(tracker, model, steps, "recovered", judge.quick(scorer(model, self.checked.shared)))
         return tracker.sorted_rows()
 
-    def _teachers(self) -> dict[str, Scorer | TeacherCache]:
+    def _teachers(self, student: Any) -> dict[str, Teacher | TeacherCache]:
         # a GPU's memory is dear, so its teacher is held in bfloat16; a CPU's measures in float32
         dtype = self.dtype if self.accelerator.device.type == "cuda" else torch.float32
-        known: dict[str, Scorer | TeacherCache] = dict(self.checked.caches)
+        known: dict[str, Teacher | TeacherCache] = dict(self.checked.caches)
+        if reference_of(self.config) == BASE:
+            known[BASE] = AdapterOff(scorer(student, self.checked.shared))
         for name, source in self.checked.teachers.items():
             known[name] = scorer(self._load(source, dtype).requires_grad_(False), self.checked.shared)
         return known
@@ -221,20 +229,32 @@ class Recovery:
     def _load_saved(self) -> Any:
         return self._load(models.resolve(str(self.directory.path / "model")), torch.float32)
 
-    def _write_prompts(self, reference: Scorer | TeacherCache) -> None:
+    def _reopened(self, reference: Teacher | TeacherCache) -> Any:
+        """The saved model; a reference that is its base moves over to it, so that the trained student can go."""
+        if not isinstance(reference, AdapterOff):
+            return self._load_saved()
+        reference.student = replace(reference.student, model=None)
+        saved = self._load_saved()
+        # what was merged has no base any more
+        based = saved if is_adapted(saved) else self._load(self.student_source, torch.float32)
+        reference.student = scorer(based, self.checked.shared)
+        return saved
+
+    def _write_prompts(self, reference: Teacher | TeacherCache) -> None:
         """Let the reference write the prompts of the streams that have none (data: self), once a run."""
         waiting = [s for s in self.checked.streams if s.unwritten]
         if not waiting:
             return
         path = self.directory.path / "prompts.jsonl"
         if self.accelerator.is_main_process and not path.is_file():
-            assert isinstance(reference, Scorer)
+            assert not isinstance(reference, TeacherCache)
+            model, worn = policy_of(reference)
             config, rows = self.config, self.config.batch_size * self.config.gradient_accumulation
             n = config.self_prompts or min(SELF_PROMPTS, max(2, config.steps * rows))
-            with stage(f"the reference writes {n} prompts", n) as advance:
+            with worn, stage(f"the reference writes {n} prompts", n) as advance:
                 tokenizer, shared = self.checked.tokenizer, self.checked.shared
                 texts, _ = generate(
-                    reference.model, tokenizer, n=n, seed=config.seed, shared=shared, on_kept=lambda c: advance(c)
+                    model, tokenizer, n=n, seed=config.seed, shared=shared, on_kept=lambda c: advance(c)
                 )
             run.write_text(path, "".join(run.json_line({"prompt": text}) for text in texts))
         self.accelerator.wait_for_everyone()
@@ -265,7 +285,7 @@ class Recovery:
             return None
         return {n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}
 
-    def _constraint(self, student: Any, reference: Scorer | TeacherCache, repaired: Repaired) -> Constraint:
+    def _constraint(self, student: Any, reference: Teacher | TeacherCache, repaired: Repaired) -> Constraint:
         if self.config.lora is not None:
             settings = self.config.lora.model_dump()
             add_lora(student, **settings, seed=derive_seed(self.config.seed, "lora"), base=self.config.student)
@@ -273,13 +293,13 @@ class Recovery:
             student,
             repaired.stored,
             masked=self.checked.recognised.mask,
-            origin=None if isinstance(reference, TeacherCache) else reference.model,
+            origin=reference.model if isinstance(reference, Scorer) else None,
             masters=repaired.masters,
             margin=BORDER_UPDATES * learning_rate(self.config, self.checked),
             scales=self.config.scales,
         )
 
-    def _repair(self, student: Any, reference: Scorer | TeacherCache) -> Repaired:
+    def _repair(self, student: Any, reference: Teacher | TeacherCache) -> Repaired:
         held = self.checked.recognised
         # a checkpoint holds what came of repair, so a resumed run need not do it again
         done = bool(self.directory.checkpoints()) or isinstance(reference, TeacherCache)
@@ -303,6 +323,9 @@ class Recovery:
                 merge(student)
             models.save_model(student, self.checked.tokenizer, target)
             constraint.save(target)
+            record = record_to_keep(self.student_source, self.checked.recognised)
+            if record and not is_adapted(student):
+                run.write_json(target / RECORD, record)
 
     def _finish(self, baseline: HeldOut, recovered: HeldOut, outcome: Mapping[str, Any]) -> None:
         timing = self.directory.rows("timing.jsonl")
