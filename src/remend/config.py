@@ -33,7 +33,8 @@ class LoraConfig(BaseModel):
 SELF = "self"
 """As `data`: the reference writes the prompts itself."""
 
-MOVING = ("ema", "live", "initial", "base")
+BASE = "base"
+MOVING = ("ema", "live", "initial", BASE)
 """Teachers that are views of the student: its moving average, itself, itself as it came in, itself without adapter."""
 
 
@@ -137,7 +138,9 @@ class RecoverConfig(BaseModel):
         min_length=1, description="the damaged model: directory, GGUF file, hub id[@revision], smollm2"
     )
     teacher: str | None = Field(
-        None, min_length=1, description="the healthy reference that scores the student's tokens; named likewise"
+        None,
+        min_length=1,
+        description="the healthy reference that scores the student's tokens; named likewise, or base: an adapter's own",
     )
     data: str | None = Field(
         None,
@@ -217,6 +220,9 @@ class RecoverConfig(BaseModel):
     repair: bool = Field(
         True,
         description="first refit a compressed student in closed form (GPTQ, least squares)",
+    )
+    repair_samples: int = Field(
+        192, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
     )
     scales: Literal["fixed", "learned"] = Field(
         "fixed", description="of a grid: as stored, or trained along (learned step size, 1902.08153)"

@@ -7,7 +7,7 @@ what is not trained: its moving average, the weights that it came in with, itsel
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +52,14 @@ class View:
         """See Teacher."""
         with self.worn():
             return self.student.hidden(tokens_BT)
+
+
+def policy_of(teacher: Teacher) -> tuple[Any, AbstractContextManager[Any]]:
+    """The model that samples as the teacher does, and the context in which it does."""
+    if isinstance(teacher, View):
+        return teacher.student.model, teacher.worn()
+    assert isinstance(teacher, Scorer)
+    return teacher.model, nullcontext()
 
 
 class AdapterOff(View):

@@ -22,6 +22,7 @@ from remend.rollout import Rollout, derive_seed
 from remend.run import RunDirectory
 from remend.scoring import Scorer, scorer
 from remend.stats import bootstrap_gap_closed, gap_closed_divergence, gap_closed_score
+from remend.teacher import Teacher, policy_of
 from remend.teacher_cache import TeacherCache
 
 SHOWN = 4
@@ -89,7 +90,7 @@ class Judge:
 
     def __init__(
         self,
-        reference: Scorer | TeacherCache,
+        reference: Teacher | TeacherCache,
         checked: Preflight,
         config: RecoverConfig,
         directory: RunDirectory,
@@ -117,8 +118,13 @@ class Judge:
             "reference.jsonl",
             self.prompts,
             self.checked.tokenizer,
-            lambda: self._sample(reference.model, self.prompts, title, 0.0),
+            lambda: self._by(reference, title),
         )
+
+    def _by(self, reference: Teacher, title: str) -> list[Rollout]:
+        model, worn = policy_of(reference)
+        with worn:
+            return self._sample(model, self.prompts, title, 0.0)
 
     def _text(self, rollout: Rollout) -> str:
         return spoken(self.checked.tokenizer, rollout)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from remend.answers import answer, kept
-from remend.config import RecoverConfig
+from remend.config import BASE, RecoverConfig
 from remend.progress import console
 from remend.prompts import Encoded
 from remend.recovery.objective import Lane
@@ -18,7 +17,7 @@ from remend.recovery.streams import RECOVER, rows_of
 from remend.rollout import Order, Rollout, derive_seed
 from remend.run import RunDirectory
 from remend.scoring import Scorer
-from remend.teacher import AdapterOff, Ema, Teacher, View, Weights
+from remend.teacher import AdapterOff, Ema, Teacher, View, Weights, policy_of
 from remend.teacher_cache import TeacherCache
 
 
@@ -26,7 +25,7 @@ def build_lanes(
     data: Sequence[StreamData],
     config: RecoverConfig,
     student: Scorer,
-    known: Mapping[str, Scorer | TeacherCache],
+    known: Mapping[str, Teacher | TeacherCache],
     *,
     initial: Mapping[str, Any] | None,
     processes: int = 1,
@@ -37,7 +36,7 @@ def build_lanes(
         data: the streams with their prompts.
         config: the recipe.
         student: as it starts.
-        known: frozen teachers and caches by name.
+        known: frozen teachers and caches by name; base where that is the reference.
         initial: the trainable parameters as the student came in, where they have changed since (repair).
         processes: how many share a step.
     """
@@ -70,7 +69,7 @@ def _cached(teacher: object) -> bool:
 def _view(name: str, config: RecoverConfig, student: Scorer, initial: Mapping[str, Any] | None) -> Teacher:
     if name == "ema":
         return Ema(student, config.ema.rate, config.ema.every)
-    if name == "base":
+    if name == BASE:
         return AdapterOff(student)
     if name == "live":
         return View(student)
@@ -84,14 +83,6 @@ def _view(name: str, config: RecoverConfig, student: Scorer, initial: Mapping[st
 def _order(data: StreamData, seed: int) -> Order[Encoded]:
     name = data.stream.name
     return Order(data.train, seed if name == RECOVER else derive_seed(seed, "stream", name))
-
-
-def policy_of(teacher: Teacher, student: Scorer) -> tuple[Any, AbstractContextManager[Any]]:
-    """The model that samples as the teacher does, and the context in which it does."""
-    if isinstance(teacher, View):
-        return student.model, teacher.worn()
-    assert isinstance(teacher, Scorer)
-    return teacher.model, nullcontext()
 
 
 def with_pools(
@@ -149,7 +140,7 @@ def _pool(
 
     def write() -> list[Rollout]:
         assert not isinstance(teacher, TeacherCache)
-        model, worn = policy_of(teacher, student)
+        model, worn = policy_of(teacher)
         with worn:
             return answer(
                 model,

@@ -16,7 +16,6 @@ from remend.config import RecoverConfig
 from remend.data import demonstration_of
 from remend.measure import compare, pool
 from remend.recovery.gate import Verdict, judge_demonstrations, likelihood_gain
-from remend.recovery.lanes import policy_of
 from remend.recovery.objective import Lane
 from remend.recovery.preflight import Preflight
 from remend.recovery.stream_data import StreamData
@@ -25,6 +24,7 @@ from remend.rollout import Rollout
 from remend.run import RunDirectory
 from remend.scoring import Scorer
 from remend.supervised import ending
+from remend.teacher import policy_of
 from remend.teacher_cache import TeacherCache
 
 ROWS = 64
@@ -83,7 +83,7 @@ class SideStreams:
         if isinstance(teacher, TeacherCache):
             return teacher.held_out[:ROWS]
         prompts, length = data.held_out[:ROWS], data.stream.lengths[1]
-        model, worn = policy_of(teacher, self.student)
+        model, worn = policy_of(teacher)
 
         def write() -> list[Rollout]:
             with worn:

@@ -83,7 +83,7 @@ class Recovery:
             hashes: dict[str, Any] = {"student": models.hash_files(self.student_source)}
             for name, source in self.checked.teachers.items():
                 hashes["teacher" if source is self.checked.teacher else f"teacher {name}"] = models.hash_files(source)
-            if main == BASE:
+            if reference_of(self.config) == BASE:
                 hashes["teacher"] = models.hash_files(self.student_source.base or self.student_source)
             for name, cache in self.checked.caches.items():
                 hashes["teacher" if name == main else f"teacher {name}"] = cache.record["files"]
@@ -314,6 +314,7 @@ class Recovery:
             stored=held.stored,
             masked=held.mask,
             layer_map=self.checked.layer_map,
+            samples=self.config.repair_samples,
             seed=self.config.seed,
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from remend import tasks
-from remend.config import EMA_RATE, MOVING, SELF, RecoverConfig, StreamConfig, build
+from remend.config import BASE, EMA_RATE, MOVING, SELF, RecoverConfig, StreamConfig, build
 from remend.errors import InputError
 from remend.teacher_cache import is_cache
 
@@ -73,13 +73,21 @@ def resolve(config: RecoverConfig) -> list[Stream]:
 def reference_of(config: RecoverConfig) -> str:
     """The healthy model that everything is measured against: the recipe's teacher, else the first stream's own.
 
-    Raises InputError when there is none.
+    `base`, the student without its adapter, may be it.
+
+    Raises InputError when there is none, or when it would move with the student.
     """
+    if config.teacher in MOVING and config.teacher != BASE:
+        raise InputError(
+            f"teacher {config.teacher} is a view of the student, which is damaged, and recovery is measured against a "
+            "healthy model: name that (or base, where the student is an adapter), and give "
+            f"teacher: {config.teacher} to a stream"
+        )
     if config.teacher:
         return config.teacher
-    for stream in (config.streams or {}).values():
-        if stream.teacher and stream.teacher not in MOVING:
-            return stream.teacher
+    named = [stream.teacher for stream in (config.streams or {}).values() if stream.teacher]
+    for teacher in (*(t for t in named if t not in MOVING), *(t for t in named if t == BASE)):
+        return teacher
     raise InputError('"teacher" is missing: the healthy model that recovery is measured against')
 
 
@@ -140,10 +148,12 @@ def problems(config: RecoverConfig, streams: Sequence[Stream], caches: Mapping[s
     found = [p for stream in streams for p in _stream_problems(config, stream, caches.get(stream.teacher, False))]
     if not any(s.weight for s in streams):
         found.append("every stream has weight 0: nothing would be trained")
-    if all(s.moving and s.teacher != "base" and not s.demonstrations for s in streams):
+    # under a fresh adapter the base is the student as it came in
+    own = [s for s in streams if s.moving and (s.teacher != BASE or config.lora) and not s.demonstrations]
+    if any(s.weight for s in streams) and all(s in own for s in streams if s.weight):
         found.append(
-            f"teacher {streams[0].teacher} without demonstrations gives the student's own answer back: there is "
-            "nothing to learn. Add a stream with a healthy teacher, or demonstrations: true"
+            f"teacher {own[0].teacher} without demonstrations gives the student's own answer back: there is "
+            "nothing to learn. Add a stream with a healthy teacher and a weight, or demonstrations: true"
         )
     if (config.select == "best" or config.patience) and not config.eval_every:
         found.append("select: best and patience need evaluations; set eval_every, e.g. 10")

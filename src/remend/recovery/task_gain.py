@@ -6,10 +6,9 @@ from typing import Any
 
 from remend import tasks
 from remend.answers import answer
-from remend.recovery.lanes import policy_of
 from remend.recovery.stream_data import StreamData
 from remend.scoring import Scorer
-from remend.teacher import Teacher
+from remend.teacher import Teacher, policy_of
 
 ROWS = 32
 TOKENS = 128
@@ -23,7 +22,7 @@ def score_gain(data: StreamData, teacher: Teacher, student: Scorer, tokenizer: A
     """
     assert data.stream.task is not None
     task, prompts = tasks.get(data.stream.task), data.held_out[:ROWS]
-    model, worn = policy_of(teacher, student)
+    model, worn = policy_of(teacher)
     solved: list[list[bool]] = []
     with worn:
         for shown in (False, True):

@@ -28,6 +28,7 @@ from remend.recovery.tracking import Tracker
 from remend.rollout import TransformersSampler
 from remend.run import RunDirectory
 from remend.scoring import Scorer, scorer
+from remend.teacher import Teacher
 from remend.teacher_cache import TeacherCache
 from remend.train import Hook, Saving, Schedule, train
 
@@ -74,7 +75,7 @@ class Training:
         accelerator: Accelerator,
         precision: AbstractContextManager[Any],
         *,
-        known: Mapping[str, Scorer | TeacherCache],
+        known: Mapping[str, Teacher | TeacherCache],
         student: Any,
         constraint: Constraint,
         initial: Mapping[str, Any] | None,
