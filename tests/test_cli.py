@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
-from remend import cli
+from remend import cli, models
 
 
 def remend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
@@ -240,3 +241,66 @@ def test_bad_degradations(run: Any, reference_dir: Path, tmp_path: Path, words: 
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (code, len(errors), (tmp_path / "x").exists()) == (2, 1, False)
     assert part in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (
+            ("--method", "depth", "--layers", "1", "--sparsity", "0.3", "--skip", "*"),
+            "--sparsity, --skip has no effect",
+        ),
+        (("--method", "width", "--scope", "global"), "--scope has no effect with --method width, which takes --ffn"),
+        (("--method", "width", "--by", "angular"), "--by has no effect with --method width"),
+        (("--layers", "1"), "--layers has no effect with --method magnitude, which takes --sparsity, --scope, --skip"),
+        (("--method", "wanda", "--ffn", "0.5", "--heads", "1"), "--ffn, --heads has no effect with --method wanda"),
+        (("--method", "depth", "--layers", "0,", "--by", "angular"), "--by chooses layers, and --layers 0, names them"),
+    ],
+)
+def test_options_of_another_way_to_prune_are_refused(
+    run: Any, reference_dir: Path, tmp_path: Path, words: tuple[str, ...], part: str
+) -> None:
+    code, _, err = run("degrade", "prune", reference_dir, *words, "--out", tmp_path / "x", "--no-probe")
+    assert (code, part in err, (tmp_path / "x").exists()) == (2, True, False)
+
+
+def test_the_help_of_prune_shows_no_emoji(run: Any) -> None:
+    code, out, _ = run("degrade", "prune", "--help")
+    assert code == 0
+    assert "2:4" in out
+    assert all(ord(letter) < 0x2600 for letter in out if not 0x2500 <= ord(letter) < 0x2580), "only box drawing"
+    assert "\u24c2" not in out
+
+
+def test_the_zeros_of_a_quantized_student_are_counted(run: Any, reference_dir: Path, tmp_path: Path) -> None:
+    words = ("--format", "int2-g32-sym", "--out", tmp_path / "q", "--no-probe")
+    _, out, _ = run("degrade", "quantize", reference_dir, *words)
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    on_grid = [t for name, t in tensors.items() if "proj" in name]
+    share = sum(int((t == 0).sum()) for t in on_grid) / sum(t.numel() for t in on_grid)
+    assert share > 0.1
+    assert f"sparsity: {share:.2%} of the weights in 14 matrices are zero" in out
+
+
+VERBS = [("quantize",), ("prune",), ("prune", "--method", "depth", "--layers", "1"), ("prune", "--method", "width")]
+
+
+@pytest.mark.parametrize("words", [*VERBS, ("finetune", "--data", "task.jsonl")], ids=" ".join)
+def test_degrade_hands_device_and_trust_on(
+    run: Any, reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    command = ("degrade", words[0], reference_dir, *words[1:], "--out", "x", "--no-probe")
+    code, _, err = run(*command, "--device", "abacus")
+    assert (code, 'device "abacus" can\'t be used here' in err) == (2, True)
+    trusted = []
+    load = models.load_tokenizer
+
+    def listen(source: Any, *, trust_remote_code: bool = False) -> Any:
+        trusted.append(trust_remote_code)
+        return load(source, trust_remote_code=trust_remote_code)
+
+    monkeypatch.setattr(models, "load_tokenizer", listen)
+    assert run(*command, "--device", "cpu", "--trust-remote-code")[0] == 0
+    assert trusted == [True]

@@ -101,6 +101,8 @@ Seed = Annotated[int, typer.Option(help="Seed of calibration text and training o
 Calibration = Annotated[str | None, typer.Option(help="Prompts for calibration; by default bundled ones.")]
 Samples = Annotated[int, typer.Option(help="Calibration prompts; the reference answers them itself.")]
 Probe = Annotated[bool, typer.Option(help="Measure the damage on the demo's held-out prompts.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model directory run its own Python.")]
 
 
 @degrade.command()
@@ -114,20 +116,24 @@ def quantize(
     samples: Samples = 48,
     seed: Seed = 0,
     probe: Probe = True,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Quantize every linear layer of the decoder onto a grid."""
-    options: dict[str, Any] = {"skip": skip or (), "data": data, "samples": samples, "seed": seed, "probe": probe}
-    show_damage(out, remend.quantize(model, out, format=format, method=method, **options))
+    rest: dict[str, Any] = {"data": data, "samples": samples, "seed": seed, "probe": probe}
+    rest |= {"device": device, "trust_remote_code": trust_remote_code}
+    show_damage(out, remend.quantize(model, out, format=format, method=method, skip=skip or (), **rest))
 
 
 @degrade.command()
 def prune(
+    context: typer.Context,
     model: Model,
     out: NewDirectory,
     method: Annotated[
         str, typer.Option(help="magnitude, wanda, sparsegpt (zeros); depth (whole layers); width (channels, heads).")
     ] = "magnitude",
-    sparsity: Annotated[str, typer.Option(help="Share of zeros, or n:m: 0.5, 2:4, 4:8.")] = "0.5",
+    sparsity: Annotated[str, typer.Option(help="Share of zeros, 0.5, or how many of how many stay, 2:4.")] = "0.5",
     scope: Annotated[str, typer.Option(help="The share holds in every layer, or over all: layer, global.")] = "layer",
     layers: Annotated[str, typer.Option(help="depth: how many to remove, or which: 5; 23,24; 23, is that one.")] = "5",
     by: Annotated[str, typer.Option(help="depth: choose layers by block-influence or angular.")] = "block-influence",
@@ -138,9 +144,13 @@ def prune(
     samples: Samples = 48,
     seed: Seed = 0,
     probe: Probe = True,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Set weights to zero, or remove layers, channels and heads."""
+    _only_of(context, method, layers)
     rest: dict[str, Any] = {"data": data, "samples": samples, "seed": seed, "probe": probe}
+    rest |= {"device": device, "trust_remote_code": trust_remote_code}
     if method == "depth":
         chosen, how = parse_layers(layers, by)
         done = remend.prune_depth(model, out, layers=chosen, method=how, **rest)
@@ -164,6 +174,8 @@ def finetune(
     lora_rank: Annotated[int | None, typer.Option(help="Train an adapter of this rank and fold it in.")] = None,
     seed: Seed = 0,
     probe: Probe = True,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Fine-tune on a task by cross-entropy of its completions: how forgetting is produced."""
     lora = None if lora_rank is None else {"rank": lora_rank}
@@ -173,6 +185,8 @@ def finetune(
         "lora": lora,
         "seed": seed,
         "probe": probe,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
     }
     done = remend.finetune(model, out, data=data, steps=steps, epochs=epochs, learning_rate=learning_rate, **rest)
     show_damage(out, done)
@@ -183,9 +197,10 @@ def export(
     source: Annotated[str, typer.Argument(help="A run's directory, or a model.")],
     out: NewDirectory,
     format: Annotated[str, typer.Option(help="dense, compressed-tensors, gguf or gguf:q4_0 …")] = "dense",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a model in the container that is served, read it back and compare it with what was measured."""
-    done = remend.export(source, out, format=format)
+    done = remend.export(source, out, format=format, trust_remote_code=trust_remote_code)
     print_line(f"{out}: {done['container']}, {done['bytes']} bytes; check: {done['check']}")
 
 
@@ -197,12 +212,14 @@ def prompts(
     seed: Annotated[int, typer.Option(help="Settles the prompts.")] = 0,
     temperature: Annotated[float, typer.Option(help="Of the sampling; lower is plainer and less varied.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="A prompt that is longer is dropped, never cut.")] = 96,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")] = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Let a model write prompts itself: what users would ask, sampled from its chat template's user turn."""
     from remend.sieve import Counts
 
     rest: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "device": device}
+    rest["trust_remote_code"] = trust_remote_code
     done = remend.write_self_prompts(model, out, n=n, seed=seed, **rest)
     counts = Counts(**done["counts"])
     print_line(f"{out}: {counts.kept} prompts of {counts.attempts} tries, {done['seconds']:.1f} s")
@@ -221,11 +238,13 @@ def cache_teacher(
     max_prompt_tokens: Annotated[int, typer.Option(help="Longer prompts are dropped, never cut.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Of the sampling; scores are stored at 1.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of split and sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")] = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Store a teacher's completions and its top-k scores of them, for where it does not fit beside the student."""
     rest: dict[str, Any] = {"held_out": held_out, "eval_data": eval_data, "max_prompt_tokens": max_prompt_tokens}
     rest |= {"k": k, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "device": device}
+    rest["trust_remote_code"] = trust_remote_code
     show_cache(out, remend.cache_teacher(model, out, data=data, **rest))
 
 
@@ -271,6 +290,25 @@ def copy_recipe(
 def version() -> None:
     """Print the version."""
     print_line(remend.__version__)
+
+
+OWN_OPTIONS = {"depth": ("layers", "by"), "width": ("ffn", "heads")}
+ZEROS_OPTIONS = ("sparsity", "scope", "skip")
+"""What each method of prune takes; a method that OWN_OPTIONS lacks sets weights to zero."""
+
+
+def _only_of(context: typer.Context, method: str, layers: str) -> None:
+    """Raise InputError for options on the command line that the chosen method has no use for."""
+    taken = OWN_OPTIONS.get(method, ZEROS_OPTIONS)
+    known = [*ZEROS_OPTIONS, *OWN_OPTIONS["depth"], *OWN_OPTIONS["width"]]
+    given = [n for n in known if str(context.get_parameter_source(n)).endswith("COMMANDLINE")]
+    idle = [f"--{name}" for name in given if name not in taken]
+    if idle:
+        raise InputError(
+            f"{', '.join(idle)} has no effect with --method {method}, which takes --{', --'.join(taken)}; leave it out"
+        )
+    if "by" in given and "," in layers:
+        raise InputError(f"--by chooses layers, and --layers {layers} names them; leave one of them out")
 
 
 def parse_layers(text: str, by: str) -> tuple[int | list[int], str]:

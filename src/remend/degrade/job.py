@@ -159,7 +159,7 @@ def run_job(
 
 def _record(job: Job, changed: Changed, model: str, hashes: Mapping[str, str], seconds: float) -> dict[str, Any]:
     record = {
-        "sparsity": 0.0,
+        "sparsity": share_of_zeros([layer.weight for layer in models.linear_layers(changed.student).values()]),
         **changed.entry,
         "reference": {"model": model, "files": hashes},
         "bits_per_weight": changed.bits_per_weight,
@@ -174,6 +174,11 @@ def _record(job: Job, changed: Changed, model: str, hashes: Mapping[str, str], s
     if note:
         record["note"] = note
     return record
+
+
+def share_of_zeros(weights: Sequence[torch.Tensor]) -> float:
+    """How many of some matrices' weights are exactly zero, as a share; 0 of none."""
+    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
 
 
 def _load(

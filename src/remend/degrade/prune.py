@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from remend import calibration, solvers
-from remend.degrade.job import DENSE_BITS, Changed, Job, Options, chosen_layers, run_job
+from remend.degrade.job import DENSE_BITS, Changed, Job, Options, chosen_layers, run_job, share_of_zeros
 from remend.errors import InputError
 from remend.registry import Registry
 
@@ -210,7 +210,7 @@ def _pruned(job: Job, *, sparsity: Sparsity, method: str, scope: str, skip: Sequ
     _fitting(layers, sparsity)
     prune_in_place(job, layers, sparsity, method, scope)
     weights = [layer.weight for layer in layers.values()]
-    total, zeros = sum(w.numel() for w in weights), sum(int((w == 0).sum()) for w in weights)
+    total, share = sum(w.numel() for w in weights), share_of_zeros(weights)
     entry = {
         "kind": "pruning",
         "method": method,
@@ -218,9 +218,9 @@ def _pruned(job: Job, *, sparsity: Sparsity, method: str, scope: str, skip: Sequ
         "scope": scope,
         "skip": list(skip),
         "matrices": len(weights),
-        "sparsity": zeros / total,
+        "sparsity": share,
     }
-    bits = bits_per_weight(zeros / total)
+    bits = bits_per_weight(share)
     others = sum(p.numel() for p in job.student.parameters()) - total
     packed = round(total * bits / 8) + others * DENSE_BITS // 8
     return Changed(job.student, entry, bits_per_weight=bits, packed_bytes=packed)

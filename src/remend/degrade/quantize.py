@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from remend import calibration
 from remend.constraints import StoredGrid
-from remend.degrade.job import DENSE_BITS, Changed, Job, Options, chosen_layers, run_job
+from remend.degrade.job import DENSE_BITS, Changed, Job, Options, chosen_layers, run_job, share_of_zeros
 from remend.errors import InputError
 from remend.grids import Grid, GridFormat, decode
 from remend.grids import quantize as quantize_matrix
@@ -94,13 +94,15 @@ def _described(student: Any, stored: StoredGrid, entry: dict[str, Any]) -> Chang
     fmt = stored.format
     quantized = sum(codes.numel() for codes, _ in stored.matrices.values())
     bits = sum(codes.numel() * fmt.bits_per_weight(codes.shape[1]) for codes, _ in stored.matrices.values())
-    parameters = sum(p.numel() for p in student.parameters())
+    weights = dict(student.named_parameters())
+    parameters = sum(p.numel() for p in weights.values())
     entry = {
         "kind": "quantization",
         **entry,
         "matrices": len(stored.matrices),
         "weights_on_grid": quantized,
         "weights_in_all": parameters,
+        "sparsity": share_of_zeros([weights[name] for name in stored.matrices]),
     }
     packed = round(bits / 8) + DENSE_BITS // 8 * (parameters - quantized)
     return Changed(student, entry, stored.write, bits_per_weight=bits / quantized, packed_bytes=packed)
