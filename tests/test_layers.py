@@ -13,8 +13,9 @@ import remend
 SOURCE = Path(remend.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "registry", "losses", "cka", "solvers", "stats", "grids", "formats", "gguf_blocks", "paired"}
-    | {"truncated", "prefix", "correlation", "gpu_memory"},
-    {"config", "data", "prompts", "vocabulary", "run", "report", "progress", "sieve", "tasks", "shipped"} | {"compare"},
+    | {"truncated", "prefix", "correlation", "gpu_memory", "replay"},
+    {"config", "data", "prompts", "vocabulary", "run", "report", "progress", "sieve", "tasks", "shipped"}
+    | {"compare", "graded"},
     {"packed", "packed_grid", "foreign", "adapters", "models", "constraints", "scoring", "rollout", "teacher"}
     | {"train", "supervised", "measure", "calibration", "capture", "layer_map", "teacher_cache", "answers"},
     {"caching", "degrade", "diagnosis", "evaluation", "exporting", "recovery"},

@@ -17,7 +17,7 @@ T time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,16 @@ from remend.answers import answer
 from remend.errors import InputError
 from remend.progress import stage
 from remend.prompts import Encoded
+from remend.replay import Settled
 from remend.rollout import Rollout, derive_seed
 from remend.scoring import pack
 
 BATCH_TOKENS = 2048
 """Tokens a forward pass of one block: large enough for good products, small enough for a laptop."""
+
+LONG_ROW = 3.0
+"""Inputs longer than so many times the median count as if they were that long, where there is a teacher. A few tokens
+carry massive activations (arXiv 2402.17762): unweighted, the fit is theirs. A diagnosis draws the same line."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Sites:
 
     index: the block, counted in the model that is walked.
     names, layers: full module names and the modules, in order of execution.
-    gram_II: float32, Σ x xᵀ over the N calibration tokens.
-    cross_OI: with a teacher, for each layer Σ y xᵀ, where y is what the layer should give (its bias taken off); None
+    gram_II: float32, Σ w x xᵀ over the N calibration tokens; w is 1 without a teacher, else see LONG_ROW.
+    cross_OI: with a teacher, for each layer Σ w y xᵀ, where y is what the layer should give (its bias taken off); None
         for a layer that the teacher has in another shape.
     rows: N.
     """
@@ -164,12 +169,13 @@ def _look(
     into: Sequence[nn.Module] = (),
     out_of: Sequence[nn.Module] = (),
     stop_at: nn.Module | None = None,
+    settled: Settled | None = None,
 ) -> _Seen:
     """Run the block and keep inputs of `into` and outputs of `out_of`; nothing behind `stop_at`'s input is computed."""
     inputs: dict[nn.Module, list[Tensor]] = {m: [] for m in into}
     outputs: dict[nn.Module, list[Tensor]] = {m: [] for m in out_of}
     states = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         real_BT = batch.real_BT
 
         def on_input(layer: nn.Module, args: tuple[Tensor, ...], real_BT: Tensor = real_BT) -> None:
@@ -185,7 +191,7 @@ def _look(
                 hooks.callback(layer.register_forward_pre_hook(on_input).remove)
             for layer in out_of:
                 hooks.callback(layer.register_forward_hook(on_output).remove)
-            with suppress(_Stop):
+            with suppress(_Stop), settled.at(number) if settled else nullcontext():
                 states.append(_run(block, batch, index))
     found = {**inputs, **outputs}
     if any(len(parts) != len(batches) for parts in found.values()):
@@ -296,15 +302,29 @@ def walk(
         for index, block in enumerate(blocks):
             anatomy = _anatomy(block, probe, index)
             targets = _Targets(block, anatomy, *healthy.block(index), _real(batches)) if healthy else None
+            settled = Settled(block)
             for group in anatomy.groups:
-                earlier = [w for w in anatomy.writers if targets and w not in group and w in targets.written]
-                seen = _look(block, batches, index, into=group[:1], out_of=earlier, stop_at=group[0])
-                x_NI = seen.inputs[group[0]]
-                cross = tuple(targets.cross(m, x_NI, seen.outputs) for m in group) if targets else None
+                fresh = [w for w in targets.written if w not in settled.written] if targets else []
+                seen = _look(block, batches, index, into=group[:1], out_of=fresh, stop_at=group[0], settled=settled)
+                settled.written.update(seen.outputs)
+                x_NI, cross = seen.inputs[group[0]], None
+                if targets:
+                    w_N1 = _weights(x_NI)
+                    cross = tuple(targets.cross(m, x_NI * w_N1, settled.written) for m in group)
+                    x_NI = x_NI * w_N1.sqrt()
                 visit(Sites(index, tuple(names[m] for m in group), tuple(group), x_NI.T @ x_NI, cross, len(x_NI)))
-            for batch in batches:
-                batch.states_BTD = _run(block, batch, index)
+                settled.visited.update(group)
+            for number, batch in enumerate(batches):
+                with settled.at(number):
+                    batch.states_BTD = _run(block, batch, index)
             advance()
+
+
+def _weights(x_NI: Tensor) -> Tensor:
+    """[N, 1]: what each token counts for; see LONG_ROW."""
+    length_N1 = x_NI.norm(dim=1, keepdim=True)
+    limit = LONG_ROW * length_N1.median()
+    return torch.where(length_N1 > limit, (limit / length_N1).square(), 1.0)
 
 
 class _Targets:
@@ -333,7 +353,7 @@ class _Targets:
             self._stream[anatomy.writers[-1]] = teacher_after_ND  # of the whole span, removed blocks included
 
     def cross(self, layer: nn.Linear, x_NI: Tensor, written: Mapping[nn.Module, Tensor]) -> Tensor | None:
-        """Σ y xᵀ [O, I], or None where the teacher has no like layer."""
+        """Σ y xᵀ [O, I] with the inputs as given, or None where the teacher has no like layer."""
         y_NO = self._given[layer]
         if layer in self._stream:
             y_NO = self._stream[layer] - self._before_ND - sum(written.values())

@@ -14,6 +14,7 @@ Legend: O rows (outputs), I columns (inputs).
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,11 @@ from remend.prompts import Encoded
 from remend.rollout import Order, Rollout
 from remend.solvers import gptq, least_squares, refit_kept
 
-SAMPLES, TOKENS = 96, 64
-"""Calibration: the reference's own completions of training prompts. Text is what repair under a mask wants most: Wanda
-2:4 of SmolLM2 is left with KL 1.398 after 48 of them and 1.195 after 96 (docs/degradations.md)."""
+TOKENS = 64
+"""Of a calibration sample, the reference's own completion of a training prompt."""
+
+MOST_ROWS = 65_536
+"""Tokens of calibration text, prompts included: long prompts would else cost hours and tens of gigabytes."""
 
 DAMPING = 0.3
 """Of the least-squares target, as a share of the gram's mean diagonal: keeps it near the prior off the text. Of 0.01,
@@ -59,15 +62,17 @@ def repair(
     stored: StoredGrid | None,
     masked: bool,
     layer_map: Sequence[int] | None,
+    samples: int,
     seed: int,
 ) -> Repaired:
     """Repair a compressed student in place. One that is not compressed, or not cut from the teacher, is left as it is.
 
     Args:
         student, teacher: the models; the teacher's weights are used, so it must be of the student's family.
-        tokenizer, prompts: calibration is the teacher's answers to SAMPLES of the prompts.
+        tokenizer, prompts: calibration is the teacher's answers to prompts.
         stored, masked: the student's constraint.
         layer_map: for each of its layers the teacher's; None finds it by the weights.
+        samples: how many answers; more of them than prompts answer some prompts anew.
         seed: of the calibration text and its choice.
     """
     same = _shapes(student) == _shapes(teacher)
@@ -75,9 +80,10 @@ def repair(
     if not smaller and not (same and (stored is not None or masked)):
         return Repaired(stored)
     began, pad_id = time.perf_counter(), models.pad_id(tokenizer)
-    # in the order of training, which is varied: files go by topic
-    chosen = [prompt for _, prompt in Order(prompts, seed).take(0, min(SAMPLES, len(prompts)))]
-    text = completions(teacher, tokenizer, chosen, max_new_tokens=TOKENS, seed=seed)
+    text = completions(teacher, tokenizer, _chosen(prompts, samples, seed), max_new_tokens=TOKENS, seed=seed)
+    if next(teacher.parameters()).dtype != torch.float32:
+        # what a layer ought to add is a difference of large states, which bfloat16 (a GPU's teacher) would blur
+        teacher = copy.deepcopy(teacher).float()
     masters = None
     if stored is not None:
         stored, masters = repair_grid(student, teacher, stored, text, pad_id)
@@ -86,6 +92,18 @@ def repair(
     else:
         repair_smaller(student, teacher, text, pad_id, layer_map or infer_layer_map(student, teacher))
     return Repaired(stored, masters, time.perf_counter() - began)
+
+
+def _chosen(prompts: Sequence[Encoded], samples: int, seed: int) -> list[Encoded]:
+    """In the order of training, which is varied (files go by topic), as far as MOST_ROWS reaches; one at least."""
+    chosen: list[Encoded] = []
+    rows = 0
+    for _, prompt in Order(prompts, seed).take(0, samples):
+        rows += len(prompt.tokens) + TOKENS
+        if chosen and rows > MOST_ROWS:
+            break
+        chosen.append(prompt)
+    return chosen
 
 
 def _shapes(model: Any) -> dict[str, torch.Size]:
