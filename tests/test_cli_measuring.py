@@ -70,6 +70,12 @@ def test_compare_of_identical_results(run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "c.md").is_file()
     code, _, err = run("compare", tmp_path / "a.json")
     assert (code, err.startswith("error: ")) == (2, True)
+    before = (tmp_path / "a.json").read_bytes()
+    code, out, err = run("compare", tmp_path / "a.json", tmp_path / "b.json", "--out", tmp_path / "a.json")
+    assert (code, out, "is there already and is left as it is" in err) == (2, "", True)
+    assert (tmp_path / "a.json").read_bytes() == before
+    code, out, err = run("compare", tmp_path / "a.json", tmp_path / "b.json", "--out", tmp_path / "c.txt")
+    assert (code, out, 'ends in ".txt"' in err) == (2, "", True)  # said before anything is counted
 
 
 def test_one_named_layer_is_removed(run: Any, reference_dir: Path, tmp_path: Path) -> None:

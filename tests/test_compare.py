@@ -265,7 +265,7 @@ def test_printed_figures() -> None:
         assert part in printed
         assert part in page
     assert page.startswith(
-        "## tooluse (grader paper), 100 items\n\n| model | score | 95% interval |\n| --- | --- | --- |\n"
+        "## tooluse (grader paper), 100 items\n\n| model | score | 95% interval (Wilson) |\n| --- | --- | --- |\n"
     )
 
 
@@ -278,6 +278,20 @@ def test_save(tmp_path: Path) -> None:
     assert (tmp_path / "c.md").read_text() == markdown(found)
     with pytest.raises(InputError, match=re.escape('ends in ".txt"; allowed: .json or .md')):
         save(found, tmp_path / "c.txt")
+    before = (tmp_path / "c.md").read_text()
+    with pytest.raises(InputError, match="is there already and is left as it is"):
+        save({**found, "level": 0.9}, tmp_path / "c.md")
+    assert (tmp_path / "c.md").read_text() == before
+
+
+def test_the_method_of_an_interval_is_said_by_row_where_they_differ() -> None:
+    half = {"task": "t", "grader": "g", "items": [{"id": str(i), "correct": i % 2 * 0.5} for i in range(10)]}
+    whole = {**half, "items": [{"id": str(i), "correct": i % 2 == 0} for i in range(10)]}
+    page = markdown(compare([half, whole]))
+    assert "| model | score | 95% interval |" in page
+    assert re.search(r"\| results 1 \| 25\.0% \| \S+ to \S+ \(t\) \|", page)
+    assert re.search(r"\| results 2 \| 50\.0% \| \S+ to \S+ \(Wilson\) \|", page)
+    assert "95% interval (paired bootstrap of items)" in page
 
 
 def test_what_the_evaluation_writes_can_be_compared() -> None:

@@ -254,7 +254,7 @@ def test_a_grader_that_raises_names_the_row_and_goes_on(reference_dir: Path, tmp
     found = evaluate(str(reference_dir), ["tooluse"], tmp_path / "r.json", data=data, **OPTIONS)
     assert (found["n"], found["raised"]) == (4, 1)
     assert "the grader raised on row odd" in found["items"][3]["reason"]
-    told = "grader raised on 1 of 4 answers, which count as wrong; first, the grader raised on row odd: InputError"
+    told = "grader raised on 1 of 4 answers, which count as wrong; rows odd; first, the grader raised on row odd: Input"
     assert any(told in warning for warning in found["warnings"])
 
 

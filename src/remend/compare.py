@@ -12,9 +12,8 @@ problem may name it as `cluster`. The first file is the reference, the second th
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,24 +23,14 @@ from rich.table import Table
 from rich.text import Text
 
 from remend import paired
-from remend.errors import FileError, InputError
+from remend.errors import InputError
+from remend.graded import Graded, Key, Source, load, require_pairs
 from remend.paired import Array
 
-Source = str | Path | Mapping[str, Any]
-Key = tuple[str, str]
 Grid = tuple[list[str], list[list[str]]]  # header and rows of cells
-SHAPE = 'a results file is {"task": …, "grader": …, "items": [{"id": …, "correct": …}, …]}, as remend eval writes it'
 FEW = 20
 """Below so many units a percentile bootstrap is visibly too narrow, and the printed result says so."""
 BETTER, WORSE, SAME = "better", "worse", "not distinguishable"
-
-
-@dataclass(frozen=True)
-class Graded:
-    """One task of one file: scores by id, and clusters by id where the items name any."""
-
-    scores: dict[str, float]
-    clusters: dict[str, str]
 
 
 class Choices(NamedTuple):
@@ -90,8 +79,8 @@ def compare(
         raise InputError(f"got {count} results file(s); a comparison needs two or more, the reference first")
     labels = _labels(results, names)
     choices = Choices(level, power, resamples, seed)
-    loaded = [_load(source, label) for source, label in zip(results, labels, strict=True)]
-    _require_pairs(loaded, labels)
+    loaded = [load(source, label) for source, label in zip(results, labels, strict=True)]
+    require_pairs(loaded, labels)
     tasks = [_task(key, [file[key] for file in loaded], labels, choices) for key in loaded[0]]
     _adjust(tasks, level)
     paths = [None if isinstance(source, Mapping) else str(source) for source in results]
@@ -129,15 +118,22 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def save(found: Mapping[str, Any], path: Path) -> None:
-    """Write what `compare` found as .json or .md, whole or not at all. Raises InputError for another ending."""
+    """Write what `compare` found as .json or .md, whole or not at all. Raises InputError as `require_target`."""
     from remend import run  # it brings torch, which nothing else here waits for
 
+    require_target(path)
     if path.suffix == ".json":
         run.write_json(path, found)
-    elif path.suffix == ".md":
-        run.write_text(path, markdown(found))
     else:
+        run.write_text(path, markdown(found))
+
+
+def require_target(path: Path) -> None:
+    """Raises InputError unless `path` ends in .json or .md and is a new file: nothing is overwritten."""
+    if path.suffix not in (".json", ".md"):
         raise InputError(f'{path} ends in "{path.suffix}"; allowed: .json or .md. Name the file so')
+    if path.exists():
+        raise InputError(f"{path} is there already and is left as it is; name a new file")
 
 
 def _labels(results: Sequence[Source], names: Sequence[str] | None) -> list[str]:
@@ -155,108 +151,6 @@ def _labels(results: Sequence[Source], names: Sequence[str] | None) -> list[str]
     choices = [[p.stem for p in paths], [p.parent.name for p in paths], [str(p) for p in paths]]
     fallback = [f"{path.stem} ({i})" for i, path in enumerate(paths, start=1)]
     return next((labels for labels in choices if all(labels) and len(set(labels)) == count), fallback)
-
-
-def _load(source: Source, label: str) -> dict[Key, Graded]:
-    """Each task of a file by task and grader."""
-    where = label if isinstance(source, Mapping) else str(source)
-    value = source if isinstance(source, Mapping) else _json(Path(source))
-    several = isinstance(value, Mapping) and "results" in value and "items" not in value
-    parts = value["results"] if several else [value]
-    if not isinstance(parts, list) or not parts:
-        raise InputError(f'{where}: "results" must be a list of one or more results; {SHAPE}')
-    found: dict[Key, Graded] = {}
-    for number, part in enumerate(parts, start=1):
-        place = f"{where}, result {number}" if several else where
-        key = _key(part, place)
-        if key in found:
-            raise InputError(f"{where} holds task {key[0]} (grader {key[1]}) twice; keep one of them")
-        found[key] = _items(part["items"], place)
-    return found
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise FileError(f"{path} can't be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}; {SHAPE}") from None
-
-
-def _key(part: Any, place: str) -> Key:
-    if not isinstance(part, Mapping):
-        raise InputError(f"{place} holds a {type(part).__name__}; {SHAPE}")
-    missing = [name for name in ("task", "grader", "items") if name not in part]
-    if missing:
-        raise InputError(
-            f"{place} has no {', '.join(missing)} (it has: {', '.join(map(str, part)) or 'nothing'}); {SHAPE}"
-        )
-    for name in ("task", "grader"):
-        if not isinstance(part[name], str) or not part[name]:
-            raise InputError(f"{place}: {name} is {part[name]!r}; it must be a name, as text")
-    if not isinstance(part["items"], list) or not part["items"]:
-        raise InputError(f"{place} has no items; {SHAPE}. Run the evaluation again: there is nothing to compare")
-    return part["task"], part["grader"]
-
-
-def _items(items: Sequence[Any], place: str) -> Graded:
-    scores: dict[str, float] = {}
-    clusters: dict[str, str] = {}
-    for number, item in enumerate(items, start=1):
-        if not isinstance(item, Mapping) or "id" not in item or "correct" not in item:
-            keys = ", ".join(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
-            raise InputError(f"{place}, item {number}: id or correct is missing (got {keys}); {SHAPE}")
-        name, score = item["id"], item["correct"]
-        if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-            raise InputError(f"{place}, item {number}: id is {name!r}; it must be a text or a whole number")
-        if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
-            raise InputError(
-                f"{place}, item {name}: correct is {score!r}; allowed: true, false, or a number from 0 to 1"
-            )
-        if str(name) in scores:
-            raise InputError(f"{place}: the id {name} stands twice; items are paired by id, so give each its own")
-        scores[str(name)] = float(score)
-        if item.get("cluster") is not None:
-            clusters[str(name)] = str(item["cluster"])
-    if clusters and len(clusters) < len(scores):
-        raise InputError(
-            f"{place}: {len(clusters)} of {len(scores)} items name a cluster; name it in all of them or none"
-        )
-    return Graded(scores, clusters)
-
-
-def _require_pairs(loaded: Sequence[Mapping[Key, Graded]], labels: Sequence[str]) -> None:
-    """Raises InputError unless every file holds the same tasks, graders and items, in the same clusters."""
-    for file, label in zip(loaded[1:], labels[1:], strict=True):
-        if set(file) != set(loaded[0]):
-            mine, first = (", ".join(f"{t} (grader {g})" for t, g in sorted(part)) for part in (file, loaded[0]))
-            raise InputError(
-                f"{label} holds {mine}, but {labels[0]} holds {first}: only the same tasks and graders compare. "
-                "Evaluate both alike, or leave one out"
-            )
-        for key, graded in file.items():
-            other = loaded[0][key]
-            odd = [
-                f"{len(ids)} only in {name} ({', '.join(sorted(ids)[:3])}{', …' if len(ids) > 3 else ''})"
-                for name, ids in (
-                    (label, graded.scores.keys() - other.scores.keys()),
-                    (labels[0], other.scores.keys() - graded.scores.keys()),
-                )
-                if ids
-            ]
-            if odd:
-                raise InputError(
-                    f"{label} and {labels[0]} can't be paired on {key[0]}: they hold other items, {' and '.join(odd)}. "
-                    "Evaluate both on the same data"
-                )
-    for key in loaded[0]:
-        named = [(file[key].clusters, label) for file, label in zip(loaded, labels, strict=True) if file[key].clusters]
-        for clusters, label in named[1:]:
-            if odd := sorted(name for name in clusters if clusters[name] != named[0][0][name]):
-                raise InputError(
-                    f"{label} and {named[0][1]} put the item {odd[0]} of {key[0]} into other clusters; make them agree"
-                )
 
 
 def _task(key: Key, graded: Sequence[Graded], labels: Sequence[str], choices: Choices) -> dict[str, Any]:
@@ -339,17 +233,19 @@ def _verdict(row: Mapping[str, Any], level: float) -> str:
 
 def _section(task: Mapping[str, Any], level: str) -> tuple[str, list[Grid], list[str]]:
     """Title, tables and lines below them."""
-    scores = [[row["name"], f"{row['score']:.1%}", _points(row["interval"], "{:.1f}%")] for row in task["scores"]]
+    by, shown = _methods(task["scores"], "{:.1f}%")
+    scores = [[row["name"], f"{row['score']:.1%}", cell] for row, cell in zip(task["scores"], shown, strict=True)]
+    change_by, changes = _methods(task["comparisons"])
     pairs = [
         [
             f"{row['from']} → {row['to']}",
             _points([row["difference"]]),
-            _points(row["interval"]),
+            cell,
             "<0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}",
             f"{row['flips']['gained']} / {row['flips']['lost']}",
             "–" if (effect := row["minimum_detectable_effect"]) is None else f"{100 * effect:.1f}",
         ]
-        for row in task["comparisons"]
+        for row, cell in zip(task["comparisons"], changes, strict=True)
     ]
     lines = [f"{row['from']} → {row['to']}: {row['verdict']}" for row in task["comparisons"]]
     lines += [f"gap closed by {gap['name']}: {_gap(gap, level)}" for gap in task["gap_closed"]]
@@ -357,11 +253,18 @@ def _section(task: Mapping[str, Any], level: str) -> tuple[str, list[Grid], list
     return (
         f"{task['task']} (grader {task['grader']}), {task['n']} items{clusters}",
         [
-            (["model", "score", f"{level} interval"], scores),
-            (["from → to", "points", f"{level} interval", "p", "gained / lost", "can show"], pairs),
+            (["model", "score", f"{level} interval{by}"], scores),
+            (["from → to", "points", f"{level} interval{change_by}", "p", "gained / lost", "can show"], pairs),
         ],
         lines,
     )
+
+
+def _methods(rows: Sequence[Mapping[str, Any]], form: str = "{:+.1f}") -> tuple[str, list[str]]:
+    """(of the header, cells): how the intervals were made is said once where it is the same for all rows."""
+    several = len({row["method"] for row in rows}) > 1
+    cells = [_points(row["interval"], form) + (f" ({row['method']})" if several else "") for row in rows]
+    return ("" if several or not rows else f" ({rows[0]['method']})"), cells
 
 
 def _gap(gap: Mapping[str, Any], level: str) -> str:

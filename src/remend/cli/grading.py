@@ -10,6 +10,7 @@ from rich.console import Console
 
 import remend
 from remend.cli.show import show_scores
+from remend.errors import InputError
 
 
 def evaluate(
@@ -36,24 +37,31 @@ def evaluate(
 ) -> None:
     """Grade a model on tasks; every answer is kept with its grade and the reason. Again, it goes on."""
     from remend.evaluation import parse_data, parse_tasks
+    from remend.evaluation.results import raised_note
 
     rest: dict[str, Any] = {"data": parse_data(data), "engine": engine, "grader": grader, "how": how}
     rest |= {"samples": samples, "max_new_tokens": max_new_tokens, "limit": limit, "seed": seed}
     rest |= {"batch_rows": batch_rows, "device": device, "dtype": dtype, "include": include, "allow_code": allow_code}
-    show_scores(out, remend.evaluate(model, parse_tasks(",".join(task)), out, **rest))
+    done = remend.evaluate(model, parse_tasks(",".join(task)), out, **rest)
+    show_scores(out, done)
+    raised = [raised_note(part) for part in done.get("results", [done]) if part.get("raised")]
+    if raised:
+        raise InputError("\n".join(f"{note}. The other grades hold, and {out} has them all" for note in raised))
 
 
 def compare(
     files: Annotated[list[str], typer.Argument(help="Results of remend eval: reference, degraded, recovered …")],
     name: Annotated[list[str] | None, typer.Option(help="A name for each file, in order; repeatable.")] = None,
-    out: Annotated[str | None, typer.Option(help="Also write this file: .json or .md.")] = None,
+    out: Annotated[str | None, typer.Option(help="Also write this new file: .json or .md.")] = None,
     level: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
 ) -> None:
     """Compare graded results item by item: what was lost, what was won back, what so few items can't show."""
     from remend.compare import compare as pair
-    from remend.compare import save, table
+    from remend.compare import require_target, save, table
 
+    if out:
+        require_target(Path(out))
     found = pair(files, names=name or None, level=level, seed=seed)
     if out:
         save(found, Path(out))

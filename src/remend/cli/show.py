@@ -114,11 +114,13 @@ def show_track(rows: Sequence[Mapping[str, Any]]) -> None:
 def show_scores(out: str, done: Mapping[str, Any]) -> None:
     """One line a task and grader: score, its interval, and what qualifies it."""
     parts = done.get("results", [done])
-    names = {part.get("interval_method", "") for part in parts}
-    grid = Table("task", "grader", "score", f"95% interval{f' ({names.pop()})' if len(names) == 1 else ''}", "n", "")
+    names = {part["interval_method"] for part in parts}
+    once = f" ({next(iter(names))})" if len(names) == 1 else ""
+    grid = Table("task", "grader", "score", f"95% interval{once}", "n", "")
     for part in parts:
         low, high = part["interval_95"]
-        figures = (f"{part['score']:.1%}", f"{low:.1%} to {high:.1%}", str(part["n"]))
+        by = "" if once else f" ({part['interval_method']})"
+        figures = (f"{part['score']:.1%}", f"{low:.1%} to {high:.1%}{by}", str(part["n"]))
         grid.add_row(part["task"], part["grader"], *figures, "; ".join(_qualifiers(part)))
     console = Console(highlight=False)
     console.print(grid)

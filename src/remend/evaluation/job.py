@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from remend import models, run, tasks
+from remend import models, run
 from remend.errors import InputError
 from remend.evaluation import harness, letters, results
 from remend.evaluation.generation import Question, ask, batches, hf_sampler, rows_of, token_cap
@@ -235,11 +235,7 @@ class _Evaluation:
             self.warnings.append(f"{name}: {first['empty']} of {total} answers are empty")
         for part in parts:
             if part["raised"]:
-                each = [one["reason"] for item in part["items"] for one in item.get("answers", [item])]
-                self.warnings.append(
-                    f"{name}: the {part['grader']} grader raised on {part['raised']} of {total} answers, which count "
-                    f"as wrong; first, {next(reason for reason in each if reason.startswith(tasks.RAISED))}"
-                )
+                self.warnings.append(results.raised_note(part))
 
     def _letters(self, material: Material, answers: Answers) -> list[dict[str, Any]]:
         name, form = material.table.task.name, material.table.form

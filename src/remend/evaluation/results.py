@@ -18,6 +18,10 @@ Answer = Mapping[str, Any]
 """A line of the answers' file: answer (a text), tokens, clipped."""
 
 
+NAMED = 20
+"""Rows that a note names."""
+
+
 def pass_at(n: int, correct: int, k: int) -> float:
     """Chance that at least one of `k` answers is right, from `n` answers of which `correct` are (k ≤ n).
 
@@ -69,6 +73,23 @@ def generated(material: Material, answers: Sequence[Sequence[Answer]], mode: str
         "mean_tokens": sum(answer["tokens"] for answer in every) / len(every),
     }
     return {**found, "items": items}
+
+
+def raised_note(part: Mapping[str, Any]) -> str:
+    """Which rows the grader of a part raised on, and why on the first, in one line."""
+    rows = {
+        item["id"]: one["reason"]
+        for item in reversed(part["items"])
+        for one in item.get("answers", [item])
+        if one["reason"].startswith(tasks.RAISED)
+    }
+    names = list(reversed(rows))
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    total = part["n"] * part["items"][0].get("samples", 1)
+    return (
+        f"{part['task']}: the {part['grader']} grader raised on {part['raised']} of {total} answers, which count as "
+        f"wrong; rows {', '.join(names[:NAMED])}{more}; first, {rows[names[0]]}"
+    )
 
 
 def scored(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
