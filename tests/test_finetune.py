@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -163,6 +164,16 @@ def test_settings_out_of_range(
     with pytest.raises(InputError, match=part):
         finetune(str(reference_dir), tmp_path / "t", **{**QUICK, "data": task, **change})
     assert not (tmp_path / "t").exists()
+
+
+def test_an_accelerator_for_another_device_is_no_obstacle(
+    task: str, reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune(str(reference_dir), tmp_path / "a", data=task, **QUICK)
+    Accelerator(cpu=True)
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))
+    finetune(str(reference_dir), tmp_path / "b", data=task, **QUICK)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
 def test_a_quantized_model_is_refused(task: str, student_dir: Path, tmp_path: Path) -> None:

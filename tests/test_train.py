@@ -82,6 +82,15 @@ def test_loss_is_weighted_sum_of_stream_means(tmp_path: Path) -> None:
     assert rows[0]["grad_norm"] == pytest.approx(torch.cat([weight.flatten(), bias]).norm().item(), rel=1e-5)
 
 
+def test_the_device_is_that_of_the_masters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Accelerator built earlier in the process, for another device, settles the device of all that follow."""
+    expected, rows = run_quadratic(tmp_path / "a", 4)
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: torch.device("meta")))
+    model, others = run_quadratic(tmp_path / "b", 4)
+    assert model.weight.equal(expected.weight)
+    assert others == rows
+
+
 def test_schedule_warms_up_and_follows_the_cosine() -> None:
     schedule = Schedule(steps=10, peak=2.0, warmup=2, final=0.1)
     assert schedule.at(1) == 1.0

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from remend.constraints import Constraint
 from remend.errors import TrainingError
-from remend.run import METRICS, Checkpoint, RunDirectory
+from remend.run import METRICS, TIMING, Checkpoint, RunDirectory
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,15 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A step's micro-batches with, for each stream, the positions they hold together; ids for error messages."""
+    """A step's micro-batches with, for each stream, the positions they hold together; ids for error messages.
+
+    `means` are figures to log, each as (sum, number): processes may hold unequal numbers.
+    """
 
     micro_batches: Sequence[Any]
     tokens: Mapping[str, int]
     ids: Sequence[str]
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class Objective(Protocol):
@@ -125,7 +128,7 @@ def train(
     Args:
         objective: what is trained on.
         constraint: what is held; it owns the master weights.
-        accelerator: devices, processes, trackers (precision is the objective's own matter).
+        accelerator: processes, trackers; its own device may be another (precision is the objective's own matter).
         schedule: learning rates and the number of steps.
         saving: where rows and checkpoints go.
         weight_decay, max_grad_norm: AdamW's decay on matrices; the gradients' norm limit.
@@ -139,15 +142,15 @@ def train(
         TrainingError: loss or gradient is NaN or infinite; weights and files stay as the last good step left them.
     """
     optimizer = _optimizer(constraint.masters(), schedule.peak, weight_decay)
-    start = resume.step if resume else 0
+    device, start = next(iter(constraint.masters().values())).device, resume.step if resume else 0
     if resume is not None:
         _restore(resume, constraint, optimizer, follower)
-        if _said(stop, accelerator):
+        if _said(stop, accelerator, device):
             return start
     for step in range(start + 1, schedule.steps + 1):
         began = time.perf_counter()
         torch.manual_seed(step)  # whatever still draws from the global stream draws the same after a resume
-        row = _gradients(objective, accelerator, step, saving)
+        row = _gradients(objective, accelerator, device, step, saving)
         norm = _update(constraint, optimizer, schedule.at(step), max_grad_norm, accelerator)
         if not math.isfinite(norm):
             raise TrainingError(_not_finite("gradient norm", norm, step, row.ids, saving))
@@ -162,7 +165,7 @@ def train(
             _log(saving, accelerator, step, hook(step) or {})
         if saving.every and step % saving.every == 0 and accelerator.is_main_process:
             _save(saving, step, constraint, optimizer, follower)
-        if _said(stop, accelerator):
+        if _said(stop, accelerator, device):
             return step
     return schedule.steps
 
@@ -182,14 +185,14 @@ def _update(
     return norm
 
 
-def _said(stop: Callable[[], bool], accelerator: Accelerator) -> bool:
-    said = torch.tensor([float(accelerator.is_main_process and stop())], device=accelerator.device)
+def _said(stop: Callable[[], bool], accelerator: Accelerator, device: torch.device) -> bool:
+    said = torch.tensor([float(accelerator.is_main_process and stop())], device=device)
     return bool(_over_processes(accelerator, said))
 
 
 def _time(saving: Saving, accelerator: Accelerator, step: int, seconds: float) -> None:
     if accelerator.is_main_process:
-        saving.run.append("timing.jsonl", {"step": step, "seconds": round(seconds, 4)})
+        saving.run.append(TIMING, {"step": step, "seconds": round(seconds, 4)})
 
 
 def _log(saving: Saving, accelerator: Accelerator, step: int, values: Mapping[str, float]) -> None:
@@ -204,10 +207,9 @@ class _Row:
     ids: Sequence[str]
 
 
-def _gradients(objective: Objective, accelerator: Accelerator, step: int, saving: Saving) -> _Row:
+def _gradients(objective: Objective, accelerator: Accelerator, device: torch.device, step: int, saving: Saving) -> _Row:
     """Backward passes of one step, summed over micro-batches and processes, divided once."""
     prepared = objective.prepare(step)
-    device = accelerator.device
     streams = sorted(objective.weights)
     counts = torch.tensor([prepared.tokens.get(s, 0) for s in streams], dtype=torch.float64, device=device)
     totals = _over_processes(accelerator, counts)
@@ -225,9 +227,10 @@ def _gradients(objective: Objective, accelerator: Accelerator, step: int, saving
         for name, value in output.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value
     sums = _over_processes(accelerator, sums)
-    names = sorted(prepared.metrics)
-    shared = torch.tensor([prepared.metrics[n] for n in names], dtype=torch.float64, device=device)
-    metrics.update(zip(names, _over_processes(accelerator, shared, "mean").tolist(), strict=True))
+    names = sorted(prepared.means)
+    parts = torch.tensor([prepared.means[n] for n in names], dtype=torch.float64, device=device).reshape(-1, 2)
+    pairs = zip(names, _over_processes(accelerator, parts).tolist(), strict=True)
+    metrics.update((name, total / max(1.0, number)) for name, (total, number) in pairs)
     means = {s: float(sums[i] / totals[i]) for i, s in enumerate(streams) if totals[i] > 0}
     loss_value = sum(objective.weights[s] * m for s, m in means.items())
     if not math.isfinite(loss_value):
@@ -239,10 +242,10 @@ def _gradients(objective: Objective, accelerator: Accelerator, step: int, saving
     return _Row(values, prepared.ids)
 
 
-def _over_processes(accelerator: Accelerator, tensor: Tensor, how: str = "sum") -> Tensor:
+def _over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     if accelerator.num_processes == 1 or not tensor.numel():
         return tensor
-    return cast(Tensor, accelerator.reduce(tensor, reduction=how))
+    return cast(Tensor, accelerator.reduce(tensor, reduction="sum"))
 
 
 def _clip(masters: Mapping[str, Tensor], limit: float, accelerator: Accelerator) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 
 from remend import adapters, models, run
 from remend.config import LoraConfig, build
@@ -191,7 +192,8 @@ def _rows(job: Job, plan: _Plan, pairs: Sequence[tuple[Example, str]]) -> list[R
 def _train(job: Job, plan: _Plan, rows: Sequence[Rollout], steps: int, scratch: RunDirectory) -> int:
     """Train the job's student in place; the number of parameters that moved."""
     student = job.student
-    accelerator = Accelerator(cpu=student.device.type == "cpu")
+    # the first Accelerator of a process settles the device of all; this one only counts processes, so it may differ
+    accelerator = Accelerator(cpu=student.device.type == "cpu" and not is_initialized())
     objective = Supervised(
         student=scorer(student),
         order=Order(rows, job.seed),
