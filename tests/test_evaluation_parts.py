@@ -59,6 +59,52 @@ def test_log_likelihoods_are_those_of_a_slow_computation() -> None:
         assert letters.log_likelihoods(scorer(model), [c], pad_id=0)[0] == pytest.approx(found, abs=1e-4)
 
 
+def test_a_shared_first_turn_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(VOCABULARY, seed=3)
+    parts, turns, seen = scorer(model), None, []
+    first = (5, 6, 7, 8, 9, EOS)
+    ends = {"A": (9,), "B": (10,), "C": (11,)}
+    choices = [Choice(str(i), (*first, 20 + i, 30, EOS, *range(40, 42 + i)), ends, len(first)) for i in range(6)]
+    choices.append(Choice("other", (3, 4, EOS, 20, EOS, 21), ends, 3))
+    body = type(model.model).forward
+
+    def counted(self: Any, *args: Any, **rest: Any) -> Any:
+        seen.append(rest["input_ids"].shape[1])
+        return body(self, *args, **rest)
+
+    monkeypatch.setattr(type(model.model), "forward", counted)
+    turns = letters.FirstTurns(parts)
+    found = [letters.log_likelihoods(parts, [c], pad_id=0, turns=turns)[0] for c in choices]
+    # the first turn, the rest, the whole of the first row as a check; then the rests alone
+    whole = [len(c) for c in choices]
+    assert seen == [6, whole[0] - 6, whole[0], *(n - 6 for n in whole[1:6]), 3, whole[6] - 3]
+    for c, one in zip(choices, found, strict=True):
+        assert one == pytest.approx({k: slowly(model, c.context, e) for k, e in c.endings.items()}, abs=1e-4)
+    again = letters.FirstTurns(parts)  # a score does not hang on what was scored before
+    assert letters.log_likelihoods(parts, [choices[4]], pad_id=0, turns=again)[0] == found[4]
+
+
+def test_a_model_whose_cache_gives_something_else_is_computed_whole() -> None:
+    model = build_model(VOCABULARY, seed=3)
+    parts = scorer(model)
+    turns = letters.FirstTurns(parts)
+    after = turns._after
+    turns._after = lambda tokens, turn: after(tokens, turn) + 1.0  # type: ignore[method-assign]
+    c = Choice("x", (5, 6, EOS, 8, EOS, 9), {"A": (9,), "B": (10,)}, 3)
+    plain = letters.log_likelihoods(parts, [c], pad_id=0)
+    assert letters.log_likelihoods(parts, [c], pad_id=0, turns=turns) == plain
+    assert letters.log_likelihoods(parts, [c], pad_id=0, turns=turns) == plain
+
+
+def test_the_first_turn_is_told_where_several_end(tokenizer: Any) -> None:
+    ends = (tokenizer.eos_token_id,)
+    both = tuple(tokenizer("Rules.<|im_end|>Tell me<|im_end|>")["input_ids"])
+    made = letters.choice(tokenizer, "x", both, "AB", ends=ends)
+    assert tokenizer.decode(made.context[: made.turn]) == "Rules.<|im_end|>"
+    assert letters.choice(tokenizer, "x", tuple(tokenizer("Tell<|im_end|>")["input_ids"]), "AB", ends=ends).turn == 0
+    assert letters.choice(tokenizer, "x", both, "AB").turn == 0
+
+
 def test_what_is_scored_is_the_letter_after_the_tag(tokenizer: Any) -> None:
     prompt = tuple(tokenizer("Tell me")["input_ids"])
     made = letters.choice(tokenizer, "x", prompt, "ABCD")

@@ -31,7 +31,7 @@ from remend.scoring import scorer
 
 GPU_LETTER_ROWS, GPU_LETTER_TOKENS = 32, 16_384
 """Prompts, and tokens, that are scored for letters at once. A CPU takes them one by one: that is not slower, since what
-a layer makes stays in its cache, and a score can't hang on what else is in the batch.
+a layer makes stays in its cache, nothing is padding, and a score can't hang on what else is in the batch.
 """
 
 
@@ -240,8 +240,9 @@ class _Evaluation:
     def _letters(self, material: Material, answers: Answers) -> list[dict[str, Any]]:
         name, form = material.table.task.name, material.table.form
         keys = self._keys(material)
+        ends = (self.tokenizer.eos_token_id,)
         open_ = [
-            (key, letters.choice(self.tokenizer, prompt.id, prompt.tokens, form.choices(row)))
+            (key, letters.choice(self.tokenizer, prompt.id, prompt.tokens, form.choices(row), ends=ends))
             for key, prompt, row in zip(keys, material.prompts, material.rows, strict=True)
             if key not in answers
         ]
@@ -250,10 +251,11 @@ class _Evaluation:
             one_by_one = self.plan.device.type == "cpu"
             if one_by_one and self.plan.batch_rows not in (None, 1):
                 self.warnings.append(f"{name}: batch_rows has no effect, since a CPU scores letters one by one")
+            turns = letters.FirstTurns(parts) if one_by_one else None
             rows = 1 if one_by_one else self.plan.batch_rows or GPU_LETTER_ROWS
             with stage(f"scoring letters of {name}", len(keys), len(keys) - len(open_)) as advance:
                 for batch in batches([len(c) for _, c in open_], rows=rows, tokens=GPU_LETTER_TOKENS):
-                    found = letters.log_likelihoods(parts, [open_[i][1] for i in batch], pad_id=pad)
+                    found = letters.log_likelihoods(parts, [open_[i][1] for i in batch], pad_id=pad, turns=turns)
                     answers.add(
                         [
                             {"key": open_[i][0], "task": name, "id": open_[i][1].id, "log_likelihoods": values}

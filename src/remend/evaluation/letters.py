@@ -10,11 +10,16 @@ tokens, in nats; for usual tokenizers that is one token:
 The letter follows the tag and not the header, since that is where the prompts ask for it; a bare letter there would be
 out of the form that training teaches.
 
-Legend: N positions, D width, V vocabulary, U distinct tokens.
+One pass over the prompt serves all letters, and the head is applied where a letter is predicted alone. Rows that are
+scored one by one, on a CPU, share the first turn too (as a rule the system message): see FirstTurns.
+
+Legend: B sequences, T time, N positions, D width, V vocabulary, U distinct tokens.
 """
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,22 +35,45 @@ from remend.scoring import Scorer, pack
 LEAD = "<answer>\n"
 GRADER = "letter log-likelihood"
 SHUFFLES = 10_000
+KEPT = 4
+"""First turns whose keys and values are kept: data sets have one system message or few."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A row's letters as token ids: all stand after `context`, which is the prompt with LEAD."""
+    """A row's letters as token ids: all stand after `context`, which is the prompt with LEAD.
+
+    turn: how many tokens of the context are its first turn, where it has several; else 0.
+    """
 
     id: str
     context: tuple[int, ...]
     endings: Mapping[str, tuple[int, ...]]
+    turn: int = 0
 
     def __len__(self) -> int:
         return len(self.context) + max(map(len, self.endings.values()))
 
 
-def choice(tokenizer: Any, name: str, prompt: Sequence[int], letters: Sequence[str], lead: str = LEAD) -> Choice:
+def choice(
+    tokenizer: Any,
+    name: str,
+    prompt: Sequence[int],
+    letters: Sequence[str],
+    lead: str = LEAD,
+    *,
+    ends: Sequence[int] = (),
+) -> Choice:
     """Put the letters after a prompt. `lead` and letter are tokenized together, apart from the prompt, as answers are.
+
+    Args:
+        tokenizer: of the model.
+        name: of the row.
+        prompt: token ids, up to and with the assistant's header.
+        letters: what to choose from.
+        lead: the text between prompt and letter.
+        ends: tokens that end a turn; the first turn is told by them where a later one ends too. That hangs on the row
+            alone, so that a row's score does not depend on which others are scored.
 
     Raises InputError when the tokenizer writes two letters alike.
     """
@@ -59,15 +87,57 @@ def choice(tokenizer: Any, name: str, prompt: Sequence[int], letters: Sequence[s
             f"row {name}: the tokenizer does not tell the letters {', '.join(letters)} apart after {lead!r}; "
             "score this model by generation (how: generate)"
         )
-    return Choice(name, (*prompt, *ids[0][:same]), endings)
+    turns = [at + 1 for at, token in enumerate(prompt) if token in ends]
+    return Choice(name, (*prompt, *ids[0][:same]), endings, turns[0] if len(turns) > 1 else 0)
+
+
+class FirstTurns:
+    """Hidden states of single sequences; keys and values of a first turn are computed once for all that share it.
+
+    The first use is checked against a whole pass; a model whose cache does not reproduce it is computed whole.
+    """
+
+    def __init__(self, parts: Scorer) -> None:
+        self._parts = parts
+        self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._checked = self._works = False
+
+    def hidden(self, tokens_1T: Tensor, turn: int) -> tuple[Tensor, int]:
+        """(hidden states [1, T − skipped, D], skipped): those of the first `skipped` tokens are not given."""
+        if not turn or (self._checked and not self._works):
+            return self._parts.hidden(tokens_1T), 0
+        states_BTD = self._after(tokens_1T, turn)
+        if not self._checked:
+            whole_BTD = self._parts.hidden(tokens_1T)[:, turn:]
+            tolerance = 1e-2 * float(whole_BTD.abs().max())
+            self._works = torch.allclose(states_BTD.float(), whole_BTD.float(), atol=tolerance, rtol=0)
+            self._checked = True
+            if not self._works:
+                return self._parts.hidden(tokens_1T), 0
+        return states_BTD, turn
+
+    def _after(self, tokens_1T: Tensor, turn: int) -> Tensor:
+        body = self._parts.model.base_model
+        key = tuple(tokens_1T[0, :turn].tolist())
+        if key not in self._kept:
+            self._kept[key] = body(input_ids=tokens_1T[:, :turn], use_cache=True).past_key_values
+        self._kept.move_to_end(key)
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        cache = copy.deepcopy(self._kept[key])  # the pass appends to it
+        output = body(input_ids=tokens_1T[:, turn:], past_key_values=cache, use_cache=True)
+        states_BTD: Tensor = output.last_hidden_state
+        return states_BTD
 
 
 @torch.no_grad()
-def log_likelihoods(parts: Scorer, choices: Sequence[Choice], *, pad_id: int) -> list[dict[str, float]]:
+def log_likelihoods(
+    parts: Scorer, choices: Sequence[Choice], *, pad_id: int, turns: FirstTurns | None = None
+) -> list[dict[str, float]]:
     """log p(letter | context) in nats of every letter of every choice, in one forward pass.
 
     Normalised over the full vocabulary. Letters' logits are taken in float32 from the hidden states, so that bfloat16
-    does not make them equal.
+    does not make them equal. With `turns` a single choice whose letters need one sequence takes its first turn there.
 
     Raises InputError when they are not finite.
     """
@@ -75,7 +145,12 @@ def log_likelihoods(parts: Scorer, choices: Sequence[Choice], *, pad_id: int) ->
     stems = [(c, stem) for c in choices for stem in dict.fromkeys(e[:-1] for e in c.endings.values())]
     pairs = [(c.context, (*stem, c.context[-1])) for c, stem in stems]
     batch = pack(pairs, pad_id=pad_id, device=parts.device)
-    states_ND, head = batch.gather(parts.hidden(batch.tokens_BT)), parts.head
+    if turns is not None and len(stems) == 1:
+        states_BTD, skipped = turns.hidden(batch.tokens_BT, choices[0].turn)
+        states_ND = states_BTD[batch.rows_N, batch.columns_N - skipped]
+    else:
+        states_ND = batch.gather(parts.hidden(batch.tokens_BT))
+    head = parts.head
     rows = chunk_rows(parts.shared, parts.device)
     total_N = torch.cat(
         [torch.logsumexp(head(states_ND[at : at + rows]).float(), -1) for at in range(0, len(states_ND), rows)]
@@ -84,7 +159,7 @@ def log_likelihoods(parts: Scorer, choices: Sequence[Choice], *, pad_id: int) ->
     log_p_NU = _only(head, used_U)(states_ND.float()) - total_N.unsqueeze(1)
     if not log_p_NU.isfinite().all():
         raise InputError("the model's logits are not finite: its weights are damaged beyond use")
-    column, values = {token: u for u, token in enumerate(used_U)}, log_p_NU.double().tolist()
+    column, values = {token: u for u, token in enumerate(used_U)}, log_p_NU.cpu().double().tolist()
     found: dict[str, dict[str, float]] = {c.id: {} for c in choices}
     first = 0
     for c, stem in stems:
