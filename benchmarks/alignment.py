@@ -38,9 +38,9 @@ def curve(directory: Path) -> list[tuple[float, float]]:
     """(seconds of training so far, held-out KL) at each evaluation."""
     run = RunDirectory(directory)
     seconds, total = {}, 0.0
-    for row in run.rows("timing.jsonl"):
-        total += row["seconds"]
-        seconds[row["step"]] = total
+    for step, spent in run.step_seconds().items():
+        total += spent
+        seconds[step] = total
     return [(seconds[row["step"]], row["eval/kl"]) for row in run.rows("metrics.jsonl") if "eval/kl" in row]
 
 
@@ -69,7 +69,7 @@ def main() -> None:
         if (target / "summary.json").is_file():
             continue
         settings = [f"student={student}", "teacher=smollm2", f"data={train}", f"eval_data={held_out}", f"out={target}"]
-        rest = [f"steps={arguments.steps}", f"eval_every={EVERY}", "repair=false", "save_every=0"]
+        rest = [f"steps={arguments.steps}", f"eval_every={EVERY}", "repair=false", "save_every=0", "select=last"]
         remend("recover", *settings, *rest, *words)
     curves = {name: curve(arguments.out / name) for name in VARIANTS}
     shared = min(points[-1][0] for points in curves.values())

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from remend.flows.demo import write_prompts
+from remend.run import RunDirectory
 from remend.stats import bootstrap_gap_closed
 
 MODEL = "smollm2"
@@ -140,7 +141,7 @@ def below_repair(recovered: Path) -> list[float]:
 
 def run_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     """SDFT without repair for as long as `result`, a row of results.json, took for both."""
-    timing = [json.loads(line)["seconds"] for line in (folder / "recovered" / "timing.jsonl").open()]
+    timing = list(RunDirectory(folder / "recovered").step_seconds().values())
     steps = math.ceil((sum(timing) + result["repair_seconds"]) / (sum(timing) / len(timing)))
     alone = folder / "alone"
     if not (alone / "summary.json").is_file():

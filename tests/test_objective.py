@@ -44,7 +44,14 @@ class Counting:
     def __call__(self, prompts: Any, *, max_new_tokens: int, temperature: float, seeds: Any) -> list[Rollout]:
         self.calls.append([p.id for p in prompts])
         return [
-            Rollout(p.id, p.tokens, tuple((s + i) % 300 + 3 for i in range(max_new_tokens)), True, p.shown)
+            Rollout(
+                p.id,
+                p.tokens,
+                tuple((s + i) % 300 + 3 for i in range(max_new_tokens)),
+                True,
+                p.shown,
+                tuple(-1.0 - i for i in range(max_new_tokens)),
+            )
             for p, s in zip(prompts, seeds, strict=True)
         ]
 
@@ -96,9 +103,31 @@ def test_one_round_of_sampling_feeds_several_steps_and_changes_no_draw() -> None
     single, grouped = objective([lane]), objective([lane], updates_per_rollout=3)
     for step in range(1, 9):
         a, b = single.prepare(step), grouped.prepare(step)
-        assert [r for _, part in a.micro_batches for r in part] == [r for _, part in b.micro_batches for r in part]
+        ours, theirs = ([(r.id, r.completion) for _, part in made.micro_batches for r in part] for made in (a, b))
+        assert ours == theirs
     assert [len(call) for call in single.sampler.calls] == [4] * 8
     assert [len(call) for call in grouped.sampler.calls] == [12, 12, 8]
+
+
+def test_a_round_of_sampling_has_one_length() -> None:
+    lane = Lane(replace(BASE, lengths=(2, 9)), scorer(build_model(320, seed=2)), Order(encoded(12), 0), rows=4)
+    made = objective([lane], updates_per_rollout=4)
+    lengths = [
+        {len(r.completion) for _, part in made.prepare(step).micro_batches for r in part} for step in range(1, 9)
+    ]
+    assert lengths == [{2}] * 4 + [{6}] * 4  # where the line is at the rounds' first steps, 1 and 5
+    assert [len(call) for call in made.sampler.calls] == [16, 16]
+
+
+def test_nothing_is_stale_at_the_first_step_of_a_round() -> None:
+    lane = Lane(BASE, scorer(build_model(320, seed=2)), Order(encoded(12), 0), rows=4)
+    made = objective([lane], updates_per_rollout=2, importance_clip=2.0)
+    plain = objective([lane], updates_per_rollout=2)
+    for step, equal in ((1, True), (2, False), (3, True), (4, False)):
+        sums = [
+            sum(float(o(micro).sums["recover"][0]) for micro in o.prepare(step).micro_batches) for o in (made, plain)
+        ]
+        assert (sums[0] == sums[1]) == equal
 
 
 def test_processes_share_a_step() -> None:
@@ -128,8 +157,8 @@ def test_until_the_gate_opens_only_the_pool_is_used() -> None:
     pool = [Rollout("t", (3, 4), (5, 6, 7), False, off_policy=True)]
     lane = Lane(BASE, scorer(build_model(320, seed=2)), Order(encoded(9), 0), 4, Order(pool, 1))
     made = objective([lane], on_policy=lambda step: step > 2)
-    shares = [made.prepare(step).metrics["on_policy"] for step in (1, 2, 3)]
-    assert shares == [0.0, 0.0, 1.0]
+    shares = [made.prepare(step).means["on_policy"] for step in (1, 2, 3)]
+    assert shares == [(0, 4), (0, 4), (4, 4)]
     assert len(made.sampler.calls) == 1
 
 

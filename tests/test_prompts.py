@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import TEMPLATE, build_tokenizer
 from remend.data import Example, Prompt
 from remend.errors import InputError
-from remend.prompts import display, encode, encode_within, render
+from remend.prompts import DEMONSTRATION, display, encode, encode_within, render, with_demonstration
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
@@ -88,6 +88,29 @@ def test_long_prompts_are_left_out_never_cut(tokenizer: PreTrainedTokenizerFast)
     assert kept == [whole["1"], whole["3"]]  # a prompt of just the limit stays
     assert dropped == ["30", "60"]
     assert encode_within(tokenizer, rows, limit - 1)[1] == ["30", "3", "60"]
+
+
+BRACES = ['{"a": {prompt}}', "{demonstration}", "{0} {} {missing}", "plain"]
+
+
+@pytest.mark.parametrize("prompt", BRACES)
+@pytest.mark.parametrize("answer", BRACES)
+def test_braces_in_prompt_and_demonstration_are_text(prompt: str, answer: str) -> None:
+    before, between, after = DEMONSTRATION.replace("{demonstration}", "{prompt}").split("{prompt}")
+    assert with_demonstration(prompt, answer) == before + prompt + between + answer + after
+    assert with_demonstration(prompt, answer, "{demonstration}|{prompt}") == f"{answer}|{prompt}"
+
+
+def test_a_demonstration_goes_into_the_last_user_message() -> None:
+    chat = [*CHAT, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    shown = with_demonstration(chat, "worked", "{prompt} / {demonstration}")
+    assert shown == [*chat[:-1], {"role": "user", "content": "b / worked"}]
+    assert chat[-1]["content"] == "b"
+
+
+def test_a_demonstration_needs_a_user_to_end_with() -> None:
+    with pytest.raises(InputError, match="a demonstration goes into the user's message, and the prompt ends with the"):
+        with_demonstration([*CHAT, {"role": "tool", "content": "c"}], "worked")
 
 
 def test_display_shows_the_last_user_message() -> None:

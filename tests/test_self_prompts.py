@@ -44,11 +44,13 @@ class Fake:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.sizes: list[int] = []
+        self.asked: set[tuple[int, float]] = set()
 
     def __call__(
         self, prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> list[Rollout]:
         self.sizes.append(len(prompts))
+        self.asked.add((max_new_tokens, temperature))
         return [self.one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
     def one(self, prompt: Encoded, seed: int) -> Rollout:
@@ -214,7 +216,8 @@ def fake_sampler(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> SimpleNames
 
     def build(model: Any, shared: int, eos: tuple[int, ...], pad_id: int, **rest: Any) -> Fake:
         built.shared, built.eos = shared, eos
-        return Fake(tokenizer)
+        built.made = Fake(tokenizer)
+        return built.made
 
     monkeypatch.setattr("remend.recovery.self_prompts.TransformersSampler", build)
     return built
@@ -244,6 +247,22 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *wo
     with pytest.raises(SystemExit) as caught:
         cli.main()
     return int(caught.value.code or 0), *capsys.readouterr()
+
+
+def test_the_commands_options_reach_the_sampler(
+    reference_dir: Path,
+    tmp_path: Path,
+    fake_sampler: SimpleNamespace,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "prompts.jsonl"
+    words = [reference_dir, "--n", 3, "--out", out, "--device", "cpu"]
+    code, *_ = run(capsys, monkeypatch, *words, "--temperature", 0.7, "--max-new-tokens", 20)
+    assert code == 0
+    assert fake_sampler.made.asked == {(20, 0.7)}
+    record = json.loads(stats_path(out).read_text())
+    assert (record["temperature"], record["max_new_tokens"]) == (0.7, 20)
 
 
 def test_the_command_says_what_was_removed(

@@ -50,6 +50,18 @@ def test_three_steps_of_recovery_on_the_grid(smollm2_dir: Path, student: Path, t
         assert tensors[name].equal(decode(codes, grid, stored.format)), name
 
 
+def test_a_step_on_prompts_that_the_reference_wrote(smollm2_dir: Path, student: Path, tmp_path: Path) -> None:
+    result = recover(
+        student=str(student), teacher=str(smollm2_dir), data="self", self_prompts=8, held_out=2,
+        out=str(tmp_path / "run"), steps=1, warmup_steps=0, batch_size=4, max_new_tokens=16, save_every=0, device="cpu", repair=False,
+    )  # fmt: skip
+    written = [json.loads(line)["prompt"] for line in (result.out / "prompts.jsonl").read_text().splitlines()]
+    assert len(set(written)) == 8
+    assert json.loads((result.out / "manifest.json").read_text())["prompts"] == {"train": 6, "held_out": 2}
+    assert result.metrics[0]["tokens"] > 0
+    assert result.summary["recovered"]["kl"] > 0
+
+
 def test_embedded_reference_lies_on_a_four_bit_grid(smollm2_dir: Path) -> None:
     """It is a dequantized Q4_1, so asymmetric 4-bit groups of 32 damage next to nothing: pages with figures say so."""
     from remend.degrade.quantize import quantize_in_place

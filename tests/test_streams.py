@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+import remend.recovery.streams
 from remend.config import RecoverConfig, build
 from remend.errors import InputError
-from remend.recovery.streams import problems, reference_of, resolve, rows_of, warnings
+from remend.recovery.streams import notes, problems, reference_of, resolve, rows_of, warnings
 
 
 def config(**values: Any) -> RecoverConfig:
@@ -75,6 +76,10 @@ def test_more_streams_than_prompts() -> None:
         ({"streams": two(temperature=0.5), "importance_clip": 2.0}, "likelihood at temperature 1"),
         ({"streams": two(), "bootstrap": "on", "bootstrap_steps": 99}, "nothing would be on-policy"),
         ({"streams": two(), "select": "best", "eval_every": 99}, "select: best would never look"),
+        (
+            {"streams": {**two(teacher="initial"), "recover": {"data": "d", "teacher": "t", "weight": 0}}},
+            "teacher initial without demonstrations gives the student's own answer back",
+        ),
     ],
 )
 def test_nonsense_is_refused_with_the_reason(values: dict[str, Any], part: str) -> None:
@@ -105,9 +110,57 @@ def test_what_a_cached_teacher_cannot_do(stream: dict[str, Any], part: str) -> N
         ({"importance_clip": 2.0}, "importance_clip has no effect"),
         ({"self_prompts": 5}, "self_prompts has no effect"),
         ({"bootstrap_steps": 5}, "bootstrap_steps has no effect"),
+        ({"updates_per_rollout": 30}, "updates_per_rollout 30 is above steps 24"),
+        ({"off_policy_passes": 3}, "off_policy_passes has no effect"),
+        ({"patience": 3, "eval_every": 8}, "patience 3 has no effect: 24 steps have 3 evaluations"),
+        ({"streams": {"a": {"data": "d", "teacher": "t", "share": 2}}}, "share of a has no effect"),
+        (
+            {"streams": {"a": {"data": "d", "teacher": "t", "policy": "off"}}, "importance_clip": 2.0},
+            "importance_clip has no effect: every stream is off-policy",
+        ),
     ],
 )
 def test_settings_without_effect_are_said(values: dict[str, Any], part: str) -> None:
     made = config(**{"streams": two(), **values})
     assert any(part in line for line in warnings(made, resolve(made)))
     assert warnings(config(streams=two()), resolve(config(streams=two()))) == []
+
+
+def test_what_a_cached_teacher_brings_itself_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remend.recovery.streams, "is_cache", lambda name: name == "cache")
+    alone = {"streams": {"a": {"teacher": "cache", "policy": "off", "held_out": 3}}, "temperature": 0.5}
+    found = warnings(config(**alone), resolve(config(**alone)))
+    assert any(line.startswith("held_out, temperature of a changes nothing") for line in found)
+    beside = {"streams": {"a": {"teacher": "cache", "policy": "off"}, **two()}, "temperature": 0.5, "eval_data": "e"}
+    assert not any("changes nothing" in line for line in warnings(config(**beside), resolve(config(**beside))))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"bootstrap": "on", "bootstrap_steps": 24}, "bootstrap is all of the run: at most 24 of 24 steps"),
+        ({"bootstrap": "auto", "bootstrap_steps": 24}, "bootstrap may be all of the run"),
+        ({"bootstrap": "on", "bootstrap_steps": 9, "updates_per_rollout": 24}, "at most 24 of 24 steps"),
+        ({"bootstrap": "on", "bootstrap_steps": 23}, None),
+        ({"bootstrap": "on"}, None),
+    ],
+)
+def test_a_run_that_is_all_bootstrap_is_told(values: dict[str, Any], said: str | None) -> None:
+    made = config(streams=two(), save_every=0, **values)
+    assert problems(made, resolve(made), {}) == []
+    found = notes(made, resolve(made))
+    assert (said in found[0]) if said else found == []
+
+
+@pytest.mark.parametrize(
+    ("values", "selects"),
+    [
+        ({}, "last"),
+        ({"eval_every": 8}, "best"),
+        ({"eval_every": 8, "select": "last"}, "last"),
+        ({"eval_every": 25}, "last"),  # of 24 steps none is evaluated
+        ({"eval_every": 8, "steps": 0}, "last"),
+    ],
+)
+def test_the_best_is_saved_where_some_are_evaluated(values: dict[str, Any], selects: str) -> None:
+    assert config(teacher="t", data="d", **values).selects == selects

@@ -250,8 +250,10 @@ class RecoverConfig(BaseModel):
     diagnose_every: int = Field(
         0, ge=0, description="CKA of every layer with the reference every n steps, into track.jsonl; 0: never"
     )
-    select: Literal["last", "best"] = Field(
-        "last", description="which weights are saved; best: of the evaluated steps, by weighted gap closed"
+    select: Literal["last", "best"] | None = Field(
+        None,
+        description="which weights are saved: last, or best of the evaluated steps by weighted gap closed; by default "
+        "best where eval_every has some evaluated",
     )
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations in a row without a better one")
     save_every: int = Field(50, ge=0, description="checkpoint every n steps; 0: none")
@@ -269,6 +271,11 @@ class RecoverConfig(BaseModel):
     trust_remote_code: bool = Field(
         False, description="let a model directory run its own Python. Off unless you say so"
     )
+
+    @property
+    def selects(self) -> Literal["last", "best"]:
+        """`select`, or without it the best where any step is evaluated, else the last."""
+        return self.select or ("best" if 0 < self.eval_every <= self.steps else "last")
 
     _numbers = field_validator(
         "learning_rate",

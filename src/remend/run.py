@@ -3,7 +3,8 @@
 recipe.yaml      the resolved settings
 manifest.json    versions, seeds, git commit, hashes of models and data, command line, hardware, warnings
 metrics.jsonl    one row a training step (`step`, `loss`, `tokens`, …), evaluation rows between; the same on every rerun
-timing.jsonl     seconds of each step, apart from the metrics since they differ on every rerun
+timing.jsonl     seconds of each step, apart from the metrics since they differ on every rerun; at step 0, with `stage`,
+                 those of what came before: prompts, repair, gate, pool
 baseline.json    the degraded student's measurement;  reference.jsonl the reference's held-out completions
 repair.json      KL and agreement after one-shot repair, before the first step;  held_out_repaired.jsonl by prompt
 track.jsonl      with diagnose_every: KL, agreement and each layer's CKA at the start, on the way and at the end
@@ -39,6 +40,7 @@ INPUTS = "inputs"
 MANIFEST, RECIPE, METRICS, SUMMARY = "manifest.json", "recipe.yaml", "metrics.jsonl", "summary.json"
 REPAIR = "repair.json"
 TRACK = "track.jsonl"
+TIMING = "timing.jsonl"
 
 
 @contextmanager
@@ -192,6 +194,20 @@ class RunDirectory:
             return []
         lines = path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]
+
+    def note_seconds(self, stage: str, seconds: float, stream: str | None = None) -> None:
+        """Into timing.jsonl, at step 0: what something before the first step took. Done again, it replaces its row."""
+        row = {"step": 0, "stage": stage, **({"stream": stream} if stream else {}), "seconds": round(seconds, 4)}
+        same = [r for r in self.rows(TIMING) if (r.get("stage"), r.get("stream")) != (stage, stream)]
+        write_text(self.path / TIMING, "".join(map(json_line, [*same, row])))
+
+    def step_seconds(self) -> dict[int, float]:
+        """Seconds of each training step, from timing.jsonl."""
+        return {row["step"]: row["seconds"] for row in self.rows(TIMING) if "stage" not in row}
+
+    def setup_seconds(self, stage: str) -> float:
+        """Seconds of a stage before the first step, 0 where there was none."""
+        return float(sum(row["seconds"] for row in self.rows(TIMING) if row.get("stage") == stage))
 
     def rewind(self, name: str, step: int) -> None:
         """Drop rows after `step`: they will be made again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -108,7 +109,8 @@ def with_pools(
         if isinstance(lane.teacher, TeacherCache):
             pool = lane.teacher.train
         else:
-            wanted = lane.rows * max(bootstrapping, math.ceil(config.steps * (1 - lane.stream.on_policy)))
+            mixed = math.ceil((config.steps - bootstrapping) * (1 - lane.stream.on_policy))
+            wanted = lane.rows * (bootstrapping + mixed)
             if not wanted:
                 found.append(lane)
                 continue
@@ -141,8 +143,9 @@ def _pool(
     def write() -> list[Rollout]:
         assert not isinstance(teacher, TeacherCache)
         model, worn = policy_of(teacher)
+        began = time.perf_counter()
         with worn:
-            return answer(
+            found = answer(
                 model,
                 tokenizer,
                 prompts,
@@ -153,6 +156,8 @@ def _pool(
                 seeds=[lane.seed(config.seed, "off-policy", i) for i in range(count)],
                 shown=True,
             )
+        directory.note_seconds("pool", time.perf_counter() - began, stream.name)
+        return found
 
     found = kept(directory, f"off-policy-{stream.name}.jsonl", prompts, tokenizer, write)
     return [replace(r, off_policy=True) for r in found]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,17 +102,20 @@ class Distillation:
         each, self._step = self._rounds.pop(step), step
         cut = [(lane, part) for lane, rows in zip(self.lanes, each, strict=True) for part in self._parts(rows)]
         tokens = {lane.stream.name: sum(map(lane.kept, rows)) for lane, rows in zip(self.lanes, each, strict=True)}
-        metrics: dict[str, float] = {}
+        means: dict[str, tuple[float, float]] = {}
         for lane, rows in zip(self.lanes, each, strict=True):
             prefix = f"{lane.stream.name}/" if len(self.lanes) > 1 else ""
-            metrics[f"{prefix}clipped_share"] = sum(r.clipped for r in rows) / max(1, len(rows))
-            metrics[f"{prefix}completion_tokens"] = sum(len(r.completion) for r in rows) / max(1, len(rows))
+            means[f"{prefix}clipped_share"] = sum(r.clipped for r in rows), len(rows)
+            means[f"{prefix}completion_tokens"] = sum(len(r.completion) for r in rows), len(rows)
             if lane.pool:
-                metrics[f"{prefix}on_policy"] = sum(not r.off_policy for r in rows) / max(1, len(rows))
-        return Prepared(cut, tokens, [r.id for rows in each for r in rows], metrics)
+                means[f"{prefix}on_policy"] = sum(not r.off_policy for r in rows), len(rows)
+        return Prepared(cut, tokens, [r.id for rows in each for r in rows], means)
 
     def _sample(self, first: int, end: int) -> dict[int, list[list[Rollout]]]:
-        """Completions of steps first … end − 1, by step and lane. What the student samples, it samples at once."""
+        """Completions of steps first … end − 1, by step and lane. What the student samples, it samples at once.
+
+        A length that grows stays what it is at the first step: each length more would be another pass of decoding.
+        """
         on_policy = self.on_policy(first)
         found: dict[tuple[int, int, int], Rollout] = {}
         asked: dict[tuple[int, float], list[tuple[tuple[int, int, int], Encoded, int]]] = {}
@@ -124,7 +127,7 @@ class Distillation:
                         assert lane.pool is not None
                         found[step, i, at] = lane.pool.take(at, 1)[0][1]
                         continue
-                    how = (lane.stream.length_at(step, self.steps), lane.stream.temperature)
+                    how = (lane.stream.length_at(first, self.steps), lane.stream.temperature)
                     prompt = lane.order.take(at, 1)[0][1]
                     asked.setdefault(how, []).append(((step, i, at), prompt, lane.seed(self.seed, "rollout", at)))
         for (length, temperature), wanted in asked.items():
@@ -135,7 +138,9 @@ class Distillation:
                     temperature=temperature,
                     seeds=[seed for *_, seed in wanted],
                 )
-            found.update(zip((key for key, *_ in wanted), rollouts, strict=True))
+            for (key, *_), rollout in zip(wanted, rollouts, strict=True):
+                # nothing is stale at the round's first step: its weights are 1, and not 1 to rounding
+                found[key] = replace(rollout, log_q=None) if key[0] == first else rollout
         keys = sorted(found)
         return {
             step: [[found[k] for k in keys if k[:2] == (step, i)] for i in range(len(self.lanes))]

@@ -18,8 +18,8 @@ from remend.config import BASE, MOVING, SELF, RecoverConfig
 from remend.constraints import GRID_FILE
 from remend.errors import CheckError, InputError, RemendError, did_you_mean
 from remend.foreign import PLAIN, RECORD, Recognised, recognise, was_pruned
-from remend.recovery.stream_data import StreamData, load_stream
-from remend.recovery.streams import Stream, problems, reference_of, resolve, rows_of, warnings
+from remend.recovery.stream_data import StreamData, keep_apart, load_stream
+from remend.recovery.streams import Stream, notes, problems, reference_of, resolve, rows_of, warnings
 from remend.teacher_cache import TeacherCache, is_cache
 from remend.vocabulary import compare_vocabularies, template_warnings
 
@@ -113,6 +113,7 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
         rows_of(streams, config.batch_size * config.gradient_accumulation)
         found.problems += problems(config, streams, {s.teacher: is_cache(s.teacher) for s in streams})
     found.warnings += warnings(config, streams)
+    found.notes += notes(config, streams)
     if not files or not reference:
         return found
     with found._collect():
@@ -307,22 +308,9 @@ def _data(found: Preflight, config: RecoverConfig, streams: list[Stream], refere
                 found.problems += data.problems
                 found.warnings += data.warnings
                 found.dropped.update(data.dropped)
-    _apart(found)
-
-
-def _apart(found: Preflight) -> None:
-    """No stream trains on what another is measured on."""
-    held = {p.tokens for data in found.streams for p in data.held_out}
-    for data in found.streams:
-        left = [p for p in data.train if p.tokens not in held]
-        if len(left) < len(data.train):
-            name = data.stream.name
-            found.warnings.append(
-                f"{len(data.train) - len(left)} prompts of {name} are held out in another stream and are not trained on"
-            )
-            if not left:
-                found.problems.append(f"streams.{name}: no prompt is left to train on")
-            data.train = left
+    wrong, said = keep_apart(found.streams)
+    found.problems += wrong
+    found.warnings += said
 
 
 def _disk(found: Preflight, config: RecoverConfig) -> None:
@@ -331,7 +319,7 @@ def _disk(found: Preflight, config: RecoverConfig) -> None:
     each = 16 if any(s.stream.teacher == "ema" for s in found.streams) else 12
     adapted = config.lora or (found.student and found.student.kind == "adapter")
     trained = found.parameters // 50 if adapted else found.parameters
-    best = 4 * trained if config.select == "best" else 0
+    best = 4 * trained if config.selects == "best" else 0
     need = trained * each * saved + best + 4 * found.parameters
     target = Path(config.out)
     while not target.exists():

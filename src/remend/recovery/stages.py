@@ -27,7 +27,7 @@ from remend.recovery.held_out import HeldOut, Judge, summarize
 from remend.recovery.preflight import Preflight
 from remend.recovery.repair import Repaired, repair
 from remend.recovery.self_prompts import generate
-from remend.recovery.stream_data import prepare
+from remend.recovery.stream_data import keep_apart, prepare
 from remend.recovery.streams import SELF_PROMPTS, reference_of
 from remend.recovery.tracking import Tracker, figures_of
 from remend.recovery.training import Training, learning_rate
@@ -140,6 +140,7 @@ class Recovery:
         if not repaired.seconds:
             initial = None  # nothing has changed since: the trainable parameters are the initial ones
         if judge and repaired.seconds:
+            self.directory.note_seconds("repair", repaired.seconds)
             after = judge.after_repair(student, repaired.seconds)
             self._note(tracker, student, 0, "repaired", figures_of(after))
         constraint = self._constraint(student, reference, repaired)
@@ -250,24 +251,27 @@ class Recovery:
             assert not isinstance(reference, TeacherCache)
             model, worn = policy_of(reference)
             config, rows = self.config, self.config.batch_size * self.config.gradient_accumulation
-            n = config.self_prompts or min(SELF_PROMPTS, max(2, config.steps * rows))
+            began, n = time.perf_counter(), config.self_prompts or min(SELF_PROMPTS, max(2, config.steps * rows))
             with worn, stage(f"the reference writes {n} prompts", n) as advance:
                 tokenizer, shared = self.checked.tokenizer, self.checked.shared
                 texts, _ = generate(
                     model, tokenizer, n=n, seed=config.seed, shared=shared, on_kept=lambda c: advance(c)
                 )
             run.write_text(path, "".join(run.json_line({"prompt": text}) for text in texts))
+            self.directory.note_seconds("prompts", time.perf_counter() - began)
         self.accelerator.wait_for_everyone()
         written = [example_of(row, str(path)) for row in self.directory.rows(path.name)]
         for data in waiting:
             prepare(data, self.config, self.checked.tokenizer, written, list(data.examples.values()))
-            if data.problems:
-                raise InputError("\n".join(data.problems))
-            for warning in data.warnings:
-                if warning not in self.checked.warnings:
-                    console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
-                    self.checked.warnings.append(warning)
             self.checked.dropped.update(data.dropped)
+        wrong, said = keep_apart(self.checked.streams)  # two streams may have split the same prompts otherwise
+        wrong = [problem for data in waiting for problem in data.problems] + wrong
+        if wrong:
+            raise InputError("\n".join(wrong))
+        for warning in [warning for data in waiting for warning in data.warnings] + said:
+            if warning not in self.checked.warnings:
+                console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
+                self.checked.warnings.append(warning)
         if self.accelerator.is_main_process:
             self._note_prompts()
 
@@ -329,7 +333,6 @@ class Recovery:
                 run.write_json(target / RECORD, record)
 
     def _finish(self, baseline: HeldOut, recovered: HeldOut, outcome: Mapping[str, Any]) -> None:
-        timing = self.directory.rows("timing.jsonl")
         tokens = sum(row["tokens"] for row in self.directory.rows(run.METRICS) if "loss" in row)
         summary = {
             **summarize(baseline, recovered, self.config.seed),
@@ -340,7 +343,7 @@ class Recovery:
             **outcome,
             "tokens_trained": tokens,
             "seconds": round(time.monotonic() - self.began, 1),
-            "training_seconds": round(sum(r["seconds"] for r in timing), 1),
+            "training_seconds": round(sum(self.directory.step_seconds().values()), 1),
             "peak_rss_mib": round(run.peak_rss_mib()),
             "held_out_prompts": len(self.checked.main.held_out),
             "warnings": self.checked.warnings,

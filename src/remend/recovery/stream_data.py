@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from remend import tasks
 from remend.config import SELF, RecoverConfig
 from remend.data import Example, data_hash, load_examples, split_held_out, without
 from remend.errors import InputError
@@ -88,12 +89,41 @@ def prepare(
     _encode(data, config, tokenizer, train, held_out)
 
 
+def keep_apart(streams: Sequence[StreamData]) -> tuple[list[str], list[str]]:
+    """Take out of every stream's training prompts what another is measured on: (problems, warnings)."""
+    wrong, said = [], []
+    held = {p.tokens for data in streams for p in data.held_out}
+    for data in streams:
+        left, name = [p for p in data.train if p.tokens not in held], data.stream.name
+        if len(left) < len(data.train):
+            count = len(data.train) - len(left)
+            said.append(f"{count} prompts of {name} are held out in another stream and are not trained on")
+            if not left:
+                wrong.append(f"streams.{name}: no prompt is left to train on")
+            data.train = left
+    return wrong, said
+
+
+def _gradable(data: StreamData, held_out: Sequence[Example]) -> None:
+    """A task grades the held-out rows, so each needs the answer that it is graded by."""
+    if data.stream.task not in tasks.names():
+        return  # none, or one that the settings' checks have refused
+    form, source = tasks.form(data.stream.task), data.stream.eval_data or data.stream.data
+    for example in held_out:
+        try:
+            form.check(example.row, f'task {data.stream.task} of {data.stream.name}, {source}, row "{example.id}"')
+        except InputError as error:
+            data.problems.append(str(error))
+            return
+
+
 def _encode(
     data: StreamData, config: RecoverConfig, tokenizer: Any, train: Sequence[Example], held_out: Sequence[Example]
 ) -> None:
     data.train = _within(data, "training", train, config, tokenizer)
     data.held_out = _within(data, "held-out", held_out, config, tokenizer)
     data.examples = {e.id: e for e in held_out}
+    _gradable(data, held_out)
     data.hashes = {"train": data_hash(train), "held_out": data_hash(held_out)}
 
 

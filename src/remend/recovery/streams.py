@@ -205,6 +205,56 @@ def _stream_problems(config: RecoverConfig, stream: Stream, cached: bool) -> Ite
         yield f"{where}the cache {stream.teacher} was cut to its own top k when it was made; leave top_k out"
 
 
+def bootstrap_budget(config: RecoverConfig) -> int:
+    """Steps of bootstrap at most; whole rounds of sampling, since the gate is asked once a round."""
+    wanted, each = config.bootstrap_steps or max(1, config.steps // 3), config.updates_per_rollout
+    return -(-wanted // each) * each
+
+
+def notes(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
+    """What is allowed and may not be meant."""
+    budget = bootstrap_budget(config)
+    if config.bootstrap == "off" or not any(s.on_policy for s in streams) or not budget >= config.steps > 0:
+        return []
+    may = "is" if config.bootstrap == "on" else "may be"
+    return [
+        f"bootstrap {may} all of the run: at most {budget} of {config.steps} steps, so nothing {may} on-policy; "
+        "policy: off says that plainly, a lower bootstrap_steps leaves steps for the student's own completions"
+    ]
+
+
+def _unused_counts(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
+    sampled = [s for s in streams if not is_cache(s.teacher) and (s.on_policy < 1 or config.bootstrap != "off")]
+    if config.off_policy_passes != _default("off_policy_passes") and not sampled:
+        yield "off_policy_passes has no effect, since no teacher is asked for completions to train on"
+    evaluations = config.steps // config.eval_every if config.eval_every else 0
+    if config.patience and evaluations and config.patience >= evaluations:
+        yield f"patience {config.patience} has no effect: {config.steps} steps have {evaluations} evaluations"
+    if len(streams) == 1 and streams[0].share != 1:
+        yield f"share of {streams[0].name} has no effect, since it is the only stream"
+
+
+def _unused_of_caches(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
+    alone = all(is_cache(s.teacher) for s in streams)
+    for stream in streams:
+        if not is_cache(stream.teacher):
+            continue
+        given, named = (config.streams or {}).get(stream.name), []
+        for key in ("eval_data", "held_out", "temperature", "max_new_tokens"):
+            said = given is not None and getattr(given, key) is not None
+            if said or (alone and getattr(config, key) != _default(key)):
+                named.append(key)
+        if named:
+            yield (
+                f"{', '.join(named)} of {stream.name} changes nothing that is trained on or measured: the cached "
+                "teacher brings its own prompts and completions"
+            )
+
+
+def _default(key: str) -> object:
+    return RecoverConfig.model_fields[key].default
+
+
 def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
     """Settings that have no effect."""
     found = []
@@ -218,6 +268,14 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
         found.append("self_prompts has no effect, since no stream has data: self")
     if config.updates_per_rollout > 1 and not any(s.on_policy for s in streams):
         found.append("updates_per_rollout has no effect: no stream samples from the student")
+    elif config.updates_per_rollout > config.steps > 0:
+        found.append(
+            f"updates_per_rollout {config.updates_per_rollout} is above steps {config.steps}: one round of sampling "
+            "feeds the whole run"
+        )
+    if config.importance_clip and not any(s.on_policy for s in streams):
+        found.append("importance_clip has no effect: every stream is off-policy, and no token is stale")
+    found += [*_unused_counts(config, streams), *_unused_of_caches(config, streams)]
     for stream in streams:
         if stream.task and not (stream.demonstrations and config.bootstrap == "auto"):
             found.append(f"task of {stream.name} has no effect without demonstrations and bootstrap: auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,6 +25,7 @@ from remend.recovery.objective import Distillation, Lane
 from remend.recovery.preflight import Preflight
 from remend.recovery.selection import SCORE, Selection, score
 from remend.recovery.side_streams import SideStreams
+from remend.recovery.streams import bootstrap_budget
 from remend.recovery.tracking import Tracker
 from remend.rollout import TransformersSampler
 from remend.run import RunDirectory
@@ -97,11 +99,11 @@ class Training:
         self.resume = saved[-1] if saved else None
         self.done = self.resume.step if self.resume else 0
         if accelerator.is_main_process:
-            for name in (run.METRICS, "timing.jsonl", GATE, run.TRACK):
+            for name in (run.METRICS, run.TIMING, GATE, run.TRACK):
                 directory.rewind(name, self.done)
         accelerator.wait_for_everyone()  # what is read from these files is read as rewound
         self.side = SideStreams(self.lanes, checked, config, self.parts, directory, self.pad_id) if judge else None
-        self.selection = Selection(directory, constraint, config.select == "best", config.patience)
+        self.selection = Selection(directory, constraint, config.selects == "best", config.patience)
 
     def _recompute(self) -> bool:
         """The recipe's gradient_checkpointing, or what the free memory asks for. The step's result is the same."""
@@ -122,7 +124,7 @@ class Training:
         before = self.side.baseline() if self.side else {}
         gate = self._gate()
         if config.steps and not self.resume:  # a resumed run has decided, and its weights are not in place yet
-            gate(1)
+            self._ask(gate)
         budget = gate.budget if config.bootstrap != "off" and gate.shut_once else 0
         with self.accelerator.main_process_first():  # it samples the pools, the others read them
             lanes = with_pools(
@@ -145,10 +147,15 @@ class Training:
             "streams": {name: {"before": before[name], "after": after[name]} for name in before},
         }
 
+    def _ask(self, gate: Gate) -> None:
+        """Before the first step, on the clock; what it measures later is part of its step's time."""
+        began, measured = time.perf_counter(), gate.measured
+        gate(1)
+        if gate.measured != measured and self.accelerator.is_main_process:
+            self.directory.note_seconds("gate", time.perf_counter() - began)
+
     def _gate(self) -> Gate:
-        wanted, each = self.config.bootstrap_steps or max(1, self.config.steps // 3), self.config.updates_per_rollout
-        budget = -(-wanted // each) * each  # the gate is asked once a round of sampling
-        measure = self._examine if self.judge else None
+        measure, budget = self._examine if self.judge else None, bootstrap_budget(self.config)
         return Gate(self.config.bootstrap, budget, measure, self.directory, self.accelerator)
 
     def _examine(self) -> Verdict:
@@ -234,7 +241,7 @@ class Training:
 
     def _evaluate(self, step: int) -> Mapping[str, float] | None:
         """The hook: held-out measures of all streams, and the score that selection goes by."""
-        last = self.config.select == "best" and step == self.config.steps
+        last = self.config.selects == "best" and step == self.config.steps
         if step % self.config.eval_every and not last:
             return None
         assert self.judge is not None
@@ -245,7 +252,7 @@ class Training:
         for name, figures in self.side.measure().items():
             found |= {f"eval/{name}/{key}": value for key, value in figures.items()}
             before[name], now[name] = self.side.goal(name, self.side.baseline()[name]), self.side.goal(name, figures)
-        if self.config.select == "best" or self.config.patience or self.config.streams:
+        if self.config.selects == "best" or self.config.patience or self.config.streams:
             found[SCORE] = score(before, now, {s: self._weight(s) for s in now})
             self.selection.seen(step, found[SCORE])
         return found

@@ -31,7 +31,7 @@ def figures(files: RunDirectory, summary: Mapping[str, Any], manifest: Mapping[s
     for name in sorted(names, key=lambda name: name != main) or [""]:
         figure = _loss(name, _held_out(rows, summary, name, name == main or not name), trained)
         found.append(figure)
-    speed = _speed(trained, files.rows("timing.jsonl"), names)
+    speed = _speed(trained, files.step_seconds(), names)
     return found + ([speed] if speed else [])
 
 
@@ -86,8 +86,8 @@ def _loss(name: str, held_out: Sequence[Series], trained: Rows) -> Figure:
     )
 
 
-def _speed(trained: Rows, timing: Rows, names: Sequence[str]) -> Figure | None:
-    seconds = {row["step"]: row["seconds"] for row in timing if row["seconds"] > 0}
+def _speed(trained: Rows, timing: Mapping[int, float], names: Sequence[str]) -> Figure | None:
+    seconds = {step: value for step, value in timing.items() if value > 0}
     timed = [row for row in trained if row["step"] in seconds]
     if not timed:
         return None
