@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from conftest import build_model, build_tokenizer, prompts
+from remend.caching import cache_teacher
+from remend.degrade.depth import prune_depth
 from remend.errors import CheckError
 from remend.recovery import check, recover, settings
 from remend.recovery.preflight import preflight
@@ -139,3 +141,48 @@ def test_disk_too_small(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     (problem,) = found(recipe).problems
     assert "0.0 GiB are free" in problem
     assert "keep_checkpoints" in problem
+
+
+def test_coarse_scales_are_no_late_error(recipe: dict[str, Any], on_grid: Any) -> None:
+    (problem,) = found(recipe, student=str(on_grid("nvfp4")), scales="learned").problems
+    assert "the scales of nvfp4 are float8_e4m3fn, too coarse to learn; use scales: fixed" in problem
+    beside = found(recipe, student=str(on_grid("mxfp4")), scales="learned", lora={"rank": 2})
+    assert beside.problems == []
+    assert "scales: learned has no effect, since an adapter is trained" in "\n".join(beside.warnings)
+    assert found(recipe, scales="learned").problems == []
+
+
+def test_a_layer_map_must_fit_the_teacher(recipe: dict[str, Any], reference_dir: Path, tmp_path: Path) -> None:
+    (problem,) = found(recipe, layer_map=[0, 2]).problems
+    assert "layer_map, [0, 2], does not fit a student of 2 layers and a teacher of 2" in problem
+    prune_depth(str(reference_dir), tmp_path / "cut", layers=[0], method="list", probe=False)
+    values = {**recipe, "student": str(tmp_path / "cut"), "repair": True}
+    assert found(values).layer_map == [1]
+    build_model(320, layers=1).save_pretrained(tmp_path / "shallow")
+    build_tokenizer().save_pretrained(tmp_path / "shallow")
+    result = found(values, teacher=str(tmp_path / "shallow"))
+    assert (result.problems, result.layer_map) == ([], None)
+    assert "degradation.json, [1], does not fit a student of 1 layers and a teacher of 1" in "\n".join(result.warnings)
+
+
+@pytest.mark.parametrize("why", ["an adapter is trained", "a cache holds none", "have other shapes", None])
+def test_a_repair_that_does_nothing_is_said(
+    recipe: dict[str, Any], prompt_file: Path, tmp_path: Path, why: str | None
+) -> None:
+    values: dict[str, Any] = {**recipe, "repair": True}
+    if why == "an adapter is trained":
+        values["lora"] = {"rank": 2}
+    elif why == "have other shapes":
+        build_model(320, width=32).save_pretrained(tmp_path / "other")
+        build_tokenizer().save_pretrained(tmp_path / "other")
+        values["teacher"] = str(tmp_path / "other")
+    elif why == "a cache holds none":
+        cache_teacher(recipe["teacher"], tmp_path / "cache", data=str(prompt_file), max_new_tokens=4, k=8, held_out=6)
+        streams = {"recover": {"teacher": str(tmp_path / "cache"), "policy": "off"}}
+        values |= {"teacher": None, "data": None, "held_out": None, "streams": streams}
+    result = found(values)
+    said = [note for note in result.notes if "is not repaired before training" in note]
+    assert result.problems == []
+    assert len(said) == (why is not None)
+    assert all(str(why) in note for note in said)
+    assert not any("not repaired" in note for note in found({**values, "repair": False}).notes)

@@ -16,10 +16,20 @@ from torch import Tensor, nn
 from remend.adapters import is_adapted
 from remend.constraints.adapter import Adapter
 from remend.constraints.free import Constraint, Free
-from remend.constraints.grid import GRID_FILE, OnGrid, StoredGrid
+from remend.constraints.grid import GRID_FILE, OnGrid, StoredGrid, check_learnable
 from remend.constraints.mask import Masked
 
-__all__ = ["GRID_FILE", "Adapter", "Constraint", "Free", "Masked", "OnGrid", "StoredGrid", "constraint_of"]
+__all__ = [
+    "GRID_FILE",
+    "Adapter",
+    "Constraint",
+    "Free",
+    "Masked",
+    "OnGrid",
+    "StoredGrid",
+    "check_learnable",
+    "constraint_of",
+]
 
 
 def constraint_of(

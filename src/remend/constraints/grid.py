@@ -74,11 +74,8 @@ class OnGrid:
         scales: Literal["fixed", "learned"] = "fixed",
     ) -> None:
         self.format = stored.format
-        if scales == "learned" and self.format.scale not in (torch.float16, torch.float32):
-            raise InputError(
-                f"the scales of {self.format.name} are {str(self.format.scale).removeprefix('torch.')}, too coarse to "
-                "learn; use scales: fixed"
-            )
+        if scales == "learned":
+            check_learnable(self.format)
         stored.check(model)
         parameters = dict(model.named_parameters())
         self._matrices: dict[str, _Matrix] = {}
@@ -146,6 +143,13 @@ class OnGrid:
             grid = self._grid(matrix)
             matrices[name] = (encode(matrix.master, grid, self.format), grid)
         StoredGrid(self.format, matrices).write(directory)
+
+
+def check_learnable(fmt: GridFormat) -> None:
+    """Raise InputError for a format whose scales are stored too coarsely to be learned."""
+    if fmt.scale not in (torch.float16, torch.float32):
+        kind = str(fmt.scale).removeprefix("torch.")
+        raise InputError(f"the scales of {fmt.name} are {kind}, too coarse to learn; use scales: fixed")
 
 
 class StoredGrid:

@@ -15,7 +15,7 @@ import torch
 from remend import models, run
 from remend.adapters import check_targets
 from remend.config import BASE, MOVING, SELF, RecoverConfig
-from remend.constraints import GRID_FILE
+from remend.constraints import GRID_FILE, check_learnable
 from remend.errors import CheckError, InputError, RemendError, did_you_mean
 from remend.foreign import PLAIN, RECORD, Recognised, recognise, was_pruned
 from remend.recovery.stream_data import StreamData, keep_apart, load_stream
@@ -40,6 +40,8 @@ class Preflight:
     grid: str | None = None
     recognised: Recognised = field(default_factory=lambda: Recognised("plain", None, False, PLAIN))
     layers: int = 0
+    matrices: dict[str, torch.Size] = field(default_factory=dict)
+    compressed: bool = False
     layer_map: list[int] | None = None
     teachers: dict[str, models.Source] = field(default_factory=dict)
     caches: dict[str, TeacherCache] = field(default_factory=dict)
@@ -139,6 +141,8 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
         found.problems.append(f"diagnose_every needs the reference's layers in memory; {why}, or set it to 0")
     if reference in found.caches and any(s.data == SELF for s in streams):
         found.problems.append("data: self needs the reference in memory to write prompts; a cache can't")
+    with found._collect():
+        _reference(found, config, reference)
     _data(found, config, streams, reference)
     if found.parameters and not found.problems:
         _disk(found, config)
@@ -203,7 +207,7 @@ def _student(found: Preflight, config: RecoverConfig, student: models.Source, *,
         found.parameters = models.count_parameters(shapes)
         if config.lora:
             check_targets(shapes, config.lora.targets)
-        found.layers = settings.get_text_config().num_hidden_layers
+        found.layers, found.matrices = settings.get_text_config().num_hidden_layers, _matrices(shapes)
         _layer_map(config.layer_map, found.layers)
     if config.lora and student.kind == "adapter":
         found.problems.append(f"student {config.student} is an adapter, which is trained as it is; leave lora out")
@@ -255,6 +259,44 @@ def _compare(
         found.warnings += [w for w in template_warnings(found.tokenizer, tokenizer) if w not in found.warnings]
 
 
+def _reference(found: Preflight, config: RecoverConfig, reference: str) -> None:
+    """What of the settings must fit the reference's shapes: the map of layers, and one-shot repair."""
+    wanted = bool(found.layer_map) or (config.repair and found.compressed)
+    if not wanted or not found.layers or (found.teacher is None and reference not in found.caches):
+        return
+    theirs = None
+    if found.teacher is not None:
+        settings = models.load_config(found.teacher, trust_remote_code=config.trust_remote_code)
+        theirs = models.skeleton(settings, trust_remote_code=config.trust_remote_code)
+        depth = settings.get_text_config().num_hidden_layers
+        given = found.layer_map
+        if given and (len(given) != found.layers or max(given) >= depth):
+            where = "layer_map" if config.layer_map else f"the layer map in the student's {RECORD}"
+            what = f"{where}, {given}, does not fit a student of {found.layers} layers and a teacher of {depth}"
+            if config.layer_map:
+                raise InputError(f"{what}: name, below {depth}, one of the teacher's for each of the student's")
+            found.warnings.append(f"{what}, and is left aside")
+            found.layer_map = None
+    if config.repair and found.compressed:
+        why = _no_repair(found, config, theirs)
+        found.notes += [f"the student is not repaired before training: {why}"] if why else []
+
+
+def _no_repair(found: Preflight, config: RecoverConfig, teacher: Any) -> str | None:
+    """Why one-shot repair has no effect on a compressed student, or None where it has one."""
+    if config.lora or found.recognised.kind == "adapter":
+        return "an adapter is trained, and the weights under it stay"
+    if teacher is None:
+        return "repair needs the teacher's weights, and a cache holds none"
+    if (found.grid or found.recognised.mask) and found.matrices != _matrices(teacher):
+        return "its matrices and the teacher's have other shapes"
+    return None
+
+
+def _matrices(model: Any) -> dict[str, torch.Size]:
+    return {name: layer.weight.shape for name, layer in models.linear_layers(model).items()}
+
+
 def _constraint(found: Preflight, config: RecoverConfig, student: models.Source) -> None:
     path = student.path if student.kind == "directory" else None
     declared = path / RECORD if path else None
@@ -262,6 +304,8 @@ def _constraint(found: Preflight, config: RecoverConfig, student: models.Source)
         degradation = run.read_json(declared) if declared and declared.is_file() else {}
         held = recognise(student, as_dense=config.as_dense)
         found.recognised = held
+        found.grid = held.stored.format.name if held.stored else None
+        found.compressed = bool(held.stored or held.mask or degradation.get("kind") == "pruning")
         if path and was_pruned(path) and not held.mask and not config.as_dense:
             found.problems.append(
                 f"{declared} says that {degradation['sparsity']:.1%} of the weights are zero, and the files hold no "
@@ -275,9 +319,16 @@ def _constraint(found: Preflight, config: RecoverConfig, student: models.Source)
                 f"{declared} says that the student lies on the grid {degradation.get('format')}, and "
                 f"{GRID_FILE} is missing beside it"
             )
-        if config.scales == "learned" and held.stored is None:
-            found.warnings.append("scales: learned has no effect, since the student lies on no grid")
-        found.grid = held.stored.format.name if held.stored else None
+        if config.scales == "learned":
+            _learned(found, held, adapted=bool(config.lora) or held.kind == "adapter")
+
+
+def _learned(found: Preflight, held: Recognised, *, adapted: bool) -> None:
+    if held.stored and not adapted:
+        check_learnable(held.stored.format)
+    else:
+        why = "an adapter is trained, and the grid under it stays" if held.stored else "the student lies on no grid"
+        found.warnings.append(f"scales: learned has no effect, since {why}")
 
 
 def _ending(tokenizer: Any, source: models.Source) -> list[str]:
