@@ -178,6 +178,11 @@ LETTERS: list[tuple[str, str, bool, bool]] = [
     ("the text of the option", "<answer>161.240</answer>", False, False),
     ("a letter outside", "<answer>E</answer>", False, False),
     ("an empty tag", "<answer></answer>", False, False),
+    # The authors' code takes what follows the last "<answer>", here all of it, and of that what stands before the first
+    # "</answer>": the letter. A tag that was never opened is no reason to be stricter in robust mode.
+    ("closed and never opened", "B</answer>", True, True),
+    ("closed after prose", "The answer is B</answer>", False, True),
+    ("wrong before a closed tag", "C</answer>", False, False),
     ("empty", "", False, False),
     ("blank", "\n\n", False, False),
     ("after thinking", "<think>Answer: A</think>Answer: B", False, True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +15,8 @@ from remend.errors import FileError, InputError
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
+
+Convert = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
 
 _DATASET_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>\w+))?")
 
@@ -40,14 +42,18 @@ def prompt_id(prompt: Prompt) -> str:
     return hashlib.sha256(prompt_key(prompt).encode()).hexdigest()[:12]
 
 
-def load_examples(source: str) -> list[Example]:
+def load_examples(source: str, convert: Convert | None = None) -> list[Example]:
     """Read prompts from a JSON lines file, or a datasets id ('org/name[@revision][:split]').
+
+    Args:
+        source: the file or id; a .json file may hold one list of objects.
+        convert: makes rows with a prompt of each row that is read, none where it is to be left out.
 
     Raises:
         FileError: the file can't be read, or the data set can't be fetched.
         InputError: a line is not JSON, or a row has no usable `prompt`; the message names file and line.
     """
-    return [example for _, example in _load(source)]
+    return [example for _, example in _load(source, convert)]
 
 
 def load_pairs(source: str) -> list[tuple[Example, str]]:
@@ -59,13 +65,15 @@ def load_pairs(source: str) -> list[tuple[Example, str]]:
     return [(example, completion_of(example.row, where)) for where, example in _load(source)]
 
 
-def _load(source: str) -> list[tuple[str, Example]]:
+def _load(source: str, convert: Convert | None = None) -> list[tuple[str, Example]]:
     path = Path(source)
     match = _DATASET_ID.fullmatch(source)
     if path.exists() or not match or path.suffix in {".jsonl", ".json"}:
         rows = _read_jsonl(path)
     else:
         rows = _read_dataset(source, match["name"], match["revision"], match["split"] or "train")
+    if convert is not None:
+        rows = [(where, made) for where, row in rows for made in convert(row)]
     if not rows:
         raise InputError(f"data {source} has no rows; it needs some with a prompt")
     examples: dict[str, tuple[str, Example]] = {}
@@ -99,10 +107,21 @@ def read_lines(path: Path, what: str = "data") -> list[tuple[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
-    rows = read_lines(path)
+    rows = _whole_list(path) or read_lines(path)
     if not rows:
         raise InputError(f"data file {path} is empty; it needs one JSON object a line with a prompt")
     return rows
+
+
+def _whole_list(path: Path) -> list[tuple[str, Any]]:
+    """The objects of a .json file that is one list of them; [] for anything else."""
+    if path.suffix != ".json":
+        return []
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [(f"{path}, {i}", value) for i, value in enumerate(values, start=1)] if isinstance(values, list) else []
 
 
 def _read_dataset(source: str, name: str, revision: str | None, split: str) -> list[tuple[str, Any]]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from remend import tasks
-from remend.data import example_of, load_examples
+from remend.data import example_of
 from remend.errors import InputError
 from remend.prompts import Encoded, dropped_text, encode_within
 from remend.tasks import Form, Task, general
+from remend.tasks.public import load_rows
 
 OWN_ROWS = 200
 """Held-out rows of a task that makes its own, where no limit says otherwise: ±7 points at a score of 50%."""
@@ -75,7 +76,7 @@ def read(name: str, data: str | None, limit: int | None) -> Table:
         given: list[Row] = list(task.rows("held_out", count))
         origin = f"the first {count} held-out rows of {name}"
     else:
-        given, origin = [example.row for example in load_examples(data)][:limit], data
+        given, origin = [example.row for example in load_rows(name, data)][:limit], data
     found: dict[str, Row] = {}
     for number, row in enumerate(given, start=1):
         where = f"{origin}, row {number}"
