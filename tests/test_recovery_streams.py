@@ -465,7 +465,8 @@ def test_a_view_of_the_student_teaches_in_bfloat16_too(both: dict[str, Any], tmp
 
 
 def test_two_processes_share_pools_gate_and_streams(both: dict[str, Any], tmp_path: Path) -> None:
-    values = changed({**both, "bootstrap": "auto", "batch_size": 8, "steps": 3}, policy=0.5)
+    # 5 and 3 rows a step, which two processes share unequally
+    values = changed({**both, "bootstrap": "auto", "batch_size": 8, "steps": 3}, policy=0.5, share=0.6)
     single = recover(**{**values, "out": str(tmp_path / "single")})
     halves = {**values, "batch_size": 4, "out": str(tmp_path / "pair")}
     worker = str(Path(__file__).with_name("worker.py"))
@@ -476,6 +477,8 @@ def test_two_processes_share_pools_gate_and_streams(both: dict[str, Any], tmp_pa
     for a, b in zip(single.metrics, pair, strict=True):
         assert a["recover/loss"] == pytest.approx(b["recover/loss"], rel=1e-3)
         assert a["recover/tokens"] == b["recover/tokens"]
+        for name in ("recover/clipped_share", "recover/completion_tokens", "keep/on_policy"):
+            assert a[name] == pytest.approx(b[name], rel=1e-12)
     assert again_gate(single) == RunDirectory(tmp_path / "pair").rows("gate.jsonl")
 
 
