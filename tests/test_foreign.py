@@ -99,13 +99,25 @@ def test_floating_point_matrices_stay_off_a_gguf_grid(tmp_path: Path) -> None:
     assert len(found.stored.matrices) == 12
 
 
+def test_two_types_that_could_each_be_held_are_refused_unless_taken_as_dense(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", build_model(320), {"*": "Q4_0", "mlp.down_proj": "Q8_0"})
+    with pytest.raises(
+        InputError, match=r"12 Q4_0 and 2 Q8_0 linear matrices, and one grid a model is held.*--as dense"
+    ):
+        foreign.recognise(tmp_path / "m.gguf")
+    found = foreign.recognise(tmp_path / "m.gguf", as_dense=True)
+    assert (found.stored, found.why) == (None, "held as dense: m.gguf has 12 Q4_0 and 2 Q8_0 linear matrices")
+
+
 @pytest.mark.parametrize(
     ("kinds", "said"),
-    [({"*": "Q4_0", "mlp.down_proj": "Q8_0"}, "12 Q4_0 and 2 Q8_0"), ({"*": "Q6_K"}, "14 Q6_K"), ({}, "only floating")],
+    [
+        ({"*": "Q4_0", "mlp.down_proj": "Q6_K"}, "12 Q4_0 and 2 Q6_K"),
+        ({"*": "Q6_K"}, "14 Q6_K"),
+        ({}, "only floating"),
+    ],
 )
-def test_mixed_types_and_k_quants_are_held_as_dense_and_it_is_said(
-    tmp_path: Path, kinds: dict[str, str], said: str
-) -> None:
+def test_k_quants_are_held_as_dense_and_it_is_said(tmp_path: Path, kinds: dict[str, str], said: str) -> None:
     write_gguf(tmp_path / "m.gguf", build_model(320, width=256), kinds)
     found = foreign.recognise(tmp_path / "m.gguf")
     assert found.stored is None
@@ -211,6 +223,25 @@ def test_a_compressed_scheme_without_a_grid_is_refused_unless_taken_as_dense(
     found = foreign.recognise(tmp_path / "m", as_dense=True)
     assert found.stored is None
     assert reason in found.why
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [("sparse-24-bitmask", r"stored sparse \(sparse-24-bitmask\)"), ("dense", "plain weights with zeros")],
+)
+def test_sparse_compressed_tensors_say_what_to_do(tmp_path: Path, tokenizer: Any, form: str, said: str) -> None:
+    model = build_model(len(tokenizer))
+    prune(model, 2, 4)
+    models.save_model(model, tokenizer, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    sparse = {"format": form, "sparsity_structure": "2:4", "targets": ["Linear"]}
+    changed = {**config, "quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": sparse}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(changed))
+    for as_dense in (False, True):
+        with pytest.raises(InputError, match=said):
+            foreign.recognise(tmp_path / "m", as_dense=as_dense)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert foreign.recognise(tmp_path / "m").pattern == "2:4"
 
 
 def test_float32_scales_that_float16_would_round_are_refused(tmp_path: Path, tokenizer: Any) -> None:

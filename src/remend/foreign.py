@@ -23,7 +23,7 @@ from remend.errors import FileError, InputError
 from remend.gguf_blocks import from_gguf_blocks
 from remend.grids import Grid, GridFormat
 from remend.packed import packing
-from remend.packed_grid import grid_of_bitsandbytes, grid_of_compressed
+from remend.packed_grid import grid_of_bitsandbytes, grid_of_compressed, refuse_sparse
 
 ZEROS = 0.05
 """A plain directory with a larger share of exact zeros in its linear weights counts as pruned."""
@@ -96,7 +96,7 @@ def recognise(where: str | Path | models.Source, *, as_dense: bool = False) -> R
 def _recognise(source: models.Source, as_dense: bool) -> Recognised:
     assert source.path is not None
     if source.kind == "gguf":
-        return _gguf(source.path)
+        return _gguf(source, as_dense)
     stored = StoredGrid.read(source.path)
     if stored is not None:
         return Recognised("remend", stored, False, f"its weights lie on the grid {stored.format.name}")
@@ -104,7 +104,9 @@ def _recognise(source: models.Source, as_dense: bool) -> Recognised:
     if not config:
         return _plain(source.path)
     method = str(config.get("quant_method", "unknown"))
-    if method != "compressed-tensors":
+    if method == "compressed-tensors":
+        refuse_sparse(config, source.spec)
+    else:
         _openable(method, config, source.path)
     try:
         read = _READERS.get(method)
@@ -135,9 +137,11 @@ def _openable(method: str, config: dict[str, Any], path: Path) -> None:
         ) from None
 
 
-def _gguf(path: Path) -> Recognised:
+def _gguf(source: models.Source, as_dense: bool) -> Recognised:
     import gguf
 
+    path = source.path
+    assert path is not None
     try:
         reader = gguf.GGUFReader(path)
     except ValueError as error:  # how it says that a file was cut short
@@ -146,6 +150,12 @@ def _gguf(path: Path) -> Recognised:
     linear = {t.name: t for t in reader.tensors if _BLOCK.fullmatch(t.name) and len(t.shape) == 2}
     types = Counter(t.tensor_type.name for t in linear.values() if t.tensor_type.name not in ("F32", "F16", "BF16"))
     described = " and ".join(f"{n} {name}" for name, n in types.most_common()) or "only floating-point"
+    if len(types) > 1 and types.keys() <= set(_GGUF_GRIDS) and not as_dense:
+        raise InputError(
+            f"{source.spec}: it has {described} linear matrices, and one grid a model is held. Give a file of one type "
+            "(llama-quantize --pure writes those), or say --as dense (as_dense: true in a recipe) to train its weights "
+            "freely"
+        )
     if len(types) != 1 or next(iter(types)) not in _GGUF_GRIDS:
         return Recognised("gguf", None, False, f"held as dense: {path.name} has {described} linear matrices")
     if architecture not in ("llama", "qwen2", "qwen3") or any(_name(n) is None for n in linear):

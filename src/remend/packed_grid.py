@@ -45,6 +45,24 @@ def grid_of_compressed(directory: Path, config: dict[str, Any]) -> tuple[StoredG
     return StoredGrid(fmt, matrices), f"compressed-tensors ({packing}): the grid {fmt.name}{also}"
 
 
+def refuse_sparse(config: dict[str, Any], what: str) -> None:
+    """Raise InputError for weights whose zeros compressed-tensors left out: what is installed can't put them back.
+
+    Zeros of plain weights that a config only tells of (format dense) are found once it is quiet about them.
+    """
+    form = (config.get("sparsity_config") or {}).get("format", "dense")
+    if form != "dense":
+        raise InputError(
+            f"{what} is stored sparse ({form}), a legacy format for which compressed-tensors has no compressor "
+            "left; save it as plain weights with the release that wrote it: its zeros are then found and held"
+        )
+    if "sparsity_config" in config and not config.get("config_groups"):
+        raise InputError(
+            f"{what} has plain weights with zeros, and its config.json calls them compressed; take quantization_config "
+            "out of that file: its zeros are then found and held"
+        )
+
+
 def grid_of_bitsandbytes(directory: Path, config: dict[str, Any]) -> tuple[StoredGrid, str]:
     """Read the nf4 grid of a bitsandbytes directory; double quantization of its scales is undone.
 
