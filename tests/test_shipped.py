@@ -76,5 +76,8 @@ def test_ls_and_cp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert target.read_text() == shipped.path_of("forgetting").read_text()
     with pytest.raises(InputError, match="is there already"):
         shipped.copy("forgetting", tmp_path / "new")
+    study = shipped.copy("studies/small", tmp_path / "new")
+    assert study == tmp_path / "new" / "small.yaml"
+    assert study.read_text() == shipped.path_of("studies/small").read_text()
     with pytest.raises(InputError, match=r'unknown recipe "forgeting"; known: .* Did you mean "forgetting"'):
         shipped.copy("forgeting", tmp_path)

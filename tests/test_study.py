@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import html
 import json
 import sys
 from pathlib import Path
@@ -13,11 +15,14 @@ import yaml
 
 from conftest import prompts
 from remend import cli, run
-from remend.flows.study import study
+from remend.flows.study import lines, study
 from remend.flows.study.cell import OUTCOME
+from remend.flows.study.made import make
+from remend.flows.study.plan import read_study
 from remend.flows.study.results import read_at
 from remend.flows.study.work import Job, failure_of, run_jobs
 from remend.report import report
+from remend.teacher_cache import RECORD
 
 BROKEN = {"how": "on-policy", "recipe": {"lora": {"rank": 2, "targets": ["no_such_layer"]}}}
 
@@ -101,6 +106,86 @@ def test_a_study_goes_on_and_failures_stop_nothing(write: Any, tmp_path: Path, m
     assert (place / OUTCOME).is_file()
 
 
+def test_a_new_benchmark_leaves_finished_cells_as_they_are(write: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    methods = {"none": "none", "sft": "sft"}
+    study(write(methods=methods), out)
+    ran = times(out)
+    held_out = lines_of(
+        tmp_path / "more.jsonl", [{"prompt": f"{p}\nA: tea\nB: rain", "answer": "A"} for p in prompts(4)]
+    )
+    more = write(
+        methods=methods, benchmarks={"science-short": {"held_out": held_out, "options": {"max_new_tokens": 2}}}
+    )
+    dry = study(more, out, dry_run=True)
+    assert dry["total"]["done"] == 2  # as the run will have it
+    found = study(more, out)
+    assert times(out) == ran
+    assert found["failures"] == {}
+    assert [row["not_graded"] for row in found["rows"]] == [["science-short"]] * 2
+    assert [[grade["name"] for grade in row["grades"]] for row in found["rows"]] == [["science"]] * 2
+    assert any("not graded on science-short" in line for line in lines(found))
+    assert "not graded on science-short" in (out / "report.html").read_text()
+    # another recipe is another cell, and the dry run knows it
+    dry = study(
+        write(methods={"none": "none", "sft": {"how": "sft", "recipe": {"learning_rate": 2e-3}}}), out, dry_run=True
+    )
+    assert [cell["done"] for cell in dry["cells"]] == [True, False]
+
+
+def test_kept_models_are_graded_on_a_new_benchmark(write: Any, tmp_path: Path) -> None:
+    out, methods = tmp_path / "out", {"none": "none", "sft": "sft"}
+    study(write(methods=methods, keep_models=True), out)
+    place = out / "cells" / "int3" / "sft" / "0"
+    trained = (place / run.SUMMARY).stat().st_mtime_ns
+    held_out = lines_of(
+        tmp_path / "more.jsonl", [{"prompt": f"{p}\nA: tea\nB: rain", "answer": "A"} for p in prompts(4)]
+    )
+    benchmarks = {"science-short": {"held_out": held_out, "options": {"max_new_tokens": 2}}}
+    found = study(write(methods=methods, keep_models=True, benchmarks=benchmarks), out)
+    assert (place / run.SUMMARY).stat().st_mtime_ns == trained
+    assert [[grade["name"] for grade in row["grades"]] for row in found["rows"]] == [["science", "science-short"]] * 2
+
+
+def test_every_how_runs(write: Any, tmp_path: Path) -> None:
+    hows = ["sft", "sft-teacher", "off-policy", "on-policy", "on-policy+bootstrap", "on-policy+repair", "on-policy+cka"]
+    methods = {"none": "none", **{how.replace("+", "-"): how for how in hows}}
+    found = study(write(methods=methods, budget={"tokens": 40}, measurements=1), tmp_path / "out")
+    assert found["failures"] == {}
+    rows = {row["how"]: row for row in found["rows"]}
+    assert list(rows) == ["none", *hows]
+    for how, row in rows.items():
+        assert (row["steps"][0] >= 1) == (how != "none"), how
+        assert (row["training_seconds_of"]["repair"][0] > 0) == ("repair" in how), how
+        (grade,) = row["grades"]
+        assert grade["scores"]["recovered"]["method"] == "Wilson"
+        assert "minimum_detectable_effect" in grade["change"]
+    labels = tmp_path / "out/cells/int3/sft/0/inputs/labels"
+    record = run.read_json(labels / RECORD)
+    (shard,) = record["shards"]
+    assert shard["sha256"] == hashlib.sha256((labels / shard["file"]).read_bytes()).hexdigest()
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in ("loss won back (95%)", "can show", "Intervals of scores: Wilson; of changes: Bonett-Price"):
+        assert text in page
+    for note in found["correlation"]["notes"]:
+        assert html.escape(note, quote=False) in page or html.escape(note) in page
+    (line, *_) = csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines())
+    assert line["interval_method"] == "Wilson"
+    assert {"can_show", "task_gap_closed", "task_gap_closed_low", "difference_method", "not_graded"} <= set(line)
+
+
+def test_bare_letters_are_trained_on_in_their_tags(write: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{p}\nA: tea\nB: rain", "answer": "AB"[i % 2]} for i, p in enumerate(prompts(20))]
+    bare = lines_of(tmp_path / "bare.jsonl", rows[8:])
+    held_out = lines_of(tmp_path / "bare-rest.jsonl", rows[:8])
+    path = write(tasks={"science": {"train": bare, "held_out": held_out}})
+    made = make(read_study(path), tmp_path / "out")
+    learned = [json.loads(line) for line in (made.tasks["science"].train or Path()).read_text().splitlines()]
+    assert learned[0]["demonstration"] == f"<answer>\n{learned[0]['answer']}\n</answer>"
+    given = make(read_study(write()), tmp_path / "other").tasks["science"].train or Path()
+    assert json.loads(given.read_text().splitlines()[0])["demonstration"] in ("A", "B")  # as it was written
+
+
 def test_files_and_verb(
     write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +202,8 @@ def test_files_and_verb(
     assert "3 cells, 2 of them trained, 0 done before" in said
     code, said = remend("study", write(), "--out", out)
     assert code == 1  # a cell failed
+    assert remend("study", write(), "--out", out, "--only", "int3/sdft")[0] == 0  # and not one that was asked for
+    assert remend("study", write(), "--out", out, "--only", "int3/broken")[0] == 1
     assert "failed: int3/broken/0: " in said
     assert "2 of 3 cells are done, 1 failed" in said
     results = run.read_json(out / "results.json")

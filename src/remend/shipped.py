@@ -22,10 +22,16 @@ def names() -> list[str]:
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
+def studies() -> list[str]:
+    """Names of all studies, sorted, as they are copied: studies/small."""
+    return sorted(f"studies/{path.stem}" for path in (folder() / "studies").glob("*.yaml"))
+
+
 def path_of(name: str) -> Path:
-    """The file of a recipe. Raises InputError that lists the known ones."""
-    if name not in names():
-        raise InputError(f'unknown recipe "{name}"; known: {", ".join(names())}.{did_you_mean(name, names())}')
+    """The file of a recipe or study. Raises InputError that lists the known ones."""
+    known = [*names(), *studies()]
+    if name not in known:
+        raise InputError(f'unknown recipe "{name}"; known: {", ".join(known)}.{did_you_mean(name, known)}')
     return folder() / f"{name}.yaml"
 
 
@@ -35,11 +41,11 @@ def about(name: str) -> str:
 
 
 def copy(name: str, directory: str | Path) -> Path:
-    """Copy a recipe into a directory, which is made where it is missing; the new file.
+    """Copy a recipe or study into a directory, which is made where it is missing; the new file.
 
     Raises InputError for an unknown name or where the file is there already, FileError where it can't be written.
     """
-    source, target = path_of(name), Path(directory) / f"{name}.yaml"
+    source, target = path_of(name), Path(directory) / f"{name.rpartition('/')[2]}.yaml"
     if target.exists():
         raise InputError(f"{target} is there already and is left as it is; name another directory")
     try:

@@ -25,7 +25,7 @@ def study(
     found = remend.study(path, out, jobs=jobs, dry_run=dry_run, only=only)
     for line in lines(found):
         print_line(line)
-    if found.get("failures"):
+    if found.get("failed_now"):
         raise typer.Exit(1)
 
 

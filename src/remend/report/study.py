@@ -13,6 +13,9 @@ from remend.report.tracks import CAUTION
 
 Rows = Sequence[Mapping[str, Any]]
 
+SCORED = ("score (95%)", "change (95%)", "can show", "verdict", "loss won back (95%)")
+"""Columns of each task."""
+
 
 def study_page(results: Mapping[str, Any]) -> Page:
     """The page as data, of what remend.flows.study gathered."""
@@ -34,7 +37,17 @@ def study_page(results: Mapping[str, Any]) -> Page:
         about=f"Of {models}. {done} of {len(results['cells'])} cells are done. Every cell has a page of its own in "
         "cells/; all of them were measured on the recovered model as saved and loaded again.",
         sections=sections,
-        warnings=[f"{name} failed: {message}" for name, message in results["failures"].items()],
+        warnings=[
+            *(f"{name} failed: {message}" for name, message in results["failures"].items()),
+            *(_not_graded(row) for row in results["rows"] if row["not_graded"]),
+        ],
+    )
+
+
+def _not_graded(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['group']}, {row['method']}: not graded on {', '.join(row['not_graded'])}, since its model was not kept "
+        "(keep_models: false). To grade it, remove its directory and run the study again."
     )
 
 
@@ -59,7 +72,7 @@ def _table(every: Rows, rows: Rows) -> list[Section]:
         return []
     names = list(dict.fromkeys(grade["name"] for row in every for grade in row["grades"]))
     columns = ["degradation", "method", "seeds", "KL, nats a token", "KL gap closed (95%)", "top-1 agreement"]
-    columns += [f"{name}: {what}" for name in names for what in ("score (95%)", "change (95%)", "verdict")]
+    columns += [f"{name}: {what}" for name in names for what in SCORED]
     columns += ["trained tokens", "training s"]
     table = Table(columns, [_cells(row, names) for row in every], emphasis=4, caption=_caption(every))
     blocks: list[Block] = [table]
@@ -96,18 +109,22 @@ def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def _score(grade: Mapping[str, Any] | None, idle: bool) -> list[str]:
+    none = ["–"] * (len(SCORED) - 1)
     if grade is None:
-        return ["–", "–", "–"]
+        return ["–", *none]
     scores, change = grade["scores"], grade["change"]
     found = scores["recovered"]
     score = f"{found['score']:.1%}{_ends(found['interval'], '.1%')}"
     if idle:
         theirs = scores["reference"]
-        return [f"{score}, reference {theirs['score']:.1%}{_ends(theirs['interval'], '.1%')}", "–", "–"]
+        return [f"{score}, reference {theirs['score']:.1%}{_ends(theirs['interval'], '.1%')}", *none]
     if change is None:
-        return [score, "–", "–"]
+        return [score, *none]
     points = f"{100 * change['difference']:+.1f}{_ends([100 * end for end in change['interval']], '+.1f')}"
-    return [score, points.replace("-", "−"), change["verdict"]]
+    least, gap = change["minimum_detectable_effect"], grade["gap"]
+    shown = "–" if least is None else f"{100 * least:.1f}"
+    won = "–" if gap["value"] is None else f"{gap['value']:.0%}{_ends(gap['interval'], '.0%')}"
+    return [score, points.replace("-", "−"), shown, change["verdict"], won.replace("-", "−")]
 
 
 def _ends(interval: Sequence[float] | None, form: str) -> str:
@@ -123,12 +140,17 @@ def _span(values: Sequence[float], form: str) -> str:
 def _caption(rows: Rows) -> str:
     counts = {grade["name"]: grade["n"] for row in rows for grade in row["grades"] if grade["n"]}
     items = ", ".join(f"{name} {n}" for name, n in counts.items())
+    grades = [grade for row in rows for grade in row["grades"] if grade["change"]]
+    by = dict.fromkeys(found["method"] for grade in grades for found in grade["scores"].values() if found["method"])
+    changed = dict.fromkeys(grade["change"]["method"] for grade in grades)
+    made = f"Intervals of scores: {', '.join(by)}; of changes: {', '.join(changed)}. " if grades else ""
     return (
         "KL, agreement: degraded → recovered, on held-out prompts. Scores are of the recovered model, in the row of "
         "the method none of the degraded one, averaged over seeds item by item; changes are in points from the "
         "degraded to the recovered, paired by item, and better and worse are adjusted by Holm over the tasks of a row. "
-        f"Items: {items or 'none'}. Training seconds are those of repair, of the reference's answers to train on and "
-        "of the steps; measuring is not in them."
+        "Can show: the least change in points that so many items find with power 80%. Loss won back: of the task's "
+        f"score, where the loss is beyond chance. {made}Items: {items or 'none'}. Training seconds are those of "
+        "repair, of the reference's answers to train on and of the steps; measuring is not in them."
     )
 
 
@@ -257,7 +279,8 @@ def _alignment(found: Mapping[str, Any]) -> list[Section]:
         caption="Within: along each cell's training. Between: means of cells. Shifts keep the checkpoints' order.",
     )
     said: list[Block] = [Text(sentence["text"]) for sentence in found["sentences"]]
-    return [Section("CKA against recovery", "alignment", [*said, table, figure])]
+    notes: list[Block] = [Text(note, "soft") for note in found["notes"]]
+    return [Section("CKA against recovery", "alignment", [*said, table, figure, *notes])]
 
 
 def _correlated(level: str, found: Mapping[str, Any]) -> list[str]:

@@ -58,9 +58,9 @@ def read_letter(response: str) -> str | None:
     """The one letter that a response settles on, or None.
 
     In the last answer tag (any case, spaces, closed or not): a letter of any case, in brackets or bold, after "Answer:"
-    or "option", alone or before the option's text. Without a tag: the whole response (up to a closing tag that was never
-    opened) in one of these forms, else the last "the answer is B", "Answer: B" or "\\boxed{B}". Two letters are no
-    answer.
+    or "option", alone or before the option's text. Without a tag: the whole response (up to a closing tag, if one was
+    never opened) in one of these forms, else the last "the answer is B", "Answer: B" or "\\boxed{B}". Two letters are
+    no answer.
     """
     text = _BLANKS.sub(lambda run: "\n" if "\n" in run[0] else " ", response.rpartition("</think>")[2]).strip()
     tags = list(_TAG.finditer(text))

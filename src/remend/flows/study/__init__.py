@@ -20,7 +20,7 @@ from typing import Any
 
 from remend import run
 from remend.errors import InputError
-from remend.flows.study.cell import state_of
+from remend.flows.study.cell import state_of, ungraded
 from remend.flows.study.cost import estimate
 from remend.flows.study.grid import Cell, Group, Study, chosen
 from remend.flows.study.made import (
@@ -35,6 +35,7 @@ from remend.flows.study.made import (
 )
 from remend.flows.study.plan import read_study, require_benchmarks, shipped_studies
 from remend.flows.study.results import gather
+from remend.flows.study.states import FINISHED, finished, state
 from remend.flows.study.table import lines, table_of
 from remend.flows.study.work import Job, failure_of, run_jobs
 from remend.progress import console
@@ -61,7 +62,8 @@ def study(
 
     Returns:
         The content of results.json with the paths `out`, `report`, `csv`, `json`; `failures` has the message of each
-        cell that failed. A dry run: see remend.flows.study.cost.estimate. `lines` makes either readable.
+        cell that failed, now or when it was last tried; `failed_now` names those of them that were asked for. A dry
+        run: see remend.flows.study.cost.estimate. `lines` makes either readable.
 
     Raises:
         InputError, FileError: an unusable study, an `out` that is another study's, a pattern that names no cell, a
@@ -74,7 +76,7 @@ def study(
     cells = chosen(plan, only)
     _require_own(plan, out)
     if dry_run:
-        return estimate(plan, out, cells)
+        return estimate(plan, out, cells, finished(plan, out, cells))
     require_benchmarks(plan)
     run.write_json(out / STUDY, _identity(plan))
     work = _Work(plan, out, jobs, make(plan, out))
@@ -87,7 +89,9 @@ def study(
         work.cells(sorted(trained, key=lambda c: plan.spec.seeds.index(c.seed)))
     finally:
         results = work.finish()
-    return results
+    asked = {cell.name for cell in cells}
+    others = {cell.name for cell in plan.cells} - asked
+    return results | {"failed_now": [name for name in results["failures"] if name not in others]}
 
 
 def _identity(plan: Study) -> dict[str, Any]:
@@ -180,7 +184,7 @@ class _Work:
                 self.failed[cell.name] = f"its degraded student was not made: {why}"
             elif cell.method.trained and idle.name in self.failed:
                 self.failed[cell.name] = f"the degraded student was not measured: {self.failed[idle.name]}"
-            elif self._state(cell) != "done":
+            elif self._state(cell) not in FINISHED:
                 wanted.append(Job(cell.name, "cell", self._arguments(cell, idle)))
         for job, message in self._run(wanted, "cell"):
             if message:
@@ -249,7 +253,7 @@ class _Work:
     def finish(self) -> dict[str, Any]:
         """Gather what there is, and write it."""
         states = {cell.name: self._known(cell) for cell in self.plan.cells}
-        results = gather(self.plan, self.out, states)
+        results = gather(self.plan, self.out, states, self._ungraded(states))
         failures = {n: m for n, m in self.failed.items() if n.startswith("reference/")} | results["failures"]
         results["failures"] = failures
         run.write_json(self.out / RESULTS, results)
@@ -262,10 +266,10 @@ class _Work:
         """done, not run, or why it failed."""
         if cell.name in self.failed:
             return self.failed[cell.name]
-        try:
-            if is_made(self.made.student(cell.group), student_inputs(self.plan, self.made, cell.group)):
-                state = self._state(cell)
-                return "done" if state == "done" else failure_of(self.out, cell.name) or "not run"
-        except (InputError, OSError):
-            pass
-        return "not run"
+        found = state(self.plan, self.made, cell)
+        return "done" if found in FINISHED else failure_of(self.out, cell.name) or "not run"
+
+    def _ungraded(self, states: Mapping[str, str]) -> dict[str, list[str]]:
+        """Of finished cells, the tasks that they were not graded on."""
+        done = [cell for cell in self.plan.cells if states[cell.name] == "done"]
+        return {c.name: ungraded(self._place(c), cell_inputs(self.plan, self.made, c)) for c in done}

@@ -37,7 +37,11 @@ def inputs_file(place: Path) -> Path:
 
 
 def state_of(place: Path, inputs: Mapping[str, Any]) -> str:
-    """done, graded otherwise (trained as wanted, graded on other rows), started, stale (of other inputs) or new."""
+    """How far a cell is.
+
+    done; graded otherwise: trained as wanted, and its model can be graded anew; ungraded: trained as wanted, but graded
+    on other rows or tasks and the model is not kept, so that it stays as it is; started; stale, of other inputs; new.
+    """
     if not inputs_file(place).is_file():
         return "stale" if place.exists() else "new"
     before = run.read_json(inputs_file(place))
@@ -45,8 +49,15 @@ def state_of(place: Path, inputs: Mapping[str, Any]) -> str:
         return "stale"
     if not (place / OUTCOME).is_file():
         return "started"
-    same = before.get("grading") == inputs["grading"]
-    return "done" if same else "graded otherwise" if (place / "model").is_dir() else "stale"
+    if not ungraded(place, inputs):
+        return "done"
+    return "graded otherwise" if (place / "model").is_dir() else "ungraded"
+
+
+def ungraded(place: Path, inputs: Mapping[str, Any]) -> list[str]:
+    """The wanted tasks that a finished cell was not graded on, or on other rows or with other options."""
+    before = run.read_json(inputs_file(place)).get("grading", {})
+    return [name for name, wanted in inputs["grading"].items() if before.get(name) != wanted]
 
 
 def run_cell(
@@ -173,7 +184,7 @@ def _outcome(path: Path) -> dict[str, Any]:
     """What the run's files say."""
     summary, manifest = run.read_json(path / run.SUMMARY), run.read_json(path / run.MANIFEST)
     repair = (summary["repair"] or {}).get("seconds", 0.0)
-    answers = _pool_seconds(path)
+    answers = RunDirectory(path).setup_seconds("pool")
     labels = path / run.INPUTS / "labels" / LABELS_RECORD
     if labels.is_file():
         answers += run.read_json(labels)["seconds"]
@@ -200,14 +211,6 @@ def _outcome(path: Path) -> dict[str, Any]:
     }
 
 
-def _pool_seconds(path: Path) -> float:
-    """How long the reference wrote completions to train on, by the times of the files before and after."""
-    before, pools = path / "streams-baseline.json", list(path.glob("off-policy-*.jsonl"))
-    if not pools or not before.is_file():
-        return 0.0
-    return max(0.0, max(pool.stat().st_mtime for pool in pools) - before.stat().st_mtime)
-
-
 def _curve(path: Path, summary: Mapping[str, Any], repair: float, answers: float) -> list[dict[str, Any]]:
     """Held-out KL over trained tokens and over seconds, repair and the reference's answers included."""
     files = RunDirectory(path)
@@ -216,7 +219,7 @@ def _curve(path: Path, summary: Mapping[str, Any], repair: float, answers: float
     if summary["repair"]:
         points.append({"step": 0, "tokens": 0, "seconds": repair, "kl": summary["repair"]["kl"]})
     points.append({**points[-1], "seconds": seconds})  # until the reference has answered, nothing moves
-    spent = {row["step"]: row["seconds"] for row in files.rows("timing.jsonl")}
+    spent = files.step_seconds()
     for row in files.rows(run.METRICS):
         if "loss" in row:
             tokens, seconds = tokens + row["tokens"], seconds + spent.get(row["step"], 0.0)

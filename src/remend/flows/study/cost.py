@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ Figure = tuple[float | None, str]
 """Hours, None where nothing is known, and where the figure is from."""
 
 
-def estimate(study: Study, out: Path, cells: Sequence[Cell]) -> dict[str, Any]:
-    """The cost of cells; nothing is loaded, fetched or written.
+def estimate(study: Study, out: Path, cells: Sequence[Cell], finished: Set[str] = frozenset()) -> dict[str, Any]:
+    """The cost of cells; `finished` are the names of those that a run would leave as they are.
 
     Steps are planned from the length limit of completions until the group's untrained cell has told how long they are,
     so that there can be more of them. Hours are measured where cells of the method have ended, else they come from
@@ -27,7 +27,7 @@ def estimate(study: Study, out: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     measured = _measured(study, out)
     rows: list[dict[str, Any]] = []
     for cell in cells:
-        done = (out / "cells" / cell.name / OUTCOME).is_file()
+        done = cell.name in finished
         tokens = study.budget.tokens if cell.method.trained else 0
         hours, basis = _hours(study, cell, tokens, measured)
         row = {"name": cell.name, "method": cell.method.name, "steps": _steps(study, out, cell), "tokens": tokens}
@@ -86,8 +86,6 @@ def _notes(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     kinds = ", ".join(dict.fromkeys(spec.kind for spec in study.degradations.values()))
     students = len({cell.group.student for cell in study.cells})
     notes = [f"beside the cells, degraded students are made once, {students} in all ({kinds})"]
-    if any(row["done"] for row in rows):
-        notes.append("a cell that has results counts as done here; a run looks first whether its inputs changed")
     if any(row["tokens"] and not row["done"] for row in rows):
         notes.append("steps are planned from max_new_tokens until completions have been measured, and may be more")
     unknown = [name for name in study.models if study.parameters_of(name) is None]

@@ -163,7 +163,7 @@ def _write(
             lines.append(json_line({**row, "shard": 0, "start": start}))
             start += len(completion)
         run.write_text(target / PROMPTS, "".join(lines))
-        content = hashlib.sha256("".join(lines).encode()).hexdigest()
+        content, scored = (hashlib.sha256((target / name).read_bytes()).hexdigest() for name in (PROMPTS, shard.name))
         count = len(rows) - len(held_out)
         record = {
             "version": VERSION,
@@ -176,7 +176,7 @@ def _write(
             "prompts": {"train": count, "held_out": len(held_out)},
             "tokens": len(ids),
             "mean_tokens": tokens / count,
-            "shards": [{"file": shard.name, "rows": len(ids), "bytes": shard.stat().st_size, "sha256": content}],
+            "shards": [{"file": shard.name, "rows": len(ids), "bytes": shard.stat().st_size, "sha256": scored}],
             **about,
         }
         run.write_json(target / RECORD, record)

@@ -6,12 +6,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from remend import models, run, tasks
-from remend.data import Example, bundled, choose, load_examples, split_held_out, without
+from remend.data import DEMONSTRATION_KEYS, Example, bundled, choose, load_examples, split_held_out, without
 from remend.degrade.depth import prune_depth
 from remend.degrade.finetune import finetune
 from remend.degrade.prune import prune
@@ -20,9 +20,13 @@ from remend.errors import InputError
 from remend.flows import tiny_model
 from remend.flows.study.grid import Cell, Group, Study
 from remend.flows.study.spec import BUNDLED, TINY, Finetune, TaskSpec
+from remend.tasks.public import load_rows
 
 TRAIN_ROWS, ROWS, FEW = 320, 64, 8
 """Of a task that makes its own rows; and those of the held-out rows that a cell watches while it trains."""
+
+WORKED = tuple(key for key in DEMONSTRATION_KEYS if key != "answer")
+"""Columns that hold an answer as it shall be written."""
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "quantize": quantize,
@@ -77,12 +81,12 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
 
 
-def make(study: Study, out: Path) -> Made:
-    """Write prompts and task rows into OUT/data, and train the tiny model where the study has it.
+def make(study: Study, out: Path, data: Path | None = None) -> Made:
+    """Write prompts and task rows into OUT/data (or `data`), and train the tiny model where the study has it.
 
     Raises InputError and FileError for data that can't be used.
     """
-    folder, tiny = out / "data", {}
+    folder, tiny = data or out / "data", {}
     if any(spec.path == TINY for spec in study.models.values()):
         tiny = tiny_model.make(out / "tiny")
     train, held_out = _general(study, tiny)
@@ -131,16 +135,30 @@ def _task(name: str, spec: TaskSpec, tiny: Mapping[str, str], folder: Path, *, t
     held_out = _rows(name, "held_out", spec.held_out, spec.rows, tiny)
     files = {"held_out": held_out, "few": held_out[:FEW]}
     if trained:
-        files["train"] = without(_rows(name, "train", spec.train, spec.train_rows, tiny), held_out)
+        files["train"] = [
+            _tagged(name, example)
+            for example in without(_rows(name, "train", spec.train, spec.train_rows, tiny), held_out)
+        ]
     paths = {split: _written(folder / f"{name}-{split}.jsonl", [e.row for e in rows]) for split, rows in files.items()}
     return TaskFiles(paths.get("train"), paths["held_out"], paths["few"])
+
+
+def _tagged(name: str, example: Example) -> Example:
+    """A row to train on. Where all that it has for an answer is a bare letter, that is put into the tags it asks for.
+
+    The SDFT authors' science rows are so; trained on as they are they would teach a form that their prompts forbid.
+    """
+    row = example.row
+    if not tasks.form(name).letters or any(row.get(key) is not None for key in (*WORKED, "messages")):
+        return example
+    return replace(example, row={**row, "demonstration": f"<answer>\n{row['answer']}\n</answer>"})
 
 
 def _rows(name: str, split: str, source: str | None, count: int | None, tiny: Mapping[str, str]) -> list[Example]:
     if source is None:
         made = tasks.get(name).rows(split, count or (TRAIN_ROWS if split == "train" else ROWS), seed=0)
         return [Example(row["id"], row["prompt"], row) for row in made]
-    found = load_examples(tiny[f"task_{split}"] if source == TINY else source)
+    found = load_rows(name, tiny[f"task_{split}"] if source == TINY else source)
     for number, example in enumerate(found, start=1):
         tasks.form(name).check(example.row, f"{source}, row {number}")
     return choose(found, count, 0) if count else found

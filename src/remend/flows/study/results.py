@@ -23,23 +23,33 @@ REFERENCE, DEGRADED, RECOVERED = "reference", "degraded", "recovered"
 
 @dataclass(frozen=True)
 class Done:
-    """A finished cell: its directory and cell.json."""
+    """A finished cell: its directory, cell.json, and the wanted tasks that it was not graded on."""
 
     cell: Cell
     place: Path
     outcome: Mapping[str, Any]
+    ungraded: tuple[str, ...] = ()
 
 
-def gather(study: Study, out: Path, states: Mapping[str, str]) -> dict[str, Any]:
+def gather(
+    study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
     """All results of a study as plain values.
 
     Args:
         study: as read.
         out: its directory.
         states: of each cell: done, not run, or the message of its failure.
+        ungraded: by finished cell, the tasks that it was not graded on; see cell.ungraded.
     """
+    ungraded = ungraded or {}
     done = [
-        Done(cell, out / "cells" / cell.name, run.read_json(out / "cells" / cell.name / OUTCOME))
+        Done(
+            cell,
+            out / "cells" / cell.name,
+            run.read_json(out / "cells" / cell.name / OUTCOME),
+            tuple(ungraded.get(cell.name, ())),
+        )
         for cell in study.cells
         if states[cell.name] == "done"
     ]
@@ -97,6 +107,7 @@ def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[
         "gap_closed_95": interval,
         "gap_closed_by_seed": [o["gap_closed"] for o in outcomes],
         "grades": _grades(study, out, group, cells, idle),
+        "not_graded": _not_graded(cells, idle),
         "steps": [o["steps"] for o in outcomes],
         "tokens_trained": [o["tokens_trained"] for o in outcomes],
         "training_seconds": [o["training_seconds"] for o in outcomes],
@@ -116,11 +127,17 @@ def _gap(cells: Sequence[Done]) -> tuple[float | None, tuple[float, float] | Non
     return value, bootstrap_gap_closed(before, after) if value is not None else None
 
 
+def _not_graded(cells: Sequence[Done], idle: Done) -> list[str]:
+    """Tasks that one of the cells, or the degraded student, was not graded on: they can't be paired."""
+    return list(dict.fromkeys(name for d in (*cells, idle) for name in d.ungraded))
+
+
 def _grades(study: Study, out: Path, group: Group, cells: Sequence[Done], idle: Done) -> list[dict[str, Any]]:
     """Scores and paired comparisons by task; the recovered models' are averaged over seeds, item by item."""
     places = {REFERENCE: [out / "reference" / group.model], DEGRADED: [idle.place / GRADES]}
     places[RECOVERED] = [d.place / GRADES for d in cells]
-    parts = {who: _parts(study, group, folders) for who, folders in places.items()}
+    left = _not_graded(cells, idle)
+    parts = {who: _parts(study, group, folders, left) for who, folders in places.items()}
     keys = [key for key in parts[RECOVERED] if all(key in parts[who] for who in places)]
     paired = [key for key in keys if all(parts[who][key]["items"] for who in places)]
     found: list[dict[str, Any]] = []
@@ -130,7 +147,7 @@ def _grades(study: Study, out: Path, group: Group, cells: Sequence[Done], idle: 
         found = [_compared(task) for task in tasks]
     for key in keys:
         if key not in paired:
-            scores = {who: {"score": parts[who][key]["score"], "interval": None} for who in places}
+            scores = {who: {"score": parts[who][key]["score"], "interval": None, "method": None} for who in places}
             found.append({"task": key[0], "grader": key[1], "n": None, "scores": scores, "change": None, "gap": None})
     several = [grade["task"] for grade in found]
     for grade in found:  # a task with several graders or metrics has a name for each
@@ -145,17 +162,19 @@ def _compared(task: Mapping[str, Any]) -> dict[str, Any]:
         "task": task["task"],
         "grader": task["grader"],
         "n": task["n"],
-        "scores": {s["name"]: {"score": s["score"], "interval": s["interval"]} for s in task["scores"]},
+        "scores": {s["name"]: {key: s[key] for key in ("score", "interval", "method")} for s in task["scores"]},
         "change": pairs[DEGRADED, RECOVERED],
         "damage": pairs[REFERENCE, DEGRADED],
         "gap": task["gap_closed"][0],
     }
 
 
-def _parts(study: Study, group: Group, folders: Sequence[Path]) -> dict[tuple[str, str], dict[str, Any]]:
-    """The results of every task by (task, grader), of several models averaged by item."""
+def _parts(
+    study: Study, group: Group, folders: Sequence[Path], left: Sequence[str]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The results of every task but those `left` out by (task, grader), of several models averaged by item."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for name in graded(study, group):
+    for name in (name for name in graded(study, group) if name not in left):
         for folder in folders:
             path = grades_file(folder, name)
             content = run.read_json(path) if path.is_file() else {}

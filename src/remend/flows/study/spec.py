@@ -110,7 +110,8 @@ KINDS: dict[str, type[Quantize] | type[Prune] | type[Depth] | type[Finetune]] = 
 BASES = {
     "none": "the degraded student as it is",
     "sft": "cross-entropy of given answers: the task's demonstrations, and general rows that have a completion",
-    "sft-teacher": "cross-entropy of the reference's own answers (self-data distillation, arXiv 2410.09982)",
+    "sft-teacher": "cross-entropy of the reference's own answers to general prompts (self-data distillation, arXiv "
+    "2410.09982), and of the task's demonstrations",
     "off-policy": "forward KL on the reference's own answers",
     "on-policy": "forward KL on the student's own answers (SDFT, arXiv 2604.15794)",
 }

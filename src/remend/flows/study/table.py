@@ -12,7 +12,8 @@ DEGRADED, RECOVERED, REFERENCE = "degraded", "recovered", "reference"
 COLUMNS = (
     "group model degradation task method how seeds kl_degraded kl_recovered gap_closed gap_closed_low gap_closed_high "
     "agreement_degraded agreement_recovered graded grader n reference degraded recovered recovered_low recovered_high "
-    "difference difference_low difference_high p_holm verdict steps tokens_trained training_seconds"
+    "interval_method difference difference_low difference_high difference_method p_holm verdict can_show "
+    "task_gap_closed task_gap_closed_low task_gap_closed_high not_graded steps tokens_trained training_seconds"
 )
 
 
@@ -36,7 +37,8 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     means = {key: round(_mean(row[key]), 2) for key in ("steps", "tokens_trained", "training_seconds")}
     by_time = {f"{what}_{when}": row[what][when] for what in ("kl", "agreement") for when in (DEGRADED, RECOVERED)}
     seeds = " ".join(map(str, row["seeds"]))
-    return {**kept, **means, **by_time, "seeds": seeds, "gap_closed_low": low, "gap_closed_high": high}
+    ends = {"gap_closed_low": low, "gap_closed_high": high}
+    return {**kept, **means, **by_time, "seeds": seeds, **ends, "not_graded": " ".join(row["not_graded"])}
 
 
 def _graded(grade: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -45,6 +47,8 @@ def _graded(grade: Mapping[str, Any] | None) -> dict[str, Any]:
     scores, change = grade["scores"], grade["change"] or {}
     low, high = scores[RECOVERED]["interval"] or (None, None)
     ends = change.get("interval") or (None, None)
+    gap = grade["gap"] or {}
+    closed = gap.get("interval") or (None, None)
     return {
         "graded": grade["name"],
         "grader": grade["grader"],
@@ -52,11 +56,17 @@ def _graded(grade: Mapping[str, Any] | None) -> dict[str, Any]:
         **{who: scores[who]["score"] for who in (REFERENCE, DEGRADED, RECOVERED)},
         "recovered_low": low,
         "recovered_high": high,
+        "interval_method": scores[RECOVERED]["method"],
         "difference": change.get("difference"),
         "difference_low": ends[0],
         "difference_high": ends[1],
+        "difference_method": change.get("method"),
         "p_holm": change.get("p_holm"),
         "verdict": change.get("verdict"),
+        "can_show": change.get("minimum_detectable_effect"),
+        "task_gap_closed": gap.get("value"),
+        "task_gap_closed_low": closed[0],
+        "task_gap_closed_high": closed[1],
     }
 
 
@@ -92,6 +102,8 @@ def _results(found: Mapping[str, Any]) -> list[str]:
             text += f"; {grade['name']} {scores[DEGRADED]['score']:.1%} -> {scores[RECOVERED]['score']:.1%}"
             text += f" (reference {scores[REFERENCE]['score']:.1%}"
             text += f"; {grade['change']['verdict']})" if grade["change"] else ")"
+        if row["not_graded"]:
+            text += f"; not graded on {', '.join(row['not_graded'])}, since its model was not kept"
         said.append(text)
     said += [sentence["text"] for sentence in found["correlation"].get("sentences", [])]
     if "reason" in found["correlation"]:
