@@ -1,11 +1,14 @@
 """Degrade, recover and export SmolLM2 in the ways that users meet, and print the table of docs/degradations.md.
 
-python benchmarks/degradations.py --out runs/degradations [--only "int3-g64 rtn"] [--steps N] [--alone]
+python benchmarks/degradations.py --out runs/degradations [--only "int3-g64 rtn"] [--steps N] [--alone] [--repair-alone]
 
 Every row runs the commands `remend degrade`, `remend recover` and `remend export`, each as a process of
-its own, with the defaults. Results are appended to results.json; a row that is there is not run again,
-and a recovery that was interrupted is resumed. With --alone, rows of ALONE that are done are recovered again without
-repair, with so many more steps that training takes as long as repair and training did (alone.json, a second table).
+its own, with the defaults. Results are appended to results.json with steps, settings and commit; a row that is there
+with these steps is not run again, and a recovery that was interrupted is resumed. For the rows of ALONE that are done,
+
+--alone         recovers without repair, with so many more steps that training takes as long as both did (alone.json);
+--repair-alone  repairs without training, on so many more answers that repair takes as long as both did
+                (repair_alone.json).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,12 +25,19 @@ from typing import Any
 
 import torch
 
+from remend import run
+from remend.config import RecoverConfig
 from remend.flows.demo import write_prompts
 from remend.run import RunDirectory
 from remend.stats import bootstrap_gap_closed
 
 MODEL = "smollm2"
-TOOLS = str(Path(__file__).parent.parent.parent / "shared" / "data" / "tooluse" / "train.jsonl")
+TOOLS = "TOOLS"
+"""In a row's arguments: the path of --tools, the tool-use rows of arXiv 2601.19897 or others with the same columns."""
+
+TOOL_ROWS = 2000
+"""Rows of the task tooluse-short where no other file is named."""
+
 FORGETTING = ("--max-tokens", "512", "--epochs", "1.5", "--learning-rate", "5e-4")
 
 
@@ -61,13 +72,34 @@ def remend(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "remend", *words], check=True)
 
 
-def run_row(row: Row, folder: Path, steps: int | None) -> dict[str, Any]:
-    """All three commands, and what their files say."""
+def tools_file(given: Path | None, out: Path) -> str:
+    """The rows that the tool-use SFT trains on: a given file, else rows that remend writes itself."""
+    if given is not None:
+        if not given.is_file():
+            raise SystemExit(f"--tools {given} is no file; leave it out to train on remend's own task tooluse-short")
+        return str(given)
+    written = out / "tooluse-short.jsonl"
+    if not written.is_file():
+        print(
+            f"no --tools: the tool-use row trains on {TOOL_ROWS} rows of remend tasks write tooluse-short", flush=True
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        remend("tasks", "write", "tooluse-short", "--n", str(TOOL_ROWS), "--out", str(written))
+    return str(written)
+
+
+def run_row(row: Row, folder: Path, steps: int | None, tools: Path | None) -> dict[str, Any]:
+    """All three commands, and what their files say. What was made with another number of steps is made again."""
+    begun = folder / "recovered" / run.MANIFEST
+    if begun.is_file() and not made_with(json.loads(begun.read_text())["recipe"]["steps"], steps):
+        for old in ("recovered", "exported", "alone", "repair_alone"):
+            shutil.rmtree(folder / old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     train, held_out = write_prompts(folder)
     student, recovered, exported = folder / "student", folder / "recovered", folder / "exported"
     if not (student / "degradation.json").is_file():
-        remend("degrade", *row.degrade, "--out", str(student))
+        words = [tools_file(tools, folder.parent) if word == TOOLS else word for word in row.degrade]
+        remend("degrade", *words, "--out", str(student))
     if (recovered / "manifest.json").is_file():
         remend("recover", "--resume", str(recovered))
     else:
@@ -79,7 +111,7 @@ def run_row(row: Row, folder: Path, steps: int | None) -> dict[str, Any]:
         json.loads(path.read_text())
         for path in (recovered / "summary.json", student / "degradation.json", exported / "export.json")
     )
-    repair = summary["repair"]
+    repair, manifest = summary["repair"], json.loads((recovered / run.MANIFEST).read_text())
     return {
         "row": row.name,
         "probe_kl": damage["probe"]["kl"],
@@ -92,6 +124,9 @@ def run_row(row: Row, folder: Path, steps: int | None) -> dict[str, Any]:
         "below_repair_95": below_repair(recovered) if repair else None,
         "constraint": summary["constraint"],
         "steps": summary["steps"],
+        "settings": {"degrade": list(row.degrade), "recover": manifest["recipe"]},
+        "commit": manifest["git_commit"],
+        "hardware": manifest["hardware"],
         "seconds": summary["seconds"],
         "repair_seconds": repair["seconds"] if repair else 0,
         "container": row.container,
@@ -99,6 +134,11 @@ def run_row(row: Row, folder: Path, steps: int | None) -> dict[str, Any]:
         "weights_equal": check["check"]["weights_equal"],
         "max_logit_difference": check["check"]["max_logit_difference"],
     }
+
+
+def made_with(steps: int, wanted: int | None) -> bool:
+    """Whether a recovery of so many steps is the one that is asked for; None asks for the default."""
+    return steps == (RecoverConfig.model_fields["steps"].default if wanted is None else wanted)
 
 
 def held(student: Path, exported: Path, container: str) -> str:
@@ -165,6 +205,58 @@ def run_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def run_repair_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Repair without training, on so many answers that it takes about as long as `result` took for both.
+
+    Its seconds are taken to grow with the answers; those that it took are reported beside.
+    """
+    timing = [json.loads(line)["seconds"] for line in (folder / "recovered" / "timing.jsonl").open()]
+    both = sum(timing) + result["repair_seconds"]
+    usual = result["settings"]["recover"]["repair_samples"]
+    samples = round(usual * both / result["repair_seconds"])
+    alone = folder / "repair_alone"
+    if not (alone / run.SUMMARY).is_file():
+        shutil.rmtree(alone, ignore_errors=True)  # without steps there is no checkpoint to go on from
+        words = [f"student={folder / 'student'}", f"teacher={MODEL}", f"data={folder / 'train.jsonl'}"]
+        words += [f"eval_data={folder / 'held_out.jsonl'}", f"out={alone}", "steps=0", f"repair_samples={samples}"]
+        remend("recover", *words)
+    summary = json.loads((alone / run.SUMMARY).read_text())
+    rows = [
+        [json.loads(line) for line in (folder / d / "held_out.jsonl").open()] for d in ("repair_alone", "recovered")
+    ]
+    sums = [[r["kl_sum_recovered"] for r in part] for part in rows]
+    return {
+        "row": result["row"],
+        "repair_samples": summary_samples(alone),
+        "kl": summary["recovered"]["kl"],
+        "repair_seconds": summary["repair"]["seconds"],
+        "both_kl": result["recovered_kl"],
+        "both_seconds": both,
+        "both_below_repair_alone_95": list(bootstrap_gap_closed(*sums, seed=0)),
+    }
+
+
+def summary_samples(recovered: Path) -> int:
+    """How many answers a run's repair was asked to be fitted to."""
+    return int(json.loads((recovered / run.MANIFEST).read_text())["recipe"]["repair_samples"])
+
+
+def repair_alone_table(results: list[dict[str, Any]]) -> str:
+    """The page's third table."""
+    heads = ("degradation", "repair alone (answers, s)", "both (s)", "both below repair alone (95%)")
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for r in results:
+        low, high = r["both_below_repair_alone_95"]
+        cells = (
+            r["row"],
+            f"{r['kl']:.3f} ({r['repair_samples']}, {r['repair_seconds']:.0f})",
+            f"{r['both_kl']:.3f} ({r['both_seconds']:.0f})",
+            f"{low:.2f} to {high:.2f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def alone_table(results: list[dict[str, Any]]) -> str:
     """The page's second table."""
     heads = ("degradation", "repair alone (s)", "SDFT alone (steps, s)", "both (s)", "both below SDFT alone (95%)")
@@ -209,22 +301,30 @@ def main() -> None:
     parser.add_argument("--only", choices=[row.name for row in ROWS], action="append")
     parser.add_argument("--steps", type=int, help="optimizer steps instead of the default")
     parser.add_argument("--alone", action="store_true", help="the second table, for rows that are done")
+    parser.add_argument("--repair-alone", action="store_true", help="the third table, for rows that are done")
+    parser.add_argument("--tools", type=Path, help="rows of the tool-use SFT; by default remend writes tooluse-short")
     arguments = parser.parse_args()
     path = arguments.out / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else []
     for row in ROWS:
-        if (arguments.only and row.name not in arguments.only) or any(r["row"] == row.name for r in results):
+        done = any(r["row"] == row.name and made_with(r["steps"], arguments.steps) for r in results)
+        if (arguments.only and row.name not in arguments.only) or done:
             continue
-        results.append(run_row(row, folder_of(arguments.out, row.name), arguments.steps))
-        path.write_text(json.dumps(results, indent=2) + "\n")
+        fresh = run_row(row, folder_of(arguments.out, row.name), arguments.steps, arguments.tools)
+        results = [r for r in results if r["row"] != row.name] + [fresh]
+        run.write_json(path, results)
         print(table(results), flush=True)
     print(table(results))
+    wanted = arguments.only or ALONE
+    ready = [r for r in results if r["row"] in ALONE and r["row"] in wanted]
     if arguments.alone:
-        wanted = arguments.only or ALONE
-        done = [r for r in results if r["row"] in ALONE and r["row"] in wanted]
-        found = [run_alone(r, folder_of(arguments.out, r["row"])) for r in done]
-        (arguments.out / "alone.json").write_text(json.dumps(found, indent=2) + "\n")
+        found = [run_alone(r, folder_of(arguments.out, r["row"])) for r in ready]
+        run.write_json(arguments.out / "alone.json", found)
         print(alone_table(found))
+    if arguments.repair_alone:
+        found = [run_repair_alone(r, folder_of(arguments.out, r["row"])) for r in ready]
+        run.write_json(arguments.out / "repair_alone.json", found)
+        print(repair_alone_table(found))
 
 
 if __name__ == "__main__":
