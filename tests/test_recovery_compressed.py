@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import remend
-from conftest import build_model
+from conftest import build_model, build_tokenizer
 from remend import models, run
 from remend.constraints import StoredGrid
 from remend.constraints.mask import Masked, kept_weights
@@ -98,6 +98,28 @@ def test_repair_lowers_the_held_out_divergence_before_the_first_step(recipe: dic
     assert before is not None
     assert after is not None
     assert all(grid.scales.equal(before.matrices[n][1].scales) for n, (_, grid) in after.matrices.items())
+
+
+def test_more_calibration_text_makes_another_repair(recipe: dict[str, Any], tmp_path: Path) -> None:
+    found = [
+        recover(**{**recipe, "repair": True, "steps": 0, "repair_samples": n, "out": str(tmp_path / str(n))})
+        for n in (1, 60)
+    ]
+    few, many = (result.summary["repair"]["kl"] for result in found)
+    assert many < few
+
+
+def test_a_padded_teacher_writes_no_calibration_text_that_the_student_can_not_read(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = build_tokenizer()
+    padded = build_model(len(tokenizer) + 512)
+    with torch.no_grad():  # an id that only the teacher has is always the likeliest
+        padded.get_input_embeddings().weight[len(tokenizer) :] = 9.0
+    padded.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    result = recover(**{**recipe, "teacher": str(tmp_path / "padded"), "repair": True, "steps": 0})
+    assert result.summary["repair"]["kl"] >= 0
 
 
 def test_without_repair_none_is_reported(recipe: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from remend.degrade.depth import without_blocks
 from remend.errors import InputError
 from remend.grids import decode
 from remend.layer_map import infer_layer_map
+from remend.prompts import Encoded
+from remend.recovery import repair
 from remend.recovery.repair import repair_grid, repair_mask, repair_smaller
 from remend.rollout import Rollout
 
@@ -123,3 +126,25 @@ def test_walk_sees_real_tokens_only(teacher: Any, text: list[Rollout]) -> None:
         x = block.input_layernorm(teacher.model.embed_tokens(torch.tensor([*row.prompt, *row.completion]))).double()
         slow += x.T @ x
     assert torch.allclose(grams["model.layers.0.self_attn.q_proj"].double(), slow, rtol=1e-4, atol=1e-2)
+
+
+def test_what_is_settled_in_a_block_runs_once_more_and_is_then_replayed(teacher: Any, text: list[Rollout]) -> None:
+    student, calls = copy.deepcopy(teacher), []
+    student.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    seen = []
+    calibration.walk(student, text, lambda s: seen.append(s.names), pad_id=0, teacher=teacher)
+    groups = [names for names in seen if "layers.1." in names[0]]
+    assert len(groups) == 4
+    # the probe, up to the output matrix's input, and once whole: not for the MLP's two groups and the end again
+    batches = len(calibration._batches(student, text, 0, nullcontext()))
+    assert len(calls) == 1 + 2 * batches
+
+
+def test_calibration_prompts_are_as_many_as_asked_or_as_rows_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [Encoded(str(i), tuple(range(10)), "") for i in range(5)]
+    assert len({p.id for p in repair._chosen(prompts, 4, 0)}) == 4
+    assert [p.id for p in repair._chosen(prompts, 12, 0)].count("3") >= 2  # answered again, with other draws
+    monkeypatch.setattr(repair, "MOST_ROWS", 3 * (10 + repair.TOKENS))
+    assert len(repair._chosen(prompts, 5, 0)) == 3
+    monkeypatch.setattr(repair, "MOST_ROWS", 1)
+    assert len(repair._chosen(prompts, 5, 0)) == 1

@@ -34,9 +34,18 @@ def test_three_steps_of_recovery_on_the_grid(smollm2_dir: Path, student: Path, t
     few = tmp_path / "few.jsonl"
     few.write_text("".join(held_out.read_text().splitlines(keepends=True)[:8]))
     result = recover(
-        student=str(student), teacher=str(smollm2_dir), data=str(train), eval_data=str(few), out=str(tmp_path / "run"),
-        steps=3, warmup_steps=1, learning_rate=4e-4, max_new_tokens=24, save_every=0, device="cpu",
-    )  # fmt: skip
+        student=str(student),
+        teacher=str(smollm2_dir),
+        data=str(train),
+        eval_data=str(few),
+        out=str(tmp_path / "run"),
+        steps=3,
+        warmup_steps=1,
+        learning_rate=4e-4,
+        max_new_tokens=24,
+        save_every=0,
+        device="cpu",
+    )
     summary = result.summary
     assert summary["degraded"]["kl"] > 1.5
     assert summary["recovered"]["kl"] < 0.75 * summary["degraded"]["kl"]
@@ -52,9 +61,20 @@ def test_three_steps_of_recovery_on_the_grid(smollm2_dir: Path, student: Path, t
 
 def test_a_step_on_prompts_that_the_reference_wrote(smollm2_dir: Path, student: Path, tmp_path: Path) -> None:
     result = recover(
-        student=str(student), teacher=str(smollm2_dir), data="self", self_prompts=8, held_out=2,
-        out=str(tmp_path / "run"), steps=1, warmup_steps=0, batch_size=4, max_new_tokens=16, save_every=0, device="cpu", repair=False,
-    )  # fmt: skip
+        student=str(student),
+        teacher=str(smollm2_dir),
+        data="self",
+        self_prompts=8,
+        held_out=2,
+        out=str(tmp_path / "run"),
+        steps=1,
+        warmup_steps=0,
+        batch_size=4,
+        max_new_tokens=16,
+        save_every=0,
+        device="cpu",
+        repair=False,
+    )
     written = [json.loads(line)["prompt"] for line in (result.out / "prompts.jsonl").read_text().splitlines()]
     assert len(set(written)) == 8
     assert json.loads((result.out / "manifest.json").read_text())["prompts"] == {"train": 6, "held_out": 2}

@@ -17,7 +17,7 @@ T time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,6 @@ from remend.scoring import pack
 BATCH_TOKENS = 2048
 """Tokens a forward pass of one block: large enough for good products, small enough for a laptop."""
 
-LONG_ROW = 3.0
-"""Inputs longer than so many times the median count as if they were that long, where there is a teacher. A few tokens
-carry massive activations (arXiv 2402.17762): unweighted, the fit is theirs. A diagnosis draws the same line."""
-
 
 @dataclass(frozen=True)
 class Sites:
@@ -46,8 +42,8 @@ class Sites:
 
     index: the block, counted in the model that is walked.
     names, layers: full module names and the modules, in order of execution.
-    gram_II: float32, Σ w x xᵀ over the N calibration tokens; w is 1 without a teacher, else see LONG_ROW.
-    cross_OI: with a teacher, for each layer Σ w y xᵀ, where y is what the layer should give (its bias taken off); None
+    gram_II: float32, Σ x xᵀ over the N calibration tokens.
+    cross_OI: with a teacher, for each layer Σ y xᵀ, where y is what the layer should give (its bias taken off); None
         for a layer that the teacher has in another shape.
     rows: N.
     """
@@ -77,9 +73,17 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 @torch.no_grad()
 def completions(
-    reference: Any, tokenizer: Any, prompts: Sequence[Encoded], *, max_new_tokens: int, seed: int
+    reference: Any,
+    tokenizer: Any,
+    prompts: Sequence[Encoded],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    shared: int | None = None,
 ) -> list[Rollout]:
     """The reference's own answers to prompts, sampled at temperature 1: the text that it lives on.
+
+    Only ids below `shared` are sampled; None is the reference's whole vocabulary.
 
     Raises InputError when there is no prompt.
     """
@@ -87,7 +91,8 @@ def completions(
         raise InputError("the calibration set is empty; give at least one prompt")
     title = "the reference writes calibration text"
     seeds = [derive_seed(seed, "calibration", i) for i in range(len(prompts))]
-    return answer(reference, tokenizer, prompts, title, max_new_tokens=max_new_tokens, temperature=1.0, seeds=seeds)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 1.0, "seeds": seeds, "shared": shared}
+    return answer(reference, tokenizer, prompts, title, **settings)
 
 
 @dataclass
@@ -97,22 +102,31 @@ class _Batch:
     states_BTD: Tensor
     real_BT: Tensor
     keywords: list[dict[str, Any]]  # what each block gets beside the hidden states
+    precision: AbstractContextManager[Any]  # of forward passes, not of the sums over them
 
 
 @torch.no_grad()
-def _batches(model: Any, rollouts: Sequence[Rollout], pad_id: int) -> list[_Batch]:
+def _batches(
+    model: Any, rollouts: Sequence[Rollout], pad_id: int, precision: AbstractContextManager[Any]
+) -> list[_Batch]:
     blocks, result = decoder_layers(model), []
     order = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.completion))
     rows: list[Rollout] = []
     for rollout in order:
         if rows and (len(rows) + 1) * (len(rollout.prompt) + len(rollout.completion)) > BATCH_TOKENS:
-            result.append(_start(model, blocks, rows, pad_id))
+            result.append(_start(model, blocks, rows, pad_id, precision))
             rows = []
         rows.append(rollout)
-    return [*result, _start(model, blocks, rows, pad_id)]
+    return [*result, _start(model, blocks, rows, pad_id, precision)]
 
 
-def _start(model: Any, blocks: nn.ModuleList, rows: Sequence[Rollout], pad_id: int) -> _Batch:
+def _start(
+    model: Any,
+    blocks: nn.ModuleList,
+    rows: Sequence[Rollout],
+    pad_id: int,
+    precision: AbstractContextManager[Any],
+) -> _Batch:
     """What enters the first block, and each block's keywords: the model runs with its blocks passing states through."""
     pairs = [(r.prompt, r.completion) for r in rows]
     tokens_BT = pack(pairs, pad_id=pad_id, device=model.device).tokens_BT
@@ -128,7 +142,7 @@ def _start(model: Any, blocks: nn.ModuleList, rows: Sequence[Rollout], pad_id: i
 
     with _replaced(blocks, record):
         model.base_model(input_ids=tokens_BT, use_cache=False)
-    return _Batch(first[0], real_BT, keywords)
+    return _Batch(first[0], real_BT, keywords, precision)
 
 
 @contextmanager
@@ -147,7 +161,8 @@ class _Stop(Exception):
 
 
 def _run(block: nn.Module, batch: _Batch, index: int) -> Tensor:
-    output = block(batch.states_BTD, **batch.keywords[index])
+    with batch.precision:
+        output = block(batch.states_BTD, **batch.keywords[index])
     states_BTD: Tensor = output[0] if isinstance(output, tuple) else output
     return states_BTD
 
@@ -239,7 +254,14 @@ def _real(batches: Sequence[_Batch]) -> Tensor:
 class _Teacher:
     """The teacher's side of the walk: carries its states, and tells what each layer of a block should give."""
 
-    def __init__(self, model: Any, rollouts: Sequence[Rollout], pad_id: int, layer_map: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        rollouts: Sequence[Rollout],
+        pad_id: int,
+        layer_map: Sequence[int],
+        precision: AbstractContextManager[Any],
+    ) -> None:
         self.blocks = decoder_layers(model)
         if not layer_map or max(layer_map) >= len(self.blocks) or list(layer_map) != sorted(set(layer_map)):
             raise InputError(
@@ -247,7 +269,7 @@ class _Teacher:
                 "and stay below that number"
             )
         self.map = [*layer_map, len(self.blocks)]
-        self.batches = _batches(model, rollouts, pad_id)
+        self.batches = _batches(model, rollouts, pad_id, precision)
         self._advance(0, self.map[0])
 
     def _advance(self, start: int, stop: int) -> None:
@@ -276,6 +298,7 @@ def walk(
     pad_id: int,
     teacher: Any = None,
     layer_map: Sequence[int] | None = None,
+    precision: AbstractContextManager[Any] | None = None,
     title: str = "calibrating block by block",
 ) -> None:
     """Visit every group of linear layers of the decoder, each with what it sees after the changes in front of it.
@@ -287,6 +310,7 @@ def walk(
         pad_id: any valid id.
         teacher: a healthy model with the same kinds of blocks; then Sites.cross_OI is given.
         layer_map: for each block of `model` the teacher's block that it is; by default the same numbers.
+        precision: context of the forward passes; sums and what `visit` does are outside it. None changes nothing.
         title: of the progress bar.
 
     Raises:
@@ -294,10 +318,10 @@ def walk(
     """
     blocks = decoder_layers(model)
     names = {m: n for n, m in model.named_modules()}
-    healthy = None
+    healthy, how = None, precision or nullcontext()
     if teacher is not None:
-        healthy = _Teacher(teacher, rollouts, pad_id, layer_map if layer_map is not None else range(len(blocks)))
-    probe, batches = _start(model, blocks, rollouts[:1], pad_id), _batches(model, rollouts, pad_id)
+        healthy = _Teacher(teacher, rollouts, pad_id, layer_map if layer_map is not None else range(len(blocks)), how)
+    probe, batches = _start(model, blocks, rollouts[:1], pad_id, nullcontext()), _batches(model, rollouts, pad_id, how)
     with stage(title, len(blocks)) as advance:
         for index, block in enumerate(blocks):
             anatomy = _anatomy(block, probe, index)
@@ -309,22 +333,13 @@ def walk(
                 settled.written.update(seen.outputs)
                 x_NI, cross = seen.inputs[group[0]], None
                 if targets:
-                    w_N1 = _weights(x_NI)
-                    cross = tuple(targets.cross(m, x_NI * w_N1, settled.written) for m in group)
-                    x_NI = x_NI * w_N1.sqrt()
+                    cross = tuple(targets.cross(m, x_NI, settled.written) for m in group)
                 visit(Sites(index, tuple(names[m] for m in group), tuple(group), x_NI.T @ x_NI, cross, len(x_NI)))
                 settled.visited.update(group)
             for number, batch in enumerate(batches):
                 with settled.at(number):
                     batch.states_BTD = _run(block, batch, index)
             advance()
-
-
-def _weights(x_NI: Tensor) -> Tensor:
-    """[N, 1]: what each token counts for; see LONG_ROW."""
-    length_N1 = x_NI.norm(dim=1, keepdim=True)
-    limit = LONG_ROW * length_N1.median()
-    return torch.where(length_N1 > limit, (limit / length_N1).square(), 1.0)
 
 
 class _Targets:
@@ -353,7 +368,7 @@ class _Targets:
             self._stream[anatomy.writers[-1]] = teacher_after_ND  # of the whole span, removed blocks included
 
     def cross(self, layer: nn.Linear, x_NI: Tensor, written: Mapping[nn.Module, Tensor]) -> Tensor | None:
-        """Σ y xᵀ [O, I] with the inputs as given, or None where the teacher has no like layer."""
+        """Σ y xᵀ [O, I], or None where the teacher has no like layer."""
         y_NO = self._given[layer]
         if layer in self._stream:
             y_NO = self._stream[layer] - self._before_ND - sum(written.values())
@@ -368,7 +383,7 @@ class _Targets:
 @torch.no_grad()
 def block_states(model: Any, rollouts: Sequence[Rollout], pad_id: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each block its number, and the residual stream before and after it: float32 [N, D], real tokens only."""
-    batches = _batches(model, rollouts, pad_id)
+    batches = _batches(model, rollouts, pad_id, nullcontext())
     for index, block in enumerate(decoder_layers(model)):
         before_ND = _real(batches)
         for batch in batches:

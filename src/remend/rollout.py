@@ -6,16 +6,14 @@ Legend: B active rows, V vocabulary, T prompt length.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
+from remend.packed_linears import packed_linears
 from remend.prompts import Encoded
 
 
@@ -116,22 +114,22 @@ class TransformersSampler:
         asked = [p.shown if self.shown and p.shown else p.tokens for p in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(asked[i]))  # like lengths pad least
         results: dict[int, Rollout] = {}
-        for start in range(0, len(order), self.max_rows):
-            rows = order[start : start + self.max_rows]
-            with _weight_first(self.model):
+        with packed_linears(self.model):
+            for start in range(0, len(order), self.max_rows):
+                rows = order[start : start + self.max_rows]
                 completions, log_q = self._decode([asked[i] for i in rows], uniform[rows], temperature)
-            for i, tokens, given in zip(rows, completions, log_q, strict=True):
-                clipped = not tokens or tokens[-1] not in self.eos
-                results[i] = Rollout(
-                    prompts[i].id,
-                    prompts[i].tokens,
-                    tuple(tokens),
-                    clipped,
-                    prompts[i].shown,
-                    tuple(given) if self.log_q else None,
-                )
-            if self.on_rows:
-                self.on_rows(len(rows))
+                for i, tokens, given in zip(rows, completions, log_q, strict=True):
+                    clipped = not tokens or tokens[-1] not in self.eos
+                    results[i] = Rollout(
+                        prompts[i].id,
+                        prompts[i].tokens,
+                        tuple(tokens),
+                        clipped,
+                        prompts[i].shown,
+                        tuple(given) if self.log_q else None,
+                    )
+                if self.on_rows:
+                    self.on_rows(len(rows))
         return [results[i] for i in range(len(prompts))]
 
     def _decode(
@@ -182,40 +180,6 @@ class TransformersSampler:
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
             position_BT = position_BT[:, -1:] + 1
         return completions, log_q
-
-
-THIN = 32
-"""Rows up to which a product with a weight is bound by reading the weight."""
-
-
-@contextmanager
-def _weight_first(model: Any) -> Iterator[None]:
-    """On a CPU in float32, multiply thin batches as (W xᵀ)ᵀ instead of x Wᵀ: the same sums in less time.
-
-    Decoding reads every weight once a token for a handful of rows, and MKL streams a weight faster as the left factor
-    (docs/speed.md).
-    """
-    plain = (m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m))
-    layers = [m for m in plain if m.weight.dtype == torch.float32]
-    if model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        layers = []
-
-    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
-        flat_ND = x.reshape(-1, x.shape[-1])
-        if flat_ND.shape[0] > THIN:
-            return functional.linear(x, layer.weight, layer.bias)
-        y_NE = torch.mm(layer.weight, flat_ND.T).T.contiguous()
-        if layer.bias is not None:
-            y_NE += layer.bias
-        return y_NE.view(*x.shape[:-1], -1)
-
-    for layer in layers:
-        layer.forward = partial(forward, layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:

@@ -19,7 +19,7 @@ from remend.rollout import Sampler, TransformersSampler
 
 ROWS = {"cpu": 32}
 GPU_ROWS = 64
-"""Rows decoded at once; on a CPU more gain nothing (remend.rollout.THIN)."""
+"""Rows decoded at once; on a CPU more gain nothing."""
 
 MEMORY_SHARE = 0.25
 """Of the free memory, for one batch's keys and values."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,8 @@ def repair(
     layer_map: Sequence[int] | None,
     samples: int,
     seed: int,
+    shared: int | None = None,
+    precision: AbstractContextManager[Any] | None = None,
 ) -> Repaired:
     """Repair a compressed student in place. One that is not compressed, or not cut from the teacher, is left as it is.
 
@@ -74,23 +77,27 @@ def repair(
         layer_map: for each of its layers the teacher's; None finds it by the weights.
         samples: how many answers; more of them than prompts answer some prompts anew.
         seed: of the calibration text and its choice.
+        shared: ids that both models know; a padded teacher writes no others.
+        precision: context of the forward passes.
     """
     same = _shapes(student) == _shapes(teacher)
     smaller = not same and stored is None and not masked and _is_cut_from(student, teacher)
     if not smaller and not (same and (stored is not None or masked)):
         return Repaired(stored)
     began, pad_id = time.perf_counter(), models.pad_id(tokenizer)
-    text = completions(teacher, tokenizer, _chosen(prompts, samples, seed), max_new_tokens=TOKENS, seed=seed)
+    chosen = _chosen(prompts, samples, seed)
+    text = completions(teacher, tokenizer, chosen, max_new_tokens=TOKENS, seed=seed, shared=shared)
     if next(teacher.parameters()).dtype != torch.float32:
         # what a layer ought to add is a difference of large states, which bfloat16 (a GPU's teacher) would blur
         teacher = copy.deepcopy(teacher).float()
     masters = None
     if stored is not None:
-        stored, masters = repair_grid(student, teacher, stored, text, pad_id)
+        stored, masters = repair_grid(student, teacher, stored, text, pad_id, precision)
     elif masked:
-        repair_mask(student, teacher, text, pad_id)
+        repair_mask(student, teacher, text, pad_id, precision)
     else:
-        repair_smaller(student, teacher, text, pad_id, layer_map or infer_layer_map(student, teacher))
+        known = layer_map or infer_layer_map(student, teacher)
+        repair_smaller(student, teacher, text, pad_id, known, precision)
     return Repaired(stored, masters, time.perf_counter() - began)
 
 
@@ -132,7 +139,12 @@ def _weights(model: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def repair_grid(
-    student: Any, teacher: Any, stored: StoredGrid, rollouts: Sequence[Rollout], pad_id: int
+    student: Any,
+    teacher: Any,
+    stored: StoredGrid,
+    rollouts: Sequence[Rollout],
+    pad_id: int,
+    precision: AbstractContextManager[Any] | None = None,
 ) -> tuple[StoredGrid, dict[str, Tensor]]:
     """Round the teacher's weights anew onto the student's grid, each layer compensating for those before it.
 
@@ -153,12 +165,19 @@ def repair_grid(
             layer.weight.copy_(decode(rounded.codes, grid, stored.format))
             matrices[key], masters[key] = (rounded.codes, grid), rounded.weight
 
-    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, title="repairing on the grid")
+    title = "repairing on the grid"
+    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, precision=precision, title=title)
     return StoredGrid(stored.format, matrices), masters
 
 
 @torch.no_grad()
-def repair_mask(student: Any, teacher: Any, rollouts: Sequence[Rollout], pad_id: int) -> None:
+def repair_mask(
+    student: Any,
+    teacher: Any,
+    rollouts: Sequence[Rollout],
+    pad_id: int,
+    precision: AbstractContextManager[Any] | None = None,
+) -> None:
     """Refit what the mask left, in place; the zeros stay where they are."""
     healthy, kept = _weights(teacher), kept_weights(student)
 
@@ -169,12 +188,18 @@ def repair_mask(student: Any, teacher: Any, rollouts: Sequence[Rollout], pad_id:
                 continue
             layer.weight.copy_(refit_kept(_target(sites, at, healthy[key]), sites.gram_II, kept[key]))
 
-    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, title="repairing under the mask")
+    title = "repairing under the mask"
+    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, precision=precision, title=title)
 
 
 @torch.no_grad()
 def repair_smaller(
-    student: Any, teacher: Any, rollouts: Sequence[Rollout], pad_id: int, layer_map: Sequence[int]
+    student: Any,
+    teacher: Any,
+    rollouts: Sequence[Rollout],
+    pad_id: int,
+    layer_map: Sequence[int],
+    precision: AbstractContextManager[Any] | None = None,
 ) -> None:
     """Refit the layers of a student with fewer or narrower layers to the teacher's streams, in place."""
 
@@ -182,4 +207,5 @@ def repair_smaller(
         for at, layer in enumerate(sites.layers):
             layer.weight.copy_(_target(sites, at, layer.weight.detach().float()))
 
-    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, layer_map=layer_map, title="repairing at the cut")
+    how: dict[str, Any] = {"layer_map": layer_map, "precision": precision, "title": "repairing at the cut"}
+    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, **how)

@@ -320,6 +320,8 @@ class Recovery:
             layer_map=self.checked.layer_map,
             samples=self.config.repair_samples,
             seed=self.config.seed,
+            shared=self.checked.shared,
+            precision=models.precision(self.dtype, self.accelerator.device),
         )
 
     def _save(self, student: Any, constraint: Constraint) -> None:

@@ -1,0 +1,54 @@
+"""On a CPU, multiply with weights that oneDNN has laid out beforehand.
+
+Decoding multiplies the same weights with a handful of rows once a token. A plain product lays the weight out anew each
+time, and under autocast it converts a frozen weight each time too; here both happen once. The products are the
+same but for the order of sums (docs/speed.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOST_BYTES = 4 * 2**30
+"""Of packed weights; a larger model is decoded as it is, rather than held twice."""
+
+
+@contextmanager
+def packed_linears(model: Any) -> Iterator[None]:
+    """Inside, the model's linear layers use packed copies of the weights that they have at the start.
+
+    Does nothing off the CPU, without oneDNN, for layers whose forward is replaced, and for models above MOST_BYTES. The
+    weights must not change inside.
+
+    Args:
+        model: a transformers model, float32 or bfloat16; under CPU autocast the copies have autocast's dtype.
+    """
+    layers = []
+    if model.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    kept = [m for m in layers if (dtype or m.weight.dtype) in (torch.float32, torch.bfloat16)]
+    if sum(m.weight.numel() * (dtype or m.weight.dtype).itemsize for m in kept) > MOST_BYTES:
+        kept = []
+    with torch.no_grad():
+        for layer in kept:
+            weight_OI = layer.weight.detach().to(dtype or layer.weight.dtype)
+            bias_O = None if layer.bias is None else layer.bias.detach().to(weight_OI.dtype)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
+            layer.forward = partial(_product, packed, bias_O, weight_OI.dtype)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in kept:
+            del layer.forward
+
+
+def _product(packed: Tensor, bias_O: Tensor | None, dtype: torch.dtype, x: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias_O, "none", [], "")
+    return y
