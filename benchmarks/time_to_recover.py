@@ -68,29 +68,29 @@ class Line:
     data: str = "train.jsonl"
 
 
-def prompts_line(data: str, degradation: str) -> Line:
-    """A line of the table of prompts."""
-    file = {"bundled": "train.jsonl", "self-written": "self.jsonl"}[data]
-    return Line(f"{data}, {degradation}", ("prompts",), degradation, 24, data=file)
+def short_lines(degradation: str) -> list[Line]:
+    """Of the tables of prompts and bootstrap: 24 steps, each run in every table that it can stand in."""
+    return [
+        Line(f"on-policy, {degradation}", ("prompts", "bootstrap"), degradation, 24),
+        Line(f"off-policy first, {degradation}", ("bootstrap",), degradation, 24, {**TRAINING, **ON}),
+        Line(f"self-written, {degradation}", ("prompts",), degradation, 24, data="self.jsonl"),
+        Line(f"auto, {degradation}", ("bootstrap",), degradation, 24, {**TRAINING, **AUTO}),
+    ]
 
 
 LINES = (
     Line("on-policy, 1e-4", recipe=COOL),
-    Line("on-policy, 4e-4", ("speed", "bootstrap")),
+    Line("on-policy, 4e-4"),
     Line("2 updates a rollout", recipe={**TRAINING, **TWO}),
     Line("2 updates, weighted", recipe={**TRAINING, **TWO, "importance_clip": 5}),
     # the longer length is also that of the held-out answers
     Line("short rollouts first", recipe={**TRAINING, "max_new_tokens": [16, TOKENS]}),
-    Line("off-policy first", ("speed", "bootstrap"), recipe={**TRAINING, **ON}),
+    Line("off-policy first", recipe={**TRAINING, **ON}),
     Line("repair first", recipe=REPAIR),
     Line("repair, off-policy first, 2 updates", recipe={**TRAINING, **REPAIR, **ON, **TWO}),
     Line("TRL, 1e-4", recipe=COOL, side="trl"),
     Line("TRL, 4e-4", side="trl"),
-    *(prompts_line(data, degradation) for degradation in DEGRADE for data in ("bundled", "self-written")),
-    Line("auto", ("bootstrap",), recipe={**TRAINING, **AUTO}),
-    Line("on-policy, depth-5", ("bootstrap",), "depth-5", 40),
-    Line("off-policy first, depth-5", ("bootstrap",), "depth-5", 40, {**TRAINING, **ON}),
-    Line("auto, depth-5", ("bootstrap",), "depth-5", 40, {**TRAINING, **AUTO}),
+    *(line for degradation in DEGRADE for line in short_lines(degradation)),
 )
 
 
@@ -292,7 +292,7 @@ def bootstrap_table(done: Mapping[str, dict[str, Any]]) -> str:
     students = {line.name: line.degradation for line in LINES}
     rows = []
     for name, r in done.items():
-        alone = "on-policy, 4e-4" if students[name] == INT3 else "on-policy, depth-5"
+        alone = f"on-policy, {students[name]}"
         end = seconds_to(r["curve"], done[alone]["recovered"]["kl"]) if alone in done else None
         reached = [figures(to_share(r, share)) for share in SHARES]
         last = (f"{r['recovered'][key]:.3f}" for key in ("kl", "kl_on_policy"))

@@ -1,0 +1,72 @@
+"""Sampling on a CPU with weights laid out beforehand (remend.packed_linears) and without: tokens a second.
+
+    python benchmarks/decoding.py [--rows 8 32 64] [--tokens 48] [--rounds 3]
+
+SmolLM2-135M-Instruct answers the bundled training prompts at temperature 1, with no early end, so that lengths are
+equal. Both ways
+alternate in one process; the medians and their ratio are printed, in float32 and under bfloat16 autocast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from remend import models, rollout
+from remend.data import bundled
+from remend.prompts import encode
+from remend.rollout import Order, TransformersSampler
+
+PACKED = rollout.packed_linears
+
+
+@contextmanager
+def plain(model: Any) -> Iterator[None]:
+    """In place of packing: nothing."""
+    yield
+
+
+def seconds(sampler: TransformersSampler, prompts: list[Any], tokens: int) -> float:
+    """Of one round of sampling."""
+    began = time.perf_counter()
+    sampler(prompts, max_new_tokens=tokens, temperature=1.0, seeds=list(range(len(prompts))))
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """See the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    source = models.resolve("smollm2")
+    tokenizer = models.load_tokenizer(source)
+    model: Any = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    order = Order([encode(tokenizer, e) for e in bundled("train")], 0)
+    sampler = TransformersSampler(model, len(tokenizer), (), models.pad_id(tokenizer), max_rows=max(options.rows))
+    print(f"{torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    print("| arithmetic | rows | plain, tokens/s | packed, tokens/s | time, packed over plain |\n" + "| --- " * 5 + "|")
+    for name, precision in (("float32", nullcontext()), ("bfloat16", torch.autocast("cpu", torch.bfloat16))):
+        for rows in options.rows:
+            prompts = [p for _, p in order.take(0, rows)]
+            spent: dict[str, list[float]] = {"plain": [], "packed": []}
+            for _ in range(options.rounds):
+                for way, context in (("plain", plain), ("packed", PACKED)):
+                    rollout.packed_linears = context
+                    with precision:
+                        spent[way].append(seconds(sampler, prompts, options.tokens))
+            slow, fast = (statistics.median(spent[way]) for way in ("plain", "packed"))
+            count = rows * options.tokens
+            print(f"| {name} | {rows} | {count / slow:.0f} | {count / fast:.0f} | {fast / slow:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
