@@ -9,9 +9,10 @@ SmolLM2 is fine-tuned on a short task until it has forgotten; then:
     off-policy       both streams on their teachers' completions
     SFT on a mix     cross-entropy on the reference's answers to general prompts and on the task's demonstrations
 
-The two streams take --steps steps of 10 rows; each baseline as many of them as come nearest to the same number of
-trained tokens. How long its completions are is known when it has run: it runs again where another number of steps
-comes nearer. The general answers of the mix end at the 48 tokens where the rollouts of the streams do.
+The two streams take --steps steps of 10 rows; each baseline as many of them as come within a step of the same number of
+trained tokens. How long its completions are is known when it has run: it runs again where it was further off. The
+general answers of the mix end at the 48 tokens where the rollouts of the streams do, and with the end token that
+fine-tuning puts behind every answer: that baseline also learns to stop early.
 
 The task score is the share of held-out rows that greedy answers solve, the KL that to the base on the bundled held-out
 prompts. Intervals (95%) are paired: over the task's rows, and over the general prompts. Results are kept in
@@ -154,14 +155,14 @@ def whole(folder: Path) -> bool:
 
 
 def to_budget(folder: Path, steps: int, budget: int | None, make: Callable[[int], None]) -> None:
-    """Run `make(steps)`, and again with more or fewer steps while that comes nearer to the budget of trained tokens."""
+    """Run `make(steps)`, and again while more than one step more or fewer would be nearer to the budget of tokens."""
     for number in range(TRIES):
         if not whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
             make(steps)
         done, tokens = trained(folder)
         steps = max(1, round(done * budget / tokens)) if budget else done
-        if steps == done or number == TRIES - 1:
+        if abs(steps - done) <= 1 or number == TRIES - 1:
             return
         print(f"{folder.name}: {tokens} tokens in {done} steps; {budget} are wanted, so {steps} steps", flush=True)
         shutil.rmtree(folder)
