@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from remend import cli, models
+from conftest import build_model
+from remend import adapters, cli, models
 
 
 def remend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
@@ -221,6 +224,31 @@ def test_degrade_prune_finetune_and_export(run: Any, reference_dir: Path, tmp_pa
     assert (code, 'unknown format "gguf:bogus"' in err) == (2, True)
     code, _, err = run("check", "student=x", "teacher=y", "data=z", "out=o", "--as", "thin")
     assert (code, '--as is "thin"; allowed is dense' in err) == (2, True)
+
+
+def test_what_a_student_does_not_hold_ends_before_training(
+    run: Any, recipe: dict[str, Any], reference_dir: Path, tmp_path: Path
+) -> None:
+    """A mask, a grid and an adapter's base that the files don't have any more."""
+    run("degrade", "prune", reference_dir, "--sparsity", "0.5", "--no-probe", "--out", tmp_path / "mask")
+    run("degrade", "quantize", reference_dir, "--format", "int3-g64", "--no-probe", "--out", tmp_path / "grid")
+    for name in ("mask", "grid"):
+        shutil.copy(reference_dir / "model.safetensors", tmp_path / name)
+    tokenizer, other = AutoTokenizer.from_pretrained(reference_dir), build_model(320, seed=5)
+    adapted = AutoModelForCausalLM.from_pretrained(reference_dir)
+    adapters.add_lora(adapted, rank=4, base=str(reference_dir))
+    models.save_model(adapted, tokenizer, tmp_path / "adapter")
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    changed = {**json.loads(settings.read_text()), "base_model_name_or_path": str(tmp_path / "other")}
+    settings.write_text(json.dumps(changed))
+    parts = {"mask": "the files hold no zeros", "grid": "does not lie on its grid", "adapter": "has other weights"}
+    for name, part in parts.items():
+        words = [f"{k}={recipe[k]}" for k in ("teacher", "data")] + [f"student={tmp_path / name}"]
+        code, _, err = run("recover", *words, f"out={tmp_path / name}-out", "steps=1", "warmup_steps=0", "device=cpu")
+        assert (code, part in err, "Traceback" in err) == (2, True, False), err
+        assert not (tmp_path / f"{name}-out" / "summary.json").exists()
 
 
 @pytest.mark.parametrize(
