@@ -1,5 +1,6 @@
 # make demo    set up .venv and run the demo on the real model
 # make test    set up .venv and run all tests
+# Tests run in two workers; make test WORKERS=8 on a larger machine.
 # PIP_ARGS passes your choice of package index to pip, for a CPU-only torch, say:
 #   make demo PIP_ARGS="--extra-index-url URL"
 
@@ -7,6 +8,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
@@ -29,10 +31,10 @@ demo: .venv/ready
 	$(BIN)/remend demo $(DEMO_ARGS)
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 fast: .venv/ready-dev
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 check: .venv/ready-dev
 	$(BIN)/ruff check .
