@@ -43,6 +43,7 @@ def test_three_steps_of_recovery_on_the_grid(smollm2_dir: Path, student: Path, t
         warmup_steps=1,
         learning_rate=4e-4,
         max_new_tokens=24,
+        repair_samples=32,
         save_every=0,
         device="cpu",
     )
