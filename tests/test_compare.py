@@ -181,7 +181,7 @@ def test_clusters_widen() -> None:
     wide = compare([result([x for x in part for _ in range(8)], cluster=copies) for part in (before, after)])
     narrow = compare([result([x for x in part for _ in range(8)]) for part in (before, after)])
     assert wide["tasks"][0]["clusters"] == 10
-    assert [wide["tasks"][0]["scores"][0][k] for k in ("method", "score")] == ["clustered t", 0.7]
+    assert [wide["tasks"][0]["scores"][0][k] for k in ("method", "score")] == ["clustered Wilson", 0.7]
     for row, other in zip(wide["tasks"][0]["scores"], narrow["tasks"][0]["scores"], strict=True):
         assert row["interval"][1] - row["interval"][0] > 2 * (other["interval"][1] - other["interval"][0])
     (row,), (other,) = wide["tasks"][0]["comparisons"], narrow["tasks"][0]["comparisons"]

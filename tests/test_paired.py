@@ -46,18 +46,18 @@ def slow_clustered(scores: list[float], clusters: list[Any], level: float) -> tu
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
-def test_clustered_interval(level: float) -> None:
+def test_t_interval(level: float) -> None:
     rng = np.random.default_rng(0)
     scores = rng.random(30)
     alone = stats.ttest_1samp(scores, 0).confidence_interval(level)
-    assert paired.clustered_interval(scores, None, level) == pytest.approx((alone.low, alone.high), abs=1e-10)
-    assert paired.clustered_interval(scores, range(30), level) == pytest.approx((alone.low, alone.high), abs=1e-10)
+    assert paired.t_interval(scores, None, level) == pytest.approx((alone.low, alone.high), abs=1e-10)
+    assert paired.t_interval(scores, range(30), level) == pytest.approx((alone.low, alone.high), abs=1e-10)
     means = stats.ttest_1samp(scores.reshape(6, 5).mean(axis=1), 0).confidence_interval(level)
-    equal = paired.clustered_interval(scores, [i // 5 for i in range(30)], level)
+    equal = paired.t_interval(scores, [i // 5 for i in range(30)], level)
     assert equal == pytest.approx((means.low, means.high), abs=1e-10)
     names = [rng.choice(["a", "b", "c", "d"]) for _ in scores]
     expected = slow_clustered(scores.tolist(), names, level)
-    assert paired.clustered_interval(scores, names, level) == pytest.approx(expected, abs=1e-10)
+    assert paired.t_interval(scores, names, level) == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 10, 100, 10_000])
@@ -69,9 +69,9 @@ def test_students_quantile(degrees: int, level: float) -> None:
 def test_copies_of_an_item_teach_nothing() -> None:
     scores = np.random.default_rng(1).random(20)
     copied, names = np.repeat(scores, 4), np.repeat(np.arange(20), 4)
-    assert paired.clustered_interval(copied, names) == pytest.approx(paired.clustered_interval(scores, None))
-    narrow = paired.clustered_interval(copied, None)
-    wide = paired.clustered_interval(copied, names)
+    assert paired.t_interval(copied, names) == pytest.approx(paired.t_interval(scores, None))
+    narrow = paired.t_interval(copied, None)
+    wide = paired.t_interval(copied, names)
     assert wide[1] - wide[0] > 1.9 * (narrow[1] - narrow[0])
     apart = paired.paired_bootstrap(scores, scores[::-1])
     assert paired.paired_bootstrap(copied, copied[::-1], clusters=names) == pytest.approx(apart, abs=0.02)
@@ -134,24 +134,43 @@ def test_paired_bootstrap_covers(n: int) -> None:
     assert 0.95 - 0.03 <= covered / 1000 <= 0.95 + 0.02
 
 
+@pytest.mark.parametrize("bias", [0.0, -1.0])
 @pytest.mark.parametrize("groups", [8, 40])
-def test_clustered_interval_covers(groups: int) -> None:
+def test_clustered_interval_covers(groups: int, bias: float) -> None:
     """1,000 experiments of clusters of 5 that stand and fall together, where an interval over items falls far short.
 
-    The standard error is 0.7 points; with 8 clusters the interval itself is short of 95% by about two.
+    The standard error is 0.7 points.
     """
-    rng = np.random.default_rng(6)
+    rng, share = np.random.default_rng(6), stats.norm.cdf(bias / math.sqrt(2))
     names = np.repeat(np.arange(groups), 5)
     covered = alone = 0
     for _ in range(1000):
         ease = np.repeat(rng.normal(size=groups), 5)
-        scores = (ease + rng.normal(size=5 * groups) < 0).astype(float)
-        low, high = paired.clustered_interval(scores, names)
-        covered += low <= 0.5 <= high
-        low, high = paired.clustered_interval(scores, None)
-        alone += low <= 0.5 <= high
-    assert -0.04 <= covered / 1000 - 0.95 <= 0.02
+        scores = (ease + rng.normal(size=5 * groups) < bias).astype(float)
+        low, high = paired.score_interval(scores, names)["interval"]
+        covered += low <= share <= high
+        low, high = paired.score_interval(scores)["interval"]
+        alone += low <= share <= high
+    assert abs(covered / 1000 - 0.95) <= 0.02
     assert alone / 1000 < 0.87
+
+
+def test_clusters_of_one_item_are_wilsons_items() -> None:
+    """With many single items, t is z and the standard error is the binomial one but for N / (N − 1)."""
+    scores = (np.random.default_rng(0).random(20_000) < 0.3).astype(float)
+    low, high = paired.wilson(int(scores.sum()), scores.size)
+    assert paired.clustered_interval(scores, range(scores.size)) == pytest.approx((low, high), abs=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_clustered_interval_inverts_its_test(level: float) -> None:
+    """Its ends are the shares p at which |mean − p| is t(G−1) standard errors of p(1 − p) over the effective items."""
+    rng = np.random.default_rng(0)
+    scores, names = rng.random(30), rng.choice(list("abcd"), 30)
+    mean, alone = scores.mean(), scores.mean() * (1 - scores.mean()) / paired.standard_error(scores, names) ** 2
+    for end in paired.clustered_interval(scores, names, level):
+        gap = abs(mean - end) / math.sqrt(end * (1 - end) / alone)
+        assert gap == pytest.approx(stats.t.ppf((1 + level) / 2, 3), rel=1e-9)
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
@@ -392,7 +411,7 @@ def test_resamples_without_a_loss_widen() -> None:
         (lambda: paired.paired_bootstrap([1.0], [0.0], 0, 10), "got 10 resamples and seed 0"),
         (lambda: paired.sign_flip([1.0], -1), "got 10000 resamples and seed -1"),
         (lambda: paired.paired_bootstrap([1, 0], [0, 1], clusters=["a"]), "there are 1 cluster names for 2 scores"),
-        (lambda: paired.clustered_interval([1.0, 0.0], ["a", "a"]), "got 1 cluster; a standard error needs 2 or more"),
+        (lambda: paired.t_interval([1.0, 0.0], ["a", "a"]), "got 1 cluster; a standard error needs 2 or more"),
         (lambda: paired.standard_error([1.0]), "got 1 item; a standard error needs 2 or more"),
         (lambda: paired.holm([0.5, 1.5]), "p-values are [0.5, 1.5]"),
         (lambda: paired.holm([math.nan]), "p-values are [nan]"),

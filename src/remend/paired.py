@@ -43,10 +43,15 @@ def wilson(correct: float, n: int, level: float = 0.95) -> Interval:
     z = _z(level)
     if n < 1 or not 0 <= correct <= n:
         raise InputError(f"{correct} correct of {n} items; allowed: 1 or more items, and 0 to all of them correct")
-    share, scale = correct / n, 1 + z * z / n
+    low, high = _wilson(correct / n, n, z)
+    return 0.0 if correct == 0 else low, 1.0 if correct == n else high
+
+
+def _wilson(share: float, n: float, z: float) -> Interval:
+    scale = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / scale
     half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / scale
-    return 0.0 if correct == 0 else max(0.0, centre - half), 1.0 if correct == n else min(1.0, centre + half)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def standard_error(scores: ArrayLike, clusters: Clusters = None) -> float:
@@ -63,20 +68,29 @@ def standard_error(scores: ArrayLike, clusters: Clusters = None) -> float:
     return math.sqrt(count / (count - 1) * float(totals_G @ totals_G)) / scores_N.size
 
 
-def clustered_interval(scores: ArrayLike, clusters: Clusters, level: float = 0.95) -> Interval:
-    """Mean ± t(G−1) cluster-robust standard errors (not a bootstrap); see `standard_error`. It is not cut to [0, 1].
-
-    Clusters are items that stand or fall together: questions on one text, translations of one problem. With none given
-    every item is one, and the interval is Student's.
-    """
+def t_interval(scores: ArrayLike, clusters: Clusters = None, level: float = 0.95) -> Interval:
+    """Mean ± t(G−1) standard errors, cluster-robust where clusters are given. It is not cut to [0, 1]."""
     (scores_N,) = _vectors(scores)
     error = standard_error(scores_N, clusters)
     half = _t(level, len(_units(scores_N, clusters)) - 1) * error
     return float(scores_N.mean()) - half, float(scores_N.mean()) + half
 
 
+def clustered_interval(scores: ArrayLike, clusters: Clusters, level: float = 0.95) -> Interval:
+    """Wilson's interval of as many independent items as have the cluster-robust standard error, with t(G−1) for z.
+
+    Clusters are items that stand or fall together: questions on one text, translations of one problem. Beside t
+    intervals of a share it covers more and is mostly narrower (Dean & Pagano 2015, J. Surv. Stat. Methodol. 3:484):
+    of 1,000 experiments with 8 clusters around a share of 24%, 95% against 91%. Scores lie in [0, 1], not all the same.
+    """
+    (scores_N,) = _vectors(scores)
+    mean, error = float(scores_N.mean()), standard_error(scores_N, clusters)
+    alone = mean * (1 - mean) / error**2
+    return _wilson(mean, alone, _t(level, len(_units(scores_N, clusters)) - 1))
+
+
 def score_interval(scores: ArrayLike, clusters: Clusters = None, level: float = 0.95) -> dict[str, Any]:
-    """{score, interval, method} of a mean: Wilson's where all are 0 or 1 and alone, else t over items or clusters.
+    """{score, interval, method} of a mean: Wilson's where all are 0 or 1 or in clusters, else Student's t.
 
     Without any spread there is no standard error to go by; then a cluster counts as one item of Wilson's.
     """
@@ -86,9 +100,10 @@ def score_interval(scores: ArrayLike, clusters: Clusters = None, level: float = 
         return {"score": score, "interval": wilson(int(scores_N.sum()), units, level), "method": "Wilson"}
     if units < 2 or standard_error(scores_N, clusters) < TINY:
         return {"score": score, "interval": wilson(score * units, units, level), "method": "Wilson of clusters"}
-    low, high = clustered_interval(scores_N, clusters, level)
-    method = "t" if clusters is None else "clustered t"
-    return {"score": score, "interval": (max(0.0, low), min(1.0, high)), "method": method}
+    if clusters is not None:
+        return {"score": score, "interval": clustered_interval(scores_N, clusters, level), "method": "clustered Wilson"}
+    low, high = t_interval(scores_N, level=level)
+    return {"score": score, "interval": (max(0.0, low), min(1.0, high)), "method": "t"}
 
 
 def mcnemar_exact(b: int, c: int) -> float:
