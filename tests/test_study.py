@@ -22,6 +22,8 @@ from remend.flows.study.plan import read_study
 from remend.flows.study.results import read_at
 from remend.flows.study.work import Job, failure_of, run_jobs
 from remend.report import report
+from remend.report.study import study_page
+from remend.report.writing import write_page
 from remend.teacher_cache import RECORD
 
 BROKEN = {"how": "on-policy", "recipe": {"lora": {"rank": 2, "targets": ["no_such_layer"]}}}
@@ -165,7 +167,10 @@ def test_every_how_runs(write: Any, tmp_path: Path) -> None:
     (shard,) = record["shards"]
     assert shard["sha256"] == hashlib.sha256((labels / shard["file"]).read_bytes()).hexdigest()
     page = (tmp_path / "out" / "report.html").read_text()
-    for text in ("loss won back (95%)", "can show", "Intervals of scores: Wilson; of changes: Bonett-Price"):
+    assert "loss won back" not in page.lower()  # no loss, nothing to say in a column of its own
+    grade["gap"] = {"value": 0.5, "interval": [0.25, 0.75]}
+    assert "50% (25% to 75%)" in write_page(tmp_path, study_page(found)).read_text()
+    for text in ("can show", "Intervals of scores: Wilson; of changes: Bonett-Price"):
         assert text in page
     for note in found["correlation"]["notes"]:
         assert html.escape(note, quote=False) in page or html.escape(note) in page

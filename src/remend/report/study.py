@@ -13,8 +13,9 @@ from remend.report.tracks import CAUTION
 
 Rows = Sequence[Mapping[str, Any]]
 
+MEASURED = ("degradation", "method", "seeds", "KL, nats a token", "KL gap closed (95%)", "top-1 agreement")
 SCORED = ("score (95%)", "change (95%)", "can show", "verdict", "loss won back (95%)")
-"""Columns of each task."""
+"""Columns of each task; one that says nothing in any row is left out."""
 
 
 def study_page(results: Mapping[str, Any]) -> Page:
@@ -71,10 +72,13 @@ def _table(every: Rows, rows: Rows) -> list[Section]:
     if not every:
         return []
     names = list(dict.fromkeys(grade["name"] for row in every for grade in row["grades"]))
-    columns = ["degradation", "method", "seeds", "KL, nats a token", "KL gap closed (95%)", "top-1 agreement"]
+    columns = list(MEASURED)
     columns += [f"{name}: {what}" for name in names for what in SCORED]
     columns += ["trained tokens", "training s"]
-    table = Table(columns, [_cells(row, names) for row in every], emphasis=4, caption=_caption(every))
+    cells = [_cells(row, names) for row in every]
+    said = [i for i in range(len(columns)) if i < len(MEASURED) or any(row[i] != "–" for row in cells)]
+    shown = [[row[i] for i in said] for row in cells]
+    table = Table([columns[i] for i in said], shown, emphasis=4, caption=_caption(every))
     blocks: list[Block] = [table]
     if any(row["gap_closed"] is not None for row in rows):
         bars = [_interval(row, f"{row['group']}: {row['method']}") for row in rows]
@@ -144,12 +148,14 @@ def _caption(rows: Rows) -> str:
     by = dict.fromkeys(found["method"] for grade in grades for found in grade["scores"].values() if found["method"])
     changed = dict.fromkeys(grade["change"]["method"] for grade in grades)
     made = f"Intervals of scores: {', '.join(by)}; of changes: {', '.join(changed)}. " if grades else ""
+    lost = any(grade["gap"]["value"] is not None for grade in grades)
+    won = "Loss won back: of the task's score, where the loss is beyond chance. " if lost else ""
     return (
         "KL, agreement: degraded → recovered, on held-out prompts. Scores are of the recovered model, in the row of "
         "the method none of the degraded one, averaged over seeds item by item; changes are in points from the "
         "degraded to the recovered, paired by item, and better and worse are adjusted by Holm over the tasks of a row. "
-        "Can show: the least change in points that so many items find with power 80%. Loss won back: of the task's "
-        f"score, where the loss is beyond chance. {made}Items: {items or 'none'}. Training seconds are those of "
+        f"Can show: the least change in points that so many items find with power 80%. {won}{made}"
+        f"Items: {items or 'none'}. Training seconds are those of "
         "repair, of the reference's answers to train on and of the steps; measuring is not in them."
     )
 

@@ -203,8 +203,9 @@ class _Work:
         reference, place = made.models[cell.group.model], self._place(cell)
         forgot = plan.degradations[cell.group.degradation].kind == "finetune"
         policy = {} if cell.method.base == "on-policy" or not cell.method.trained else {"policy": "off"}
+        share = {"share": 1 - plan.spec.task_share} if tasked else {}
         streams: dict[str, Any] = {
-            "recover": {"data": str(made.train), "eval_data": str(made.held_out), "share": 1 - plan.spec.task_share},
+            "recover": {"data": str(made.train), "eval_data": str(made.held_out)} | share,
             "task": {
                 "data": str(files.train),
                 "eval_data": str(files.few),
