@@ -1,10 +1,12 @@
 """Seconds to 70, 80 and 85% of the KL gap: remend's options against each other and TRL's DistillationTrainer 1.16.
 
     pip install -e '.[bench]'
-    python benchmarks/time_to_recover.py --out runs/time [--table speed|prompts|bootstrap] [--only NAME …] [--steps N]
+    python benchmarks/time_to_recover.py --out runs/time [--table speed|options|prompts|bootstrap] [--only NAME …]
+        [--steps N] [--dtype bfloat16]
 
-    speed      int3-g64 SmolLM2: options of remend, and TRL. Both sides: 8 prompts a step, up to 48 tokens sampled at
-               temperature 1, forward KL over the full vocabulary, the same prompts and held-out answers
+    speed      int3-g64 SmolLM2: remend with and without repair, and TRL. Both sides: 8 prompts a step, up to 48 tokens
+               sampled at temperature 1, forward KL over the full vocabulary, the same prompts and held-out answers
+    options    2 updates from a round of sampling (with and without weights), and short rollouts first, at equal steps
     prompts    the bundled training prompts against as many that the reference wrote, at equal steps
     bootstrap  on-policy, off-policy first, or as the gate decides (auto), on int3-g64 and on 5 removed layers
 
@@ -70,27 +72,32 @@ class Line:
 
 def short_lines(degradation: str) -> list[Line]:
     """Of the tables of prompts and bootstrap: 24 steps, each run in every table that it can stand in."""
+    tables = ("prompts", "bootstrap", *(["options"] if degradation == INT3 else []))
     return [
-        Line(f"on-policy, {degradation}", ("prompts", "bootstrap"), degradation, 24),
+        Line(f"on-policy, {degradation}", tables, degradation, 24),
         Line(f"off-policy first, {degradation}", ("bootstrap",), degradation, 24, {**TRAINING, **ON}),
         Line(f"self-written, {degradation}", ("prompts",), degradation, 24, data="self.jsonl"),
         Line(f"auto, {degradation}", ("bootstrap",), degradation, 24, {**TRAINING, **AUTO}),
     ]
 
 
+def options(name: str, **changed: Any) -> Line:
+    """Of the table of options: as on-policy, but for one thing."""
+    return Line(name, ("options",), INT3, 24, {**TRAINING, **changed})
+
+
 LINES = (
     Line("on-policy, 1e-4", recipe=COOL),
     Line("on-policy, 4e-4"),
-    Line("2 updates a rollout", recipe={**TRAINING, **TWO}),
-    Line("2 updates, weighted", recipe={**TRAINING, **TWO, "importance_clip": 5}),
-    # the longer length is also that of the held-out answers
-    Line("short rollouts first", recipe={**TRAINING, "max_new_tokens": [16, TOKENS]}),
-    Line("off-policy first", recipe={**TRAINING, **ON}),
     Line("repair first", recipe=REPAIR),
-    Line("repair, off-policy first, 2 updates", recipe={**TRAINING, **REPAIR, **ON, **TWO}),
+    Line("repair on 48 answers", recipe={**REPAIR, "repair_samples": 48}),
     Line("TRL, 1e-4", recipe=COOL, side="trl"),
     Line("TRL, 4e-4", side="trl"),
     *(line for degradation in DEGRADE for line in short_lines(degradation)),
+    options("2 updates a rollout", **TWO),
+    options("2 updates, weighted", **TWO, importance_clip=5),
+    # the longer length is also that of the held-out answers
+    options("short rollouts first", max_new_tokens=[16, TOKENS]),
 )
 
 
@@ -301,7 +308,7 @@ def bootstrap_table(done: Mapping[str, dict[str, Any]]) -> str:
     return markdown(heads, rows)
 
 
-TABLES = {"speed": speed_table, "prompts": prompts_table, "bootstrap": bootstrap_table}
+TABLES = {"speed": speed_table, "options": bootstrap_table, "prompts": prompts_table, "bootstrap": bootstrap_table}
 
 
 def show(results: Mapping[str, dict[str, Any]], tables: Sequence[str]) -> None:
