@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import remend
 from conftest import build_model, prompts
 from remend import run
+from remend.degrade.prune import prune
 from remend.errors import CheckError
 from remend.recovery import recover
 from remend.run import RunDirectory
@@ -496,3 +497,17 @@ def test_a_healthy_model_may_adapt_with_itself_as_reference(both: dict[str, Any]
     result = recover(**values)
     assert result.summary["gap_closed"] is None
     assert losses(result)[1] > 0
+
+
+def test_the_average_of_a_masked_student_keeps_its_zeros(both: dict[str, Any], forgotten: str, tmp_path: Path) -> None:
+    prune(forgotten, tmp_path / "sparse", method="magnitude", sparsity="2:4", probe=False)
+    values = {**changed(both, **EMA), "student": str(tmp_path / "sparse"), "ema": {"rate": 0.5}, "weight_decay": 0.1}
+    result = recover(**{**values, "steps": 4, "save_every": 4, "repair": False})
+    came, left = (load_file(p / "model.safetensors") for p in (tmp_path / "sparse", result.model))
+    (saved,) = (result.out / "checkpoints").glob("*/follower.safetensors")
+    average = load_file(saved)
+    names = [name for name in average if "proj" in name]
+    assert len(names) == 14
+    for name in names:
+        assert bool((average[name][came[name] == 0] == 0).all()), name
+        assert not average[name].equal(came[name]) and not average[name].equal(left[name])
