@@ -210,8 +210,7 @@ def run_repair_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     Its seconds are taken to grow with the answers; those that it took are reported beside.
     """
-    timing = [json.loads(line)["seconds"] for line in (folder / "recovered" / "timing.jsonl").open()]
-    both = sum(timing) + result["repair_seconds"]
+    both = sum(RunDirectory(folder / "recovered").step_seconds().values()) + result["repair_seconds"]
     usual = result["settings"]["recover"]["repair_samples"]
     samples = round(usual * both / result["repair_seconds"])
     alone = folder / "repair_alone"
