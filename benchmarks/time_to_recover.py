@@ -89,7 +89,7 @@ def options(name: str, **changed: Any) -> Line:
 LINES = (
     Line("on-policy, 1e-4", recipe=COOL),
     Line("on-policy, 4e-4"),
-    Line("repair first", recipe=REPAIR),
+    Line("repair first", steps=24, recipe=REPAIR),
     Line("repair on 48 answers", steps=24, recipe={**REPAIR, "repair_samples": 48}),
     Line("TRL, 1e-4", recipe=COOL, side="trl"),
     Line("TRL, 4e-4", side="trl"),
