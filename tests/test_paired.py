@@ -15,6 +15,7 @@ from scipy import stats
 
 from remend import paired
 from remend.errors import InputError
+from remend.stats import student_t
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
@@ -63,7 +64,7 @@ def test_t_interval(level: float) -> None:
 @pytest.mark.parametrize("degrees", [1, 2, 3, 10, 100, 10_000])
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
 def test_students_quantile(degrees: int, level: float) -> None:
-    assert paired._t(level, degrees) == pytest.approx(stats.t.ppf((1 + level) / 2, degrees), rel=1e-8)
+    assert student_t(level, degrees) == pytest.approx(stats.t.ppf((1 + level) / 2, degrees), rel=1e-8)
 
 
 def test_copies_of_an_item_teach_nothing() -> None:

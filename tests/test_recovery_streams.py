@@ -510,4 +510,5 @@ def test_the_average_of_a_masked_student_keeps_its_zeros(both: dict[str, Any], f
     assert len(names) == 14
     for name in names:
         assert bool((average[name][came[name] == 0] == 0).all()), name
-        assert not average[name].equal(came[name]) and not average[name].equal(left[name])
+        assert not average[name].equal(came[name])
+        assert not average[name].equal(left[name])

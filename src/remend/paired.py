@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from remend.errors import InputError
+from remend.stats import student_t
 
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -365,21 +366,9 @@ def _z(level: float) -> float:
 
 
 def _t(level: float, degrees: int) -> float:
-    """Two-sided quantile of Student's t by bisection; t = √degrees · tan(angle) makes its density a power of cosine."""
-    nodes, weights = np.polynomial.legendre.leggauss(64)
-    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
-
-    def within(t: float) -> float:
-        half = math.atan(t / math.sqrt(degrees)) / 2
-        return float(2 * constant * half * (weights @ np.cos(half * (1 + nodes)) ** (degrees - 1)))
-
-    low = high = _z(level)
-    while within(high) < level:
-        low, high = high, 2 * high
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < level else (low, middle)
-    return high
+    """Two-sided quantile of Student's t."""
+    _require_share(level)
+    return student_t(level, degrees)
 
 
 def _power(n: int, discordant: float, difference: float, alpha: float) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -65,3 +67,24 @@ def bootstrap_mean(
     picks = np.random.default_rng(seed).integers(0, items.size, size=(resamples, items.size))
     low, high = np.quantile(items[picks].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def student_t(level: float, degrees: int) -> float:
+    """Two-sided quantile of Student's t by bisection; t = √degrees · tan(angle) makes its density a power of cosine.
+
+    `level` lies between 0 and 1: 0.95 gives the t that |T| is below with that chance.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
+
+    def within(t: float) -> float:
+        half = math.atan(t / math.sqrt(degrees)) / 2
+        return float(2 * constant * half * (weights @ np.cos(half * (1 + nodes)) ** (degrees - 1)))
+
+    low = high = NormalDist().inv_cdf((1 + level) / 2)
+    while within(high) < level:
+        low, high = high, 2 * high
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < level else (low, middle)
+    return high
