@@ -36,29 +36,31 @@ def test_wilson_covers_as_often_as_it_says(n: int, share: float) -> None:
     assert 0.95 - 0.035 <= np.mean([low <= share <= high for low, high in intervals]) <= 0.95 + 0.035
 
 
-def slow_clustered(scores: list[float], clusters: list[Any], level: float) -> tuple[float, float]:
+def slow_error(scores: list[float], clusters: list[Any]) -> float:
     """Every pair of items of one cluster, as arXiv 2411.00640 writes the sum, with the correction for few clusters."""
     n, mean, groups = len(scores), sum(scores) / len(scores), len(set(clusters))
     total = sum(
         (scores[i] - mean) * (scores[j] - mean) for i in range(n) for j in range(n) if clusters[i] == clusters[j]
     )
-    half = stats.t.ppf((1 + level) / 2, groups - 1) * math.sqrt(total * groups / (groups - 1)) / n
-    return mean - half, mean + half
+    return math.sqrt(total * groups / (groups - 1)) / n
+
+
+def test_standard_error() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.random(30)
+    assert paired.standard_error(scores) == pytest.approx(stats.sem(scores))
+    assert paired.standard_error(scores, range(30)) == pytest.approx(stats.sem(scores))
+    equal = paired.standard_error(scores, [i // 5 for i in range(30)])
+    assert equal == pytest.approx(stats.sem(scores.reshape(6, 5).mean(axis=1)))
+    names = [rng.choice(["a", "b", "c", "d"]) for _ in scores]
+    assert paired.standard_error(scores, names) == pytest.approx(slow_error(scores.tolist(), names))
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
 def test_t_interval(level: float) -> None:
-    rng = np.random.default_rng(0)
-    scores = rng.random(30)
+    scores = np.random.default_rng(0).random(30)
     alone = stats.ttest_1samp(scores, 0).confidence_interval(level)
-    assert paired.t_interval(scores, None, level) == pytest.approx((alone.low, alone.high), abs=1e-10)
-    assert paired.t_interval(scores, range(30), level) == pytest.approx((alone.low, alone.high), abs=1e-10)
-    means = stats.ttest_1samp(scores.reshape(6, 5).mean(axis=1), 0).confidence_interval(level)
-    equal = paired.t_interval(scores, [i // 5 for i in range(30)], level)
-    assert equal == pytest.approx((means.low, means.high), abs=1e-10)
-    names = [rng.choice(["a", "b", "c", "d"]) for _ in scores]
-    expected = slow_clustered(scores.tolist(), names, level)
-    assert paired.t_interval(scores, names, level) == pytest.approx(expected, abs=1e-10)
+    assert paired.t_interval(scores, level) == pytest.approx((alone.low, alone.high), abs=1e-10)
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 10, 100, 10_000])
@@ -70,10 +72,8 @@ def test_students_quantile(degrees: int, level: float) -> None:
 def test_copies_of_an_item_teach_nothing() -> None:
     scores = np.random.default_rng(1).random(20)
     copied, names = np.repeat(scores, 4), np.repeat(np.arange(20), 4)
-    assert paired.t_interval(copied, names) == pytest.approx(paired.t_interval(scores, None))
-    narrow = paired.t_interval(copied, None)
-    wide = paired.t_interval(copied, names)
-    assert wide[1] - wide[0] > 1.9 * (narrow[1] - narrow[0])
+    assert paired.standard_error(copied, names) == pytest.approx(paired.standard_error(scores))
+    assert paired.standard_error(copied, names) > 1.9 * paired.standard_error(copied)
     apart = paired.paired_bootstrap(scores, scores[::-1])
     assert paired.paired_bootstrap(copied, copied[::-1], clusters=names) == pytest.approx(apart, abs=0.02)
 
@@ -140,11 +140,11 @@ def test_paired_bootstrap_covers(n: int) -> None:
 def test_clustered_interval_covers(groups: int, bias: float) -> None:
     """1,000 experiments of clusters of 5 that stand and fall together, where an interval over items falls far short.
 
-    The standard error is 0.7 points.
+    The standard error is 0.7 points. Student's interval of the clusters' means covers less.
     """
     rng, share = np.random.default_rng(6), stats.norm.cdf(bias / math.sqrt(2))
     names = np.repeat(np.arange(groups), 5)
-    covered = alone = 0
+    covered = alone = students = 0
     for _ in range(1000):
         ease = np.repeat(rng.normal(size=groups), 5)
         scores = (ease + rng.normal(size=5 * groups) < bias).astype(float)
@@ -152,6 +152,9 @@ def test_clustered_interval_covers(groups: int, bias: float) -> None:
         covered += low <= share <= high
         low, high = paired.score_interval(scores)["interval"]
         alone += low <= share <= high
+        low, high = paired.t_interval(scores.reshape(groups, 5).mean(axis=1))
+        students += low <= share <= high
+    assert students < covered
     assert abs(covered / 1000 - 0.95) <= 0.02
     assert alone / 1000 < 0.87
 
@@ -412,7 +415,7 @@ def test_resamples_without_a_loss_widen() -> None:
         (lambda: paired.paired_bootstrap([1.0], [0.0], 0, 10), "got 10 resamples and seed 0"),
         (lambda: paired.sign_flip([1.0], -1), "got 10000 resamples and seed -1"),
         (lambda: paired.paired_bootstrap([1, 0], [0, 1], clusters=["a"]), "there are 1 cluster names for 2 scores"),
-        (lambda: paired.t_interval([1.0, 0.0], ["a", "a"]), "got 1 cluster; a standard error needs 2 or more"),
+        (lambda: paired.clustered_interval([1.0, 0.0], ["a", "a"]), "got 1 cluster; a standard error needs 2 or more"),
         (lambda: paired.standard_error([1.0]), "got 1 item; a standard error needs 2 or more"),
         (lambda: paired.holm([0.5, 1.5]), "p-values are [0.5, 1.5]"),
         (lambda: paired.holm([math.nan]), "p-values are [nan]"),

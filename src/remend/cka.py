@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from remend.errors import InputError
+from remend.stats import student_t
 
 _NOISE = 1e-13
 """Share of a mean up to which a distance from it is rounding noise of float64."""
@@ -388,12 +389,5 @@ def _interval(estimate_S: Tensor, level: float) -> Interval:
         raise InputError(f"level is {level}; allowed is above 0 and below 1, e.g. 0.95")
     value, left_G = float(estimate_S[0]), estimate_S[1:]
     deviation = math.sqrt((len(left_G) - 1) / len(left_G) * float((left_G - left_G.mean()).square().sum()))
-    half = _student_t(level, len(left_G) - 1) * deviation
+    half = student_t(level, len(left_G) - 1) * deviation
     return Interval(value, value - half, value + half)
-
-
-def _student_t(level: float, freedom: int) -> float:
-    """The t with P(|T| ≤ t) = level, to 1e-3 of itself; θ = atan(t / √ν) has a density that goes as cos^(ν − 1) θ."""
-    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
-    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
-    return math.sqrt(freedom) * math.tan(float(angle[1 + int(torch.searchsorted(mass, level * mass[-1]))]))
