@@ -10,7 +10,7 @@ import torch
 from scipy.stats import norm
 
 from remend.errors import InputError
-from remend.formats import NAMES, GridFormat, nearest, table_of
+from remend.formats import NAMES, GridFormat, nearest, round_e2m1, table_of
 
 CPU = torch.device("cpu")
 TABLES = ["e2m1", "e2m1 gguf", "nf4", "e4m3"]
@@ -133,6 +133,8 @@ def test_nearest_is_a_search_among_the_borders(name: str) -> None:
     x = torch.cat([around, around.nextafter(infinity), around.nextafter(-infinity), spread, spread / 1000, far])
     expected = table.codes[torch.bucketize(x, table.borders)]
     assert torch.equal(nearest(x.clone(), name), expected)
+    if name == "e2m1":
+        assert torch.equal(round_e2m1(x.clone()).view(torch.int32), table.values[expected.int()].view(torch.int32))
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,19 @@ def nearest(position: Tensor, name: str) -> Tensor:
     return table.codes.index_select(0, points).view(position.shape)
 
 
+def round_e2m1(position: Tensor) -> Tensor:
+    """The E2M1 value nearest to every position, ties to the even code: that of `nearest`'s code. Changes `position`.
+
+    Steps are 0.5 up to 2, 1 up to 4 and 2 up to 6: the part of a position in each is rounded by itself, with no table.
+    """
+    low = position.clamp(-2, 2)
+    high = position.clamp_(-6, 6).sub_(low)
+    middle = high.clamp(-2, 2)
+    high.sub_(middle)
+    low.mul_(2).round_().mul_(0.5)
+    return low.add_(middle.round_()).add_(high.mul_(0.5).round_(), alpha=2).add_(0.0)  # the last makes -0 0
+
+
 @lru_cache(maxsize=32)
 def table_of(name: str, device: torch.device) -> Table:
     """The table 'e2m1', 'e2m1 gguf', 'nf4' or 'e4m3' on a device.

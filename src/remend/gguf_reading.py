@@ -1,0 +1,52 @@
+"""transformers parses a GGUF file's header anew for configuration, tokenizer and weights; here it is parsed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Inside, transformers gets a file's last reader again as long as the file is the same, and a name map likewise.
+
+    `forget` lets go of the reader, which is large. The header of SmolLM2's file takes 3 s to parse, since it holds the
+    vocabulary, and a command that trains would parse it five times; the name map takes as long, since transformers asks
+    for it once a tensor.
+    """
+    import gguf
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = _reader
+    gguf.get_tensor_name_map = _name_map
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
+
+
+def forget() -> None:
+    """Free the last header: 140 MiB for a vocabulary of 49,152."""
+    _read.cache_clear()
+
+
+def _reader(path: Any) -> Any:
+    status = Path(path).stat()
+    return _read(str(path), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1)
+def _read(path: str, _changed: int, _size: int) -> Any:
+    from gguf.gguf_reader import GGUFReader
+
+    return GGUFReader(path)
+
+
+@lru_cache(maxsize=4)
+def _name_map(architecture: Any, layers: int) -> Any:
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    return get_tensor_name_map(architecture, layers)
