@@ -297,7 +297,7 @@ def main() -> None:
     """See the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/degradations"))
-    parser.add_argument("--only", choices=[row.name for row in ROWS], action="append")
+    parser.add_argument("--only", choices=[row.name for row in ROWS], nargs="+", action="extend")
     parser.add_argument("--steps", type=int, help="optimizer steps instead of the default")
     parser.add_argument("--alone", action="store_true", help="the second table, for rows that are done")
     parser.add_argument("--repair-alone", action="store_true", help="the third table, for rows that are done")
@@ -316,14 +316,14 @@ def main() -> None:
     print(table(results))
     wanted = arguments.only or ALONE
     ready = [r for r in results if r["row"] in ALONE and r["row"] in wanted]
-    if arguments.alone:
-        found = [run_alone(r, folder_of(arguments.out, r["row"])) for r in ready]
-        run.write_json(arguments.out / "alone.json", found)
-        print(alone_table(found))
-    if arguments.repair_alone:
-        found = [run_repair_alone(r, folder_of(arguments.out, r["row"])) for r in ready]
-        run.write_json(arguments.out / "repair_alone.json", found)
-        print(repair_alone_table(found))
+    kinds = (("alone", run_alone, alone_table), ("repair_alone", run_repair_alone, repair_alone_table))
+    for kind, runs, shown in kinds:
+        if getattr(arguments, kind):
+            path = arguments.out / f"{kind}.json"
+            found = {r["row"]: r for r in (json.loads(path.read_text()) if path.is_file() else [])}
+            found |= {r["row"]: runs(r, folder_of(arguments.out, r["row"])) for r in ready}
+            run.write_json(path, list(found.values()))
+            print(shown(list(found.values())))
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/time"))
     parser.add_argument("--table", choices=list(TABLES), action="append", help="by default all")
-    parser.add_argument("--only", choices=[line.name for line in LINES], nargs="+", metavar="NAME")
+    parser.add_argument("--only", choices=[line.name for line in LINES], nargs="+", action="extend", metavar="NAME")
     parser.add_argument("--steps", type=int, help="instead of each line's own number")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args()
