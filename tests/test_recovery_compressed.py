@@ -22,7 +22,8 @@ from remend.degrade.finetune import finetune
 from remend.degrade.prune import prune
 from remend.degrade.width import prune_width
 from remend.errors import CheckError, InputError
-from remend.recovery import check, recover, settings
+from remend.recovery import check, recover, settings, stages
+from remend.recovery.repair import Repaired
 from remend.recovery.training import learning_rate
 from test_resume import kill_at
 
@@ -98,6 +99,28 @@ def test_repair_lowers_the_held_out_divergence_before_the_first_step(recipe: dic
     assert before is not None
     assert after is not None
     assert all(grid.scales.equal(before.matrices[n][1].scales) for n, (_, grid) in after.matrices.items())
+
+
+def test_a_repair_that_makes_things_worse_is_undone(
+    recipe: dict[str, Any], sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training then starts from the very student that came in."""
+    plain = recover(**{**recipe, "student": str(sparse), "repair": False, "out": str(tmp_path / "plain")})
+
+    def spoil(student: Any, *_: Any, **keywords: Any) -> Repaired:
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.mul_(1.5)
+        return Repaired(keywords["stored"], None, 1.0)
+
+    monkeypatch.setattr(stages, "repair", spoil)
+    result = recover(**{**recipe, "student": str(sparse), "repair": True, "out": str(tmp_path / "spoiled")})
+    assert result.summary["repair"]["kept"] is False
+    assert result.summary["repair"]["kl"] > result.summary["degraded"]["kl"]
+    assert result.summary["recovered"] == plain.summary["recovered"]
+    ours, theirs = (load_file(r.model / "model.safetensors") for r in (result, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "undone" in (Path(result.out) / "report.md").read_text(encoding="utf-8")
 
 
 def test_more_calibration_text_makes_another_repair(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -165,13 +165,17 @@ class Judge:
         return measured
 
     def after_repair(self, student: Any, seconds: float) -> list[PromptSums]:
-        """Measure the repaired student on the reference's answers; writes repair.json and held_out_repaired.jsonl."""
+        """Measure the repaired student on the reference's answers; writes repair.json and held_out_repaired.jsonl.
+
+        repair.json's `kept` is false where its KL is above that of the student as it came in.
+        """
         sums = self._compare(scorer(student, self.checked.shared), self.completions, "measuring the repaired model")
         rows = [{"id": s.id, "tokens": s.tokens, "kl_sum": s.kl} for s in sums]
         run.write_text(self.directory.path / "held_out_repaired.jsonl", "".join(run.json_line(row) for row in rows))
         figures = pool(sums)
-        kept = {key: figures[key] for key in ("kl", "top1_agreement", "perplexity")}
-        run.write_json(self.directory.path / run.REPAIR, {**kept, "seconds": round(seconds, 1)})
+        shown = {key: figures[key] for key in ("kl", "top1_agreement", "perplexity")}
+        kept = figures["kl"] <= self.baseline(student).figures()["kl"]
+        run.write_json(self.directory.path / run.REPAIR, {**shown, "seconds": round(seconds, 1), "kept": kept})
         return sums
 
     def final(self, recovered: Any) -> HeldOut:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from remend import models, run
 from remend.adapters import add_lora, is_adapted, merge
@@ -137,12 +137,15 @@ class Recovery:
         self.accelerator.wait_for_everyone()
         initial = self._initial(student)
         repaired = self._repair(student, reference)
-        if not repaired.seconds:
-            initial = None  # nothing has changed since: the trainable parameters are the initial ones
         if judge and repaired.seconds:
             self.directory.note_seconds("repair", repaired.seconds)
             after = judge.after_repair(student, repaired.seconds)
             self._note(tracker, student, 0, "repaired", figures_of(after))
+        if repaired.seconds and not self._repair_helped():
+            self._take_back(student)
+            repaired = Repaired(stored)
+        if not repaired.seconds:
+            initial = None  # nothing has changed since: the trainable parameters are the initial ones
         constraint = self._constraint(student, reference, repaired)
         del repaired  # its masters are as large as the model, and the constraint has its own
         training = Training(
@@ -323,6 +326,27 @@ class Recovery:
             shared=self.checked.shared,
             precision=models.precision(self.dtype, self.accelerator.device),
         )
+
+    def _repair_helped(self) -> bool:
+        """What the main process found on the held-out prompts; all processes follow it."""
+        decided = [False]
+        if self.accelerator.is_main_process:
+            found = run.read_json(self.directory.path / run.REPAIR)
+            decided = [found["kept"]]
+            if not found["kept"]:
+                console.print(
+                    f"repair is undone: with it the held-out KL is {found['kl']:.3f}, above the student's own"
+                )
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(decided)
+        return decided[0]
+
+    @torch.no_grad()
+    def _take_back(self, student: Any) -> None:
+        """The weights that the student came in with, in place: teachers may be views of it."""
+        before = dict(self._load(self.student_source, torch.float32).named_parameters())
+        for name, parameter in student.named_parameters():
+            parameter.copy_(before[name])
 
     def _save(self, student: Any, constraint: Constraint) -> None:
         with stage("saving the model"), run.new_directory(self.directory.path / "model") as target:

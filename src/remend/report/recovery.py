@@ -49,7 +49,8 @@ def _repair_row(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     repair, before = summary.get("repair"), summary["degraded"]["kl"]
     if not repair:
         return []
-    label = f"KL after one-shot repair ({repair['seconds']:.0f} s), before the first step"
+    when = "before the first step" if repair.get("kept", True) else "undone, since it made things worse"
+    label = f"KL after one-shot repair ({repair['seconds']:.0f} s), {when}"
     row = {"label": label, "degraded": f"{before:.3f}", "recovered": f"{repair['kl']:.3f}"}
     return [{**row, "gap": percent(1 - repair["kl"] / before) if before > 0 else "–"}]
 

@@ -49,6 +49,7 @@ def _held_out(rows: Rows, summary: Mapping[str, Any], name: str, main: bool) -> 
         return []
     ends = (summary["degraded"], summary["recovered"]) if main else (sides[name]["before"], sides[name]["after"])
     repair = summary.get("repair") if main else None
+    repair = repair if repair and repair.get("kept", True) else None
     evaluated = [(float(row["step"]), row[key]) for row in rows if key in row]
     last = float((summary.get("selected") or {}).get("step", summary["steps"]))
     first = repair["kl"] if repair else ends[0]["kl"]

@@ -216,7 +216,7 @@ def _curve(path: Path, summary: Mapping[str, Any], repair: float, answers: float
     files = RunDirectory(path)
     tokens, seconds = 0, repair + answers
     points = [{"step": 0, "tokens": 0, "seconds": 0.0, "kl": summary["degraded"]["kl"]}]
-    if summary["repair"]:
+    if summary["repair"] and summary["repair"].get("kept", True):
         points.append({"step": 0, "tokens": 0, "seconds": repair, "kl": summary["repair"]["kl"]})
     points.append({**points[-1], "seconds": seconds})  # until the reference has answered, nothing moves
     spent = files.step_seconds()
