@@ -121,6 +121,29 @@ def test_masters_start_at_the_teachers_weights_behind_the_students_codes(name: s
         assert (moved > 1.1e-3 * gap + 1e-6).float().mean() < 0.05
 
 
+def test_masters_of_codes_that_compensate_start_a_margin_inside_and_others_at_the_teachers_weight() -> None:
+    """A code that is not its weight's nearest (GPTQ) must not fall back at the first noisy step."""
+    origin, student, stored = pair()
+    name, (codes, grid) = next(iter(stored.matrices.items()))
+    lost = parameters(origin)[name]
+    nearest = encode(lost, grid, stored.format)
+    shifted = codes.clone()
+    shifted[:, ::2] = torch.where(nearest[:, ::2] > 0, nearest[:, ::2] - 1, nearest[:, ::2] + 1)
+    stored.matrices[name] = (shifted, grid)
+    parameters(student)[name].data.copy_(decode(shifted, grid, stored.format))
+    _, gap = nearest_points(lost, grid, stored.format)
+    margin = 0.1 * float(gap.min())
+    masters = OnGrid(student, stored, origin=parameters(origin), margin=margin).masters()[name]
+    elsewhere = shifted != nearest
+    assert elsewhere.float().mean() > 0.4
+    for change in (0.9 * margin, -0.9 * margin):
+        moved = encode(masters + change, grid, stored.format)
+        assert torch.equal(moved[elsewhere], shifted[elsewhere])
+    plain = OnGrid(student, stored, origin=parameters(origin)).masters()[name]
+    assert torch.equal(masters[~elsewhere], plain[~elsewhere])
+    assert not torch.equal(encode(plain + 0.9 * margin, grid, stored.format), shifted), "a margin is needed for this"
+
+
 def test_masters_stay_behind_the_codes_of_a_student_from_elsewhere() -> None:
     _, student, stored = pair()
     masters = constrained(student, stored, build_model(VOCABULARY, seed=9)).masters()

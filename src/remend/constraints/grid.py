@@ -54,8 +54,9 @@ class OnGrid:
             master starts at the original weight, moved as far as its code demands: it still rounds to the student's
             code, but remembers on which side of it the lost weight was. Elsewhere it starts on the grid point.
         masters: where masters start instead, by name, e.g. the weights that one-shot repair rounded.
-        margin: those of `masters` that are so near to another code are moved inside by as much. A weight then changes
-            its code when its gradient insists, not when one noisy step happens to push it over the border.
+        margin: those of `masters`, and of the original weights those that round to another code than the student's,
+            are moved inside by as much where they are so near to another code. A weight then changes its code when its
+            gradient insists, not when one noisy step happens to push it over the border.
         scales: 'fixed' or 'learned'.
 
     Raises:
@@ -86,12 +87,21 @@ class OnGrid:
             if start is not None:
                 master = off_borders(self._start(name, start, weight, grid), codes, grid, self.format, margin)
             elif source is not None and source.shape == codes.shape:
-                master = within_cell(source.detach().to(weight.device), codes, grid, self.format)
+                master = self._from_origin(source.detach().to(weight.device), codes, grid, margin)
             else:
                 master = weight.detach().clone()
             learned = torch.zeros_like(grid.scales) if scales == "learned" else None
             self._matrices[name] = _Matrix(weight, master, grid, learned)
         self._free = {n: p for n, p in parameters.items() if n not in self._matrices and p.requires_grad}
+
+    def _from_origin(self, source: Tensor, codes: Tensor, grid: Grid, margin: float) -> Tensor:
+        """The original weight where it rounds to its code; where it does not (GPTQ), inside the cell by `margin`.
+
+        Codes that made good what others lost would else fall back at the first noisy step.
+        """
+        master = within_cell(source, codes, grid, self.format)
+        inside = off_borders(master, codes, grid, self.format, margin)
+        return torch.where(encode(source.float(), grid, self.format) == codes, master, inside)
 
     def _start(self, name: str, start: Tensor, weight: Tensor, grid: Grid) -> Tensor:
         master = start.detach().to(weight.device, torch.float32, copy=True)
