@@ -13,9 +13,8 @@ from typing import Any
 def parsed_once() -> Iterator[None]:
     """Inside, transformers gets a file's last reader again as long as the file is the same, and a name map likewise.
 
-    `forget` lets go of the reader, which is large. The header of SmolLM2's file takes 3 s to parse, since it holds the
-    vocabulary, and a command that trains would parse it five times; the name map takes as long, since transformers asks
-    for it once a tensor.
+    `forget` lets go of the reader, which is large. A header takes seconds to parse, since it holds the vocabulary, and a
+    command that trains would parse it five times; so does the name map, which transformers asks for once a tensor.
     """
     import gguf
 
@@ -29,7 +28,7 @@ def parsed_once() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Free the last header: 140 MiB for a vocabulary of 49,152."""
+    """Free the last header; its vocabulary is some small arrays a token."""
     _read.cache_clear()
 
 

@@ -140,10 +140,11 @@ class Recovery:
         if judge and repaired.seconds:
             self.directory.note_seconds("repair", repaired.seconds)
             after = judge.after_repair(student, repaired.seconds)
-            self._note(tracker, student, 0, "repaired", figures_of(after))
         if repaired.seconds and not self._repair_helped():
             self._take_back(student)
             repaired = Repaired(stored)
+        elif judge and repaired.seconds:
+            self._note(tracker, student, 0, "repaired", figures_of(after))
         if not repaired.seconds:
             initial = None  # nothing has changed since: the trainable parameters are the initial ones
         constraint = self._constraint(student, reference, repaired)
