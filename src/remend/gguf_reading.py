@@ -13,8 +13,8 @@ from typing import Any
 def parsed_once() -> Iterator[None]:
     """Inside, transformers gets a file's last reader again as long as the file is the same, and a name map likewise.
 
-    `forget` lets go of the reader, which is large. A header takes seconds to parse, since it holds the vocabulary, and a
-    command that trains would parse it five times; so does the name map, which transformers asks for once a tensor.
+    `forget` lets go of the reader, which is large. A header takes seconds to parse, since it holds the vocabulary,
+    and a command that trains would parse it five times; so does the name map, which transformers makes once a tensor.
     """
     import gguf
 
