@@ -25,20 +25,24 @@ from remend.rollout import Rollout, derive_seed
 from remend.run import RunDirectory
 from remend.scoring import scorer
 
-CPU = torch.device("cpu")
-
 
 class Held:
     """Measures on the same held-out prompts, reference answers and seeds as remend's runs."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, source = options, models.resolve(options.reference)
+        self.device = torch.device(options.device)
         self.tokenizer = models.load_tokenizer(source)
         self.pad_id = models.pad_id(self.tokenizer)
-        self.teacher = models.load_model(source, dtype=torch.float32, device=CPU).requires_grad_(False)
+        self.teacher = self.load(options.reference)
         self.prompts = [encode_prompt(self.tokenizer, e) for e in load_examples(options.held_out)]
         place = RunDirectory(Path(options.answers))
         self.answers = kept(place, "reference.jsonl", self.prompts, self.tokenizer, lambda: self._said(self.teacher, 0))
+
+    def load(self, model: str) -> Any:
+        """A model in float32, frozen."""
+        loaded = models.load_model(models.resolve(model), dtype=torch.float32, device=self.device)
+        return loaded.requires_grad_(False)
 
     def _said(self, model: Any, temperature: float) -> list[Rollout]:
         seeds = [derive_seed(self.options.seed, "held-out", i) for i in range(len(self.prompts))]
@@ -46,8 +50,13 @@ class Held:
         return answer(model, self.tokenizer, self.prompts, "held-out prompts", **settings)
 
     def kl(self, model: Any) -> float:
-        """On the reference's answers."""
-        return float(pool(compare(scorer(model), scorer(self.teacher), self.answers, pad_id=self.pad_id))["kl"])
+        """On the reference's answers, in float32 also where accelerate has wrapped the forward pass in autocast."""
+        wrapped = vars(model).pop("forward", None)
+        try:
+            return float(pool(compare(scorer(model), scorer(self.teacher), self.answers, pad_id=self.pad_id))["kl"])
+        finally:
+            if wrapped is not None:
+                model.forward = wrapped
 
     def both(self, model: Any) -> dict[str, float]:
         """On the reference's answers and on the model's own samples."""
@@ -81,13 +90,13 @@ def train(options: argparse.Namespace) -> None:
     from trl import DistillationTrainer
 
     held, files = Held(options), RunDirectory.create(Path(options.out))
-    model = models.load_model(models.resolve(options.student), dtype=torch.float32, device=CPU)
+    model = held.load(options.student).requires_grad_(True)
     degraded = held.both(model)
     rows = [e.prompt for e in load_examples(options.data)]
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in rows]
     trainer = DistillationTrainer(
         model=model,
-        teacher_model=held.teacher,
+        teacher_model=held.load(options.reference),  # its own: the trainer wraps it, and measuring wants it as it is
         args=settings(options),
         train_dataset=Dataset.from_list([{"prompt": chat} for chat in chats]),
         processing_class=held.tokenizer,
@@ -109,7 +118,7 @@ def settings(options: argparse.Namespace) -> Any:
 
     return DistillationConfig(
         output_dir=f"{options.out}/trl",
-        use_cpu=True,
+        use_cpu=options.device == "cpu",
         bf16=options.dtype == "bfloat16",
         gradient_checkpointing=False,
         max_steps=options.steps,
@@ -137,7 +146,7 @@ def round_again(model: Any, student: Path) -> bool:
     if grid is None:
         return False
     for name, (_, scales) in grid.matrices.items():
-        weights[name].copy_(decode(encode(weights[name].float(), scales, grid.format), scales, grid.format))
+        weights[name].copy_(decode(encode(weights[name].float().cpu(), scales, grid.format), scales, grid.format))
     return True
 
 
@@ -151,6 +160,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     train(parser.parse_args())
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from remend.answers import answer
 from remend.errors import InputError
+from remend.layer_map import decoder_layers, infer_rows
 from remend.progress import stage
 from remend.prompts import Encoded
 from remend.replay import Settled
@@ -44,7 +45,7 @@ class Sites:
     names, layers: full module names and the modules, in order of execution.
     gram_II: float32, Σ x xᵀ over the N calibration tokens.
     cross_OI: with a teacher, for each layer Σ y xᵀ, where y is what the layer should give (its bias taken off); None
-        for a layer that the teacher has in another shape.
+        for a layer whose outputs are not all among the teacher's.
     rows: N.
     """
 
@@ -54,21 +55,6 @@ class Sites:
     gram_II: Tensor
     cross_OI: tuple[Tensor | None, ...] | None
     rows: int
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder's blocks. Raises InputError for a model that does not keep them in one list."""
-    base = model.base_model
-    for path in ("layers", "h", "decoder.layers", "language_model.layers"):
-        found = base
-        for part in path.split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, nn.ModuleList) and len(found):
-            return found
-    raise InputError(
-        f"{type(model).__name__} does not keep its blocks in a list that remend knows (layers, h, decoder.layers), so "
-        "methods that go through it block by block can't be used; round to nearest and magnitude need no such walk"
-    )
 
 
 @torch.no_grad()
@@ -277,8 +263,8 @@ class _Teacher:
             for batch in self.batches:
                 batch.states_BTD = _run(self.blocks[at], batch, at)
 
-    def block(self, index: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Linear outputs by name inside the block, and the stream before it and after its whole span [N, D]."""
+    def block(self, index: int, ours: nn.Module) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Outputs that linear layers of `ours` have too, by name; the stream before and after the whole span [N, D]."""
         at = self.map[index]
         layers = {n: m for n, m in self.blocks[at].named_modules() if isinstance(m, nn.Linear)}
         before_ND = _real(self.batches)
@@ -286,7 +272,17 @@ class _Teacher:
         for batch, states_BTD in zip(self.batches, seen.states, strict=True):
             batch.states_BTD = states_BTD
         self._advance(at + 1, self.map[index + 1])
-        return {n: seen.outputs[m] for n, m in layers.items()}, before_ND, _real(self.batches)
+        narrow = {n: m for n, m in ours.named_modules() if n in layers and isinstance(m, nn.Linear)}
+        kept = {n: _kept(seen.outputs[layers[n]], m, layers[n]) for n, m in narrow.items()}
+        return {n: y_NO for n, y_NO in kept.items() if y_NO is not None}, before_ND, _real(self.batches)
+
+
+def _kept(outputs_NP: Tensor, ours: nn.Linear, theirs: nn.Linear) -> Tensor | None:
+    """Of the teacher's outputs those that a narrower layer kept."""
+    if ours.out_features == theirs.out_features:
+        return outputs_NP
+    rows_O = infer_rows(ours.weight, theirs.weight)
+    return None if rows_O is None else outputs_NP[:, rows_O]
 
 
 @torch.no_grad()
@@ -325,7 +321,7 @@ def walk(
     with stage(title, len(blocks)) as advance:
         for index, block in enumerate(blocks):
             anatomy = _anatomy(block, probe, index)
-            targets = _Targets(block, anatomy, *healthy.block(index), _real(batches)) if healthy else None
+            targets = _Targets(block, anatomy, *healthy.block(index, block), _real(batches)) if healthy else None
             settled = Settled(block)
             for group in anatomy.groups:
                 fresh = [w for w in targets.written if w not in settled.written] if targets else []

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remend.calibration import decoder_layers
 from remend.errors import InputError
+from remend.layer_map import decoder_layers
 from remend.rollout import Rollout
 from remend.scoring import Packed, Scorer, pack
 

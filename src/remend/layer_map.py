@@ -1,13 +1,28 @@
-"""Which block of a reference is each block of a student with fewer of them: found by comparing weights."""
+"""Which block of a reference is each block of a smaller student, and which row each row: found by comparing weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from remend.calibration import decoder_layers
 from remend.errors import InputError
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder's blocks. Raises InputError for a model that does not keep them in one list."""
+    base = model.base_model
+    for path in ("layers", "h", "decoder.layers", "language_model.layers"):
+        found = base
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.ModuleList) and len(found):
+            return found
+    raise InputError(
+        f"{type(model).__name__} does not keep its blocks in a list that remend knows (layers, h, decoder.layers), so "
+        "methods that go through it block by block can't be used; round to nearest and magnitude need no such walk"
+    )
 
 
 @torch.no_grad()
@@ -48,3 +63,15 @@ def _difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
             total += float((parameter.float() - healthy[name].float()).square().sum())
             size += float(parameter.float().square().sum())
     return total / size if size else 0.0
+
+
+@torch.no_grad()
+def infer_rows(ours_OI: Tensor, theirs_PI: Tensor) -> Tensor | None:
+    """Which of a wider layer's outputs each output of a narrower one is: int64 [O], the nearest row of weights.
+
+    None where that is no choice of some of them (inputs of another width, more outputs, one row taken twice).
+    """
+    if ours_OI.shape[1] != theirs_PI.shape[1] or len(ours_OI) > len(theirs_PI):
+        return None
+    nearest_O = torch.cdist(ours_OI.float(), theirs_PI.float()).argmin(dim=1)
+    return nearest_O if len(set(nearest_O.tolist())) == len(nearest_O) else None

@@ -20,6 +20,7 @@ from remend import calibration
 from remend.degrade.job import Changed, Job, Options, run_job
 from remend.degrade.smaller import path_of, rebuild
 from remend.errors import InputError
+from remend.layer_map import decoder_layers
 from remend.registry import Registry
 
 Choice = Callable[[Iterable[Tensor], int], list[int]]
@@ -110,7 +111,7 @@ def without_blocks(reference: Any, removed: Iterable[int]) -> tuple[Any, list[in
 
     Raises InputError for an architecture whose blocks can't be found or renumbered.
     """
-    blocks = calibration.decoder_layers(reference)
+    blocks = decoder_layers(reference)
     gone = set(removed)
     kept = [i for i in range(len(blocks)) if i not in gone]
     changes = _per_layer(reference.config.get_text_config(), kept, len(blocks))
@@ -153,7 +154,7 @@ def prune_depth(
     """
 
     def change(job: Job) -> Changed:
-        blocks = calibration.decoder_layers(job.reference)
+        blocks = decoder_layers(job.reference)
         removed = _checked(layers, method, len(blocks))
         if isinstance(removed, int):
             removed = METHODS.get(method)(_points(job), removed)

@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from remend import calibration
 from remend.degrade.job import Changed, Job, Options, run_job
 from remend.degrade.smaller import path_of, rebuild
 from remend.errors import InputError
+from remend.layer_map import decoder_layers
 from remend.rollout import Rollout
 
 WIDTH_FILE = "width.safetensors"
@@ -47,7 +47,7 @@ class _Block:
 
 
 def _blocks(model: Any) -> list[_Block]:
-    layers = calibration.decoder_layers(model)
+    layers = decoder_layers(model)
     root, result = path_of(model, layers), []
     for index, layer in enumerate(layers):
         named = dict(layer.named_modules())

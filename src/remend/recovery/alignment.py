@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remend.calibration import decoder_layers
 from remend.cka import cka_alignment
+from remend.layer_map import decoder_layers
 from remend.scoring import Packed
 
 BALANCE_EVERY = 10
