@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 
 from conftest import build_model
 from remend.errors import InputError
-from remend.scoring import Scorer, pack, scorer
+from remend.scoring import LEAST_OPENING, Packed, Scorer, pack, scorer
 
 CPU = torch.device("cpu")
 VOCABULARY = 64
@@ -205,3 +206,64 @@ def test_checkpointing_gives_the_same_gradients_and_leaves_no_trace() -> None:
     assert few < many / 2
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, same[name], rtol=1e-5, atol=1e-6)
+
+
+def _batch_with_one_opening(tokens: int) -> Packed:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, 60, (count,), generator=generator).tolist()
+
+    opening = draw(tokens)
+    return pack([([*opening, *draw(n)], draw(m)) for n, m in ((3, 9), (1, 4), (5, 7))], pad_id=0, device=CPU)
+
+
+def test_what_all_rows_open_with_is_run_once_with_the_same_states_and_gradients() -> None:
+    model = build_model(VOCABULARY).double()
+    parts, batch = scorer(model), _batch_with_one_opening(11)
+    assert parts.prefixes
+    found = []
+    for each in (parts, replace(parts, prefixes=False)):
+        seen: list[int] = []
+        hook = model.base_model.register_forward_pre_hook(
+            lambda _m, _a, given, seen=seen: seen.append(given["input_ids"].numel()), with_kwargs=True
+        )
+        states_ND = each.states(batch)
+        hook.remove()
+        model.zero_grad()
+        states_ND.square().sum().backward()
+        found.append(
+            (states_ND.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None], sum(seen))
+        )
+    (ours, our_grads, our_tokens), (whole, whole_grads, whole_tokens) = found
+    assert whole_tokens - our_tokens == 2 * 11
+    torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-9)
+    for a, b in zip(our_grads, whole_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [0, LEAST_OPENING - 1])
+def test_a_short_opening_is_run_with_the_rows(tokens: int) -> None:
+    model = build_model(VOCABULARY)
+    calls: list[int] = []
+    parts, batch = scorer(model), _batch_with_one_opening(tokens)
+    model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    parts.states(batch)
+    assert len(calls) == 1
+
+
+def test_an_opening_ends_before_the_first_position_that_is_asked_for() -> None:
+    rows = [
+        ([7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22]),
+        ([7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 23]),
+    ]
+    parts, batch = scorer(build_model(VOCABULARY).double()), pack(rows, pad_id=0, device=CPU)
+    whole_ND = batch.gather(parts.hidden(batch.tokens_BT))
+    torch.testing.assert_close(parts.states(batch), whole_ND, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_that_see_a_window_only_run_whole_rows() -> None:
+    models = special_models()
+    assert not scorer(models["gemma2"]).prefixes
+    assert scorer(models["granite"]).prefixes
+    assert scorer(models["cohere"]).prefixes

@@ -241,7 +241,7 @@ def _score(
     for at in range(0, len(order), ROWS):
         part = order[at : at + ROWS]
         batch = pack([(rollouts[i].prompt, rollouts[i].completion) for i in part], pad_id=pad, device=parts.device)
-        states_NE = batch.gather(parts.hidden(batch.tokens_BT))
+        states_NE = parts.states(batch)
         stored = []
         for start in range(0, states_NE.shape[0], rows):
             logits_NV = head(states_NE[start : start + rows]).float()

@@ -68,7 +68,7 @@ def compare(
     for start in range(0, len(order), max_rows):
         part = [rollouts[i] for i in order[start : start + max_rows]]
         batch = pack([(r.prompt, r.completion) for r in part], pad_id=pad_id, device=device)
-        ours_ND = batch.gather(student.hidden(batch.tokens_BT))
+        ours_ND = student.states(batch)
         against = (
             _cached(reference, part, batch)
             if isinstance(reference, TeacherCache)
@@ -99,7 +99,7 @@ def _live(reference: Teacher, rollouts: Sequence[Rollout], batch: Packed, at: in
         if any(r.shown is not None for r in rollouts):
             pairs = [(r.shown or r.prompt, r.completion) for r in rollouts]
             theirs = pack(pairs, pad_id=0, device=batch.tokens_BT.device)
-        kept[at] = theirs.gather(reference.hidden(theirs.tokens_BT)).cpu()
+        kept[at] = reference.states(theirs).cpu()
     states_NE, head = kept[at].to(batch.tokens_BT.device), reference.head
 
     def against(cut: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +136,7 @@ def negative_log_likelihoods(
         part = rollouts[start : start + max_rows]
         pairs = [((r.shown or r.prompt) if shown else r.prompt, r.completion) for r in part]
         batch = pack(pairs, pad_id=pad_id, device=device)
-        states_ND, head = batch.gather(model.hidden(batch.tokens_BT)), model.head
+        states_ND, head = model.states(batch), model.head
         sums = torch.zeros(len(part), dtype=torch.float64, device=device)
         rows = chunk_rows(head.weight_VD.shape[0], states_ND.device)
         for at in range(0, len(states_ND), rows):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,16 +22,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from remend.errors import InputError
 from remend.losses import Head
 
+FULL = "full_attention"
+"""transformers' name of layers that attend to every earlier token."""
+
+LEAST_OPENING = 8
+"""Tokens that rows must have in common before they are run apart: below, the second pass costs what it saves."""
+
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model seen as body and head. Build it with `scorer`; `shared` vocabulary ids, from 0, are scored."""
+    """A model seen as body and head. Build it with `scorer`; `shared` vocabulary ids, from 0, are scored.
+
+    prefixes: what all rows of a batch open with can be run once, and its keys and values shared.
+    """
 
     model: Any
     shared: int
     scale: float = 1.0
     softcap: float | None = None
     checkpointing: bool = False
+    prefixes: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -55,6 +65,33 @@ class Scorer:
             output = self.model.base_model(input_ids=tokens_BT, use_cache=False)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
+
+    def states(self, batch: Packed) -> Tensor:
+        """[N, D]: the states that predict a batch's completion tokens. What all prompts open with is run once.
+
+        A chat template's system prompt is such an opening: SmolLM2's is 24 of some 44 prompt tokens.
+        """
+        length = self._opening(batch)
+        if not length:
+            return batch.gather(self.hidden(batch.tokens_BT))
+        from transformers import DynamicCache
+
+        body, rows = self.model.base_model, len(batch.tokens_BT)
+        cache = DynamicCache(config=self.model.config)
+        body(input_ids=batch.tokens_BT[:1, :length], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(rows)  # gradients of all rows meet in the one that was computed
+        rest = body(input_ids=batch.tokens_BT[:, length:], past_key_values=cache, use_cache=True)
+        states_ND: Tensor = rest.last_hidden_state[batch.rows_N, batch.columns_N - length]
+        return states_ND
+
+    def _opening(self, batch: Packed) -> int:
+        """How many tokens all rows open with, before the first position that is asked for; 0 where it doesn't pay."""
+        recomputes = self.checkpointing and torch.is_grad_enabled()
+        if not self.prefixes or recomputes or len(batch.tokens_BT) < 2 or not len(batch.columns_N):
+            return 0
+        same_T = (batch.tokens_BT == batch.tokens_BT[:1]).all(dim=0)
+        length = min(int(same_T.long().cumprod(0).sum()), int(batch.columns_N.min()))
+        return length if length >= LEAST_OPENING else 0
 
     @contextmanager
     def _recomputed(self) -> Iterator[None]:
@@ -93,7 +130,7 @@ def scorer(model: Any, shared: int | None = None, *, checkpointing: bool = False
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap, checkpointing)
     _verify(result)
-    return result
+    return replace(result, prefixes=_shares_prefixes(result))
 
 
 @torch.no_grad()
@@ -110,6 +147,25 @@ def _verify(parts: Scorer) -> None:
             f"{type(parts.model).__name__} computes its logits in a way that remend does not know "
             f"(largest difference {float((own - ours).abs().max()):.3g} on a probe), so it can't be scored in chunks"
         )
+
+
+@torch.no_grad()
+def _shares_prefixes(parts: Scorer) -> bool:
+    """Whether states after a shared opening are those of whole rows; not so where a layer sees a window only."""
+    config = parts.model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else FULL]
+    if any(kind != FULL for kind in kinds):
+        return False
+    tokens_BT = torch.arange(1, 41, device=parts.device).reshape(2, 20).remainder(parts.shared)
+    tokens_BT[1, :12] = tokens_BT[0, :12]
+    pairs = [(row[:14], row[14:]) for row in tokens_BT.tolist()]
+    batch = pack(pairs, pad_id=0, device=parts.device)
+    whole_ND = batch.gather(parts.hidden(batch.tokens_BT)).float()
+    try:
+        apart_ND = replace(parts, prefixes=True, checkpointing=False).states(batch).float()
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
+        return False
+    return torch.allclose(whole_ND, apart_ND, atol=1e-2 * float(whole_ND.abs().max()), rtol=0)
 
 
 @dataclass(frozen=True)

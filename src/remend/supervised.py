@@ -95,6 +95,6 @@ class Supervised:
         pairs = [(p.prompt, p.completion) for p in micro_batch]
         batch = pack(pairs, pad_id=self.pad_id, device=self.student.device)
         with self.precision:
-            states_ND = batch.gather(self.student.hidden(batch.tokens_BT))
+            states_ND = self.student.states(batch)
             total = chunked_cross_entropy_sum(states_ND, self.student.head, batch.targets_N)
         return StepOutput({STREAM: (total, len(batch.targets_N))})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from remend.adapters import without_adapter
 from remend.losses import Head
-from remend.scoring import Scorer
+from remend.scoring import Packed, Scorer
 
 
 class Teacher(Protocol):
@@ -28,6 +28,10 @@ class Teacher(Protocol):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """[B, T, D]; see Scorer."""
+        ...
+
+    def states(self, batch: Packed) -> Tensor:
+        """[N, D] at completion tokens; see Scorer."""
         ...
 
 
@@ -52,6 +56,12 @@ class View:
         """See Teacher."""
         with self.worn():
             return self.student.hidden(tokens_BT)
+
+    @torch.no_grad()
+    def states(self, batch: Packed) -> Tensor:
+        """See Teacher."""
+        with self.worn():
+            return self.student.states(batch)
 
 
 def policy_of(teacher: Teacher) -> tuple[Any, AbstractContextManager[Any]]:

@@ -199,7 +199,7 @@ class Distillation:
                 taught = self._taught(lane.teacher, rollouts, skip, theirs, aligned), lane.teacher.head
         with self.precision:
             with ours.by(aligned, "student", batch):
-                student_ND = batch.gather(self.student.hidden(batch.tokens_BT))
+                student_ND = _states(self.student, batch, aligned)
             if isinstance(lane.teacher, TeacherCache):
                 target = lane.teacher.targets(rollouts, skip_first=skip).to(batch.tokens_BT.device)
                 total = chunked_truncated_sum(student_ND, self.student.head, target, beta=stream.beta, prefix=prefix)
@@ -224,7 +224,7 @@ class Distillation:
         pairs = [(r.shown or r.prompt, r.completion) for r in rollouts]
         batch = pack(pairs, pad_id=self.pad_id, device=self.student.device, skip_first=skip)
         with seen.by(aligned, "teacher", batch):
-            return batch.gather(teacher.hidden(batch.tokens_BT))
+            return _states(teacher, batch, aligned)
 
     def _prefix(self, rollouts: Sequence[Rollout], batch: Packed, skip: int) -> PrefixWeights:
         assert self.importance_clip is not None
@@ -250,6 +250,11 @@ class Distillation:
             ema.load(saved)
         if self.alignment:
             self.alignment.load(saved)
+
+
+def _states(model: Teacher, batch: Packed, aligned: Alignment | None) -> Tensor:
+    # an alignment looks at the blocks' outputs at every position of the rows
+    return batch.gather(model.hidden(batch.tokens_BT)) if aligned else model.states(batch)
 
 
 def _cut(rollouts: Sequence[Rollout], size: int) -> Iterator[Sequence[Rollout]]:
