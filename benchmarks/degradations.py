@@ -180,7 +180,11 @@ def below_repair(recovered: Path) -> list[float]:
 
 
 def run_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """SDFT without repair for as long as `result`, a row of results.json, took for both."""
+    """SDFT without repair for as long as `result`, a row of results.json, took for both.
+
+    Its steps are counted by the seconds of those that trained on repair's answers: on-policy ones take longer, which
+    is to its favour.
+    """
     timing = list(RunDirectory(folder / "recovered").step_seconds().values())
     steps = math.ceil((sum(timing) + result["repair_seconds"]) / (sum(timing) / len(timing)))
     alone = folder / "alone"
@@ -194,7 +198,7 @@ def run_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     sums = [[r["kl_sum_recovered"] for r in part] for part in rows]
     return {
         "row": result["row"],
-        "steps": steps,
+        "steps": summary["steps"],
         "kl": summary["recovered"]["kl"],
         "training_seconds": summary["training_seconds"],
         "both_kl": result["recovered_kl"],

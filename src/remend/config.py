@@ -153,7 +153,7 @@ class RecoverConfig(BaseModel):
     )
 
     steps: int = Field(
-        24, ge=0, description="optimizer steps. 24 take 135M parameters 4 minutes on two cores; large models need more"
+        36, ge=0, description="optimizer steps. 36 take 135M parameters 4 minutes on two cores; large models need more"
     )
     batch_size: int = Field(8, ge=1, description="prompts a micro-batch (TRL's trainers: 8; measured with 8 here)")
     gradient_accumulation: int = Field(
@@ -204,11 +204,13 @@ class RecoverConfig(BaseModel):
         strict=False,
         description="{rate, every} of the teacher ema",
     )
-    bootstrap: Literal["auto", "on", "off"] = Field(
-        "off", description="first train on the teacher's own completions; auto: while the student's are degenerate"
+    bootstrap: Literal["repair", "auto", "on", "off"] = Field(
+        "repair",
+        description="first train on the teacher's completions: those that repair was fitted to, where it was "
+        "(repair), while the student's are degenerate (auto), for bootstrap_steps (on)",
     )
     bootstrap_steps: int | None = Field(
-        None, ge=1, description="at most so many of the steps; by default a third of them"
+        None, ge=1, description="at most so many of the steps; by default a third, with repair's answers all they serve"
     )
     off_policy_passes: int = Field(2, ge=1, description="how often a completion of the teacher is trained on")
     self_prompts: int | None = Field(

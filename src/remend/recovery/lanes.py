@@ -16,7 +16,7 @@ from remend.recovery.objective import Lane
 from remend.recovery.stream_data import StreamData
 from remend.recovery.streams import RECOVER, rows_of
 from remend.rollout import Order, Rollout, derive_seed
-from remend.run import RunDirectory
+from remend.run import RunDirectory, json_line, write_text
 from remend.scoring import Scorer
 from remend.teacher import AdapterOff, Ema, Teacher, View, Weights, policy_of
 from remend.teacher_cache import TeacherCache
@@ -95,6 +95,7 @@ def with_pools(
     *,
     tokenizer: Any,
     bootstrapping: int,
+    answers: Sequence[Rollout] = (),
 ) -> list[Lane]:
     """Give the lanes that need one their pool of the teacher's completions, sampled once.
 
@@ -103,11 +104,14 @@ def with_pools(
         directory: pools are kept there, for a resumed run and for the processes after the first.
         tokenizer: the student's.
         bootstrapping: so many steps at the start take pools only.
+        answers: what the first of the lanes takes in place of a pool that would be sampled.
     """
     found = []
     for lane, source in zip(lanes, data, strict=True):
         if isinstance(lane.teacher, TeacherCache):
             pool = lane.teacher.train
+        elif answers and lane is lanes[0]:
+            pool = list(answers)
         else:
             mixed = math.ceil((config.steps - bootstrapping) * (1 - lane.stream.on_policy))
             wanted = lane.rows * (bootstrapping + mixed)
@@ -125,6 +129,25 @@ def with_pools(
             pool = _pool(lane, source, count, config, student, directory, tokenizer)
         found.append(replace(lane, pool=Order(pool, derive_seed(config.seed, "pool", lane.stream.name))))
     return found
+
+
+REPAIR_ANSWERS = "repair-answers.jsonl"
+
+
+def keep_answers(directory: RunDirectory, rollouts: Sequence[Rollout]) -> None:
+    """Keep the reference's completions that repair was fitted to, for the steps that are trained on them."""
+    rows = [{"id": r.id, "completion": list(r.completion), "clipped": r.clipped} for r in rollouts]
+    write_text(directory.path / REPAIR_ANSWERS, "".join(map(json_line, rows)))
+
+
+def kept_answers(directory: RunDirectory, data: StreamData) -> list[Rollout]:
+    """Those of them that say something, with their prompts; none where nothing was repaired."""
+    prompts = {p.id: p.tokens for p in data.train}
+    return [
+        Rollout(row["id"], prompts[row["id"]], tuple(row["completion"]), row["clipped"], off_policy=True)
+        for row in directory.rows(REPAIR_ANSWERS)
+        if row["completion"] and row["id"] in prompts
+    ]
 
 
 def _pool(

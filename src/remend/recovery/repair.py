@@ -47,11 +47,13 @@ DAMPING = 0.3
 
 @dataclass
 class Repaired:
-    """What training starts from: the grid (with new codes) and its masters; `seconds` is 0 where nothing was done."""
+    """What training starts from: the grid (with new codes) and its masters, and the teacher's answers that it was
+    fitted to; `seconds` is 0 where nothing was done."""
 
     stored: StoredGrid | None
     masters: Mapping[str, Tensor] | None = None
     seconds: float = 0.0
+    answers: Sequence[Rollout] = ()
 
 
 def repair(
@@ -99,7 +101,7 @@ def repair(
     else:
         known = layer_map or infer_layer_map(student, teacher)
         repair_smaller(student, teacher, text, pad_id, known, precision)
-    return Repaired(stored, masters, time.perf_counter() - began)
+    return Repaired(stored, masters, time.perf_counter() - began, text)
 
 
 def _chosen(prompts: Sequence[Encoded], samples: int, seed: int) -> list[Encoded]:

@@ -173,7 +173,7 @@ def problems(config: RecoverConfig, streams: Sequence[Stream], caches: Mapping[s
     text = config.demonstration_template
     if text is not None and not all(text.count(part) == 1 for part in ("{prompt}", "{demonstration}")):
         found.append("demonstration_template must hold {prompt} and {demonstration}, each once")
-    if config.bootstrap != "off" and not any(s.on_policy for s in streams):
+    if asks_for_pools(config) and not any(s.on_policy for s in streams):
         found.append(f"bootstrap: {config.bootstrap} has nothing to prepare: every stream is off-policy throughout")
     return found
 
@@ -205,6 +205,28 @@ def _stream_problems(config: RecoverConfig, stream: Stream, cached: bool) -> Ite
         yield f"{where}the cache {stream.teacher} was cut to its own top k when it was made; leave top_k out"
 
 
+def asks_for_pools(config: RecoverConfig) -> bool:
+    """Whether teachers may be asked for completions to begin with; repair's answers are there already."""
+    return config.bootstrap in ("auto", "on")
+
+
+def reuses_repair(config: RecoverConfig, streams: Sequence[Stream]) -> bool:
+    """Whether training may begin with the answers that repair was fitted to.
+
+    They are the reference's, at temperature 1, to the prompts of the main stream: what another stream lacks.
+    """
+    (first, *others) = streams
+    plain = not (others or first.demonstrations or first.moving) and first.on_policy == 1 and first.temperature == 1
+    return config.bootstrap == "repair" and plain and first.teacher == reference_of(config)
+
+
+def repair_budget(config: RecoverConfig, answers: int) -> int:
+    """Steps that so many answers serve, in whole rounds of sampling; each is trained on off_policy_passes times."""
+    rows, each = config.batch_size * config.gradient_accumulation, config.updates_per_rollout
+    served = min(config.steps, config.bootstrap_steps or config.steps, config.off_policy_passes * answers // rows)
+    return served if served == config.steps else served // each * each
+
+
 def bootstrap_budget(config: RecoverConfig) -> int:
     """Steps of bootstrap at most; whole rounds of sampling, since the gate is asked once a round."""
     wanted, each = config.bootstrap_steps or max(1, config.steps // 3), config.updates_per_rollout
@@ -214,7 +236,7 @@ def bootstrap_budget(config: RecoverConfig) -> int:
 def notes(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
     """What is allowed and may not be meant."""
     budget = bootstrap_budget(config)
-    if config.bootstrap == "off" or not any(s.on_policy for s in streams) or not budget >= config.steps > 0:
+    if not asks_for_pools(config) or not any(s.on_policy for s in streams) or not budget >= config.steps > 0:
         return []
     may = "is" if config.bootstrap == "on" else "may be"
     return [
@@ -224,8 +246,9 @@ def notes(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
 
 
 def _unused_counts(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
-    sampled = [s for s in streams if not is_cache(s.teacher) and (s.on_policy < 1 or config.bootstrap != "off")]
-    if config.off_policy_passes != _default("off_policy_passes") and not sampled:
+    sampled = [s for s in streams if not is_cache(s.teacher) and (s.on_policy < 1 or asks_for_pools(config))]
+    reused = config.repair and reuses_repair(config, streams)
+    if config.off_policy_passes != _default("off_policy_passes") and not sampled and not reused:
         yield "off_policy_passes has no effect, since no teacher is asked for completions to train on"
     evaluations = config.steps // config.eval_every if config.eval_every else 0
     if config.patience and evaluations and config.patience >= evaluations:
@@ -286,6 +309,6 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
                     f"(about {abs(stream.beta - near):g} of the KL), so the same learning rate does less; "
                     f"{near:g} is the {name} itself"
                 )
-    if config.bootstrap_steps and config.bootstrap == "off":
-        found.append("bootstrap_steps has no effect with bootstrap: off")
+    if config.bootstrap_steps and not asks_for_pools(config) and not (config.repair and reuses_repair(config, streams)):
+        found.append(f"bootstrap_steps has no effect with bootstrap: {config.bootstrap}, and these streams")
     return found

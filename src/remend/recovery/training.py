@@ -15,19 +15,19 @@ from remend.config import RecoverConfig
 from remend.constraints import Constraint
 from remend.layer_map import infer_layer_map
 from remend.losses import direction
-from remend.progress import stage
+from remend.progress import console, stage
 from remend.recovery.alignment import Alignment, pairs_of
 from remend.recovery.gate import GATE, Gate, Verdict, judge_rollouts
 from remend.recovery.held_out import Judge
-from remend.recovery.lanes import build_lanes, with_pools
+from remend.recovery.lanes import build_lanes, kept_answers, with_pools
 from remend.recovery.memory import free_bytes, must_recompute
 from remend.recovery.objective import Distillation, Lane
 from remend.recovery.preflight import Preflight
 from remend.recovery.selection import SCORE, Selection, score
 from remend.recovery.side_streams import SideStreams
-from remend.recovery.streams import bootstrap_budget
+from remend.recovery.streams import bootstrap_budget, repair_budget, reuses_repair
 from remend.recovery.tracking import Tracker
-from remend.rollout import TransformersSampler
+from remend.rollout import Rollout, TransformersSampler
 from remend.run import RunDirectory
 from remend.scoring import Scorer, scorer
 from remend.teacher import Teacher
@@ -122,10 +122,13 @@ class Training:
         """Train, and put the selected weights in place; what the summary says of it."""
         config = self.config
         before = self.side.baseline() if self.side else {}
-        gate = self._gate()
+        answers = self._answers()
+        gate = self._gate(len(answers))
         if config.steps and not self.resume:  # a resumed run has decided, and its weights are not in place yet
             self._ask(gate)
-        budget = gate.budget if config.bootstrap != "off" and gate.shut_once else 0
+        budget = gate.budget if gate.mode != "off" and gate.shut_once else 0
+        if answers and budget:
+            console.print(f"steps 1 to {budget} train on the {len(answers)} answers that repair was fitted to")
         with self.accelerator.main_process_first():  # it samples the pools, the others read them
             lanes = with_pools(
                 self.lanes,
@@ -135,6 +138,7 @@ class Training:
                 self.directory,
                 tokenizer=self.checked.tokenizer,
                 bootstrapping=budget,
+                answers=answers,
             )
         steps = self._train(lanes, gate)
         chosen = self.selection.restore() if self.judge else None
@@ -154,9 +158,17 @@ class Training:
         if gate.measured != measured and self.accelerator.is_main_process:
             self.directory.note_seconds("gate", time.perf_counter() - began)
 
-    def _gate(self) -> Gate:
-        measure, budget = self._examine if self.judge else None, bootstrap_budget(self.config)
-        return Gate(self.config.bootstrap, budget, measure, self.directory, self.accelerator)
+    def _answers(self) -> list[Rollout]:
+        """What repair was fitted to, where training begins with it."""
+        reused = reuses_repair(self.config, [s.stream for s in self.checked.streams])
+        return kept_answers(self.directory, self.checked.main) if reused else []
+
+    def _gate(self, answers: int) -> Gate:
+        mode, budget, measure = self.config.bootstrap, bootstrap_budget(self.config), self._examine
+        if mode == "repair":
+            budget = repair_budget(self.config, answers)
+            mode = "on" if budget else "off"
+        return Gate(mode, budget, measure if self.judge else None, self.directory, self.accelerator)
 
     def _examine(self) -> Verdict:
         assert self.judge is not None

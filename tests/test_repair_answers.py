@@ -1,0 +1,95 @@
+"""Training begins with the answers that repair was fitted to: the reference's own, and already there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from remend import run
+from remend.config import RecoverConfig, build
+from remend.recovery import recover
+from remend.recovery.lanes import REPAIR_ANSWERS
+from remend.recovery.streams import repair_budget, resolve, reuses_repair
+from test_resume import kill_at
+
+NAMES = {"student": "s", "teacher": "t", "data": "d", "out": "o"}
+
+
+def shares(out: Path) -> list[float | None]:
+    """Of each step: how much of it was on-policy; None where there is no pool."""
+    return [row.get("on_policy") for row in run.RunDirectory(out).rows(run.METRICS) if "loss" in row]
+
+
+def repaired(recipe: dict[str, Any], out: Path, **changed: Any) -> Any:
+    given = {"repair": True, "repair_samples": 6, "steps": 5, "batch_size": 4, "gradient_accumulation": 1}
+    return recover(**{**recipe, **given, "out": str(out), **changed})
+
+
+def test_the_first_steps_train_on_them_and_the_rest_on_policy(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """6 answers twice are 12 completions: three steps of 4."""
+    out = repaired(recipe, tmp_path / "a").out
+    answers = run.RunDirectory(out).rows(REPAIR_ANSWERS)
+    assert len(answers) == 6
+    assert shares(out) == [0.0, 0.0, 0.0, 1.0, 1.0]
+    more = repaired(recipe, tmp_path / "b", off_policy_passes=3).out
+    assert shares(more) == [0.0] * 4 + [1.0]
+    fewer = repaired(recipe, tmp_path / "c", bootstrap_steps=1).out
+    assert shares(fewer) == [0.0] + [1.0] * 4
+
+
+def test_bootstrap_off_leaves_them_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
+    assert shares(repaired(recipe, tmp_path / "off", bootstrap="off").out) == [None] * 5
+
+
+def test_without_repair_training_is_on_policy(recipe: dict[str, Any], tmp_path: Path) -> None:
+    out = repaired(recipe, tmp_path / "plain", repair=False).out
+    assert shares(out) == [None] * 5
+    assert not (Path(out) / REPAIR_ANSWERS).exists()
+
+
+def test_a_resumed_run_takes_up_the_same_answers(recipe: dict[str, Any], tmp_path: Path) -> None:
+    given = {"repair": True, "repair_samples": 6, "steps": 5, "batch_size": 4, "gradient_accumulation": 1}
+    whole = recover(**{**recipe, **given, "out": str(tmp_path / "whole")})
+    kill_at({**recipe, **given, "out": str(tmp_path / "torn")}, 2)
+    resumed = recover(resume=str(tmp_path / "torn"))
+    assert (tmp_path / "torn" / run.METRICS).read_bytes() == (tmp_path / "whole" / run.METRICS).read_bytes()
+    ours, theirs = (load_file(r.model / "model.safetensors") for r in (whole, resumed))
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("changed", "answers", "steps"),
+    [
+        ({}, 192, 36),
+        ({"steps": 100}, 192, 48),
+        ({"steps": 100, "gradient_accumulation": 3}, 192, 16),
+        ({"steps": 100, "off_policy_passes": 1}, 192, 24),
+        ({"steps": 100, "bootstrap_steps": 30}, 192, 30),
+        ({"steps": 100, "updates_per_rollout": 5, "save_every": 0}, 192, 45),
+        ({}, 0, 0),
+    ],
+)
+def test_answers_serve_whole_steps(changed: dict[str, Any], answers: int, steps: int) -> None:
+    assert repair_budget(build(RecoverConfig, {**NAMES, **changed}, "test"), answers) == steps
+
+
+@pytest.mark.parametrize(
+    ("changed", "reused"),
+    [
+        ({}, True),
+        ({"bootstrap": "off"}, False),
+        ({"bootstrap": "on"}, False),
+        ({"temperature": 0.7}, False),
+        ({"streams": {"a": {"policy": 0.5}}}, False),
+        ({"streams": {"a": {"demonstrations": True}}}, False),
+        ({"streams": {"a": {"teacher": "other"}}}, False),
+        ({"streams": {"a": {}, "b": {"teacher": "initial"}}}, False),
+    ],
+)
+def test_only_a_plain_stream_of_the_reference_can_use_them(changed: dict[str, Any], reused: bool) -> None:
+    config = build(RecoverConfig, {**NAMES, **json.loads(json.dumps(changed))}, "test")
+    assert reuses_repair(config, resolve(config)) is reused
