@@ -14,9 +14,10 @@ from remend import calibration
 from remend.constraints import OnGrid
 from remend.constraints.mask import kept_weights
 from remend.degrade.depth import without_blocks
+from remend.degrade.width import narrowed
 from remend.errors import InputError
 from remend.grids import decode
-from remend.layer_map import infer_layer_map
+from remend.layer_map import infer_layer_map, infer_rows
 from remend.prompts import Encoded
 from remend.recovery import repair
 from remend.recovery.repair import repair_grid, repair_mask, repair_smaller
@@ -109,6 +110,36 @@ def test_walk_gives_each_layers_gram_and_target(teacher: Any, text: list[Rollout
     linear = [n for n, m in teacher.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert sorted(seen) == sorted(linear)
     assert max(seen.values()) < 1e-4
+
+
+@torch.no_grad()
+def test_narrower_layers_are_asked_for_the_outputs_that_they_kept(teacher: Any, text: list[Rollout]) -> None:
+    """Nothing is lost before the first block's MLP but channels, so those that are left ought to give what they do."""
+    channels = [torch.arange(i % 2, 128, 2) for i in range(4)]
+    student = narrowed(teacher, channels, None)
+    seen: dict[str, float] = {}
+
+    def visit(sites: calibration.Sites) -> None:
+        for name, layer, cross in zip(sites.names, sites.layers, sites.cross_OI or (), strict=True):
+            assert cross is not None, name
+            seen[name] = float((cross - layer.weight @ sites.gram_II).norm() / cross.norm())
+
+    calibration.walk(student, text, visit, pad_id=0, teacher=teacher)
+    first = {n.rpartition(".")[2]: v for n, v in seen.items() if "layers.0." in n}
+    assert max(first["gate_proj"], first["up_proj"]) < 1e-4
+    assert first["down_proj"] > 0.01  # channels are missing
+    assert seen["model.layers.1.mlp.gate_proj"] > 1e-3  # its input has changed
+
+
+def test_rows_are_found_among_a_wider_layers() -> None:
+    wide = torch.randn(12, 5, generator=torch.Generator().manual_seed(2))
+    chosen = torch.tensor([1, 4, 6, 11])
+    found = infer_rows(wide[chosen] + 0.01, wide)
+    assert found is not None
+    assert found.equal(chosen)
+    assert infer_rows(wide[[3, 3]], wide) is None
+    assert infer_rows(wide[:, :4], wide) is None
+    assert infer_rows(wide, wide[:8]) is None
 
 
 @torch.no_grad()
