@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,25 @@ def test_a_resumed_run_takes_up_the_same_answers(recipe: dict[str, Any], tmp_pat
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("mode", ["plain", "spoil"])
+def test_two_processes_equal_one(recipe: dict[str, Any], tmp_path: Path, mode: str) -> None:
+    """Also where the main process finds that repair made things worse, and all undo it."""
+    given = {**recipe, "repair": True, "repair_samples": 6, "steps": 4, "batch_size": 4, "gradient_accumulation": 1}
+    single = recover(**{**given, "repair": mode == "plain", "out": str(tmp_path / "single")})
+    halves = json.dumps({**given, "batch_size": 2, "out": str(tmp_path / "pair")})
+    worker = str(Path(__file__).with_name("worker.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, mode]
+    done = subprocess.run([*command, halves], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (
+        [r for r in run.RunDirectory(p).rows(run.METRICS) if "loss" in r] for p in (single.out, tmp_path / "pair")
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["tokens"] == b["tokens"]
+    assert shares(tmp_path / "pair") == ([0.0, 0.0, 0.0, 1.0] if mode == "plain" else [None] * 4)
+
+
 @pytest.mark.parametrize(
     ("changed", "answers", "steps"),
     [
@@ -74,7 +95,11 @@ def test_a_resumed_run_takes_up_the_same_answers(recipe: dict[str, Any], tmp_pat
     ],
 )
 def test_answers_serve_whole_steps(changed: dict[str, Any], answers: int, steps: int) -> None:
-    assert repair_budget(build(RecoverConfig, {**NAMES, **changed}, "test"), answers) == steps
+    assert repair_budget(build(RecoverConfig, {**NAMES, **changed}, "test"), answers, 1) == steps
+
+
+def test_processes_share_the_answers_of_a_step() -> None:
+    assert repair_budget(build(RecoverConfig, {**NAMES, "steps": 100}, "test"), 192, 4) == 12
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,12 @@ import os
 import signal
 import sys
 
+import torch
+
 import remend
 import remend.train
+from remend.recovery import stages
+from remend.recovery.repair import Repaired
 
 
 def killed(values: dict[str, object], after: int) -> None:
@@ -24,9 +28,20 @@ def killed(values: dict[str, object], after: int) -> None:
     remend.recover(**values)
 
 
+def spoil(student: torch.nn.Module, *_: object, **keywords: object) -> Repaired:
+    """A repair that makes things worse."""
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.5)
+    return Repaired(keywords["stored"], None, 1.0)  # type: ignore[arg-type]
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "kill":
         killed(json.loads(sys.argv[2]), int(sys.argv[3]))
+    elif sys.argv[1] == "spoil":
+        stages.repair = spoil  # type: ignore[assignment]
+        remend.recover(**json.loads(sys.argv[2]))
     elif sys.argv[1] == "diagnose":
         remend.diagnose(**json.loads(sys.argv[2]))
     else:

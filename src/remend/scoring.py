@@ -71,7 +71,7 @@ class Scorer:
 
         A chat template's system prompt is such an opening: SmolLM2's is 24 of some 44 prompt tokens.
         """
-        length = self._opening(batch)
+        length = self.opening(batch)
         if not length:
             return batch.gather(self.hidden(batch.tokens_BT))
         from transformers import DynamicCache
@@ -84,7 +84,7 @@ class Scorer:
         states_ND: Tensor = rest.last_hidden_state[batch.rows_N, batch.columns_N - length]
         return states_ND
 
-    def _opening(self, batch: Packed) -> int:
+    def opening(self, batch: Packed) -> int:
         """How many tokens all rows open with, before the first position that is asked for; 0 where it doesn't pay."""
         recomputes = self.checkpointing and torch.is_grad_enabled()
         if not self.prefixes or recomputes or len(batch.tokens_BT) < 2 or not len(batch.columns_N):

@@ -220,9 +220,9 @@ def reuses_repair(config: RecoverConfig, streams: Sequence[Stream]) -> bool:
     return config.bootstrap == "repair" and plain and first.teacher == reference_of(config)
 
 
-def repair_budget(config: RecoverConfig, answers: int) -> int:
+def repair_budget(config: RecoverConfig, answers: int, processes: int) -> int:
     """Steps that so many answers serve, in whole rounds of sampling; each is trained on off_policy_passes times."""
-    rows, each = config.batch_size * config.gradient_accumulation, config.updates_per_rollout
+    rows, each = config.batch_size * config.gradient_accumulation * processes, config.updates_per_rollout
     served = min(config.steps, config.bootstrap_steps or config.steps, config.off_policy_passes * answers // rows)
     return served if served == config.steps else served // each * each
 

@@ -166,7 +166,7 @@ class Training:
     def _gate(self, answers: int) -> Gate:
         mode, budget, measure = self.config.bootstrap, bootstrap_budget(self.config), self._examine
         if mode == "repair":
-            budget = repair_budget(self.config, answers)
+            budget = repair_budget(self.config, answers, self.accelerator.num_processes)
             mode = "on" if budget else "off"
         return Gate(mode, budget, measure if self.judge else None, self.directory, self.accelerator)
 
