@@ -1,6 +1,7 @@
 """Degrade, recover and export SmolLM2 in the ways that users meet, and print the table of docs/degradations.md.
 
 python benchmarks/degradations.py --out runs/degradations [--only "int3-g64 rtn"] [--steps N] [--alone] [--repair-alone]
+    [--set bootstrap=repair …]
 
 Every row runs the commands `remend degrade`, `remend recover` and `remend export`, each as a process of
 its own, with the defaults. Results are appended to results.json with steps, settings and commit; a row that is there
@@ -19,6 +20,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ def tools_file(given: Path | None, out: Path) -> str:
     return str(written)
 
 
-def run_row(row: Row, folder: Path, steps: int | None, tools: Path | None) -> dict[str, Any]:
+def run_row(row: Row, folder: Path, steps: int | None, tools: Path | None, more: Sequence[str]) -> dict[str, Any]:
     """All three commands, and what their files say. What was made with another number of steps is made again."""
     begun = folder / "recovered" / run.MANIFEST
     if begun.is_file() and not made_with(json.loads(begun.read_text())["recipe"]["steps"], steps):
@@ -104,7 +106,7 @@ def run_row(row: Row, folder: Path, steps: int | None, tools: Path | None) -> di
         remend("recover", "--resume", str(recovered))
     else:
         words = [f"student={student}", f"teacher={MODEL}", f"data={train}", f"eval_data={held_out}", f"out={recovered}"]
-        remend("recover", *words, *([f"steps={steps}"] if steps is not None else []))
+        remend("recover", *words, *([f"steps={steps}"] if steps is not None else []), *more)
     if not exported.exists():
         remend("export", str(recovered), "--format", row.container, "--out", str(exported))
     summary, damage, check = (
@@ -303,6 +305,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/degradations"))
     parser.add_argument("--only", choices=[row.name for row in ROWS], nargs="+", action="extend")
     parser.add_argument("--steps", type=int, help="optimizer steps instead of the default")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of remend recover; give its own --out"
+    )
     parser.add_argument("--alone", action="store_true", help="the second table, for rows that are done")
     parser.add_argument("--repair-alone", action="store_true", help="the third table, for rows that are done")
     parser.add_argument("--tools", type=Path, help="rows of the tool-use SFT; by default remend writes tooluse-short")
@@ -313,7 +318,7 @@ def main() -> None:
         done = any(r["row"] == row.name and made_with(r["steps"], arguments.steps) for r in results)
         if (arguments.only and row.name not in arguments.only) or done:
             continue
-        fresh = run_row(row, folder_of(arguments.out, row.name), arguments.steps, arguments.tools)
+        fresh = run_row(row, folder_of(arguments.out, row.name), arguments.steps, arguments.tools, arguments.set)
         results = [r for r in results if r["row"] != row.name] + [fresh]
         run.write_json(path, results)
         print(table(results), flush=True)

@@ -18,7 +18,15 @@ from remend.recovery.lanes import REPAIR_ANSWERS
 from remend.recovery.streams import repair_budget, resolve, reuses_repair
 from test_resume import kill_at
 
-NAMES = {"student": "s", "teacher": "t", "data": "d", "out": "o"}
+NAMES = {"student": "s", "teacher": "t", "data": "d", "out": "o", "bootstrap": "repair"}
+GIVEN: dict[str, Any] = {
+    "bootstrap": "repair",
+    "repair": True,
+    "repair_samples": 6,
+    "steps": 5,
+    "batch_size": 4,
+    "gradient_accumulation": 1,
+}
 
 
 def shares(out: Path) -> list[float | None]:
@@ -27,8 +35,7 @@ def shares(out: Path) -> list[float | None]:
 
 
 def repaired(recipe: dict[str, Any], out: Path, **changed: Any) -> Any:
-    given = {"repair": True, "repair_samples": 6, "steps": 5, "batch_size": 4, "gradient_accumulation": 1}
-    return recover(**{**recipe, **given, "out": str(out), **changed})
+    return recover(**{**recipe, **GIVEN, "out": str(out), **changed})
 
 
 def test_the_first_steps_train_on_them_and_the_rest_on_policy(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -48,15 +55,15 @@ def test_bootstrap_off_leaves_them_alone(recipe: dict[str, Any], tmp_path: Path)
 
 
 def test_without_repair_training_is_on_policy(recipe: dict[str, Any], tmp_path: Path) -> None:
-    out = repaired(recipe, tmp_path / "plain", repair=False).out
+    """An adapter beside frozen weights has nothing repaired."""
+    out = repaired(recipe, tmp_path / "plain", lora={"rank": 2}).out
     assert shares(out) == [None] * 5
     assert not (Path(out) / REPAIR_ANSWERS).exists()
 
 
 def test_a_resumed_run_takes_up_the_same_answers(recipe: dict[str, Any], tmp_path: Path) -> None:
-    given = {"repair": True, "repair_samples": 6, "steps": 5, "batch_size": 4, "gradient_accumulation": 1}
-    whole = recover(**{**recipe, **given, "out": str(tmp_path / "whole")})
-    kill_at({**recipe, **given, "out": str(tmp_path / "torn")}, 2)
+    whole = recover(**{**recipe, **GIVEN, "out": str(tmp_path / "whole")})
+    kill_at({**recipe, **GIVEN, "out": str(tmp_path / "torn")}, 2)
     resumed = recover(resume=str(tmp_path / "torn"))
     assert (tmp_path / "torn" / run.METRICS).read_bytes() == (tmp_path / "whole" / run.METRICS).read_bytes()
     ours, theirs = (load_file(r.model / "model.safetensors") for r in (whole, resumed))
@@ -66,8 +73,9 @@ def test_a_resumed_run_takes_up_the_same_answers(recipe: dict[str, Any], tmp_pat
 @pytest.mark.parametrize("mode", ["plain", "spoil"])
 def test_two_processes_equal_one(recipe: dict[str, Any], tmp_path: Path, mode: str) -> None:
     """Also where the main process finds that repair made things worse, and all undo it."""
-    given = {**recipe, "repair": True, "repair_samples": 6, "steps": 4, "batch_size": 4, "gradient_accumulation": 1}
-    single = recover(**{**given, "repair": mode == "plain", "out": str(tmp_path / "single")})
+    given = {**recipe, **GIVEN, "steps": 4}
+    undone = {} if mode == "plain" else {"repair": False, "bootstrap": "off"}
+    single = recover(**{**given, **undone, "out": str(tmp_path / "single")})
     halves = json.dumps({**given, "batch_size": 2, "out": str(tmp_path / "pair")})
     worker = str(Path(__file__).with_name("worker.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, mode]
@@ -85,7 +93,7 @@ def test_two_processes_equal_one(recipe: dict[str, Any], tmp_path: Path, mode: s
 @pytest.mark.parametrize(
     ("changed", "answers", "steps"),
     [
-        ({}, 192, 36),
+        ({}, 192, 24),
         ({"steps": 100}, 192, 48),
         ({"steps": 100, "gradient_accumulation": 3}, 192, 16),
         ({"steps": 100, "off_policy_passes": 1}, 192, 24),

@@ -11,6 +11,8 @@ from remend.config import RecoverConfig, build
 from remend.errors import InputError
 from remend.recovery.streams import notes, problems, reference_of, resolve, rows_of, warnings
 
+PLAIN = {"data": "d", "teacher": "t"}
+
 
 def config(**values: Any) -> RecoverConfig:
     return build(RecoverConfig, {"student": "s", "out": "o", **values}, "r")
@@ -70,6 +72,9 @@ def test_more_streams_than_prompts() -> None:
         ({"streams": two(), "updates_per_rollout": 4}, "save_every 50 is no multiple of updates_per_rollout 4"),
         ({"streams": two(), "demonstration_template": "{prompt}"}, "must hold {prompt} and {demonstration}"),
         ({"streams": {"a": {"data": "d", "teacher": "t", "policy": "off"}}, "bootstrap": "on"}, "nothing to prepare"),
+        ({"streams": two(), "bootstrap": "repair"}, "wants repair: true and a single stream"),
+        ({"streams": {"a": PLAIN}, "bootstrap": "repair", "repair": False}, "wants repair: true"),
+        ({"streams": {"a": {**PLAIN, "temperature": 0.5}}, "bootstrap": "repair"}, "temperature: 1"),
         ({"streams": {"../a": {"data": "d", "teacher": "t"}}}, "a stream's name is part of file names"),
         ({"streams": two(task="chess")}, 'unknown task "chess"; known: general, science, science-short'),
         ({"streams": two(data="self", teacher="t", held_out=9), "self_prompts": 9}, "leaves no self-written prompt"),
@@ -110,9 +115,9 @@ def test_what_a_cached_teacher_cannot_do(stream: dict[str, Any], part: str) -> N
         ({"importance_clip": 2.0}, "importance_clip has no effect"),
         ({"self_prompts": 5}, "self_prompts has no effect"),
         ({"bootstrap_steps": 5}, "bootstrap_steps has no effect"),
-        ({"updates_per_rollout": 40}, "updates_per_rollout 40 is above steps 36"),
+        ({"updates_per_rollout": 30}, "updates_per_rollout 30 is above steps 24"),
         ({"off_policy_passes": 3}, "off_policy_passes has no effect"),
-        ({"patience": 3, "eval_every": 12}, "patience 3 has no effect: 36 steps have 3 evaluations"),
+        ({"patience": 3, "eval_every": 8}, "patience 3 has no effect: 24 steps have 3 evaluations"),
         ({"streams": {"a": {"data": "d", "teacher": "t", "share": 2}}}, "share of a has no effect"),
         (
             {"streams": {"a": {"data": "d", "teacher": "t", "policy": "off"}}, "importance_clip": 2.0},
@@ -138,10 +143,10 @@ def test_what_a_cached_teacher_brings_itself_is_said(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"bootstrap": "on", "bootstrap_steps": 36}, "bootstrap is all of the run: at most 36 of 36 steps"),
-        ({"bootstrap": "auto", "bootstrap_steps": 36}, "bootstrap may be all of the run"),
-        ({"bootstrap": "on", "bootstrap_steps": 9, "updates_per_rollout": 36}, "at most 36 of 36 steps"),
-        ({"bootstrap": "on", "bootstrap_steps": 35}, None),
+        ({"bootstrap": "on", "bootstrap_steps": 24}, "bootstrap is all of the run: at most 24 of 24 steps"),
+        ({"bootstrap": "auto", "bootstrap_steps": 24}, "bootstrap may be all of the run"),
+        ({"bootstrap": "on", "bootstrap_steps": 9, "updates_per_rollout": 24}, "at most 24 of 24 steps"),
+        ({"bootstrap": "on", "bootstrap_steps": 23}, None),
         ({"bootstrap": "on"}, None),
     ],
 )
@@ -158,7 +163,7 @@ def test_a_run_that_is_all_bootstrap_is_told(values: dict[str, Any], said: str |
         ({}, "last"),
         ({"eval_every": 8}, "best"),
         ({"eval_every": 8, "select": "last"}, "last"),
-        ({"eval_every": 37}, "last"),  # of 36 steps none is evaluated
+        ({"eval_every": 25}, "last"),  # of 24 steps none is evaluated
         ({"eval_every": 8, "steps": 0}, "last"),
     ],
 )

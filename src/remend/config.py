@@ -153,7 +153,7 @@ class RecoverConfig(BaseModel):
     )
 
     steps: int = Field(
-        36, ge=0, description="optimizer steps. 36 take 135M parameters 4 minutes on two cores; large models need more"
+        24, ge=0, description="optimizer steps. 24 take 135M parameters 4 minutes on two cores; large models need more"
     )
     batch_size: int = Field(8, ge=1, description="prompts a micro-batch (TRL's trainers: 8; measured with 8 here)")
     gradient_accumulation: int = Field(
@@ -205,9 +205,9 @@ class RecoverConfig(BaseModel):
         description="{rate, every} of the teacher ema",
     )
     bootstrap: Literal["repair", "auto", "on", "off"] = Field(
-        "repair",
-        description="first train on the teacher's completions: those that repair was fitted to, where it was "
-        "(repair), while the student's are degenerate (auto), for bootstrap_steps (on)",
+        "off",
+        description="first train on the teacher's completions: for bootstrap_steps (on), while the student's are "
+        "degenerate (auto), or on those that a repair was fitted to (repair)",
     )
     bootstrap_steps: int | None = Field(
         None, ge=1, description="at most so many of the steps; by default a third, with repair's answers all they serve"

@@ -173,6 +173,12 @@ def problems(config: RecoverConfig, streams: Sequence[Stream], caches: Mapping[s
     text = config.demonstration_template
     if text is not None and not all(text.count(part) == 1 for part in ("{prompt}", "{demonstration}")):
         found.append("demonstration_template must hold {prompt} and {demonstration}, each once")
+    if config.bootstrap == "repair" and not (config.repair and reuses_repair(config, streams)):
+        found.append(
+            "bootstrap: repair trains on the answers that repair was fitted to: the reference's, at temperature 1, to "
+            "the prompts of one stream. That wants repair: true and a single stream with the reference as teacher, "
+            "policy: on, temperature: 1 and no demonstrations; bootstrap: on samples for any stream what it lacks"
+        )
     if asks_for_pools(config) and not any(s.on_policy for s in streams):
         found.append(f"bootstrap: {config.bootstrap} has nothing to prepare: every stream is off-policy throughout")
     return found
@@ -211,10 +217,7 @@ def asks_for_pools(config: RecoverConfig) -> bool:
 
 
 def reuses_repair(config: RecoverConfig, streams: Sequence[Stream]) -> bool:
-    """Whether training may begin with the answers that repair was fitted to.
-
-    They are the reference's, at temperature 1, to the prompts of the main stream: what another stream lacks.
-    """
+    """Whether training begins with repair's answers, and they are of the kind that the streams want."""
     (first, *others) = streams
     plain = not (others or first.demonstrations or first.moving) and first.on_policy == 1 and first.temperature == 1
     return config.bootstrap == "repair" and plain and first.teacher == reference_of(config)
@@ -246,9 +249,8 @@ def notes(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
 
 
 def _unused_counts(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
-    sampled = [s for s in streams if not is_cache(s.teacher) and (s.on_policy < 1 or asks_for_pools(config))]
-    reused = config.repair and reuses_repair(config, streams)
-    if config.off_policy_passes != _default("off_policy_passes") and not sampled and not reused:
+    sampled = [s for s in streams if not is_cache(s.teacher) and (s.on_policy < 1 or config.bootstrap != "off")]
+    if config.off_policy_passes != _default("off_policy_passes") and not sampled:
         yield "off_policy_passes has no effect, since no teacher is asked for completions to train on"
     evaluations = config.steps // config.eval_every if config.eval_every else 0
     if config.patience and evaluations and config.patience >= evaluations:
@@ -309,6 +311,6 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
                     f"(about {abs(stream.beta - near):g} of the KL), so the same learning rate does less; "
                     f"{near:g} is the {name} itself"
                 )
-    if config.bootstrap_steps and not asks_for_pools(config) and not (config.repair and reuses_repair(config, streams)):
-        found.append(f"bootstrap_steps has no effect with bootstrap: {config.bootstrap}, and these streams")
+    if config.bootstrap_steps and config.bootstrap == "off":
+        found.append("bootstrap_steps has no effect with bootstrap: off")
     return found

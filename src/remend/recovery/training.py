@@ -127,8 +127,9 @@ class Training:
         if config.steps and not self.resume:  # a resumed run has decided, and its weights are not in place yet
             self._ask(gate)
         budget = gate.budget if gate.mode != "off" and gate.shut_once else 0
-        if answers and budget:
-            console.print(f"steps 1 to {budget} train on the {len(answers)} answers that repair was fitted to")
+        if config.bootstrap == "repair":
+            said = f"steps 1 to {budget} train on the {len(answers)} answers that repair was fitted to"
+            console.print(said if budget else "no repair was kept, so every step is on-policy")
         with self.accelerator.main_process_first():  # it samples the pools, the others read them
             lanes = with_pools(
                 self.lanes,
