@@ -15,7 +15,7 @@ DEGRADE = {
 }
 COOL = {"learning_rate": 1e-4}
 TWO = {"updates_per_rollout": 2}
-ON, AUTO, OFF, REPAIR = {"bootstrap": "on"}, {"bootstrap": "auto"}, {"bootstrap": "off"}, {"repair": True}
+ON, AUTO, REPAIR = {"bootstrap": "on"}, {"bootstrap": "auto"}, {"repair": True}
 INT3 = "int3-g64"
 SMALL = {"batch_size": 2, "gradient_accumulation": 4}
 ARRIVAL = {"remend.recovery.objective.sorted": "lambda rows, key=None: list(rows) if key else sorted(rows)"}
@@ -60,9 +60,9 @@ def options(name: str, patch: Mapping[str, str] | None = None, **changed: Any) -
 LINES = (
     Line("on-policy, 1e-4", recipe=COOL),
     Line("on-policy, 4e-4"),
-    Line("repair first", steps=24, recipe={**REPAIR, **OFF}),
-    Line("repair on 48 answers", steps=24, recipe={**REPAIR, **OFF, "repair_samples": 48}),
-    Line("repair, then its answers", steps=36, recipe=REPAIR),
+    Line("repair first", steps=24, recipe=REPAIR),
+    Line("repair on 48 answers", steps=24, recipe={**REPAIR, "repair_samples": 48}),
+    Line("repair, then its answers", steps=36, recipe={**REPAIR, "bootstrap": "repair"}),
     Line("TRL, 1e-4", recipe=COOL, side="trl"),
     Line("TRL, 4e-4", side="trl"),
     *(line for degradation in DEGRADE for line in short_lines(degradation)),
