@@ -269,6 +269,10 @@ def test_bitsandbytes_nf4_is_held(
     assert len(found.stored.matrices) == 14
     loaded = models.load_model(models.resolve(str(tmp_path / "m")), dtype=torch.float32, device=CPU)
     assert_lies_on(found.stored, loaded)
+    models.save_model(loaded, tokenizer, tmp_path / "plain")  # what a recovery does at its end
+    again = models.load_model(models.resolve(str(tmp_path / "plain")), dtype=torch.float32, device=CPU)
+    pairs = zip(loaded.named_parameters(), again.named_parameters(), strict=True)
+    assert all(a[0] == b[0] and a[1].equal(b[1]) for a, b in pairs)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

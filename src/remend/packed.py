@@ -79,6 +79,7 @@ def unpacked(model: Any) -> Any:
             if state is not None:
                 state.dtype = torch.float32
         model = model.dequantize()
+        model._weight_conversions = None  # transformers would undo the packing's own when it saves, and can't
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, name):
             delattr(owner, name)

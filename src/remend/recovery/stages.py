@@ -145,7 +145,8 @@ class Recovery:
             self._take_back(student)
             repaired = Repaired(stored)
         elif judge and repaired.seconds:
-            keep_answers(self.directory, repaired.answers)
+            if self.config.bootstrap == "repair":
+                keep_answers(self.directory, repaired.answers)
             self._note(tracker, student, 0, "repaired", figures_of(after))
         if not repaired.seconds:
             initial = None  # nothing has changed since: the trainable parameters are the initial ones
