@@ -184,8 +184,8 @@ def below_repair(recovered: Path) -> list[float]:
 def run_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     """SDFT without repair for as long as `result`, a row of results.json, took for both.
 
-    Its steps are counted by the seconds of those that trained on repair's answers: on-policy ones take longer, which
-    is to its favour.
+    Its steps are counted by the seconds of a step of both; after `--set bootstrap=repair` these are shorter than its
+    own on-policy ones, so it gets more time.
     """
     timing = list(RunDirectory(folder / "recovered").step_seconds().values())
     steps = math.ceil((sum(timing) + result["repair_seconds"]) / (sum(timing) / len(timing)))

@@ -16,7 +16,7 @@ from remend.recovery.objective import Lane
 from remend.recovery.stream_data import StreamData
 from remend.recovery.streams import RECOVER, rows_of
 from remend.rollout import Order, Rollout, derive_seed
-from remend.run import RunDirectory, json_line, write_text
+from remend.run import RunDirectory
 from remend.scoring import Scorer
 from remend.teacher import AdapterOff, Ema, Teacher, View, Weights, policy_of
 from remend.teacher_cache import TeacherCache
@@ -134,20 +134,23 @@ def with_pools(
 REPAIR_ANSWERS = "repair-answers.jsonl"
 
 
-def keep_answers(directory: RunDirectory, rollouts: Sequence[Rollout]) -> None:
-    """Keep the reference's completions that repair was fitted to, for the steps that are trained on them."""
-    rows = [{"id": r.id, "completion": list(r.completion), "clipped": r.clipped} for r in rollouts]
-    write_text(directory.path / REPAIR_ANSWERS, "".join(map(json_line, rows)))
+def repair_answers(
+    directory: RunDirectory, data: StreamData, tokenizer: Any, fresh: Sequence[Rollout] = ()
+) -> list[Rollout]:
+    """The reference's completions that repair was fitted to, kept in the run's directory; none where none was kept.
 
-
-def kept_answers(directory: RunDirectory, data: StreamData) -> list[Rollout]:
-    """Those of them that say something, with their prompts; none where nothing was repaired."""
-    prompts = {p.id: p.tokens for p in data.train}
-    return [
-        Rollout(row["id"], prompts[row["id"]], tuple(row["completion"]), row["clipped"], off_policy=True)
-        for row in directory.rows(REPAIR_ANSWERS)
-        if row["completion"] and row["id"] in prompts
-    ]
+    Args:
+        directory: of the run.
+        data: the stream whose prompts they answer.
+        tokenizer: makes text of them to read.
+        fresh: those of a repair that was just made; they are kept.
+    """
+    prompts = {p.id: p for p in data.train}
+    ids = [r.id for r in fresh] or [row["id"] for row in directory.rows(REPAIR_ANSWERS)]
+    if not ids:
+        return []
+    found = kept(directory, REPAIR_ANSWERS, [prompts[i] for i in ids], tokenizer, lambda: list(fresh))
+    return [replace(r, off_policy=True) for r in found if r.completion]
 
 
 def _pool(

@@ -24,7 +24,7 @@ from remend.foreign import RECORD, record_to_keep
 from remend.losses import direction
 from remend.progress import console, stage
 from remend.recovery.held_out import HeldOut, Judge, summarize
-from remend.recovery.lanes import keep_answers
+from remend.recovery.lanes import repair_answers
 from remend.recovery.preflight import Preflight
 from remend.recovery.repair import Repaired, repair
 from remend.recovery.self_prompts import generate
@@ -146,7 +146,7 @@ class Recovery:
             repaired = Repaired(stored)
         elif judge and repaired.seconds:
             if self.config.bootstrap == "repair":
-                keep_answers(self.directory, repaired.answers)
+                repair_answers(self.directory, self.checked.main, self.checked.tokenizer, repaired.answers)
             self._note(tracker, student, 0, "repaired", figures_of(after))
         if not repaired.seconds:
             initial = None  # nothing has changed since: the trainable parameters are the initial ones

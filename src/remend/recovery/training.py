@@ -19,7 +19,7 @@ from remend.progress import console, stage
 from remend.recovery.alignment import Alignment, pairs_of
 from remend.recovery.gate import GATE, Gate, Verdict, judge_rollouts
 from remend.recovery.held_out import Judge
-from remend.recovery.lanes import build_lanes, kept_answers, with_pools
+from remend.recovery.lanes import build_lanes, repair_answers, with_pools
 from remend.recovery.memory import free_bytes, must_recompute
 from remend.recovery.objective import Distillation, Lane
 from remend.recovery.preflight import Preflight
@@ -162,7 +162,7 @@ class Training:
     def _answers(self) -> list[Rollout]:
         """What repair was fitted to, where training begins with it."""
         reused = reuses_repair(self.config, [s.stream for s in self.checked.streams])
-        return kept_answers(self.directory, self.checked.main) if reused else []
+        return repair_answers(self.directory, self.checked.main, self.checked.tokenizer) if reused else []
 
     def _gate(self, answers: int) -> Gate:
         mode, budget, measure = self.config.bootstrap, bootstrap_budget(self.config), self._examine
