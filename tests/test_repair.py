@@ -113,6 +113,26 @@ def test_walk_gives_each_layers_gram_and_target(teacher: Any, text: list[Rollout
 
 
 @torch.no_grad()
+def test_the_target_stays_near_the_prior_by_each_inputs_energy() -> None:
+    """Against ridge regression as it is taught: one row more for every weight that is held."""
+    generator = torch.Generator().manual_seed(3)
+    x_NI = torch.randn(50, 6, generator=generator, dtype=torch.float64) * torch.tensor([9.0, 1, 1, 3, 0.1, 1])
+    y_NO, prior_OI = (torch.randn(n, m, generator=generator, dtype=torch.float64) for n, m in ((50, 4), (4, 6)))
+    gram_II, layers = (x_NI.T @ x_NI).float(), (torch.nn.Linear(6, 4, bias=False),)
+    sites = calibration.Sites(0, ("layer",), layers, gram_II, ((y_NO.T @ x_NI).float(),), 50)
+    anchored_II = repair._gram(sites)
+    result = repair._target(sites, 0, prior_OI.float(), anchored_II)
+
+    energy_I = repair.ANCHOR * x_NI.square().sum(0)
+    held_I = energy_I + 0.01 * anchored_II.diagonal().mean().double()  # and the solver's own damping
+    rows, wanted = torch.cat([x_NI, held_I.sqrt().diag()]), torch.cat([y_NO, (prior_OI * held_I.sqrt()).T])
+    expected = torch.linalg.lstsq(rows, wanted).solution.T
+    assert torch.allclose(result.double(), expected, atol=1e-5)
+    assert torch.allclose(anchored_II.double(), x_NI.T @ x_NI + energy_I.diag(), rtol=1e-5)
+    assert not torch.allclose(result.double(), prior_OI, atol=0.1)
+
+
+@torch.no_grad()
 def test_narrower_layers_are_asked_for_the_outputs_that_they_kept(teacher: Any, text: list[Rollout]) -> None:
     """Nothing is lost before the first block's MLP but channels, so those that are left ought to give what they do."""
     channels = [torch.arange(i % 2, 128, 2) for i in range(4)]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,9 @@ TOKENS = 64
 MOST_ROWS = 65_536
 """Tokens of calibration text, prompts included: long prompts would else cost hours and tens of gigabytes."""
 
-DAMPING = 0.3
-"""Of the least-squares target, as a share of the gram's mean diagonal: keeps it near the prior off the text. Of 0.01,
-0.1, 0.3 and 1 the one with the least KL on int3-g64, magnitude 50% and 5 removed layers of SmolLM2."""
+ANCHOR = 0.3
+"""Pull of every weight to the teacher's, as a share of its own input's energy: what dropout of the inputs would do
+(Wager et al., arXiv 1307.1493). A few thousand tokens of text would else be fitted at the cost of all other text."""
 
 
 @dataclass
@@ -88,7 +88,8 @@ def repair(
         return Repaired(stored)
     began, pad_id = time.perf_counter(), models.pad_id(tokenizer)
     chosen = _chosen(prompts, samples, seed)
-    text = completions(teacher, tokenizer, chosen, max_new_tokens=TOKENS, seed=seed, shared=shared)
+    with precision or nullcontext():
+        text = completions(teacher, tokenizer, chosen, max_new_tokens=TOKENS, seed=seed, shared=shared)
     if next(teacher.parameters()).dtype != torch.float32:
         # what a layer ought to add is a difference of large states, which bfloat16 (a GPU's teacher) would blur
         teacher = copy.deepcopy(teacher).float()
@@ -128,11 +129,19 @@ def _is_cut_from(student: Any, teacher: Any) -> bool:
     )
 
 
-def _target(sites: Sites, at: int, prior_OI: Tensor) -> Tensor:
+def _gram(sites: Sites) -> Tensor:
+    """Of Σ‖y − W x‖² + Σ_i a_i‖W_i − P_i‖², a_i = ANCHOR · Σ x_i² over the tokens: what rounding and masks lose is
+    weighed by it too, so that target and constraint are one problem."""
+    return sites.gram_II + torch.diag(ANCHOR * sites.gram_II.diagonal())
+
+
+def _target(sites: Sites, at: int, prior_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """Where nothing constrains W, the answer to `_gram`'s problem, with P the prior."""
     cross_OI = sites.cross_OI[at] if sites.cross_OI else None
     if cross_OI is None:
         return prior_OI
-    return least_squares(sites.gram_II, cross_OI.T, damping=DAMPING, prior_OI=prior_OI)
+    anchored_OI = cross_OI + prior_OI * (ANCHOR * sites.gram_II.diagonal())
+    return least_squares(gram_II, anchored_OI.T, prior_OI=prior_OI)
 
 
 def _weights(model: Any) -> dict[str, Tensor]:
@@ -158,12 +167,13 @@ def repair_grid(
     healthy, masters, matrices = _weights(teacher), {}, dict(stored.matrices)
 
     def visit(sites: Sites) -> None:
+        gram_II = _gram(sites)
         for at, (name, layer) in enumerate(zip(sites.names, sites.layers, strict=True)):
             key = f"{name}.weight"
             if key not in matrices or key not in healthy or healthy[key].shape != layer.weight.shape:
                 continue
             grid = matrices[key][1].to(layer.weight.device)
-            rounded = gptq(_target(sites, at, healthy[key]), sites.gram_II, stored.format, grid)
+            rounded = gptq(_target(sites, at, healthy[key], gram_II), gram_II, stored.format, grid)
             layer.weight.copy_(decode(rounded.codes, grid, stored.format))
             matrices[key], masters[key] = (rounded.codes, grid), rounded.weight
 
@@ -184,11 +194,12 @@ def repair_mask(
     healthy, kept = _weights(teacher), kept_weights(student)
 
     def visit(sites: Sites) -> None:
+        gram_II = _gram(sites)
         for at, (name, layer) in enumerate(zip(sites.names, sites.layers, strict=True)):
             key = f"{name}.weight"
             if key not in kept or key not in healthy or healthy[key].shape != layer.weight.shape:
                 continue
-            layer.weight.copy_(refit_kept(_target(sites, at, healthy[key]), sites.gram_II, kept[key]))
+            layer.weight.copy_(refit_kept(_target(sites, at, healthy[key], gram_II), gram_II, kept[key]))
 
     title = "repairing under the mask"
     walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, precision=precision, title=title)
@@ -206,8 +217,9 @@ def repair_smaller(
     """Refit the layers of a student with fewer or narrower layers to the teacher's streams, in place."""
 
     def visit(sites: Sites) -> None:
+        gram_II = _gram(sites)
         for at, layer in enumerate(sites.layers):
-            layer.weight.copy_(_target(sites, at, layer.weight.detach().float()))
+            layer.weight.copy_(_target(sites, at, layer.weight.detach().float(), gram_II))
 
     how: dict[str, Any] = {"layer_map": layer_map, "precision": precision, "title": "repairing at the cut"}
     walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, **how)
