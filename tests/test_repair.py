@@ -113,6 +113,21 @@ def test_walk_gives_each_layers_gram_and_target(teacher: Any, text: list[Rollout
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_common_opening_counts_once_a_pass_where_a_teacher_asks(teacher: Any, taught: bool) -> None:
+    opening, rows = tuple(range(10, 19)), []
+
+    def visit(sites: calibration.Sites) -> None:
+        rows.append(sites.rows)
+
+    text = [Rollout(str(i), (*opening, 30 + i), (opening * 2)[: 3 + i], False) for i in range(4)]
+    text.append(Rollout("4", opening, opening, False))  # the shortest prompt ends the opening; completions always count
+    calibration.walk(copy.deepcopy(teacher), text, visit, pad_id=0, teacher=teacher if taught else None)
+    everything = sum(len(r.prompt) + len(r.completion) for r in text)
+    assert set(rows) == {everything - 4 * 9 * taught}
+
+
+@torch.no_grad()
 def test_the_target_stays_near_the_prior_by_each_inputs_energy() -> None:
     """Against ridge regression as it is taught: one row more for every weight that is held."""
     generator = torch.Generator().manual_seed(3)

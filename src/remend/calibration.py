@@ -93,17 +93,17 @@ class _Batch:
 
 @torch.no_grad()
 def _batches(
-    model: Any, rollouts: Sequence[Rollout], pad_id: int, precision: AbstractContextManager[Any]
+    model: Any, rollouts: Sequence[Rollout], pad_id: int, precision: AbstractContextManager[Any], once: bool = False
 ) -> list[_Batch]:
     blocks, result = decoder_layers(model), []
     order = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.completion))
     rows: list[Rollout] = []
     for rollout in order:
         if rows and (len(rows) + 1) * (len(rollout.prompt) + len(rollout.completion)) > BATCH_TOKENS:
-            result.append(_start(model, blocks, rows, pad_id, precision))
+            result.append(_start(model, blocks, rows, pad_id, precision, once))
             rows = []
         rows.append(rollout)
-    return [*result, _start(model, blocks, rows, pad_id, precision)]
+    return [*result, _start(model, blocks, rows, pad_id, precision, once)]
 
 
 def _start(
@@ -112,12 +112,19 @@ def _start(
     rows: Sequence[Rollout],
     pad_id: int,
     precision: AbstractContextManager[Any],
+    once: bool = False,
 ) -> _Batch:
-    """What enters the first block, and each block's keywords: the model runs with its blocks passing states through."""
+    """What enters the first block, and each block's keywords: the model runs with its blocks passing states through.
+
+    `once`: what all prompts open with (a system prompt) is real in the first row only.
+    """
     pairs = [(r.prompt, r.completion) for r in rows]
     tokens_BT = pack(pairs, pad_id=pad_id, device=model.device).tokens_BT
     lengths = torch.tensor([len(p) + len(c) for p, c in pairs], device=model.device)
     real_BT = torch.arange(tokens_BT.shape[1], device=model.device) < lengths[:, None]
+    if once:
+        same_T = (tokens_BT == tokens_BT[:1]).all(dim=0).long().cumprod(0)
+        real_BT[1:, : min(int(same_T.sum()), *(len(p) for p, _ in pairs))] = False
     first: list[Tensor] = []
     keywords: list[dict[str, Any]] = []
 
@@ -255,7 +262,7 @@ class _Teacher:
                 "and stay below that number"
             )
         self.map = [*layer_map, len(self.blocks)]
-        self.batches = _batches(model, rollouts, pad_id, precision)
+        self.batches = _batches(model, rollouts, pad_id, precision, once=True)
         self._advance(0, self.map[0])
 
     def _advance(self, start: int, stop: int) -> None:
@@ -304,7 +311,8 @@ def walk(
         rollouts: calibration text; prompts and completions both count.
         visit: called once a group, in order of execution.
         pad_id: any valid id.
-        teacher: a healthy model with the same kinds of blocks; then Sites.cross_OI is given.
+        teacher: a healthy model with the same kinds of blocks; then Sites.cross_OI is given, and what all prompts of a
+            forward pass open with counts once in it: repeated, it would outweigh what differs.
         layer_map: for each block of `model` the teacher's block that it is; by default the same numbers.
         precision: context of the forward passes; sums and what `visit` does are outside it. None changes nothing.
         title: of the progress bar.
@@ -317,7 +325,8 @@ def walk(
     healthy, how = None, precision or nullcontext()
     if teacher is not None:
         healthy = _Teacher(teacher, rollouts, pad_id, layer_map if layer_map is not None else range(len(blocks)), how)
-    probe, batches = _start(model, blocks, rollouts[:1], pad_id, nullcontext()), _batches(model, rollouts, pad_id, how)
+    probe = _start(model, blocks, rollouts[:1], pad_id, nullcontext())
+    batches = _batches(model, rollouts, pad_id, how, once=healthy is not None)
     with stage(title, len(blocks)) as advance:
         for index, block in enumerate(blocks):
             anatomy = _anatomy(block, probe, index)
