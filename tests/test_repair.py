@@ -21,7 +21,7 @@ from remend.layer_map import infer_layer_map, infer_rows
 from remend.prompts import Encoded
 from remend.recovery import repair
 from remend.recovery.repair import repair_grid, repair_mask, repair_smaller
-from remend.rollout import Rollout
+from remend.rollout import Order, Rollout
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +210,8 @@ def test_calibration_prompts_are_as_many_as_asked_or_as_rows_allow(monkeypatch: 
     prompts = [Encoded(str(i), tuple(range(10)), "") for i in range(5)]
     assert len({p.id for p in repair._chosen(prompts, 4, 0)}) == 4
     assert [p.id for p in repair._chosen(prompts, 12, 0)].count("3") >= 2  # answered again, with other draws
+    first = {prompt.id for _, prompt in Order(prompts, 0).take(0, 2)}
+    assert not first & {p.id for p in repair._chosen(prompts, 3, 0)}  # training begins with what repair has not seen
     monkeypatch.setattr(repair, "MOST_ROWS", 3 * (10 + repair.TOKENS))
     assert len(repair._chosen(prompts, 5, 0)) == 3
     monkeypatch.setattr(repair, "MOST_ROWS", 1)

@@ -105,12 +105,15 @@ def repair(
 
 
 def _chosen(prompts: Sequence[Encoded], samples: int, seed: int) -> list[Encoded]:
-    """In the order of training, which is varied (files go by topic), as far as MOST_ROWS reaches; one at least."""
+    """From the end of training's order, as far as MOST_ROWS reaches; one at least.
+
+    The order is varied (files go by topic), and training begins at its other end: with what repair has not seen.
+    """
     chosen: list[Encoded] = []
     rows = 0
-    for _, prompt in Order(prompts, seed).take(0, samples):
+    for _, prompt in reversed(Order(prompts, seed).take(0, max(samples, len(prompts)))):
         rows += len(prompt.tokens) + TOKENS
-        if chosen and rows > MOST_ROWS:
+        if chosen and (rows > MOST_ROWS or len(chosen) == samples):
             break
         chosen.append(prompt)
     return chosen
