@@ -299,15 +299,20 @@ def test_adapters_and_masks_are_not_degraded_unseen(recipe: dict[str, Any], spar
         finetune(str(sparse), tmp_path / "z", data=str(rows), probe=False)
 
 
-def test_the_learning_rate_is_by_what_is_trained(recipe: dict[str, Any], sparse: Path, on_grid: Any) -> None:
+def test_the_learning_rate_is_by_what_is_trained(
+    recipe: dict[str, Any], sparse: Path, deep_dir: Path, on_grid: Any, tmp_path: Path
+) -> None:
     values = {k: v for k, v in recipe.items() if k != "learning_rate"} | {"repair": True, "steps": 0}
 
     def rate(**change: Any) -> float:
         config = settings(None, {**values, **change})
         return learning_rate(config, check(**{**values, **change}))
 
-    fine = str(on_grid("int4-g32-sym"))
-    assert (rate(), rate(student=fine), rate(student=str(sparse))) == (2e-4, 5e-5, 2e-4)
+    fine, coarse = str(on_grid("int4-g32-sym")), str(on_grid("int3-g64"))
+    assert (rate(student=coarse), rate(student=fine), rate(student=str(sparse))) == (1e-4, 5e-5, 2e-4)
+    assert rate(student=coarse, repair=False) == 2e-4
+    prune_depth(str(deep_dir), tmp_path / "cut", layers=[1], method="list", probe=False)
+    assert rate(student=str(tmp_path / "cut"), teacher=str(deep_dir)) == 2e-4
     assert (rate(student=fine, repair=False), rate(lora={"rank": 2})) == (2e-4, 2e-3)
     assert rate(student=fine, learning_rate=3e-3) == 3e-3
 

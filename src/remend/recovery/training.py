@@ -37,10 +37,11 @@ from remend.train import Hook, Saving, Schedule, train
 GATE_PROMPTS = 16
 """Held-out prompts that the gate lets the student answer."""
 
-RATE, FINE_GRID_RATE, ADAPTER_RATE = 2e-4, 5e-5, 2e-3
-"""AdamW's peak where the recipe names none. The first two served SmolLM2 (docs/degradations.md), the last is that of
-`degrade finetune`. A repaired grid of 4 bits and more wants less: its cells are narrow, and what GPTQ compensated for
-is lost when weights cross their borders by noise."""
+RATE, REPAIRED_RATE, FINE_GRID_RATE, ADAPTER_RATE = 2e-4, 1e-4, 5e-5, 2e-3
+"""AdamW's peak where the recipe names none. The last is that of `degrade finetune`, the others served SmolLM2
+(docs/degradations.md). A repaired student is near its goal, where large steps add more noise than they win; under a
+mask or with layers gone it is still far. A repaired grid of 4 bits and more wants still less: its cells are narrow, and
+what GPTQ compensated for is lost when weights cross their borders by noise."""
 
 COARSE_LEVELS = 8
 """Codes of a grid of up to 3 bits."""
@@ -52,8 +53,10 @@ def learning_rate(config: RecoverConfig, checked: Preflight) -> float:
         return config.learning_rate
     if config.lora or (checked.student and checked.student.kind == "adapter"):
         return ADAPTER_RATE
-    stored = checked.recognised.stored
-    return FINE_GRID_RATE if stored and stored.format.levels > COARSE_LEVELS and config.repair else RATE
+    stored, mask = checked.recognised.stored, checked.recognised.mask
+    if not config.repair or not checked.compressed or checked.layer_map or mask:
+        return RATE
+    return FINE_GRID_RATE if stored and stored.format.levels > COARSE_LEVELS else REPAIRED_RATE
 
 
 class Training:
