@@ -15,6 +15,7 @@ from remend.degrade.depth import prune_depth
 from remend.errors import CheckError
 from remend.recovery import check, recover, settings
 from remend.recovery.preflight import preflight
+from remend.recovery.training import learning_rate
 
 
 def found(recipe: dict[str, Any], **changes: Any) -> Any:
@@ -183,6 +184,11 @@ def test_a_repair_that_does_nothing_is_said(
     result = found(values)
     said = [note for note in result.notes if "is not repaired before training" in note]
     assert result.problems == []
-    assert len(said) == (why is not None)
+    assert len(said) == (why is not None) == (not result.repairs)
     assert all(str(why) in note for note in said)
-    assert not any("not repaired" in note for note in found({**values, "repair": False}).notes)
+    if why != "an adapter is trained":
+        rate = learning_rate(settings(None, {**values, "learning_rate": None}), result)
+        assert rate == (2e-4 if why else 1e-4)  # the rate after a repair belongs to a repair that is made
+    without = found({**values, "repair": False})
+    assert not any("not repaired" in note for note in without.notes)
+    assert not without.repairs

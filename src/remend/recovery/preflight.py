@@ -42,6 +42,7 @@ class Preflight:
     layers: int = 0
     matrices: dict[str, torch.Size] = field(default_factory=dict)
     compressed: bool = False
+    repairs: bool = False
     layer_map: list[int] | None = None
     teachers: dict[str, models.Source] = field(default_factory=dict)
     caches: dict[str, TeacherCache] = field(default_factory=dict)
@@ -279,6 +280,7 @@ def _reference(found: Preflight, config: RecoverConfig, reference: str) -> None:
             found.layer_map = None
     if config.repair and found.compressed:
         why = _no_repair(found, config, theirs)
+        found.repairs = why is None
         found.notes += [f"the student is not repaired before training: {why}"] if why else []
 
 

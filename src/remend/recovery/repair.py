@@ -42,7 +42,8 @@ MOST_ROWS = 65_536
 
 ANCHOR = 0.3
 """Pull of every weight to the teacher's, as a share of its own input's energy: what dropout of the inputs would do
-(Wager et al., arXiv 1307.1493). A few thousand tokens of text would else be fitted at the cost of all other text."""
+(Wager et al., arXiv 1307.1493). A few thousand tokens of text would else be fitted at the cost of all other text. Of
+0.1, 0.3 and 1 the one with the least KL on 2:4 of SmolLM2. The prior of a smaller student is its own weights."""
 
 
 @dataclass
@@ -80,7 +81,7 @@ def repair(
         samples: how many answers; more of them than prompts answer some prompts anew.
         seed: of the calibration text and its choice.
         shared: ids that both models know; a padded teacher writes no others.
-        precision: context of the forward passes.
+        precision: context of the forward passes, and of sampling.
     """
     same = _shapes(student) == _shapes(teacher)
     smaller = not same and stored is None and not masked and _is_cut_from(student, teacher)

@@ -54,7 +54,7 @@ def learning_rate(config: RecoverConfig, checked: Preflight) -> float:
     if config.lora or (checked.student and checked.student.kind == "adapter"):
         return ADAPTER_RATE
     stored, mask = checked.recognised.stored, checked.recognised.mask
-    if not config.repair or not checked.compressed or checked.layer_map or mask:
+    if not checked.repairs or checked.layer_map or mask:
         return RATE
     return FINE_GRID_RATE if stored and stored.format.levels > COARSE_LEVELS else REPAIRED_RATE
 
