@@ -32,6 +32,7 @@ from remend.prompts import Encoded
 from remend.replay import Settled
 from remend.rollout import Rollout, derive_seed
 from remend.scoring import pack
+from remend.sums import products
 
 BATCH_TOKENS = 2048
 """Tokens a forward pass of one block: large enough for good products, small enough for a laptop."""
@@ -88,7 +89,7 @@ class _Batch:
     states_BTD: Tensor
     real_BT: Tensor
     keywords: list[dict[str, Any]]  # what each block gets beside the hidden states
-    precision: AbstractContextManager[Any]  # of forward passes, not of the sums over them
+    precision: AbstractContextManager[Any]  # of forward passes
 
 
 @torch.no_grad()
@@ -314,7 +315,7 @@ def walk(
         teacher: a healthy model with the same kinds of blocks; then Sites.cross_OI is given, and what all prompts of a
             forward pass open with counts once in it: repeated, it would outweigh what differs.
         layer_map: for each block of `model` the teacher's block that it is; by default the same numbers.
-        precision: context of the forward passes; sums and what `visit` does are outside it. None changes nothing.
+        precision: context of the forward passes and sums; what `visit` does is outside it. None changes nothing.
         title: of the progress bar.
 
     Raises:
@@ -338,8 +339,10 @@ def walk(
                 settled.written.update(seen.outputs)
                 x_NI, cross = seen.inputs[group[0]], None
                 if targets:
-                    cross = tuple(targets.cross(m, x_NI, settled.written) for m in group)
-                visit(Sites(index, tuple(names[m] for m in group), tuple(group), x_NI.T @ x_NI, cross, len(x_NI)))
+                    wanted = (targets.wanted(m, settled.written) for m in group)
+                    cross = tuple(None if y_NO is None else products(y_NO, x_NI, precision) for y_NO in wanted)
+                gram_II = products(x_NI, x_NI, precision)
+                visit(Sites(index, tuple(names[m] for m in group), tuple(group), gram_II, cross, len(x_NI)))
                 settled.visited.update(group)
             for number, batch in enumerate(batches):
                 with settled.at(number):
@@ -372,17 +375,15 @@ class _Targets:
                 self._stream[writer] = stream_ND
             self._stream[anatomy.writers[-1]] = teacher_after_ND  # of the whole span, removed blocks included
 
-    def cross(self, layer: nn.Linear, x_NI: Tensor, written: Mapping[nn.Module, Tensor]) -> Tensor | None:
-        """Σ y xᵀ [O, I], or None where the teacher has no like layer."""
+    def wanted(self, layer: nn.Linear, written: Mapping[nn.Module, Tensor]) -> Tensor | None:
+        """[N, O], its bias taken off; None where the teacher has no like layer."""
         y_NO = self._given[layer]
         if layer in self._stream:
             y_NO = self._stream[layer] - self._before_ND - sum(written.values())
             self.written.append(layer)
         if y_NO is None or y_NO.shape[1] != layer.out_features:
             return None
-        if layer.bias is not None:
-            y_NO = y_NO - layer.bias.float()
-        return y_NO.T @ x_NI
+        return y_NO if layer.bias is None else y_NO - layer.bias.float()
 
 
 @torch.no_grad()

@@ -224,7 +224,7 @@ class RecoverConfig(BaseModel):
         description="first refit a compressed student in closed form (GPTQ, least squares)",
     )
     repair_samples: int = Field(
-        256, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
+        320, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
     )
     scales: Literal["fixed", "learned"] = Field(
         "fixed", description="of a grid: as stored, or trained along (learned step size, 1902.08153)"
