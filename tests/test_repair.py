@@ -128,17 +128,21 @@ def test_a_common_opening_counts_once_a_pass_where_a_teacher_asks(teacher: Any, 
 
 
 @torch.no_grad()
-def test_the_target_stays_near_the_prior_by_each_inputs_energy() -> None:
+@pytest.mark.parametrize(("prior_tokens", "pull"), [(15, 0.3), (10_000, repair.MOST_PULL)])
+def test_the_target_stays_near_the_prior_by_each_inputs_energy(
+    monkeypatch: pytest.MonkeyPatch, prior_tokens: int, pull: float
+) -> None:
     """Against ridge regression as it is taught: one row more for every weight that is held."""
     generator = torch.Generator().manual_seed(3)
     x_NI = torch.randn(50, 6, generator=generator, dtype=torch.float64) * torch.tensor([9.0, 1, 1, 3, 0.1, 1])
     y_NO, prior_OI = (torch.randn(n, m, generator=generator, dtype=torch.float64) for n, m in ((50, 4), (4, 6)))
     gram_II, layers = (x_NI.T @ x_NI).float(), (torch.nn.Linear(6, 4, bias=False),)
     sites = calibration.Sites(0, ("layer",), layers, gram_II, ((y_NO.T @ x_NI).float(),), 50)
+    monkeypatch.setattr(repair, "PRIOR_TOKENS", prior_tokens)
     anchored_II = repair._gram(sites)
     result = repair._target(sites, 0, prior_OI.float(), anchored_II)
 
-    energy_I = repair.ANCHOR * x_NI.square().sum(0)
+    energy_I = pull * x_NI.square().sum(0)
     held_I = energy_I + 0.01 * anchored_II.diagonal().mean().double()  # and the solver's own damping
     rows, wanted = torch.cat([x_NI, held_I.sqrt().diag()]), torch.cat([y_NO, (prior_OI * held_I.sqrt()).T])
     expected = torch.linalg.lstsq(rows, wanted).solution.T

@@ -40,10 +40,13 @@ TOKENS = 64
 MOST_ROWS = 65_536
 """Tokens of calibration text, prompts included: long prompts would else cost hours and tens of gigabytes."""
 
-ANCHOR = 0.3
-"""Pull of every weight to the teacher's, as a share of its own input's energy: what dropout of the inputs would do
-(Wager et al., arXiv 1307.1493). A few thousand tokens of text would else be fitted at the cost of all other text. Of
-0.1, 0.3 and 1 the one with the least KL on 2:4 of SmolLM2. The prior of a smaller student is its own weights."""
+PRIOR_TOKENS = 7_500
+"""Pull of every weight to the teacher's: as if so many tokens of text had asked for it, each input with its own mean
+energy (what dropout of the inputs would do, Wager et al., arXiv 1307.1493). A few thousand tokens would else be fitted
+at the cost of all other text. The prior of a smaller student is its own weights."""
+
+MOST_PULL = 3.0
+"""Of the prior's tokens, as a share of those that are there: a handful of answers still says something."""
 
 
 @dataclass
@@ -133,10 +136,15 @@ def _is_cut_from(student: Any, teacher: Any) -> bool:
     )
 
 
+def _pull(sites: Sites) -> Tensor:
+    """[I]: the strength a of the prior, for each input."""
+    return min(PRIOR_TOKENS / sites.rows, MOST_PULL) * sites.gram_II.diagonal()
+
+
 def _gram(sites: Sites) -> Tensor:
-    """Of Σ‖y − W x‖² + Σ_i a_i‖W_i − P_i‖², a_i = ANCHOR · Σ x_i² over the tokens: what rounding and masks lose is
-    weighed by it too, so that target and constraint are one problem."""
-    return sites.gram_II + torch.diag(ANCHOR * sites.gram_II.diagonal())
+    """Of Σ‖y − W x‖² + Σ_i a_i‖W_i − P_i‖²: what rounding and masks lose is weighed by the prior's strength too, so
+    that target and constraint are one problem."""
+    return sites.gram_II + torch.diag(_pull(sites))
 
 
 def _target(sites: Sites, at: int, prior_OI: Tensor, gram_II: Tensor) -> Tensor:
@@ -144,8 +152,7 @@ def _target(sites: Sites, at: int, prior_OI: Tensor, gram_II: Tensor) -> Tensor:
     cross_OI = sites.cross_OI[at] if sites.cross_OI else None
     if cross_OI is None:
         return prior_OI
-    anchored_OI = cross_OI + prior_OI * (ANCHOR * sites.gram_II.diagonal())
-    return least_squares(gram_II, anchored_OI.T, prior_OI=prior_OI)
+    return least_squares(gram_II, (cross_OI + prior_OI * _pull(sites)).T, prior_OI=prior_OI)
 
 
 def _weights(model: Any) -> dict[str, Tensor]:
