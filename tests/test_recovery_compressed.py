@@ -92,6 +92,8 @@ def test_repair_lowers_the_held_out_divergence_before_the_first_step(recipe: dic
     result = recover(**{**recipe, "repair": True, "steps": 0})
     repair, degraded = result.summary["repair"], result.summary["degraded"]
     assert repair["kl"] < 0.7 * degraded["kl"]
+    assert 0 < repair["kl_fitted"] < degraded["kl"]
+    assert "on the text it was fitted to" in (Path(result.out) / "report.md").read_text(encoding="utf-8")
     assert result.summary["recovered"]["kl"] == pytest.approx(repair["kl"], rel=1e-4)
     rows = run.RunDirectory(result.out).rows("held_out_repaired.jsonl")
     assert sum(r["kl_sum"] for r in rows) / sum(r["tokens"] for r in rows) == pytest.approx(repair["kl"])

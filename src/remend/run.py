@@ -6,7 +6,7 @@ metrics.jsonl    one row a training step (`step`, `loss`, `tokens`, …), evalua
 timing.jsonl     seconds of each step, apart from the metrics since they differ on every rerun; at step 0, with `stage`,
                  those of what came before: prompts, repair, gate, pool
 baseline.json    the degraded student's measurement;  reference.jsonl the reference's held-out completions
-repair.json      KL and agreement after one-shot repair, and whether it was kept;  held_out_repaired.jsonl by prompt
+repair.json      KL after one-shot repair, on fitted text too, and whether kept;  held_out_repaired.jsonl by prompt
 track.jsonl      with diagnose_every: KL, agreement and each layer's CKA at the start, on the way and at the end
 checkpoints/     step-000050/ with masters, optimizer tensors and counters
 model/           the recovered model, as measured

@@ -7,7 +7,7 @@ samples to read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,6 +29,9 @@ from remend.teacher_cache import TeacherCache
 
 SHOWN = 4
 """How many held-out prompts are answered for people to read."""
+
+FITTED = 32
+"""Of the answers that repair was fitted to, so many are measured."""
 
 
 @dataclass(frozen=True)
@@ -164,18 +167,23 @@ class Judge:
         run.write_json(path, measured.to_json())
         return measured
 
-    def after_repair(self, student: Any, seconds: float) -> list[PromptSums]:
+    def after_repair(self, student: Any, seconds: float, answers: Sequence[Rollout]) -> list[PromptSums]:
         """Measure the repaired student on the reference's answers; writes repair.json and held_out_repaired.jsonl.
 
-        repair.json's `kept` is false where its KL is above that of the student as it came in.
+        repair.json's `kept` is false where its KL is above that of the student as it came in. `kl_fitted` is on some
+        of the `answers` that repair was fitted to: where it is far below, repair is short of text.
         """
-        sums = self._compare(scorer(student, self.checked.shared), self.completions, "measuring the repaired model")
+        ours = scorer(student, self.checked.shared)
+        sums = self._compare(ours, self.completions, "measuring the repaired model")
+        fitted = [replace(r, shown=None) for r in answers[:FITTED] if r.completion]
         rows = [{"id": s.id, "tokens": s.tokens, "kl_sum": s.kl} for s in sums]
         run.write_text(self.directory.path / "held_out_repaired.jsonl", "".join(run.json_line(row) for row in rows))
         figures = pool(sums)
         shown = {key: figures[key] for key in ("kl", "top1_agreement", "perplexity")}
         kept = figures["kl"] <= self.baseline(student).figures()["kl"]
-        run.write_json(self.directory.path / run.REPAIR, {**shown, "seconds": round(seconds, 1), "kept": kept})
+        on_fitted = pool(self._compare(ours, fitted, "and on what it was fitted to"))["kl"] if fitted else None
+        record = {**shown, "kl_fitted": on_fitted, "seconds": round(seconds, 1), "kept": kept}
+        run.write_json(self.directory.path / run.REPAIR, record)
         return sums
 
     def final(self, recovered: Any) -> HeldOut:

@@ -140,7 +140,7 @@ class Recovery:
         repaired = self._repair(student, reference)
         if judge and repaired.seconds:
             self.directory.note_seconds("repair", repaired.seconds)
-            after = judge.after_repair(student, repaired.seconds)
+            after = judge.after_repair(student, repaired.seconds, repaired.answers)
         if repaired.seconds and not self._repair_helped():
             self._take_back(student)
             repaired = Repaired(stored)
