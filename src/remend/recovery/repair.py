@@ -46,7 +46,7 @@ energy (what dropout of the inputs would do, Wager et al., arXiv 1307.1493). A f
 at the cost of all other text. The prior of a smaller student is its own weights."""
 
 MOST_PULL = 3.0
-"""Of the prior's tokens, as a share of those that are there: a handful of answers still says something."""
+"""The prior counts as at most so many times the tokens that are there: a handful of answers still says something."""
 
 
 @dataclass
