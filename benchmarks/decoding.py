@@ -1,10 +1,10 @@
-"""Sampling on a CPU with weights laid out beforehand (remend.packed_linears) and without: tokens a second.
+"""Sampling on a CPU with weights laid out beforehand (remend.packed_linears) and keys and values written in place
+(remend.kv_cache), and without: tokens a second.
 
     python benchmarks/decoding.py [--rows 8 32 64] [--tokens 48] [--rounds 3]
 
 SmolLM2-135M-Instruct answers the bundled training prompts at temperature 1, with no early end, so that lengths are
-equal. Both ways
-alternate in one process; the medians and their ratio are printed, in float32 and under bfloat16 autocast.
+equal. The ways alternate in one process; the medians and ratios are printed, in float32 and under bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -18,19 +18,28 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
-from remend import models, rollout
+from remend import kv_cache, models, rollout
 from remend.data import bundled
 from remend.prompts import encode
 from remend.rollout import Order, TransformersSampler
 
-PACKED = rollout.packed_linears
+PACKED, IN_PLACE = rollout.packed_linears, kv_cache.decoding_cache
 
 
 @contextmanager
 def plain(model: Any) -> Iterator[None]:
     """In place of packing: nothing."""
     yield
+
+
+def copied(config: Any, tokens: int) -> DynamicCache:
+    """In place of a cache with room: transformers', which copies all at every token."""
+    return DynamicCache(config=config)
+
+
+WAYS = {"plain": (plain, copied), "packed": (PACKED, copied), "both": (PACKED, IN_PLACE)}
 
 
 def seconds(sampler: TransformersSampler, prompts: list[Any], tokens: int) -> float:
@@ -53,19 +62,20 @@ def main() -> None:
     order = Order([encode(tokenizer, e) for e in bundled("train")], 0)
     sampler = TransformersSampler(model, len(tokenizer), (), models.pad_id(tokenizer), max_rows=max(options.rows))
     print(f"{torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
-    print("| arithmetic | rows | plain, tokens/s | packed, tokens/s | time, packed over plain |\n" + "| --- " * 5 + "|")
+    heads = ("arithmetic", "rows", "plain, tokens/s", "packed", "and in place", "packed over plain", "both over packed")
+    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     for name, precision in (("float32", nullcontext()), ("bfloat16", torch.autocast("cpu", torch.bfloat16))):
         for rows in options.rows:
             prompts = [p for _, p in order.take(0, rows)]
-            spent: dict[str, list[float]] = {"plain": [], "packed": []}
+            spent: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(options.rounds):
-                for way, context in (("plain", plain), ("packed", PACKED)):
-                    rollout.packed_linears = context
+                for way, (rollout.packed_linears, kv_cache.decoding_cache) in WAYS.items():
                     with precision:
                         spent[way].append(seconds(sampler, prompts, options.tokens))
-            slow, fast = (statistics.median(spent[way]) for way in ("plain", "packed"))
-            count = rows * options.tokens
-            print(f"| {name} | {rows} | {count / slow:.0f} | {count / fast:.0f} | {fast / slow:.2f} |", flush=True)
+            took = [statistics.median(spent[way]) for way in WAYS]
+            speeds = [f"{rows * options.tokens / t:.0f}" for t in took]
+            ratios = [f"{took[1] / took[0]:.2f}", f"{took[2] / took[1]:.2f}"]
+            print("| " + " | ".join((name, str(rows), *speeds, *ratios)) + " |", flush=True)
 
 
 if __name__ == "__main__":

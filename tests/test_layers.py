@@ -13,7 +13,8 @@ import remend
 SOURCE = Path(remend.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "registry", "losses", "cka", "solvers", "stats", "grids", "formats", "gguf_blocks", "paired"}
-    | {"truncated", "prefix", "correlation", "gpu_memory", "replay", "packed_linears", "gguf_reading", "sums"},
+    | {"truncated", "prefix", "correlation", "gpu_memory", "replay", "packed_linears", "gguf_reading", "sums"}
+    | {"kv_cache"},
     {"config", "data", "prompts", "vocabulary", "run", "report", "progress", "sieve", "tasks", "shipped"}
     | {"compare", "graded"},
     {"packed", "packed_grid", "foreign", "adapters", "models", "constraints", "scoring", "rollout", "teacher"}

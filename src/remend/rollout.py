@@ -135,7 +135,7 @@ class TransformersSampler:
     def _decode(
         self, prompts: list[tuple[int, ...]], uniform: Tensor, temperature: float
     ) -> tuple[list[list[int]], list[list[float]]]:
-        from transformers import DynamicCache
+        from remend.kv_cache import decoding_cache
 
         device = self.model.device
         width = max(map(len, prompts))
@@ -145,7 +145,7 @@ class TransformersSampler:
         active = torch.arange(len(prompts), device=device)
         ends = torch.tensor(self.eos, device=device)
         position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
+        cache = decoding_cache(self.model.config, width + uniform.shape[1])
         completions: list[list[int]] = [[] for _ in prompts]
         log_q: list[list[float]] = [[] for _ in prompts]
         for t in range(uniform.shape[1]):
