@@ -5,11 +5,12 @@ python benchmarks/degradations.py --out runs/degradations [--only "int3-g64 rtn"
 
 Every row runs the commands `remend degrade`, `remend recover` and `remend export`, each as a process of
 its own, with the defaults. Results are appended to results.json with steps, settings and commit; a row that is there
-with these steps is not run again, and a recovery that was interrupted is resumed. For the rows of ALONE that are done,
+with these steps is not run again, and a recovery that was interrupted is resumed. For rows that are done,
 
---alone         recovers without repair, with so many more steps that training takes as long as both did (alone.json);
+--alone         recovers without repair, with so many more steps that training takes as long as both did (alone.json;
+                the rows of ALONE);
 --repair-alone  repairs without training, on so many more answers that repair takes as long as both did
-                (repair_alone.json).
+                (repair_alone.json; every row that has a repair).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ ROWS = (
 
 
 ALONE = ("int3-g64 rtn", "wanda 2:4", "depth -5")
-"""One of each kind of constraint: a grid, a mask, fewer layers."""
+"""Of --alone: one of each kind of constraint: a grid, a mask, fewer layers."""
 
 
 def remend(*words: str) -> None:
@@ -294,6 +295,22 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def compare_all(
+    kind: str,
+    runs: Callable[[dict[str, Any], Path], dict[str, Any]],
+    shown: Callable[[list[dict[str, Any]]], str],
+    rows: list[dict[str, Any]],
+    out: Path,
+) -> None:
+    """Run one of the comparisons at equal time for these rows, write each to its file, and print the table."""
+    path = out / f"{kind}.json"
+    found = {r["row"]: r for r in (json.loads(path.read_text()) if path.is_file() else [])}
+    for row in rows:
+        found[row["row"]] = runs(row, folder_of(out, row["row"]))
+        run.write_json(path, list(found.values()))
+    print(shown(list(found.values())), flush=True)
+
+
 def folder_of(out: Path, name: str) -> Path:
     """A row's directory."""
     return out / name.replace(" ", "-").replace(":", "-").replace("%", "")
@@ -323,16 +340,11 @@ def main() -> None:
         run.write_json(path, results)
         print(table(results), flush=True)
     print(table(results))
-    wanted = arguments.only or ALONE
-    ready = [r for r in results if r["row"] in ALONE and r["row"] in wanted]
-    kinds = (("alone", run_alone, alone_table), ("repair_alone", run_repair_alone, repair_alone_table))
-    for kind, runs, shown in kinds:
-        if getattr(arguments, kind):
-            path = arguments.out / f"{kind}.json"
-            found = {r["row"]: r for r in (json.loads(path.read_text()) if path.is_file() else [])}
-            found |= {r["row"]: runs(r, folder_of(arguments.out, r["row"])) for r in ready}
-            run.write_json(path, list(found.values()))
-            print(shown(list(found.values())))
+    wanted = [r for r in results if r["repaired_kl"] is not None and r["row"] in (arguments.only or {r["row"]})]
+    if arguments.alone:
+        compare_all("alone", run_alone, alone_table, [r for r in wanted if r["row"] in ALONE], arguments.out)
+    if arguments.repair_alone:
+        compare_all("repair_alone", run_repair_alone, repair_alone_table, wanted, arguments.out)
 
 
 if __name__ == "__main__":
