@@ -128,7 +128,7 @@ def test_a_common_opening_counts_once_a_pass_where_a_teacher_asks(teacher: Any, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("prior_tokens", "pull"), [(15, 0.3), (10_000, repair.MOST_PULL)])
+@pytest.mark.parametrize(("prior_tokens", "pull"), [(20, 0.4), (1, repair.LEAST_PULL), (10_000, repair.MOST_PULL)])
 def test_the_target_stays_near_the_prior_by_each_inputs_energy(
     monkeypatch: pytest.MonkeyPatch, prior_tokens: int, pull: float
 ) -> None:

@@ -45,8 +45,9 @@ PRIOR_TOKENS = 7_500
 energy (what dropout of the inputs would do, Wager et al., arXiv 1307.1493). A few thousand tokens would else be fitted
 at the cost of all other text. The prior of a smaller student is its own weights."""
 
-MOST_PULL = 3.0
-"""The prior counts as at most so many times the tokens that are there: a handful of answers still says something."""
+LEAST_PULL, MOST_PULL = 0.3, 3.0
+"""The prior counts as at least and at most so many times the tokens that are there: with much text a weaker one
+served a grid of 3 bits worse (docs/degradations.md), and a handful of answers still says something."""
 
 
 @dataclass
@@ -138,7 +139,7 @@ def _is_cut_from(student: Any, teacher: Any) -> bool:
 
 def _pull(sites: Sites) -> Tensor:
     """[I]: the strength a of the prior, for each input."""
-    return min(PRIOR_TOKENS / sites.rows, MOST_PULL) * sites.gram_II.diagonal()
+    return min(max(PRIOR_TOKENS / sites.rows, LEAST_PULL), MOST_PULL) * sites.gram_II.diagonal()
 
 
 def _gram(sites: Sites) -> Tensor:
