@@ -34,7 +34,7 @@ def plain(model: Any) -> Iterator[None]:
     yield
 
 
-def copied(config: Any, tokens: int) -> DynamicCache:
+def copied(config: Any) -> DynamicCache:
     """In place of a cache with room: transformers', which copies all at every token."""
     return DynamicCache(config=config)
 

@@ -15,26 +15,26 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+ROOM = 64
+"""Tokens that there is room for behind the first ones at least. When it is full a buffer grows by half, so that answers
+far below the length limit take little memory."""
 
-def decoding_cache(config: Any, tokens: int) -> DynamicCache:
-    """An empty cache for a model of `config`.
 
-    Args:
-        config: of a transformers model; layers that are not plain attention (sliding windows, states) keep the kind of
-            cache that transformers gives them.
-        tokens: how many are expected, prompt included; more are taken, at the price of one copy.
+def decoding_cache(config: Any) -> DynamicCache:
+    """An empty cache for a transformers model of `config`.
+
+    Layers that are not plain attention (sliding windows, states) keep the kind of cache that transformers gives them.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [_Room(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [_Room() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 class _Room(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values: `keys` and `values` are the used part [B, H, T, D] of larger buffers."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._tokens = tokens
         self._buffers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ class _Room(DynamicLayer):  # type: ignore[misc]
         stop = start + key_states.shape[-2]
         new = (key_states, value_states)
         if not self.is_initialized or stop > self._buffers[0].shape[-2]:
-            self._grow(new, start, max(self._tokens, stop + start // 2))
+            self._grow(new, start, stop + max(ROOM, stop // 2))
         for buffer_BHTD, states_BHTD in zip(self._buffers, new, strict=True):
             buffer_BHTD[..., start:stop, :] = states_BHTD
         self._show(stop)

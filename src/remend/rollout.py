@@ -145,7 +145,7 @@ class TransformersSampler:
         active = torch.arange(len(prompts), device=device)
         ends = torch.tensor(self.eos, device=device)
         position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        cache = decoding_cache(self.model.config, width + uniform.shape[1])
+        cache = decoding_cache(self.model.config)
         completions: list[list[int]] = [[] for _ in prompts]
         log_q: list[list[float]] = [[] for _ in prompts]
         for t in range(uniform.shape[1]):
