@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from conftest import build_model
 from grid_reference import slow_groups
-from remend.constraints import GRID_FILE, Free, OnGrid, StoredGrid, constraint_of
+from remend.constraints import GRID_FILE, Free, OnGrid, StoredGrid, constraint_of, freeze_healthy_embeddings
 from remend.degrade.quantize import quantize_in_place
 from remend.errors import FileError, InputError
 from remend.grids import Grid, GridFormat, decode, encode
@@ -358,3 +358,25 @@ def test_constraint_of_hands_starts_and_scales_on(tmp_path: Path) -> None:
     found = constraint_of(student, StoredGrid.read(tmp_path), masters={name: start}, scales="learned").masters()
     assert torch.equal(found[name], start)
     assert f"{name}.log_scales" in found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_embeddings_that_are_the_teachers_are_frozen(dtype: torch.dtype) -> None:
+    """A teacher may be held in a narrower dtype; a head of its own is looked at apart."""
+    student, teacher = build_model(VOCABULARY), build_model(VOCABULARY).to(dtype)
+    embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
+    head.weight = nn.Parameter(embedding.weight.detach().clone())
+    teacher.get_output_embeddings().weight = nn.Parameter(head.weight.detach().clone().to(dtype))
+    with torch.no_grad():
+        head.weight[5, 0] += 0.5
+    assert freeze_healthy_embeddings(student, teacher) == ["model.embed_tokens.weight"]
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert "lm_head.weight" in trained
+    assert trained == set(parameters(student)) - {"model.embed_tokens.weight"}
+
+
+def test_nothing_is_frozen_without_a_teacher_or_of_another_shape() -> None:
+    student = build_model(VOCABULARY)
+    assert freeze_healthy_embeddings(student, None) == []
+    assert freeze_healthy_embeddings(student, build_model(VOCABULARY + 8)) == []
+    assert all(p.requires_grad for p in student.parameters())

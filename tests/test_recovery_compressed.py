@@ -352,3 +352,14 @@ def test_a_record_that_is_no_longer_true_is_left_behind(
     assert check(**{**recipe, "student": str(freed.model), "out": str(tmp_path / "x")}).problems == []
     lora = recover(**{**recipe, "student": str(sparse), "steps": 0, "lora": {"rank": 2}, "out": str(tmp_path / "l")})
     assert not (lora.model / "degradation.json").exists(), "its base keeps the record"
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_healthy_embeddings_are_trained_only_when_asked(
+    recipe: dict[str, Any], sparse: Path, reference_dir: Path, train: bool
+) -> None:
+    result = recover(**{**recipe, "student": str(sparse), "steps": 2, "train_embeddings": train})
+    before, after = (load_file(path / "model.safetensors") for path in (reference_dir, result.model))
+    name = "model.embed_tokens.weight"
+    assert after[name].equal(before[name]) is not train
+    assert not after["model.norm.weight"].equal(before["model.norm.weight"])

@@ -226,6 +226,9 @@ class RecoverConfig(BaseModel):
     repair_samples: int = Field(
         320, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
     )
+    train_embeddings: bool = Field(
+        False, description="of a compressed student: train embeddings and head even where they are the teacher's still"
+    )
     scales: Literal["fixed", "learned"] = Field(
         "fixed", description="of a grid: as stored, or trained along (learned step size, 1902.08153)"
     )

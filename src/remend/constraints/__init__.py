@@ -17,6 +17,7 @@ from remend.adapters import is_adapted
 from remend.constraints.adapter import Adapter
 from remend.constraints.free import Constraint, Free
 from remend.constraints.grid import GRID_FILE, OnGrid, StoredGrid, check_learnable
+from remend.constraints.healthy import freeze_healthy_embeddings
 from remend.constraints.mask import Masked
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "StoredGrid",
     "check_learnable",
     "constraint_of",
+    "freeze_healthy_embeddings",
 ]
 
 

@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from remend import models, run
 from remend.adapters import add_lora, is_adapted, merge
 from remend.config import BASE, SELF, RecoverConfig
-from remend.constraints import Constraint, constraint_of
+from remend.constraints import Constraint, constraint_of, freeze_healthy_embeddings
 from remend.data import example_of
 from remend.errors import InputError
 from remend.foreign import RECORD, record_to_keep
@@ -300,11 +300,14 @@ class Recovery:
         if self.config.lora is not None:
             settings = self.config.lora.model_dump()
             add_lora(student, **settings, seed=derive_seed(self.config.seed, "lora"), base=self.config.student)
+        origin = reference.model if isinstance(reference, Scorer) else None
+        if self.checked.compressed and not self.config.train_embeddings:
+            freeze_healthy_embeddings(student, origin)
         return constraint_of(
             student,
             repaired.stored,
             masked=self.checked.recognised.mask,
-            origin=reference.model if isinstance(reference, Scorer) else None,
+            origin=origin,
             masters=repaired.masters,
             margin=BORDER_UPDATES * learning_rate(self.config, self.checked),
             scales=self.config.scales,
