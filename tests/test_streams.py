@@ -115,9 +115,9 @@ def test_what_a_cached_teacher_cannot_do(stream: dict[str, Any], part: str) -> N
         ({"importance_clip": 2.0}, "importance_clip has no effect"),
         ({"self_prompts": 5}, "self_prompts has no effect"),
         ({"bootstrap_steps": 5}, "bootstrap_steps has no effect"),
-        ({"updates_per_rollout": 30}, "updates_per_rollout 30 is above steps 24"),
+        ({"updates_per_rollout": 40}, "updates_per_rollout 40 is above steps 32"),
         ({"off_policy_passes": 3}, "off_policy_passes has no effect"),
-        ({"patience": 3, "eval_every": 8}, "patience 3 has no effect: 24 steps have 3 evaluations"),
+        ({"patience": 4, "eval_every": 8}, "patience 4 has no effect: 32 steps have 4 evaluations"),
         ({"streams": {"a": {"data": "d", "teacher": "t", "share": 2}}}, "share of a has no effect"),
         (
             {"streams": {"a": {"data": "d", "teacher": "t", "policy": "off"}}, "importance_clip": 2.0},
@@ -143,9 +143,9 @@ def test_what_a_cached_teacher_brings_itself_is_said(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"bootstrap": "on", "bootstrap_steps": 24}, "bootstrap is all of the run: at most 24 of 24 steps"),
-        ({"bootstrap": "auto", "bootstrap_steps": 24}, "bootstrap may be all of the run"),
-        ({"bootstrap": "on", "bootstrap_steps": 9, "updates_per_rollout": 24}, "at most 24 of 24 steps"),
+        ({"bootstrap": "on", "bootstrap_steps": 32}, "bootstrap is all of the run: at most 32 of 32 steps"),
+        ({"bootstrap": "auto", "bootstrap_steps": 32}, "bootstrap may be all of the run"),
+        ({"bootstrap": "on", "bootstrap_steps": 9, "updates_per_rollout": 32}, "at most 32 of 32 steps"),
         ({"bootstrap": "on", "bootstrap_steps": 23}, None),
         ({"bootstrap": "on"}, None),
     ],
@@ -163,7 +163,7 @@ def test_a_run_that_is_all_bootstrap_is_told(values: dict[str, Any], said: str |
         ({}, "last"),
         ({"eval_every": 8}, "best"),
         ({"eval_every": 8, "select": "last"}, "last"),
-        ({"eval_every": 25}, "last"),  # of 24 steps none is evaluated
+        ({"eval_every": 33}, "last"),  # of 32 steps none is evaluated
         ({"eval_every": 8, "steps": 0}, "last"),
     ],
 )

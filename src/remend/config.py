@@ -153,7 +153,7 @@ class RecoverConfig(BaseModel):
     )
 
     steps: int = Field(
-        24, ge=0, description="optimizer steps. 24 take 135M parameters 4 minutes on two cores; large models need more"
+        32, ge=0, description="optimizer steps. 32 take 135M parameters 3 minutes on two cores; large models need more"
     )
     batch_size: int = Field(8, ge=1, description="prompts a micro-batch (TRL's trainers: 8; measured with 8 here)")
     gradient_accumulation: int = Field(
