@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
+from remend import models
+from remend.constraints import Free
 from remend.errors import InputError
 from remend.recovery import recover
 from remend.run import METRICS, RunDirectory
+from remend.train import restore_masters
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 
@@ -88,3 +92,13 @@ def test_resume_with_a_changed_recipe_is_refused(recipe: dict[str, object]) -> N
     (result.out / "recipe.yaml").write_text(yaml.safe_dump({**edited, "learning_rate": 0.5}))
     with pytest.raises(InputError, match=r"learning_rate: 0.001 became 0.5"):
         recover(resume=result.out)
+
+
+def test_a_checkpoint_that_holds_more_than_is_trained_is_refused(recipe: dict[str, object]) -> None:
+    """It is of a version that trained more, and what it learned there would be lost in silence."""
+    result = recover(**recipe)  # type: ignore[arg-type]
+    checkpoint = RunDirectory(result.out).checkpoints()[-1]
+    model = models.load_model(models.resolve(str(result.model)), dtype=torch.float32, device=torch.device("cpu"))
+    model.model.norm.weight.requires_grad_(False)
+    with pytest.raises(InputError, match=r"not trained here \(model\.norm\.weight\)"):
+        restore_masters(checkpoint, Free(model))

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from remend.constraints import Constraint
-from remend.errors import TrainingError
+from remend.errors import InputError, TrainingError
 from remend.run import METRICS, TIMING, Checkpoint, RunDirectory
 
 
@@ -292,8 +292,17 @@ def _save(
 
 @torch.no_grad()
 def restore_masters(checkpoint: Checkpoint, constraint: Constraint) -> None:
-    """Put a checkpoint's masters in place; the model then wears them as served."""
+    """Put a checkpoint's masters in place; the model then wears them as served.
+
+    Raises InputError where it holds more than is trained here: an earlier version trained embeddings too.
+    """
     saved = checkpoint.masters()
+    extra = sorted(set(saved) - set(constraint.masters()))
+    if extra:
+        raise InputError(
+            f"the checkpoint {checkpoint.path} holds weights that are not trained here ({', '.join(extra[:3])}); an "
+            "earlier version of remend wrote it, and only that one can continue or measure it"
+        )
     for name, master in constraint.masters().items():
         master.copy_(saved[name])
     constraint.project()
