@@ -220,22 +220,3 @@ def test_calibration_prompts_are_as_many_as_asked_or_as_rows_allow(monkeypatch: 
     assert len(repair._chosen(prompts, 5, 0)) == 3
     monkeypatch.setattr(repair, "MOST_ROWS", 1)
     assert len(repair._chosen(prompts, 5, 0)) == 1
-
-
-@pytest.mark.parametrize(("samples", "asked"), [(1, [(1, 1.0)]), (5, [(3, 1.0), (2, 0.5)])])
-def test_half_of_the_calibration_text_is_sampled_nearer_to_what_is_served(
-    monkeypatch: pytest.MonkeyPatch, samples: int, asked: list[tuple[int, float]]
-) -> None:
-    seen: list[tuple[int, float]] = []
-
-    def answers(
-        teacher: Any, tokenizer: Any, prompts: list[Encoded], *, temperature: float, **how: Any
-    ) -> list[Rollout]:
-        seen.append((len(prompts), temperature))
-        return [Rollout(p.id, p.tokens, (3,), True) for p in prompts]
-
-    monkeypatch.setattr(repair, "completions", answers)
-    chosen = [Encoded(str(at), (4, at), "") for at in range(samples)]
-    written = repair._answers(None, None, chosen, seed=0)
-    assert seen == asked
-    assert sorted(r.id for r in written) == sorted(p.id for p in chosen)

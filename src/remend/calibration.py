@@ -66,10 +66,9 @@ def completions(
     *,
     max_new_tokens: int,
     seed: int,
-    temperature: float = 1.0,
     shared: int | None = None,
 ) -> list[Rollout]:
-    """The reference's own answers to prompts: the text that it lives on.
+    """The reference's own answers to prompts, sampled at temperature 1: the text that it lives on.
 
     Only ids below `shared` are sampled; None is the reference's whole vocabulary.
 
@@ -79,8 +78,8 @@ def completions(
         raise InputError("the calibration set is empty; give at least one prompt")
     title = "the reference writes calibration text"
     seeds = [derive_seed(seed, "calibration", i) for i in range(len(prompts))]
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seeds": seeds, "shared": shared}
-    return answer(reference, tokenizer, prompts, title, temperature=temperature, **settings)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 1.0, "seeds": seeds, "shared": shared}
+    return answer(reference, tokenizer, prompts, title, **settings)
 
 
 @dataclass

@@ -37,10 +37,6 @@ from remend.solvers import gptq, least_squares, refit_kept
 TOKENS = 64
 """Of a calibration sample, the reference's own completion of a training prompt."""
 
-TEMPERATURES = (1.0, 0.5)
-"""Of every other answer each. What a model writes at 1 strays farther than what is served, and what it writes at 0.5
-holds too few words: half of each leaves the lowest held-out KL (docs/degradations.md)."""
-
 MOST_ROWS = 65_536
 """Tokens of calibration text, prompts included: long prompts would else cost hours and tens of gigabytes."""
 
@@ -98,7 +94,7 @@ def repair(
     began, pad_id = time.perf_counter(), models.pad_id(tokenizer)
     chosen = _chosen(prompts, samples, seed)
     with precision or nullcontext():
-        text = _answers(teacher, tokenizer, chosen, max_new_tokens=TOKENS, seed=seed, shared=shared)
+        text = completions(teacher, tokenizer, chosen, max_new_tokens=TOKENS, seed=seed, shared=shared)
     if next(teacher.parameters()).dtype != torch.float32:
         # what a layer ought to add is a difference of large states, which bfloat16 (a GPU's teacher) would blur
         teacher = copy.deepcopy(teacher).float()
@@ -126,11 +122,6 @@ def _chosen(prompts: Sequence[Encoded], samples: int, seed: int) -> list[Encoded
             break
         chosen.append(prompt)
     return chosen
-
-
-def _answers(teacher: Any, tokenizer: Any, chosen: Sequence[Encoded], **how: Any) -> list[Rollout]:
-    parts = [(chosen[at :: len(TEMPERATURES)], value) for at, value in enumerate(TEMPERATURES)]
-    return [r for part, value in parts if part for r in completions(teacher, tokenizer, part, temperature=value, **how)]
 
 
 def _shapes(model: Any) -> dict[str, torch.Size]:
