@@ -210,6 +210,13 @@ def test_learned_scales_without_a_grid_are_warned_about(recipe: dict[str, Any], 
     assert any("scales: learned has no effect" in w for w in found.warnings)
 
 
+def test_trained_embeddings_beside_an_adapter_are_warned_about(recipe: dict[str, Any], sparse: Path) -> None:
+    given = {**recipe, "student": str(sparse), "train_embeddings": True}
+    said = "train_embeddings has no effect, since an adapter is trained"
+    assert said in check(**{**given, "lora": {"rank": 2}}).warnings
+    assert said not in check(**given).warnings
+
+
 def test_what_cant_be_held_is_refused_unless_it_is_taken_as_dense(recipe: dict[str, Any], tmp_path: Path) -> None:
     """A grid whose file is gone: the record says that there was one."""
     student = tmp_path / "lost"

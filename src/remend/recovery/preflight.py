@@ -323,6 +323,8 @@ def _constraint(found: Preflight, config: RecoverConfig, student: models.Source)
             )
         if config.scales == "learned":
             _learned(found, held, adapted=bool(config.lora) or held.kind == "adapter")
+        if config.train_embeddings and (config.lora or held.kind == "adapter"):
+            found.warnings.append("train_embeddings has no effect, since an adapter is trained")
 
 
 def _learned(found: Preflight, held: Recognised, *, adapted: bool) -> None:
