@@ -14,7 +14,7 @@ SOURCE = Path(remend.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "registry", "losses", "cka", "solvers", "stats", "grids", "formats", "gguf_blocks", "paired"}
     | {"truncated", "prefix", "correlation", "gpu_memory", "replay", "packed_linears", "gguf_reading", "sums"}
-    | {"kv_cache"},
+    | {"kv_cache", "host_memory"},
     {"config", "data", "prompts", "vocabulary", "run", "report", "progress", "sieve", "tasks", "shipped"}
     | {"compare", "graded"},
     {"packed", "packed_grid", "foreign", "adapters", "models", "constraints", "scoring", "rollout", "teacher"}

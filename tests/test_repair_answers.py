@@ -26,6 +26,7 @@ GIVEN: dict[str, Any] = {
     "steps": 5,
     "batch_size": 4,
     "gradient_accumulation": 1,
+    "updates_per_rollout": 1,
 }
 
 
@@ -93,7 +94,7 @@ def test_two_processes_equal_one(recipe: dict[str, Any], tmp_path: Path, mode: s
 @pytest.mark.parametrize(
     ("changed", "answers", "steps"),
     [
-        ({}, 192, 32),
+        ({}, 192, 48),
         ({"steps": 100}, 192, 48),
         ({"steps": 100, "gradient_accumulation": 3}, 192, 16),
         ({"steps": 100, "off_policy_passes": 1}, 192, 24),

@@ -112,12 +112,12 @@ def test_what_a_cached_teacher_cannot_do(stream: dict[str, Any], part: str) -> N
     [
         ({"demonstration_template": "{prompt} {demonstration}"}, "demonstration_template has no effect"),
         ({"ema": {"rate": 0.1}, "streams": None, "teacher": "t", "data": "d"}, "ema has no effect"),
-        ({"importance_clip": 2.0}, "importance_clip has no effect"),
+        ({"importance_clip": 2.0, "updates_per_rollout": 1}, "importance_clip has no effect"),
         ({"self_prompts": 5}, "self_prompts has no effect"),
         ({"bootstrap_steps": 5}, "bootstrap_steps has no effect"),
-        ({"updates_per_rollout": 40}, "updates_per_rollout 40 is above steps 32"),
+        ({"updates_per_rollout": 60, "save_every": 0}, "updates_per_rollout 60 is above steps 48"),
         ({"off_policy_passes": 3}, "off_policy_passes has no effect"),
-        ({"patience": 4, "eval_every": 8}, "patience 4 has no effect: 32 steps have 4 evaluations"),
+        ({"patience": 6, "eval_every": 8}, "patience 6 has no effect: 48 steps have 6 evaluations"),
         ({"streams": {"a": {"data": "d", "teacher": "t", "share": 2}}}, "share of a has no effect"),
         (
             {"streams": {"a": {"data": "d", "teacher": "t", "policy": "off"}}, "importance_clip": 2.0},
@@ -143,9 +143,9 @@ def test_what_a_cached_teacher_brings_itself_is_said(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"bootstrap": "on", "bootstrap_steps": 32}, "bootstrap is all of the run: at most 32 of 32 steps"),
-        ({"bootstrap": "auto", "bootstrap_steps": 32}, "bootstrap may be all of the run"),
-        ({"bootstrap": "on", "bootstrap_steps": 9, "updates_per_rollout": 32}, "at most 32 of 32 steps"),
+        ({"bootstrap": "on", "bootstrap_steps": 48}, "bootstrap is all of the run: at most 48 of 48 steps"),
+        ({"bootstrap": "auto", "bootstrap_steps": 48}, "bootstrap may be all of the run"),
+        ({"bootstrap": "on", "bootstrap_steps": 9, "updates_per_rollout": 48}, "at most 48 of 48 steps"),
         ({"bootstrap": "on", "bootstrap_steps": 23}, None),
         ({"bootstrap": "on"}, None),
     ],
@@ -163,9 +163,26 @@ def test_a_run_that_is_all_bootstrap_is_told(values: dict[str, Any], said: str |
         ({}, "last"),
         ({"eval_every": 8}, "best"),
         ({"eval_every": 8, "select": "last"}, "last"),
-        ({"eval_every": 33}, "last"),  # of 32 steps none is evaluated
+        ({"eval_every": 49}, "last"),  # of 48 steps none is evaluated
         ({"eval_every": 8, "steps": 0}, "last"),
     ],
 )
 def test_the_best_is_saved_where_some_are_evaluated(values: dict[str, Any], selects: str) -> None:
     assert config(teacher="t", data="d", **values).selects == selects
+
+
+@pytest.mark.parametrize(
+    ("values", "each"),
+    [
+        ({}, 2),
+        ({"save_every": 0}, 2),
+        ({"save_every": 5}, 1),  # a checkpoint ends a round
+        ({"steps": 1}, 1),
+        ({"updates_per_rollout": 1}, 1),
+        ({"updates_per_rollout": 5}, 5),
+    ],
+)
+def test_a_round_of_sampling_feeds_two_steps_where_nothing_is_said(values: dict[str, Any], each: int) -> None:
+    made = config(streams=two(), **values)
+    assert made.updates_a_round == each
+    assert problems(made, resolve(made), {}) == []

@@ -153,7 +153,7 @@ class RecoverConfig(BaseModel):
     )
 
     steps: int = Field(
-        32, ge=0, description="optimizer steps. 32 take 135M parameters 3 minutes on two cores; large models need more"
+        48, ge=0, description="optimizer steps. 48 take 135M parameters 3 minutes on two cores; large models need more"
     )
     batch_size: int = Field(8, ge=1, description="prompts a micro-batch (TRL's trainers: 8; measured with 8 here)")
     gradient_accumulation: int = Field(
@@ -193,8 +193,11 @@ class RecoverConfig(BaseModel):
         min_length=1,
         description="text with {prompt} and {demonstration}, shown to the teacher; prompts.py has ours",
     )
-    updates_per_rollout: int = Field(
-        1, ge=1, description="steps that one round of sampling feeds; each completion is trained on once"
+    updates_per_rollout: int | None = Field(
+        None,
+        ge=1,
+        description="steps that one round of sampling feeds, each completion once; by default 2 (1 where save_every "
+        "is odd)",
     )
     importance_clip: float | None = Field(
         None, gt=1, description="c: weigh a stale token by its prefix's likelihood ratio, kept within 1/c and c"
@@ -276,6 +279,12 @@ class RecoverConfig(BaseModel):
     trust_remote_code: bool = Field(
         False, description="let a model directory run its own Python. Off unless you say so"
     )
+
+    @property
+    def updates_a_round(self) -> int:
+        """`updates_per_rollout`, or without it 2: a CPU samples 16 rows hardly slower than 8 (docs/speed.md). Rounds
+        end where checkpoints are written."""
+        return self.updates_per_rollout or (2 if self.save_every % 2 == 0 and self.steps > 1 else 1)
 
     @property
     def selects(self) -> Literal["last", "best"]:

@@ -14,6 +14,7 @@ from remend import shipped
 from remend.cli import grading, measuring, studying
 from remend.cli.show import print_line, show, show_cache, show_damage
 from remend.errors import InputError, RemendError
+from remend.host_memory import keep_freed_memory
 
 app = typer.Typer(
     help="Bring a degraded language model back, with its own healthy past as the teacher.",
@@ -334,6 +335,7 @@ def _arguments(
 
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit code 2."""
+    keep_freed_memory()
     try:
         app()
     except RemendError as error:

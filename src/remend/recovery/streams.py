@@ -157,7 +157,7 @@ def problems(config: RecoverConfig, streams: Sequence[Stream], caches: Mapping[s
         )
     if (config.select == "best" or config.patience) and not config.eval_every:
         found.append("select: best and patience need evaluations; set eval_every, e.g. 10")
-    if config.save_every and config.save_every % config.updates_per_rollout:
+    if config.save_every and config.save_every % config.updates_a_round:
         found.append(
             f"save_every {config.save_every} is no multiple of updates_per_rollout {config.updates_per_rollout}: a run "
             "resumed inside a round would sample other rollouts. Choose a multiple"
@@ -225,14 +225,14 @@ def reuses_repair(config: RecoverConfig, streams: Sequence[Stream]) -> bool:
 
 def repair_budget(config: RecoverConfig, answers: int, processes: int) -> int:
     """Steps that so many answers serve, in whole rounds of sampling; each is trained on off_policy_passes times."""
-    rows, each = config.batch_size * config.gradient_accumulation * processes, config.updates_per_rollout
+    rows, each = config.batch_size * config.gradient_accumulation * processes, config.updates_a_round
     served = min(config.steps, config.bootstrap_steps or config.steps, config.off_policy_passes * answers // rows)
     return served if served == config.steps else served // each * each
 
 
 def bootstrap_budget(config: RecoverConfig) -> int:
     """Steps of bootstrap at most; whole rounds of sampling, since the gate is asked once a round."""
-    wanted, each = config.bootstrap_steps or max(1, config.steps // 3), config.updates_per_rollout
+    wanted, each = config.bootstrap_steps or max(1, config.steps // 3), config.updates_a_round
     return -(-wanted // each) * each
 
 
@@ -287,16 +287,16 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
         found.append("demonstration_template has no effect, since no stream uses demonstrations")
     if (config.ema.rate, config.ema.every) != (EMA_RATE, 1) and not any(s.teacher == "ema" for s in streams):
         found.append("ema has no effect, since no stream has teacher: ema")
-    if config.importance_clip and config.updates_per_rollout == 1:
+    if config.importance_clip and config.updates_a_round == 1:
         found.append("importance_clip has no effect with updates_per_rollout 1: no token is stale")
     if config.self_prompts and not any(s.data == SELF for s in streams):
         found.append("self_prompts has no effect, since no stream has data: self")
-    if config.updates_per_rollout > 1 and not any(s.on_policy for s in streams):
+    asked = config.updates_per_rollout or 1
+    if asked > 1 and not any(s.on_policy for s in streams):
         found.append("updates_per_rollout has no effect: no stream samples from the student")
-    elif config.updates_per_rollout > config.steps > 0:
+    elif asked > config.steps > 0:
         found.append(
-            f"updates_per_rollout {config.updates_per_rollout} is above steps {config.steps}: one round of sampling "
-            "feeds the whole run"
+            f"updates_per_rollout {asked} is above steps {config.steps}: one round of sampling feeds the whole run"
         )
     if config.importance_clip and not any(s.on_policy for s in streams):
         found.append("importance_clip has no effect: every stream is off-policy, and no token is stale")

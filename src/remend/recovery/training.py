@@ -186,7 +186,7 @@ class Training:
     def _objective(self, lanes: Sequence[Lane], gate: Gate) -> Distillation:
         config, checked = self.config, self.checked
         ends = models.eos_ids(self.student, checked.tokenizer)
-        stale = config.updates_per_rollout > 1 and config.importance_clip is not None
+        stale = config.updates_a_round > 1 and config.importance_clip is not None
         return Distillation(
             student=self.parts,
             lanes=lanes,
@@ -196,7 +196,7 @@ class Training:
             micro_rows=config.batch_size,
             seed=config.seed,
             precision=self.precision,
-            updates_per_rollout=config.updates_per_rollout,
+            updates_per_rollout=config.updates_a_round,
             importance_clip=config.importance_clip if stale else None,
             on_policy=gate,
             process=self.accelerator.process_index,
