@@ -69,7 +69,14 @@ def main() -> None:
         if (target / "summary.json").is_file():
             continue
         settings = [f"student={student}", "teacher=smollm2", f"data={train}", f"eval_data={held_out}", f"out={target}"]
-        rest = [f"steps={arguments.steps}", f"eval_every={EVERY}", "repair=false", "save_every=0", "select=last"]
+        rest = [
+            f"steps={arguments.steps}",
+            f"eval_every={EVERY}",
+            "repair=false",
+            "save_every=0",
+            "select=last",
+            "updates_per_rollout=1",
+        ]
         remend("recover", *settings, *rest, *words)
     curves = {name: curve(arguments.out / name) for name in VARIANTS}
     shared = min(points[-1][0] for points in curves.values())

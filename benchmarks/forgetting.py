@@ -123,7 +123,13 @@ def streams(*names: str, **common: Any) -> str:
 def recover(folder: Path, name: str, given: str, steps: int) -> None:
     """One recovery by streams."""
     words = [f"student={folder / 'sft'}", f"teacher={MODEL}", f"out={folder / name}", f"steps={steps}"]
-    words += [f"batch_size={GENERAL + TASK}", f"learning_rate={RATE}", "save_every=0", f"seed={SEED}"]
+    words += [
+        f"batch_size={GENERAL + TASK}",
+        f"learning_rate={RATE}",
+        "save_every=0",
+        "updates_per_rollout=1",
+        f"seed={SEED}",
+    ]
     remend("recover", *words, "streams=" + given.replace("{folder}", str(folder)))
 
 

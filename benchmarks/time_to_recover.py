@@ -99,6 +99,7 @@ def recipe_of(line: Line, out: Path, steps: int, terms: Terms) -> dict[str, Any]
         "eval_data": str(out / "held_out.jsonl"),
         "out": str(place_of(line, out)),
         "steps": steps,
+        "updates_per_rollout": 1,
         "batch_size": ROWS,
         "max_new_tokens": TOKENS,
         "eval_every": min(EVERY, steps),
