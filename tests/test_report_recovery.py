@@ -93,7 +93,8 @@ def test_one_stream_and_its_speed(tmp_path: Path) -> None:
     assert held_out.points == [(0.0, 1.1), (12.0, 1.0), (24.0, 0.9)]  # begins where repair left it
     assert held_out.joined
     assert [s.name for s in speed.series] == ["completion tokens"]
-    assert speed.series[0].points[0] == (1.0, 301 / 8)
+    assert speed.series[0].points[0] == (2.0, (301 + 302) / 16)  # a round of sampling feeds two steps
+    assert len(speed.series[0].points) == 12
 
 
 def test_several_streams_have_a_figure_each(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def figures(files: RunDirectory, summary: Mapping[str, Any], manifest: Mapping[s
     for name in sorted(names, key=lambda name: name != main) or [""]:
         figure = _loss(name, _held_out(rows, summary, name, name == main or not name), trained)
         found.append(figure)
-    speed = _speed(trained, files.step_seconds(), names)
+    speed = _speed(trained, files.step_seconds(), names, manifest["recipe"].get("updates_per_rollout") or 2)
     return found + ([speed] if speed else [])
 
 
@@ -87,14 +87,17 @@ def _loss(name: str, held_out: Sequence[Series], trained: Rows) -> Figure:
     )
 
 
-def _speed(trained: Rows, timing: Mapping[int, float], names: Sequence[str]) -> Figure | None:
+def _speed(trained: Rows, timing: Mapping[int, float], names: Sequence[str], each: int) -> Figure | None:
+    """A point every `each` steps: only the first of a round of sampling pays for it."""
     seconds = {step: value for step, value in timing.items() if value > 0}
     timed = [row for row in trained if row["step"] in seconds]
     if not timed:
         return None
 
     def points(key: str) -> list[Point]:
-        return thinned([(float(row["step"]), row[key] / seconds[row["step"]]) for row in timed if key in row])
+        rounds = [timed[at : at + each] for at in range(0, len(timed), each)]
+        sums = [(sum(row.get(key, 0) for row in part), sum(seconds[row["step"]] for row in part)) for part in rounds]
+        return thinned([(float(part[-1]["step"]), n / spent) for part, (n, spent) in zip(rounds, sums, strict=True)])
 
     lines = [Series("all streams" if names else "completion tokens", style(0), points("tokens"))]
     lines += [Series(name, style(i + 1), points(f"{name}/tokens")) for i, name in enumerate(names)]
@@ -102,7 +105,8 @@ def _speed(trained: Rows, timing: Mapping[int, float], names: Sequence[str]) -> 
     return Figure(
         [Lines("Tokens a second", lines, x_label="optimizer step", y_label="tokens a second")],
         see=f"How many completion tokens were trained on in a second: {whole:.0f} over the whole run.",
-        measured="A step's completion tokens over its whole time: sampling, teacher, forward, backward and update.",
+        measured="Completion tokens over the whole time of the steps that one round of sampling feeds: sampling, "
+        "teacher, forward, backward and update.",
     )
 
 
