@@ -120,7 +120,7 @@ def test_every_stream_option_changes_the_trajectory(
     "change",
     [
         {"top_k": 5},
-        {"updates_per_rollout": 2},
+        {"updates_per_rollout": 1},
         {"skip_first_tokens": 2},
         {"max_new_tokens": "4→8"},
         {"bootstrap": "on"},
