@@ -4,8 +4,9 @@
 
 `remend recover` repairs and trains the embedded model under zeros 2:4, once with malloc as the system sets it up and
 once with freed memory kept; the two alternate, each in a process of its own. GLIBC_TUNABLES with a setting that changes
-nothing makes remend leave malloc alone. Printed are the median seconds of repair and of a training step (the first,
-which pays for allocation, is left out) and the largest resident set, and that both ways end at the same KL.
+nothing makes remend leave malloc alone. Printed are the seconds of repair, the mean of a training step over whole
+rounds of sampling (the first round, which pays for allocation, is left out), the largest resident set, and the KL that
+both ways end at; with several rounds their medians.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def recover(out: Path, environment: Mapping[str, str], settings: list[str]) -> d
     steps = [row["seconds"] for row in spent if "stage" not in row]
     return {
         "repair": summary["repair"]["seconds"],
-        "step": statistics.median(steps[1:]),
+        "step": statistics.mean(steps[2:]),
         "peak": summary["peak_rss_mib"],
         "kl": summary["recovered"]["kl"],
     }
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6, help="training steps of a recovery, at least 2")
+    parser.add_argument("--steps", type=int, default=6, help="training steps of a recovery, even, at least 4")
     parser.add_argument("--answers", type=int, default=64, help="that repair is fitted to")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -177,6 +177,7 @@ def test_the_best_is_saved_where_some_are_evaluated(values: dict[str, Any], sele
         ({}, 2),
         ({"save_every": 0}, 2),
         ({"save_every": 5}, 1),  # a checkpoint ends a round
+        ({"bootstrap": "on", "bootstrap_steps": 3}, 1),  # and so does the last step of bootstrap
         ({"steps": 1}, 1),
         ({"updates_per_rollout": 1}, 1),
         ({"updates_per_rollout": 5}, 5),

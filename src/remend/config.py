@@ -197,7 +197,7 @@ class RecoverConfig(BaseModel):
         None,
         ge=1,
         description="steps that one round of sampling feeds, each completion once; by default 2 (1 where save_every "
-        "is odd)",
+        "or bootstrap_steps is odd)",
     )
     importance_clip: float | None = Field(
         None, gt=1, description="c: weigh a stale token by its prefix's likelihood ratio, kept within 1/c and c"
@@ -283,8 +283,9 @@ class RecoverConfig(BaseModel):
     @property
     def updates_a_round(self) -> int:
         """`updates_per_rollout`, or without it 2: a CPU samples 16 rows hardly slower than 8 (docs/speed.md). Rounds
-        end where checkpoints are written."""
-        return self.updates_per_rollout or (2 if self.save_every % 2 == 0 and self.steps > 1 else 1)
+        end where checkpoints are written and where bootstrap ends."""
+        odd = self.save_every % 2 or (self.bootstrap_steps or 0) % 2
+        return self.updates_per_rollout or (1 if odd or self.steps < 2 else 2)
 
     @property
     def selects(self) -> Literal["last", "best"]:

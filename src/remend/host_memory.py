@@ -17,9 +17,9 @@ GROWTH = 64 * 2**20
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
     """Let the C library reuse large blocks instead of returning each to the system when it is freed.
 
-    glibc maps every block above 32 MiB anew, and the system clears it page by page when it is first written: a fifth of
-    a training step (docs/speed.md). What was freed stays with the process instead, and its holes are not all of a size
-    that is asked for again: the peak grew by up to a tenth.
+    glibc maps every block above 32 MiB anew, and the system clears it page by page when it is first written (what that
+    costs: docs/speed.md). What was freed stays with the process instead, and its holes are not all of a size that is
+    asked for again, so the peak may grow.
 
     Args:
         environment: where malloc is set up there already (MALLOC_…, GLIBC_TUNABLES), nothing is changed.
