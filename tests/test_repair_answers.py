@@ -94,7 +94,7 @@ def test_two_processes_equal_one(recipe: dict[str, Any], tmp_path: Path, mode: s
 @pytest.mark.parametrize(
     ("changed", "answers", "steps"),
     [
-        ({}, 192, 48),
+        ({"steps": 48}, 192, 48),
         ({"steps": 100}, 192, 48),
         ({"steps": 100, "gradient_accumulation": 3}, 192, 16),
         ({"steps": 100, "off_policy_passes": 1}, 192, 24),

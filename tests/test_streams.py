@@ -115,9 +115,9 @@ def test_what_a_cached_teacher_cannot_do(stream: dict[str, Any], part: str) -> N
         ({"importance_clip": 2.0, "updates_per_rollout": 1}, "importance_clip has no effect"),
         ({"self_prompts": 5}, "self_prompts has no effect"),
         ({"bootstrap_steps": 5}, "bootstrap_steps has no effect"),
-        ({"updates_per_rollout": 60, "save_every": 0}, "updates_per_rollout 60 is above steps 48"),
+        ({"steps": 48, "updates_per_rollout": 60, "save_every": 0}, "updates_per_rollout 60 is above steps 48"),
         ({"off_policy_passes": 3}, "off_policy_passes has no effect"),
-        ({"patience": 6, "eval_every": 8}, "patience 6 has no effect: 48 steps have 6 evaluations"),
+        ({"steps": 48, "patience": 6, "eval_every": 8}, "patience 6 has no effect: 48 steps have 6 evaluations"),
         ({"streams": {"a": {"data": "d", "teacher": "t", "share": 2}}}, "share of a has no effect"),
         (
             {"streams": {"a": {"data": "d", "teacher": "t", "policy": "off"}}, "importance_clip": 2.0},
@@ -151,7 +151,7 @@ def test_what_a_cached_teacher_brings_itself_is_said(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_a_run_that_is_all_bootstrap_is_told(values: dict[str, Any], said: str | None) -> None:
-    made = config(streams=two(), save_every=0, **values)
+    made = config(streams=two(), steps=48, save_every=0, **values)
     assert problems(made, resolve(made), {}) == []
     found = notes(made, resolve(made))
     assert (said in found[0]) if said else found == []
@@ -163,7 +163,7 @@ def test_a_run_that_is_all_bootstrap_is_told(values: dict[str, Any], said: str |
         ({}, "last"),
         ({"eval_every": 8}, "best"),
         ({"eval_every": 8, "select": "last"}, "last"),
-        ({"eval_every": 49}, "last"),  # of 48 steps none is evaluated
+        ({"steps": 48, "eval_every": 49}, "last"),  # of 48 steps none is evaluated
         ({"eval_every": 8, "steps": 0}, "last"),
     ],
 )

@@ -163,7 +163,7 @@ def _run(block: nn.Module, batch: _Batch, index: int) -> Tensor:
 
 @dataclass
 class _Seen:
-    """What one pass through a block showed: inputs and outputs by layer [N, …], and what the block gives."""
+    """What one pass through a block showed: inputs and outputs by layer [N, …] in the pass's dtype, what it gives."""
 
     inputs: dict[nn.Module, Tensor]
     outputs: dict[nn.Module, Tensor]
@@ -188,12 +188,12 @@ def _look(
         real_BT = batch.real_BT
 
         def on_input(layer: nn.Module, args: tuple[Tensor, ...], real_BT: Tensor = real_BT) -> None:
-            inputs[layer].append(args[0][real_BT].float())
+            inputs[layer].append(args[0][real_BT])
             if layer is stop_at:
                 raise _Stop
 
         def on_output(layer: nn.Module, args: Any, output: Tensor, real_BT: Tensor = real_BT) -> None:
-            outputs[layer].append(output[real_BT].float())
+            outputs[layer].append(output[real_BT])
 
         with ExitStack() as hooks:
             for layer in into:
@@ -208,7 +208,7 @@ def _look(
             "calibration did not reach a layer once a pass: layers that see some tokens only (experts) "
             "can't be calibrated; use a method without calibration"
         )
-    joined = [{m: torch.cat(parts) for m, parts in kind.items()} for kind in (inputs, outputs)]
+    joined = [{m: torch.cat(kind.pop(m)) for m in list(kind)} for kind in (inputs, outputs)]  # parts go one by one
     return _Seen(joined[0], joined[1], states)
 
 
@@ -337,7 +337,7 @@ def walk(
                 fresh = [w for w in targets.written if w not in settled.written] if targets else []
                 seen = _look(block, batches, index, into=group[:1], out_of=fresh, stop_at=group[0], settled=settled)
                 settled.written.update(seen.outputs)
-                x_NI, cross = seen.inputs[group[0]], None
+                x_NI, cross = seen.inputs[group[0]].float(), None
                 if targets:
                     wanted = (targets.wanted(m, settled.written) for m in group)
                     cross = tuple(None if y_NO is None else products(y_NO, x_NI, precision) for y_NO in wanted)
@@ -377,13 +377,13 @@ class _Targets:
 
     def wanted(self, layer: nn.Linear, written: Mapping[nn.Module, Tensor]) -> Tensor | None:
         """[N, O], its bias taken off; None where the teacher has no like layer."""
-        y_NO = self._given[layer]
+        y_NO = self._given.pop(layer)  # asked for once
         if layer in self._stream:
-            y_NO = self._stream[layer] - self._before_ND - sum(written.values())
+            y_NO = self._stream[layer] - self._before_ND - sum(y.float() for y in written.values())
             self.written.append(layer)
         if y_NO is None or y_NO.shape[1] != layer.out_features:
             return None
-        return y_NO if layer.bias is None else y_NO - layer.bias.float()
+        return y_NO.float() if layer.bias is None else y_NO.float() - layer.bias.float()
 
 
 @torch.no_grad()

@@ -153,7 +153,7 @@ class RecoverConfig(BaseModel):
     )
 
     steps: int = Field(
-        48, ge=0, description="optimizer steps. 48 take 135M parameters 3 minutes on two cores; large models need more"
+        40, ge=0, description="optimizer steps. 40 take 135M parameters 2 minutes on two cores; large models need more"
     )
     batch_size: int = Field(8, ge=1, description="prompts a micro-batch (TRL's trainers: 8; measured with 8 here)")
     gradient_accumulation: int = Field(
@@ -227,7 +227,7 @@ class RecoverConfig(BaseModel):
         description="first refit a compressed student in closed form (GPTQ, least squares)",
     )
     repair_samples: int = Field(
-        320, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
+        600, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
     )
     train_embeddings: bool = Field(
         False, description="of a compressed student: train embeddings and head even where they are the teacher's still"
