@@ -1,0 +1,118 @@
+"""Does AWQ's scaling pay (arXiv 2306.00978)? KL of SmolLM2 on a grid with and without it, before and after repair.
+
+    python benchmarks/awq.py [--formats int3-g64 int4-g32-sym] [--answers 96] [--prompts 32]
+
+Inputs of a group of layers are divided by s, and its weights' columns multiplied by it, so that the model says the same
+and rounding spares the columns that matter: s = (root mean square input)^α, with the α of 0, 0.05 … 1 that costs least,
+Σ‖(W − Q(W s)/s) x‖². The division goes into what is in front: a norm's weight, or `up_proj` for `down_proj`. `o_proj`
+is left out, as in AWQ's own code where key and value heads are fewer. AWQ's clipping is left out too; GPTQ's search of
+ranges (solvers.gptq) is beside it.
+
+All see the same calibration text, 48 answers as `degrade` takes them; repair sees --answers others. KL is on the
+reference's greedy answers to --prompts bundled held-out prompts, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remend import models
+from remend.answers import answer
+from remend.calibration import Sites, completions, walk
+from remend.data import bundled
+from remend.degrade.job import PROBE_TOKENS, Job
+from remend.degrade.quantize import quantize_in_place
+from remend.grids import GridFormat, decode, quantize
+from remend.measure import compare, pool
+from remend.prompts import encode
+from remend.recovery.repair import TOKENS, repair_grid
+from remend.rollout import Rollout
+from remend.scoring import scorer
+
+CPU, SEED = torch.device("cpu"), 0
+FRONT = {"q_proj": "input_layernorm", "gate_proj": "post_attention_layernorm", "down_proj": "mlp.up_proj"}
+"""Of a group, named by its first layer: what its inputs' division goes into, within the block."""
+
+
+def best_scale(sites: Sites, fmt: GridFormat) -> Tensor:
+    """[I]: the scales of the columns, AWQ's equation 5 with the loss of equation 4, over the group's layers."""
+    size_I = (sites.gram_II.diagonal() / sites.rows).clamp(min=1e-10).sqrt()
+    best, least = torch.ones_like(size_I), float("inf")
+    for step in range(21):
+        raw_I = size_I ** (step / 20)
+        scale_I = raw_I / (raw_I.max() * raw_I.min()).sqrt()
+        loss = 0.0
+        for layer in sites.layers:
+            codes, grid = quantize(layer.weight * scale_I, fmt)
+            error_OI = decode(codes, grid, fmt) / scale_I - layer.weight
+            loss += float(((error_OI @ sites.gram_II) * error_OI).sum())
+        if loss < least:
+            best, least = scale_I, loss
+    return best
+
+
+@torch.no_grad()
+def scaled(job: Job, fmt: GridFormat) -> Any:
+    """A copy of the reference that says the same with other weights."""
+    model = copy.deepcopy(job.reference)
+    found: list[tuple[Sites, Tensor]] = []
+
+    def visit(sites: Sites) -> None:
+        if sites.names[0].rsplit(".", 1)[-1] in FRONT:
+            found.append((sites, best_scale(sites, fmt)))
+
+    walk(model, job.calibration(), visit, pad_id=job.pad_id, title="choosing scales")
+    modules = dict(model.named_modules())
+    for sites, scale_I in found:
+        for layer in sites.layers:
+            layer.weight.mul_(scale_I)
+        block, first = sites.names[0].rsplit(".", 2)[0], sites.names[0].rsplit(".", 1)[-1]
+        front: nn.Module = modules[f"{block}.{FRONT[first]}"]
+        front.weight.div_(scale_I if front.weight.ndim == 1 else scale_I[:, None])  # type: ignore[operator, arg-type]
+    return model
+
+
+def main() -> None:
+    """See the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=["int3-g64", "int4-g32-sym"])
+    parser.add_argument("--answers", type=int, default=96, help="that repair is fitted to; 0 leaves it out")
+    parser.add_argument("--prompts", type=int, default=32, help="held-out prompts")
+    options = parser.parse_args()
+    source = models.resolve("smollm2")
+    reference = models.load_model(source, dtype=torch.float32, device=CPU).requires_grad_(False)
+    job = Job(reference, None, models.load_tokenizer(source), source, SEED, 48, None)
+    prompts = [encode(job.tokenizer, e) for e in bundled("held_out")[: options.prompts]]
+    rollouts = answer(reference, job.tokenizer, prompts, "the reference answers", max_new_tokens=PROBE_TOKENS)
+    text: list[Rollout] = []
+    if options.answers:
+        others = [encode(job.tokenizer, e) for e in bundled("train")[48 : 48 + options.answers]]
+        text = completions(reference, job.tokenizer, others, max_new_tokens=TOKENS, seed=SEED + 1)
+
+    def kl(model: Any) -> float:
+        return float(pool(compare(scorer(model), scorer(reference), rollouts, pad_id=job.pad_id))["kl"])
+
+    print(f"{torch.get_num_threads()} threads, repair on {len(text)} answers, KL on {len(prompts)} prompts", flush=True)
+    for fmt in map(GridFormat.parse, options.formats):
+        began = time.perf_counter()
+        moved = scaled(job, fmt)
+        print(f"{fmt.name}: scales chosen in {time.perf_counter() - began:.0f} s, KL {kl(moved):.1e}", flush=True)
+        for method in ("rtn", "gptq"):
+            for name, healthy in (("", reference), ("awq + ", moved)):
+                student = copy.deepcopy(healthy)
+                stored = quantize_in_place(student, fmt, method, job=job)
+                line = f"{fmt.name} {name}{method}: KL {kl(student):.3f}"
+                if text:
+                    repair_grid(student, healthy, stored, text, job.pad_id)
+                    line += f", after repair {kl(student):.3f}"
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
