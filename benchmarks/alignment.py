@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from remend.flows.demo import write_prompts
-from remend.run import RunDirectory
-from remend.stats import bootstrap_gap_closed
+from remend.files.run_directory import RunDirectory
+from remend.maths.gap import bootstrap_gap_closed
+from remend.studies.demo import write_prompts
 
 EVERY = 4
 VARIANTS: dict[str, list[str]] = {

@@ -22,18 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remend import models
-from remend.answers import answer
-from remend.calibration import Sites, completions, walk
-from remend.data import bundled
+from remend.compression.grids import GridFormat, decode, quantize
+from remend.data.examples import bundled
+from remend.data.templates import encode
 from remend.degrade.job import PROBE_TOKENS, Job
 from remend.degrade.quantize import quantize_in_place
-from remend.grids import GridFormat, decode, quantize
-from remend.measure import compare, pool
-from remend.prompts import encode
+from remend.models.activations.walk import Sites, completions, walk
+from remend.models.find import find_model
+from remend.models.load import load_model, load_tokenizer
+from remend.models.sampling.answers import answer
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import scorer
 from remend.recovery.repair import TOKENS, repair_grid
-from remend.rollout import Rollout
-from remend.scoring import scorer
+from remend.training.measure import compare, pool
 
 CPU, SEED = torch.device("cpu"), 0
 FRONT = {"q_proj": "input_layernorm", "gate_proj": "post_attention_layernorm", "down_proj": "mlp.up_proj"}
@@ -85,9 +86,9 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=96, help="that repair is fitted to; 0 leaves it out")
     parser.add_argument("--prompts", type=int, default=32, help="held-out prompts")
     options = parser.parse_args()
-    source = models.resolve("smollm2")
-    reference = models.load_model(source, dtype=torch.float32, device=CPU).requires_grad_(False)
-    job = Job(reference, None, models.load_tokenizer(source), source, SEED, 48, None)
+    source = find_model("smollm2")
+    reference = load_model(source, dtype=torch.float32, device=CPU).requires_grad_(False)
+    job = Job(reference, None, load_tokenizer(source), source, SEED, 48, None)
     prompts = [encode(job.tokenizer, e) for e in bundled("held_out")[: options.prompts]]
     rollouts = answer(reference, job.tokenizer, prompts, "the reference answers", max_new_tokens=PROBE_TOKENS)
     text: list[Rollout] = []

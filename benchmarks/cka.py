@@ -21,26 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remend import cka, models
-from remend.answers import answer
-from remend.capture import as_layers, capture, pick_positions
-from remend.data import bundled
-from remend.prompts import encode
-from remend.rollout import derive_seed
-from remend.run import environment
-from remend.scoring import scorer
+from remend.data.examples import bundled
+from remend.data.order import derive_seed
+from remend.data.templates import encode
+from remend.files.environment import environment
+from remend.maths import cka
+from remend.models.activations.capture import as_layers, capture, pick_positions
+from remend.models.find import find_model
+from remend.models.load import load_model, load_tokenizer
+from remend.models.sampling.answers import answer
+from remend.models.scorer import scorer
+from remend.models.tokens import pad_id
 
 
 def activations(student: str, rows: int) -> tuple[Tensor, Tensor]:
     """[L, S, D] of SmolLM2 and of the student."""
-    source = models.resolve("smollm2")
-    tokenizer, cpu = models.load_tokenizer(source), torch.device("cpu")
-    both = [models.load_model(models.resolve(s), dtype=torch.float32, device=cpu) for s in ("smollm2", student)]
+    source = find_model("smollm2")
+    tokenizer, cpu = load_tokenizer(source), torch.device("cpu")
+    both = [load_model(find_model(s), dtype=torch.float32, device=cpu) for s in ("smollm2", student)]
     prompts = [encode(tokenizer, e) for e in (bundled("held_out") + bundled("train"))[:rows]]
     rollouts = answer(both[0].requires_grad_(False), tokenizer, prompts, "the reference answers", max_new_tokens=32)
     draws = [derive_seed(0, "row", r.id) / 2**63 for r in rollouts]
     picks = pick_positions([len(r.completion) for r in rollouts], draws)
-    pad = models.pad_id(tokenizer)
+    pad = pad_id(tokenizer)
     first, second = (
         as_layers(capture(scorer(m.requires_grad_(False)), "model", rollouts, picks, pad_id=pad)["residual"], rows)
         for m in both

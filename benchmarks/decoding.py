@@ -20,12 +20,16 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from remend import kv_cache, models, rollout
-from remend.data import bundled
-from remend.prompts import encode
-from remend.rollout import Order, TransformersSampler
+from remend.data.examples import bundled
+from remend.data.order import Order
+from remend.data.templates import encode
+from remend.models.find import find_model
+from remend.models.load import load_model, load_tokenizer
+from remend.models.sampling import kv_cache, transformers_engine
+from remend.models.sampling.transformers_engine import TransformersSampler
+from remend.models.tokens import pad_id
 
-PACKED, IN_PLACE = rollout.packed_linears, kv_cache.decoding_cache
+PACKED, IN_PLACE = transformers_engine.packed_linears, kv_cache.decoding_cache
 
 
 @contextmanager
@@ -56,11 +60,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    source = models.resolve("smollm2")
-    tokenizer = models.load_tokenizer(source)
-    model: Any = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    source = find_model("smollm2")
+    tokenizer = load_tokenizer(source)
+    model: Any = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
     order = Order([encode(tokenizer, e) for e in bundled("train")], 0)
-    sampler = TransformersSampler(model, len(tokenizer), (), models.pad_id(tokenizer), max_rows=max(options.rows))
+    sampler = TransformersSampler(model, len(tokenizer), (), pad_id(tokenizer), max_rows=max(options.rows))
     print(f"{torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     heads = ("arithmetic", "rows", "plain, tokens/s", "packed", "and in place", "packed over plain", "both over packed")
     print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
@@ -69,7 +73,7 @@ def main() -> None:
             prompts = [p for _, p in order.take(0, rows)]
             spent: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(options.rounds):
-                for way, (rollout.packed_linears, kv_cache.decoding_cache) in WAYS.items():
+                for way, (transformers_engine.packed_linears, kv_cache.decoding_cache) in WAYS.items():
                     with precision:
                         spent[way].append(seconds(sampler, prompts, options.tokens))
             took = [statistics.median(spent[way]) for way in WAYS]

@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 
-from remend import run
-from remend.config import RecoverConfig
-from remend.flows.demo import write_prompts
-from remend.run import RunDirectory
-from remend.stats import bootstrap_gap_closed
+from remend.files.atomic import write_json
+from remend.files.run_directory import MANIFEST, SUMMARY, RunDirectory
+from remend.maths.gap import bootstrap_gap_closed
+from remend.recovery.settings import RecoverConfig
+from remend.studies.demo import write_prompts
 
 MODEL = "smollm2"
 TOOLS = "TOOLS"
@@ -93,7 +93,7 @@ def tools_file(given: Path | None, out: Path) -> str:
 
 def run_row(row: Row, folder: Path, steps: int | None, tools: Path | None, more: Sequence[str]) -> dict[str, Any]:
     """All three commands, and what their files say. What was made with another number of steps is made again."""
-    begun = folder / "recovered" / run.MANIFEST
+    begun = folder / "recovered" / MANIFEST
     if begun.is_file() and not made_with(json.loads(begun.read_text())["recipe"]["steps"], steps):
         for old in ("recovered", "exported", "alone", "repair_alone"):
             shutil.rmtree(folder / old, ignore_errors=True)
@@ -114,7 +114,7 @@ def run_row(row: Row, folder: Path, steps: int | None, tools: Path | None, more:
         json.loads(path.read_text())
         for path in (recovered / "summary.json", student / "degradation.json", exported / "export.json")
     )
-    repair, manifest = summary["repair"], json.loads((recovered / run.MANIFEST).read_text())
+    repair, manifest = summary["repair"], json.loads((recovered / MANIFEST).read_text())
     return {
         "row": row.name,
         "probe_kl": damage["probe"]["kl"],
@@ -146,16 +146,16 @@ def made_with(steps: int, wanted: int | None) -> bool:
 
 def held(student: Path, exported: Path, container: str) -> str:
     """What the student was held to, read off the exported artifact: raises SystemExit where it is lost."""
-    from remend import models
-    from remend.constraints import StoredGrid
-    from remend.constraints.mask import kept_weights
-    from remend.foreign import recognise
-    from remend.grids import decode, encode
+    from remend.compression.grids import decode, encode
+    from remend.compression.recognise import recognise
+    from remend.compression.stored_grid import StoredGrid
+    from remend.models.find import find_model
+    from remend.models.layers import kept_weights
+    from remend.models.load import load_model
 
     file = next(exported.glob("*.gguf"), exported) if container.startswith("gguf") else exported
     before, after = (
-        models.load_model(models.resolve(str(p)), dtype=torch.float32, device=torch.device("cpu"))
-        for p in (student, file)
+        load_model(find_model(str(p)), dtype=torch.float32, device=torch.device("cpu")) for p in (student, file)
     )
     grid, weights = StoredGrid.read(student), dict(after.named_parameters())
     if grid is not None:
@@ -221,12 +221,12 @@ def run_repair_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     usual = result["settings"]["recover"]["repair_samples"]
     samples = round(usual * both / result["repair_seconds"])
     alone = folder / "repair_alone"
-    if not (alone / run.SUMMARY).is_file():
+    if not (alone / SUMMARY).is_file():
         shutil.rmtree(alone, ignore_errors=True)  # without steps there is no checkpoint to go on from
         words = [f"student={folder / 'student'}", f"teacher={MODEL}", f"data={folder / 'train.jsonl'}"]
         words += [f"eval_data={folder / 'held_out.jsonl'}", f"out={alone}", "steps=0", f"repair_samples={samples}"]
         remend("recover", *words)
-    summary = json.loads((alone / run.SUMMARY).read_text())
+    summary = json.loads((alone / SUMMARY).read_text())
     rows = [
         [json.loads(line) for line in (folder / d / "held_out.jsonl").open()] for d in ("repair_alone", "recovered")
     ]
@@ -244,7 +244,7 @@ def run_repair_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def summary_samples(recovered: Path) -> int:
     """How many answers a run's repair was asked to be fitted to."""
-    return int(json.loads((recovered / run.MANIFEST).read_text())["recipe"]["repair_samples"])
+    return int(json.loads((recovered / MANIFEST).read_text())["recipe"]["repair_samples"])
 
 
 def repair_alone_table(results: list[dict[str, Any]]) -> str:
@@ -307,7 +307,7 @@ def compare_all(
     found = {r["row"]: r for r in (json.loads(path.read_text()) if path.is_file() else [])}
     for row in rows:
         found[row["row"]] = runs(row, folder_of(out, row["row"]))
-        run.write_json(path, list(found.values()))
+        write_json(path, list(found.values()))
     print(shown(list(found.values())), flush=True)
 
 
@@ -337,7 +337,7 @@ def main() -> None:
             continue
         fresh = run_row(row, folder_of(arguments.out, row.name), arguments.steps, arguments.tools, arguments.set)
         results = [r for r in results if r["row"] != row.name] + [fresh]
-        run.write_json(path, results)
+        write_json(path, results)
         print(table(results), flush=True)
     print(table(results))
     wanted = [r for r in results if r["repaired_kl"] is not None and r["row"] in (arguments.only or {r["row"]})]

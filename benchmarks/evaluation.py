@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from remend import run
+from remend.files.atomic import read_json
+from remend.files.run_directory import occupied
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 HOW = {"science": ("--how", "choices"), "tooluse": ()}
@@ -33,7 +34,7 @@ def main() -> None:
         parser.add_argument(f"--{task}", type=Path, default=DATA / task / "dev.jsonl", metavar="FILE")
     parser.add_argument("--limit", type=int, help="only so many rows of each")
     options = parser.parse_args()
-    problem = run.occupied(options.out)
+    problem = occupied(options.out)
     missing = [str(path) for task in HOW if not (path := getattr(options, task)).is_file()]
     if problem or missing:
         sys.exit(problem or f"{' and '.join(missing)} can't be found; give --science and --tooluse files of rows")
@@ -43,7 +44,7 @@ def main() -> None:
         limit = [] if options.limit is None else ["--limit", str(options.limit)]
         given = [options.model, "--task", task, "--data", str(getattr(options, task)), "--out", str(out)]
         subprocess.run([sys.executable, "-m", "remend", "eval", *given, *words, *limit], check=True)
-        whole, found = time.monotonic() - began, run.read_json(out)
+        whole, found = time.monotonic() - began, read_json(out)
         low, high = found["interval_95"]
         score = f"{found['score']:.1%} ({low:.1%} to {high:.1%})"
         lines.append(f"| {task} | {found['how']} | {found['n']} | {score} | {found['seconds']:.0f} | {whole:.0f} |")

@@ -32,17 +32,24 @@ from typing import Any
 
 import torch
 
-from remend import models, run, tasks
-from remend.answers import answer, kept
-from remend.data import load_examples
-from remend.flows.demo import write_prompts
-from remend.measure import compare, pool
-from remend.paired import gap_closed, paired_bootstrap
-from remend.prompts import encode
-from remend.rollout import Order, Rollout, TransformersSampler
-from remend.run import RunDirectory
-from remend.scoring import scorer
-from remend.stats import bootstrap_gap_closed
+from remend.data import tasks
+from remend.data.examples import load_examples
+from remend.data.order import Order
+from remend.data.templates import encode
+from remend.files.atomic import json_line, read_json, write_json, write_text
+from remend.files.run_directory import METRICS, SUMMARY, RunDirectory
+from remend.maths.gap import bootstrap_gap_closed
+from remend.maths.paired import gap_closed, paired_bootstrap
+from remend.models.device import choose_device
+from remend.models.find import find_model
+from remend.models.load import load_model, load_tokenizer
+from remend.models.sampling.answers import answer, kept
+from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.transformers_engine import TransformersSampler
+from remend.models.scorer import scorer
+from remend.models.tokens import eos_ids, pad_id
+from remend.studies.demo import write_prompts
+from remend.training.measure import compare, pool
 
 MODEL, ROWS, GENERAL_TOKENS, TOKENS, SEED = "smollm2", 128, 48, 96, 0
 GENERAL, TASK = 6, 4
@@ -65,7 +72,7 @@ def remend(*words: str) -> None:
 
 def load(spec: str) -> Any:
     """A model in float32 on the CPU, or the GPU where there is one."""
-    return models.load_model(models.resolve(spec), dtype=torch.float32, device=models.choose_device("auto"))
+    return load_model(find_model(spec), dtype=torch.float32, device=choose_device("auto"))
 
 
 class Measure:
@@ -73,13 +80,13 @@ class Measure:
 
     def __init__(self, folder: Path, task: str, rows: int) -> None:
         self.folder, self.task, self.rows = folder, tasks.get(task), tasks.get(task).rows("held_out", rows, SEED)
-        self.tokenizer, self.reference = models.load_tokenizer(models.resolve(MODEL)), load(MODEL)
-        self.pad = models.pad_id(self.tokenizer)
+        self.tokenizer, self.reference = load_tokenizer(find_model(MODEL)), load(MODEL)
+        self.pad = pad_id(self.tokenizer)
         self.completions = self.answers(self.reference, load_examples(str(folder / "held_out.jsonl")), GENERAL_TOKENS)
 
     def answers(self, model: Any, examples: list[Any], tokens: int) -> list[Rollout]:
         """Greedy answers, all rows at once."""
-        prompts, ends = [encode(self.tokenizer, e) for e in examples], models.eos_ids(model, self.tokenizer)
+        prompts, ends = [encode(self.tokenizer, e) for e in examples], eos_ids(model, self.tokenizer)
         sampler = TransformersSampler(model, len(self.tokenizer), ends, self.pad, max_rows=len(prompts))
         return sampler(prompts, max_new_tokens=tokens, temperature=0.0, seeds=[0] * len(prompts))
 
@@ -139,7 +146,7 @@ def sft_on_mix(folder: Path, steps: int, measure: Measure) -> None:
     said = measure.general_answers()
     rows = [{"prompt": e.prompt, "completion": said[e.id]} for _, e in general.take(0, steps * GENERAL)]
     rows += [{"prompt": e.prompt, "completion": e.row["demonstration"]} for _, e in task.take(0, steps * TASK)]
-    run.write_text(folder / "mix.jsonl", "".join(map(run.json_line, rows)))
+    write_text(folder / "mix.jsonl", "".join(map(json_line, rows)))
     words = ["--steps", str(steps), "--batch-size", str(GENERAL + TASK), "--learning-rate", RATE, "--seed", str(SEED)]
     source = str(folder / "sft")
     remend("degrade", "finetune", source, "--data", str(folder / "mix.jsonl"), "--out", str(folder / "mix"), *words)
@@ -147,20 +154,20 @@ def sft_on_mix(folder: Path, steps: int, measure: Measure) -> None:
 
 def trained(folder: Path) -> tuple[int, int]:
     """Steps and tokens of a run or a fine-tuning."""
-    tokens: list[int] = [row["tokens"] for row in RunDirectory(folder).rows(run.METRICS) if "loss" in row]
+    tokens: list[int] = [row["tokens"] for row in RunDirectory(folder).rows(METRICS) if "loss" in row]
     return len(tokens), sum(tokens)
 
 
 def steps_alone(both: Path, budget: int) -> int:
     """About so many steps of the recovery stream alone, by how long its completions were beside the other."""
-    rows = [row for row in RunDirectory(both).rows(run.METRICS) if "recover/tokens" in row]
+    rows = [row for row in RunDirectory(both).rows(METRICS) if "recover/tokens" in row]
     mean = sum(row["recover/tokens"] for row in rows) / (len(rows) * GENERAL)
     return max(1, round(float(budget / (mean * (GENERAL + TASK)))))
 
 
 def whole(folder: Path) -> bool:
     """Whether a run or a fine-tuning came to its end."""
-    return (folder / run.SUMMARY).is_file() or (folder / "degradation.json").is_file()
+    return (folder / SUMMARY).is_file() or (folder / "degradation.json").is_file()
 
 
 def to_budget(folder: Path, steps: int, budget: int | None, make: Callable[[int], None]) -> None:
@@ -281,7 +288,7 @@ def main() -> None:
     folder, path = arguments.out, arguments.out / "results.json"
     prepare(folder, arguments.task, arguments.rows)
     measure = Measure(folder, arguments.task, arguments.rows)
-    results: dict[str, Any] = run.read_json(path) if path.exists() else {}
+    results: dict[str, Any] = read_json(path) if path.exists() else {}
     other = next((n for n, r in results.items() if r["n"] != arguments.rows or "kl_sums" not in r), None)
     if other:
         sys.exit(f'{path} holds "{other}" of {results[other]["n"]} rows, made otherwise; give another --out')
@@ -290,7 +297,7 @@ def main() -> None:
         results[name] = measure(spec)
         if place:
             results[name] |= dict(zip(("steps", "tokens"), trained(folder / place), strict=True))
-        run.write_json(path, results)
+        write_json(path, results)
 
     for name, spec, place in (("base", MODEL, ""), ("fine-tuned", str(folder / "sft"), "sft")):
         if name not in results:

@@ -16,10 +16,12 @@ from dataclasses import replace
 
 import torch
 
-from remend import models
-from remend.data import bundled
-from remend.prompts import encode
-from remend.scoring import Packed, Scorer, pack, scorer
+from remend.data.examples import bundled
+from remend.data.templates import encode
+from remend.models.device import mixed_precision
+from remend.models.find import find_model
+from remend.models.load import load_model, load_tokenizer
+from remend.models.scorer import Packed, Scorer, pack, scorer
 
 ROWS, SEED = 8, 0
 
@@ -41,7 +43,7 @@ def timed(parts: Scorer, batch: Packed, dtype: torch.dtype, gradients: bool) -> 
     """Seconds of one pass, and its states."""
     parts.model.zero_grad()
     began = time.perf_counter()
-    with models.precision(dtype, torch.device("cpu")), torch.set_grad_enabled(gradients):
+    with mixed_precision(dtype, torch.device("cpu")), torch.set_grad_enabled(gradients):
         states_ND = parts.states(batch)
         if gradients:
             states_ND.float().square().sum().backward()
@@ -55,9 +57,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="completion tokens a row")
     parser.add_argument("--opening", type=int, default=0, help="tokens more in front of all rows")
     options = parser.parse_args()
-    source = models.resolve("smollm2")
-    model = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
-    batch = rows(models.load_tokenizer(source), options.tokens, options.opening)
+    source = find_model("smollm2")
+    model = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    batch = rows(load_tokenizer(source), options.tokens, options.opening)
     once = scorer(model)
     whole = replace(once, prefixes=False)
     shape = f"{ROWS} rows of up to {batch.tokens_BT.shape[1]} tokens, {once.opening(batch)} of them shared"

@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from remend import grids
-from remend.grids import GridFormat
-from remend.solvers import gptq, keep_mask, refit_kept, sparsegpt, wanda_scores
+from remend.compression import grids
+from remend.compression.grids import GridFormat
+from remend.compression.solvers import gptq, keep_mask, refit_kept, sparsegpt, wanda_scores
 
 FORMATS = ("int3-g64", "int4-g32-sym", "gguf:q4_0", "nvfp4")
 

@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-4
 
 def prompts() -> list[str]:
     """The bundled training prompts."""
-    path = Path(__file__).parent.parent / "src" / "remend" / "resources" / "prompts.jsonl"
+    path = Path(__file__).parent.parent / "src" / "remend" / "data" / "prompts.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [row["prompt"] for row in rows if row["split"] == "train"]
 
@@ -39,22 +39,26 @@ def side_remend(model_dir: str, options: argparse.Namespace, work: str) -> list[
     import torch
     from accelerate import Accelerator
 
-    from remend import models
-    from remend.config import RecoverConfig, build
-    from remend.constraints import Free
-    from remend.data import Example
-    from remend.prompts import encode
-    from remend.recovery.objective import Distillation, Lane
+    from remend.data.examples import Example
+    from remend.data.order import Order
+    from remend.data.templates import encode
+    from remend.files.run_directory import RunDirectory
+    from remend.files.settings import build
+    from remend.models.device import mixed_precision
+    from remend.models.find import find_model
+    from remend.models.load import load_model, load_tokenizer
+    from remend.models.sampling.transformers_engine import TransformersSampler
+    from remend.models.scorer import scorer
+    from remend.recovery.distillation import Distillation, Lane
+    from remend.recovery.settings import RecoverConfig
     from remend.recovery.streams import resolve
-    from remend.rollout import Order, TransformersSampler
-    from remend.run import RunDirectory
-    from remend.scoring import scorer
-    from remend.train import Saving, Schedule, train
+    from remend.training.constraints import Free
+    from remend.training.loop import Saving, Schedule, train
 
-    source, cpu = models.resolve(model_dir), torch.device("cpu")
-    tokenizer = models.load_tokenizer(source)
-    student = models.load_model(source, dtype=torch.float32, device=cpu)
-    teacher = models.load_model(source, dtype=torch.float32, device=cpu).requires_grad_(False)
+    source, cpu = find_model(model_dir), torch.device("cpu")
+    tokenizer = load_tokenizer(source)
+    student = load_model(source, dtype=torch.float32, device=cpu)
+    teacher = load_model(source, dtype=torch.float32, device=cpu).requires_grad_(False)
     encoded = [encode(tokenizer, Example(str(i), p, {})) for i, p in enumerate(prompts())]
     pad, accelerator = tokenizer.pad_token_id, Accelerator(cpu=True)
     parts = scorer(student, checkpointing=not options.no_checkpointing)
@@ -68,7 +72,7 @@ def side_remend(model_dir: str, options: argparse.Namespace, work: str) -> list[
         steps=options.steps + 1,
         micro_rows=options.prompts,
         seed=0,
-        precision=models.precision(torch.float32, cpu),
+        precision=mixed_precision(torch.float32, cpu),
     )
     seconds: list[float] = []
     saving = Saving(RunDirectory.create(Path(work) / "run"), 0, 1)
@@ -129,7 +133,7 @@ def side_trl(model_dir: str, options: argparse.Namespace, work: str) -> list[flo
 
 def child(side: str, model_dir: str, options: argparse.Namespace) -> None:
     """Run one side and print its figures as the last line."""
-    from remend.run import peak_rss_mib
+    from remend.files.environment import peak_rss_mib
 
     with tempfile.TemporaryDirectory() as work:
         run = side_remend if side == "remend" else side_trl
@@ -141,11 +145,12 @@ def save_model(directory: str) -> None:
     """The embedded model as a directory that both sides load."""
     import torch
 
-    from remend import models
+    from remend.models.find import find_model
+    from remend.models.load import load_model, load_tokenizer, save_model
 
-    source = models.resolve("smollm2")
-    model = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
-    models.save_model(model, models.load_tokenizer(source), Path(directory))
+    source = find_model("smollm2")
+    model = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    save_model(model, load_tokenizer(source), Path(directory))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from remend.flows.demo import TRAINING
+from remend.studies.demo import TRAINING
 
 MODEL, TOKENS = "smollm2", 48
 DEGRADE = {
@@ -18,13 +18,13 @@ TWO = {"updates_per_rollout": 2}
 ON, AUTO, REPAIR = {"bootstrap": "on"}, {"bootstrap": "auto"}, {"repair": True}
 INT3 = "int3-g64"
 SMALL = {"batch_size": 2, "gradient_accumulation": 4}
-ARRIVAL = {"remend.recovery.objective.sorted": "lambda rows, key=None: list(rows) if key else sorted(rows)"}
+ARRIVAL = {"remend.recovery.distillation.sorted": "lambda rows, key=None: list(rows) if key else sorted(rows)"}
 """Micro-batches in the order of the prompts."""
 
 
 def chunks(mebibytes: int) -> dict[str, str]:
     """Logits of one chunk of so many MiB, whatever the device."""
-    return {f"remend.losses.{name}": f"{mebibytes} * 2**20" for name in ("CHUNK_BYTES", "CHUNK_LIMIT")}
+    return {f"remend.maths.losses.chunked.{name}": f"{mebibytes} * 2**20" for name in ("CHUNK_BYTES", "CHUNK_LIMIT")}
 
 
 @dataclass(frozen=True)

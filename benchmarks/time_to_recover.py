@@ -41,10 +41,13 @@ from typing import Any
 
 import torch
 
-from remend import models, run
-from remend.flows.demo import write_prompts
+from remend.files.atomic import new_directory, read_json, write_json
+from remend.files.environment import environment
+from remend.files.run_directory import METRICS, REPAIR, SUMMARY, RunDirectory
+from remend.models.find import find_model
+from remend.models.load import load_model, load_tokenizer, save_model
 from remend.recovery.side_streams import BASELINE
-from remend.run import RunDirectory
+from remend.studies.demo import write_prompts
 from time_lines import DEGRADE, LINES, MODEL, TOKENS, Line
 from time_tables import TABLES, show
 
@@ -78,10 +81,10 @@ def prepare(out: Path, lines: Sequence[Line]) -> None:
     """Make what these lines need and is not there: prompts, the reference, students."""
     write_prompts(out)
     if not (out / "reference").is_dir():
-        source = models.resolve(MODEL)
-        model = models.load_model(source, dtype=torch.float32, device=torch.device("cpu"))
-        with run.new_directory(out / "reference") as target:
-            models.save_model(model, models.load_tokenizer(source), target)
+        source = find_model(MODEL)
+        model = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+        with new_directory(out / "reference") as target:
+            save_model(model, load_tokenizer(source), target)
     for name in dict.fromkeys(line.degradation for line in lines):
         if not (out / name / "degradation.json").is_file():
             remend("degrade", *DEGRADE[name], "--out", str(out / name), "--no-probe", "--seed", str(SEED))
@@ -157,7 +160,7 @@ def run_line(line: Line, out: Path, terms: Terms) -> dict[str, Any]:
         )
     else:
         subprocess.run([sys.executable, str(TRL_SIDE), *trl_words(line, out, steps, terms)], check=True)
-    summary, around = run.read_json(place / run.SUMMARY), run.environment()
+    summary, around = read_json(place / SUMMARY), environment()
     about = {
         "steps": steps,
         "dtype": terms.dtype,
@@ -187,14 +190,14 @@ def setup(place: Path) -> dict[str, float]:
         before, pools = place / BASELINE, list(place.glob("off-policy-*.jsonl"))
         if pools and before.is_file():
             spent["pool"] = max(0.0, max(p.stat().st_mtime for p in pools) - before.stat().st_mtime)
-    if (place / run.REPAIR).is_file() and "repair" not in spent:
-        spent["repair"] = run.read_json(place / run.REPAIR)["seconds"]
+    if (place / REPAIR).is_file() and "repair" not in spent:
+        spent["repair"] = read_json(place / REPAIR)["seconds"]
     return spent
 
 
 def curve(place: Path) -> list[tuple[float, float]]:
     """(seconds, KL) at every measurement, in order; 0 seconds is the degraded student."""
-    files, summary = RunDirectory(place), run.read_json(place / run.SUMMARY)
+    files, summary = RunDirectory(place), read_json(place / SUMMARY)
     before = setup(place)
     points = [(0.0, summary["degraded"]["kl"])]
     if "repair" in before:
@@ -204,7 +207,7 @@ def curve(place: Path) -> list[tuple[float, float]]:
         if row["step"]:
             clock += row["seconds"]
             at[row["step"]] = clock
-    measured = [r for r in files.rows(run.METRICS) if "eval/kl" in r and r["step"] < summary["steps"]]
+    measured = [r for r in files.rows(METRICS) if "eval/kl" in r and r["step"] < summary["steps"]]
     points += [(at[row["step"]], row["eval/kl"]) for row in measured]
     return [*points, (clock, summary["recovered"]["kl"])]
 
@@ -232,7 +235,7 @@ def main() -> None:
     terms, tables = Terms(options.steps, options.dtype, options.device, options.at_once), options.table or list(TABLES)
     lines = [n for n in LINES if set(n.tables) & set(tables) and (not options.only or n.name in options.only)]
     path = options.out / "results.json"
-    results: dict[str, dict[str, Any]] = run.read_json(path) if path.is_file() else {}
+    results: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
     same_terms(results, lines, terms, options.out)
     waiting = [line for line in lines if line.name not in results]
     if waiting:
@@ -241,7 +244,7 @@ def main() -> None:
         begun = {pool.submit(run_line, line, options.out, terms): line for line in waiting}
         for done in concurrent.futures.as_completed(begun):
             results[begun[done].name] = done.result()
-            run.write_json(path, results)
+            write_json(path, results)
     show(results, tables)
 
 

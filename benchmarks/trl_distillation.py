@@ -14,26 +14,30 @@ from typing import Any
 
 import torch
 
-from remend import models, run
-from remend.answers import answer, kept
-from remend.constraints import StoredGrid
-from remend.data import load_examples
-from remend.grids import decode, encode
-from remend.measure import compare, pool
-from remend.prompts import encode as encode_prompt
-from remend.rollout import Rollout, derive_seed
-from remend.run import RunDirectory
-from remend.scoring import scorer
+from remend.compression.grids import decode, encode
+from remend.compression.stored_grid import StoredGrid
+from remend.data.examples import load_examples
+from remend.data.order import derive_seed
+from remend.data.templates import encode as encode_prompt
+from remend.files.atomic import write_json
+from remend.files.run_directory import METRICS, SUMMARY, RunDirectory
+from remend.models.find import find_model
+from remend.models.load import load_model, load_tokenizer
+from remend.models.sampling.answers import answer, kept
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import scorer
+from remend.models.tokens import pad_id
+from remend.training.measure import compare, pool
 
 
 class Held:
     """Measures on the same held-out prompts, reference answers and seeds as remend's runs."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, source = options, models.resolve(options.reference)
+        self.options, source = options, find_model(options.reference)
         self.device = torch.device(options.device)
-        self.tokenizer = models.load_tokenizer(source)
-        self.pad_id = models.pad_id(self.tokenizer)
+        self.tokenizer = load_tokenizer(source)
+        self.pad_id = pad_id(self.tokenizer)
         self.teacher = self.load(options.reference)
         self.prompts = [encode_prompt(self.tokenizer, e) for e in load_examples(options.held_out)]
         place = RunDirectory(Path(options.answers))
@@ -41,7 +45,7 @@ class Held:
 
     def load(self, model: str) -> Any:
         """A model in float32, frozen."""
-        loaded = models.load_model(models.resolve(model), dtype=torch.float32, device=self.device)
+        loaded = load_model(find_model(model), dtype=torch.float32, device=self.device)
         return loaded.requires_grad_(False)
 
     def _said(self, model: Any, temperature: float) -> list[Rollout]:
@@ -78,7 +82,7 @@ def watch(held: Held, model: Any, files: RunDirectory, every: int) -> Any:
             spent, step = time.perf_counter() - self.mark, state.global_step
             files.append("timing.jsonl", {"step": step, "seconds": round(spent, 4)})
             if step % every == 0:
-                files.append(run.METRICS, {"step": step, "eval/kl": held.kl(model)})
+                files.append(METRICS, {"step": step, "eval/kl": held.kl(model)})
             self.mark = time.perf_counter()
 
     return Watch()
@@ -109,7 +113,7 @@ def train(options: argparse.Namespace) -> None:
     summary["versions"] = {"trl": importlib.metadata.version("trl")}
     if round_again(model, Path(options.student)):
         summary["rounded"] = held.both(model)
-    run.write_json(files.path / run.SUMMARY, summary)
+    write_json(files.path / SUMMARY, summary)
 
 
 def settings(options: argparse.Namespace) -> Any:

@@ -9,58 +9,62 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from remend import tasks
-    from remend.caching import cache_teacher
-    from remend.config import RecoverConfig
-    from remend.degrade.depth import prune_depth
-    from remend.degrade.finetune import finetune
-    from remend.degrade.prune import prune
-    from remend.degrade.quantize import quantize
-    from remend.degrade.width import prune_width
-    from remend.diagnosis import diagnose
-    from remend.errors import RemendError
-    from remend.evaluation import evaluate
-    from remend.exporting import export
-    from remend.flows.demo import demo
-    from remend.flows.study import study
-    from remend.losses import divergence
-    from remend.recovery import RecoverResult, check, recover, track
-    from remend.recovery.self_prompts import write_self_prompts
-
 _HOMES = {
-    "RecoverConfig": "remend.config",
-    "RecoverResult": "remend.recovery",
-    "RemendError": "remend.errors",
-    "cache_teacher": "remend.caching",
-    "check": "remend.recovery",
-    "demo": "remend.flows.demo",
-    "diagnose": "remend.diagnosis",
-    "divergence": "remend.losses",
-    "evaluate": "remend.evaluation",
-    "export": "remend.exporting",
-    "finetune": "remend.degrade.finetune",
-    "prune": "remend.degrade.prune",
-    "prune_depth": "remend.degrade.depth",
-    "prune_width": "remend.degrade.width",
-    "quantize": "remend.degrade.quantize",
-    "recover": "remend.recovery",
-    "study": "remend.flows.study",
-    "track": "remend.recovery",
-    "write_self_prompts": "remend.recovery.self_prompts",
+    "RecoverConfig": "recovery.settings",
+    "RecoverResult": "recovery",
+    "RemendError": "errors",
+    "cache_teacher": "training.teachers.write_cache",
+    "check": "recovery",
+    "demo": "studies.demo",
+    "diagnose": "diagnosis",
+    "divergence": "maths.losses",
+    "evaluate": "evaluation",
+    "export": "exporting",
+    "finetune": "degrade.finetune",
+    "prune": "degrade.prune",
+    "prune_depth": "degrade.depth",
+    "prune_width": "degrade.width",
+    "quantize": "degrade.quantize",
+    "recover": "recovery",
+    "study": "studies.study",
+    "tasks": "data",
+    "track": "recovery",
+    "write_self_prompts": "recovery.self_prompts",
 }
+"""Where each public name lives, below remend. The imports for type checkers repeat it; a test compares the two."""
 
-__all__ = ["RecoverConfig", "RecoverResult", "RemendError", "cache_teacher", "check", "demo", "diagnose", "divergence"]
-__all__ += ["evaluate", "export", "finetune", "prune", "prune_depth", "prune_width", "quantize", "recover", "tasks"]
-__all__ += ["study", "track", "write_self_prompts"]
+__all__ = list(_HOMES)
+
+if TYPE_CHECKING:
+    from remend.data import tasks as tasks
+    from remend.degrade.depth import prune_depth as prune_depth
+    from remend.degrade.finetune import finetune as finetune
+    from remend.degrade.prune import prune as prune
+    from remend.degrade.quantize import quantize as quantize
+    from remend.degrade.width import prune_width as prune_width
+    from remend.diagnosis import diagnose as diagnose
+    from remend.errors import RemendError as RemendError
+    from remend.evaluation import evaluate as evaluate
+    from remend.exporting import export as export
+    from remend.maths.losses import divergence as divergence
+    from remend.recovery import RecoverResult as RecoverResult
+    from remend.recovery import check as check
+    from remend.recovery import recover as recover
+    from remend.recovery import track as track
+    from remend.recovery.self_prompts import write_self_prompts as write_self_prompts
+    from remend.recovery.settings import RecoverConfig as RecoverConfig
+    from remend.studies.demo import demo as demo
+    from remend.studies.study import study as study
+    from remend.training.teachers.write_cache import cache_teacher as cache_teacher
 
 
 def __getattr__(name: str) -> Any:
     # names load on first use, so that `remend --help` does not wait for torch and transformers
     import importlib
 
+    if name not in _HOMES:
+        raise AttributeError(f"module 'remend' has no attribute {name!r}")
+    home = f"remend.{_HOMES[name]}"
     if name == "tasks":
-        return importlib.import_module("remend.tasks")
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'remend' has no attribute {name!r}")
+        return importlib.import_module(f"{home}.tasks")
+    return getattr(importlib.import_module(home), name)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from remend.truncated import floored
+from remend.maths.topk import floored
 
 
 @dataclass(frozen=True)

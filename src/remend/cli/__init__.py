@@ -10,11 +10,10 @@ import typer
 from rich.console import Console
 
 import remend
-from remend import shipped
 from remend.cli import grading, measuring, studying
 from remend.cli.show import print_line, show, show_cache, show_damage
 from remend.errors import InputError, RemendError
-from remend.host_memory import keep_freed_memory
+from remend.files import recipes
 
 app = typer.Typer(
     help="Bring a degraded language model back, with its own healthy past as the teacher.",
@@ -53,7 +52,7 @@ def demo(
     model: Annotated[str, typer.Option(help="The healthy model to start from.")] = "smollm2",
 ) -> None:
     """Quantize a real model to 3 bits so that it babbles, bring it back, and show the difference."""
-    from remend.flows.demo import STEPS
+    from remend.studies.demo import STEPS
 
     show(remend.demo(out, model=model, steps=STEPS if steps is None else steps, seed=seed))
 
@@ -217,7 +216,7 @@ def prompts(
     trust_remote_code: Trust = False,
 ) -> None:
     """Let a model write prompts itself: what users would ask, sampled from its chat template's user turn."""
-    from remend.sieve import Counts
+    from remend.recovery.self_prompt_filters import Counts
 
     rest: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "device": device}
     rest["trust_remote_code"] = trust_remote_code
@@ -273,9 +272,9 @@ def write_task(
 @recipe.command("ls")
 def list_recipes(plain: Annotated[bool, typer.Option("--plain", help="One name a line.")] = False) -> None:
     """List the recipes."""
-    width = max(map(len, shipped.names()))
-    for name in shipped.names():
-        print_line(name if plain else f"{name:<{width}}  {shipped.about(name)}")
+    width = max(map(len, recipes.names()))
+    for name in recipes.names():
+        print_line(name if plain else f"{name:<{width}}  {recipes.about(name)}")
 
 
 @recipe.command("cp")
@@ -284,7 +283,7 @@ def copy_recipe(
     directory: Annotated[str, typer.Argument(help="Where the copy goes.")],
 ) -> None:
     """Copy a recipe, to change and own it."""
-    print_line(str(shipped.copy(name, directory)))
+    print_line(str(recipes.copy(name, directory)))
 
 
 @app.command()
@@ -324,7 +323,7 @@ def parse_layers(text: str, by: str) -> tuple[int | list[int], str]:
 def _arguments(
     words: list[str] | None, held_as: str | None, **options: str | None
 ) -> tuple[Path | None, dict[str, Any]]:
-    from remend.config import parse_overrides
+    from remend.files.settings import parse_overrides
 
     if held_as not in (None, "dense"):
         raise InputError(f'--as is "{held_as}"; allowed is dense')
@@ -335,7 +334,6 @@ def _arguments(
 
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit code 2."""
-    keep_freed_memory()
     try:
         app()
     except RemendError as error:

@@ -57,8 +57,8 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
 ) -> None:
     """Compare graded results item by item: what was lost, what was won back, what so few items can't show."""
-    from remend.compare import compare as pair
-    from remend.compare import require_target, save, table
+    from remend.evaluation.compare import compare as pair
+    from remend.evaluation.compare import require_target, save, table
 
     if out:
         require_target(Path(out))

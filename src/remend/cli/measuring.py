@@ -59,8 +59,8 @@ def correlate(
     seed: Annotated[int, typer.Option(help="Of permutations and resampling.")] = 0,
 ) -> None:
     """Relate recovery to alignment over checkpoints and runs: within runs and between them."""
-    from remend.flows.correlate import correlate as relate
-    from remend.flows.correlate import lines
+    from remend.studies.correlate import correlate as relate
+    from remend.studies.correlate import lines
 
     for line in lines(relate(runs, out, permutations=permutations, seed=seed)):
         print_line(line)

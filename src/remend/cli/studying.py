@@ -20,7 +20,7 @@ def study(
     ] = None,
 ) -> None:
     """Degradations x methods x tasks x seeds as a grid of recoveries, compared on one page; goes on where it was."""
-    from remend.flows.study import lines
+    from remend.studies.study import lines
 
     found = remend.study(path, out, jobs=jobs, dry_run=dry_run, only=only)
     for line in lines(found):

@@ -16,11 +16,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from remend import calibration
 from remend.degrade.job import Changed, Job, Options, run_job
 from remend.degrade.smaller import path_of, rebuild
 from remend.errors import InputError
-from remend.layer_map import decoder_layers
+from remend.models.activations import walk
+from remend.models.layers import decoder_layers
 from remend.registry import Registry
 
 Choice = Callable[[Iterable[Tensor], int], list[int]]
@@ -174,7 +174,7 @@ def prune_depth(
 def _points(job: Job) -> Iterator[Tensor]:
     """The reference's residual stream [N, D] on the calibration text, from before the first block to after the last."""
     text = job.calibration()
-    for index, before_ND, after_ND in calibration.block_states(job.reference, text, job.pad_id):
+    for index, before_ND, after_ND in walk.block_states(job.reference, text, job.pad_id):
         if index == 0:
             yield before_ND
         yield after_ND

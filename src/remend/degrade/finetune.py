@@ -18,20 +18,25 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 
-from remend import adapters, models, run
-from remend.config import LoraConfig, build
-from remend.constraints import GRID_FILE, Adapter, Free
-from remend.data import Example, load_pairs, prompt_key
+from remend.compression.recognise import was_pruned
+from remend.compression.stored_grid import GRID_FILE
+from remend.console import console, stage
+from remend.data.examples import Example, load_pairs, prompt_key
+from remend.data.order import Order, derive_seed
+from remend.data.templates import dropped_text
 from remend.degrade.job import Changed, Job, run_job
 from remend.errors import InputError
-from remend.foreign import was_pruned
-from remend.progress import console, stage
-from remend.prompts import dropped_text
-from remend.rollout import Order, Rollout, derive_seed
-from remend.run import RunDirectory
-from remend.scoring import scorer
-from remend.supervised import Supervised, encode_pairs
-from remend.train import Saving, Schedule, train
+from remend.files.run_directory import METRICS, RunDirectory
+from remend.files.settings import build
+from remend.models import adapters
+from remend.models.device import choose_dtype, mixed_precision
+from remend.models.lora import LoraConfig
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import scorer
+from remend.models.tokens import eos_ids
+from remend.training.constraints import Adapter, Free
+from remend.training.loop import Saving, Schedule, train
+from remend.training.supervised import Supervised, encode_pairs
 
 FULL_RATE, LORA_RATE = 2e-4, 2e-3
 WARMUP_SHARE = 0.1
@@ -153,7 +158,7 @@ def _change(job: Job, plan: _Plan, pairs: Sequence[tuple[Example, str]], scratch
     trained = _train(job, plan, rows, steps, scratch)
     if plan.lora:
         adapters.merge(job.student)
-    losses = [row["loss"] for row in scratch.rows(run.METRICS)]
+    losses = [row["loss"] for row in scratch.rows(METRICS)]
     entry = {
         "kind": "fine-tuning",
         "method": "lora" if plan.lora else "full",
@@ -166,7 +171,7 @@ def _change(job: Job, plan: _Plan, pairs: Sequence[tuple[Example, str]], scratch
     }
 
     def files(target: Path) -> None:
-        shutil.copy(scratch.path / run.METRICS, target / run.METRICS)
+        shutil.copy(scratch.path / METRICS, target / METRICS)
 
     return Changed(job.student.requires_grad_(False), entry, files)
 
@@ -179,7 +184,7 @@ def _held(path: Path) -> str | None:
 
 
 def _rows(job: Job, plan: _Plan, pairs: Sequence[tuple[Example, str]]) -> list[Rollout]:
-    ends = models.eos_ids(job.student, job.tokenizer)
+    ends = eos_ids(job.student, job.tokenizer)
     rows, dropped = encode_pairs(job.tokenizer, pairs, max_tokens=plan.max_tokens, eos=ends)
     if dropped:
         text = dropped_text(dropped, len(pairs), "rows", f"max_tokens = {plan.max_tokens}")
@@ -200,7 +205,7 @@ def _train(job: Job, plan: _Plan, rows: Sequence[Rollout], steps: int, scratch: 
         pad_id=job.pad_id,
         batch_size=plan.batch_size,
         accumulation=plan.gradient_accumulation,
-        precision=models.precision(models.choose_dtype(plan.dtype, student.device), student.device),
+        precision=mixed_precision(choose_dtype(plan.dtype, student.device), student.device),
     )
     constraint = Adapter(student) if plan.lora else Free(student)
     schedule = Schedule(steps, plan.learning_rate, warmup=math.ceil(WARMUP_SHARE * steps))

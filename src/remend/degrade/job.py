@@ -11,17 +11,23 @@ from typing import Any, TypedDict
 
 import torch
 
-from remend import models, run
-from remend.answers import answer
-from remend.calibration import completions
-from remend.data import bundled, choose, data_hash, load_examples
+from remend.compression.recognise import RECORD
+from remend.console import console, stage
+from remend.data.examples import bundled, choose, data_hash, load_examples
+from remend.data.templates import encode
 from remend.errors import InputError
-from remend.foreign import RECORD
-from remend.measure import compare, pool
-from remend.progress import console, stage
-from remend.prompts import encode
-from remend.rollout import Rollout
-from remend.scoring import scorer
+from remend.files.atomic import new_directory, write_json
+from remend.files.run_directory import occupied
+from remend.models.activations.walk import completions
+from remend.models.device import choose_device
+from remend.models.find import ModelSource, find_model, hash_files, origin_note
+from remend.models.layers import linear_layers
+from remend.models.load import load_model, load_tokenizer, save_model
+from remend.models.sampling.answers import answer
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import scorer
+from remend.models.tokens import pad_id
+from remend.training.measure import compare, pool
 
 PROBE_PROMPTS, PROBE_TOKENS = 32, 48
 CALIBRATION_TOKENS = 64
@@ -61,7 +67,7 @@ class Job:
     reference: Any
     student: Any
     tokenizer: Any
-    source: models.Source
+    source: ModelSource
     seed: int
     samples: int
     data: str | None
@@ -72,7 +78,7 @@ class Job:
     @property
     def pad_id(self) -> int:
         """Any valid id."""
-        return models.pad_id(self.tokenizer)
+        return pad_id(self.tokenizer)
 
     def calibration(self) -> list[Rollout]:
         """The reference's own completions, sampled once. Raises InputError when there is no prompt."""
@@ -136,7 +142,7 @@ def run_job(
         InputError, FileError: unreadable model, occupied directory, no calibration prompts.
     """
     out = Path(out)
-    problem = run.occupied(out)
+    problem = occupied(out)
     if problem:
         raise InputError(problem)
     job, hashes = _load(model, seed, samples, data, device, trust_remote_code)
@@ -149,17 +155,17 @@ def run_job(
     record = _record(job, changed, model, hashes, seconds)
     if probe:
         record["probe"] = probe_against(job.reference, changed.student, job.tokenizer)
-    with stage(f"saving {out}"), run.new_directory(out) as target:
-        models.save_model(changed.student, job.tokenizer, target)
+    with stage(f"saving {out}"), new_directory(out) as target:
+        save_model(changed.student, job.tokenizer, target)
         if changed.files:
             changed.files(target)
-        run.write_json(target / RECORD, record)
+        write_json(target / RECORD, record)
     return record
 
 
 def _record(job: Job, changed: Changed, model: str, hashes: Mapping[str, str], seconds: float) -> dict[str, Any]:
     record = {
-        "sparsity": share_of_zeros([layer.weight for layer in models.linear_layers(changed.student).values()]),
+        "sparsity": share_of_zeros([layer.weight for layer in linear_layers(changed.student).values()]),
         **changed.entry,
         "reference": {"model": model, "files": hashes},
         "bits_per_weight": changed.bits_per_weight,
@@ -170,7 +176,7 @@ def _record(job: Job, changed: Changed, model: str, hashes: Mapping[str, str], s
     if job.calibration_hash:
         spent = round(job.calibration_seconds, 3)
         record["calibration"] = {"prompts": len(job.calibration()), "hash": job.calibration_hash, "seconds": spent}
-    note = models.origin_note(job.source)
+    note = origin_note(job.source)
     if note:
         record["note"] = note
     return record
@@ -184,7 +190,7 @@ def share_of_zeros(weights: Sequence[torch.Tensor]) -> float:
 def _load(
     model: str, seed: int, samples: int, data: str | None, device: str, trust_remote_code: bool
 ) -> tuple[Job, dict[str, str]]:
-    source = models.resolve(model)
+    source = find_model(model)
     if source.kind == "adapter":
         raise InputError(
             f"{model} is an adapter on a base, and degrading one without the other makes no model; degrade the base, "
@@ -192,12 +198,12 @@ def _load(
         )
     if samples < 1:
         raise InputError(f"samples is {samples}: the calibration set is empty; allowed is 1 or more")
-    where = models.choose_device(device)
-    tokenizer = models.load_tokenizer(source, trust_remote_code=trust_remote_code)
+    where = choose_device(device)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     with stage(f"loading {model}"):
-        reference = models.load_model(source, dtype=torch.float32, device=where, trust_remote_code=trust_remote_code)
+        reference = load_model(source, dtype=torch.float32, device=where, trust_remote_code=trust_remote_code)
         reference.requires_grad_(False)
-        hashes = models.hash_files(source)
+        hashes = hash_files(source)
     return Job(reference, copy.deepcopy(reference), tokenizer, source, seed, samples, data), hashes
 
 
@@ -205,7 +211,7 @@ def _load(
 def probe_against(reference: Any, student: Any, tokenizer: Any) -> dict[str, Any]:
     """Forward KL (nats a token) and top-1 agreement on the demo's held-out prompts: the reference's greedy answers."""
     prompts = [encode(tokenizer, e) for e in bundled("held_out")[:PROBE_PROMPTS]]
-    pad, parts = models.pad_id(tokenizer), scorer(reference)
+    pad, parts = pad_id(tokenizer), scorer(reference)
     rollouts = answer(reference, tokenizer, prompts, "probing: the reference answers", max_new_tokens=PROBE_TOKENS)
     with stage("probing: comparing", len(prompts)) as advance:
         figures = pool(compare(scorer(student), parts, rollouts, pad_id=pad, on_rows=advance))
@@ -219,7 +225,7 @@ def chosen_layers(model: Any, skip: Sequence[str]) -> dict[str, torch.nn.Linear]
     """
     from fnmatch import fnmatchcase
 
-    layers = models.linear_layers(model)
+    layers = linear_layers(model)
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in layers):
             some = ", ".join(list(layers)[:3])

@@ -19,9 +19,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from remend import calibration, solvers
+from remend.compression import solvers
 from remend.degrade.job import DENSE_BITS, Changed, Job, Options, chosen_layers, run_job, share_of_zeros
 from remend.errors import InputError
+from remend.models.activations import walk
 from remend.registry import Registry
 
 MASK_BITS = 1
@@ -135,13 +136,13 @@ def prune_in_place(job: Job, layers: Mapping[str, nn.Linear], sparsity: Sparsity
     apply = METHODS.get(method)
     if method in CALIBRATED:
 
-        def visit(sites: calibration.Sites) -> None:
+        def visit(sites: walk.Sites) -> None:
             for name, layer in zip(sites.names, sites.layers, strict=True):
                 if name in layers:
                     layer.weight.copy_(apply(layer.weight, sites.gram_II, sparsity))
 
         text = job.calibration()
-        calibration.walk(job.student, text, visit, pad_id=job.pad_id, title=f"pruning ({method})")
+        walk.walk(job.student, text, visit, pad_id=job.pad_id, title=f"pruning ({method})")
     elif scope == "global":
         zero_smallest([layer.weight for layer in layers.values()], sparsity.share)
     else:

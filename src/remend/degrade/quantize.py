@@ -14,14 +14,14 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from remend import calibration
-from remend.constraints import StoredGrid
+from remend.compression.grids import Grid, GridFormat, decode
+from remend.compression.grids import quantize as quantize_matrix
+from remend.compression.solvers import gptq
+from remend.compression.stored_grid import StoredGrid
 from remend.degrade.job import DENSE_BITS, Changed, Job, Options, chosen_layers, run_job, share_of_zeros
 from remend.errors import InputError
-from remend.grids import Grid, GridFormat, decode
-from remend.grids import quantize as quantize_matrix
+from remend.models.activations import walk
 from remend.registry import Registry
-from remend.solvers import gptq
 
 Method = Callable[[Tensor, Tensor | None, GridFormat], tuple[Tensor, Grid]]
 METHODS: Registry[Method] = Registry("quantization method")
@@ -76,14 +76,14 @@ def quantize_in_place(
         layer.weight.copy_(decode(codes, grid, fmt))
         matrices[f"{name}.weight"] = (codes, grid)
 
-    def visit(sites: calibration.Sites) -> None:
+    def visit(sites: walk.Sites) -> None:
         for name, layer in zip(sites.names, sites.layers, strict=True):
             if name in layers:
                 settle(name, layer, sites.gram_II)
 
     if method in CALIBRATED:
         assert job is not None
-        calibration.walk(model, job.calibration(), visit, pad_id=job.pad_id, title=f"quantizing ({method})")
+        walk.walk(model, job.calibration(), visit, pad_id=job.pad_id, title=f"quantizing ({method})")
     else:
         for name, layer in layers.items():
             settle(name, layer, None)

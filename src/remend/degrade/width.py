@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from remend.degrade.job import Changed, Job, Options, run_job
 from remend.degrade.smaller import path_of, rebuild
 from remend.errors import InputError
-from remend.layer_map import decoder_layers
-from remend.rollout import Rollout
+from remend.models.layers import decoder_layers
+from remend.models.sampling.rollout import Rollout
 
 WIDTH_FILE = "width.safetensors"
 MULTIPLE = 32

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remend.losses import Head, chunk_rows
-from remend.stats import bootstrap_gap_closed
+from remend.maths.gap import bootstrap_gap_closed
+from remend.maths.losses.chunked import Head, chunk_rows
 
 COLUMNS = ("kl", "reverse_kl", "agree", "entropy", "reference_entropy", "nll", "reference_nll", "rank")
 """Of a token: forward KL(reference ‖ model) and reverse KL(model ‖ reference); whether both have one first choice; the

@@ -18,21 +18,27 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from remend import models, run
-from remend.answers import answer, spoken
-from remend.capture import LEAST_ROWS, MASSIVE, SITES, Batch, as_layers, capture, usable
-from remend.data import Example, bundled, choose, data_hash, load_examples
+from remend.console import console, stage
+from remend.data.examples import Example, bundled, choose, data_hash, load_examples
+from remend.data.templates import Encoded, display, dropped_text, encode_within
 from remend.diagnosis import behaviour, layers, severity, subjects
 from remend.diagnosis.reference import Material, Settings, cache_root, gathered, key_of, material
 from remend.diagnosis.subjects import Subject
 from remend.errors import InputError
-from remend.measure import repetition
-from remend.progress import console, stage
-from remend.prompts import Encoded, display, dropped_text, encode_within
+from remend.files.atomic import write_json
+from remend.files.environment import environment
+from remend.files.run_directory import occupied
+from remend.maths.gap import bootstrap_gap_closed
+from remend.models.activations.capture import LEAST_ROWS, MASSIVE, SITES, Batch, as_layers, capture, usable
+from remend.models.device import choose_device, choose_dtype
+from remend.models.find import ModelSource, find_model, hash_files
+from remend.models.load import load_model, load_tokenizer
+from remend.models.sampling.answers import answer, spoken
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import Scorer, scorer
+from remend.models.tokens import pad_id
 from remend.report import write_diagnosis_report
-from remend.rollout import Rollout
-from remend.scoring import Scorer, scorer
-from remend.stats import bootstrap_gap_closed
+from remend.training.measure import repetition
 
 ROWS = {"cuda": 1024}
 CPU_ROWS = 256
@@ -117,12 +123,12 @@ class _Diagnosis:
         self.plan, self.out, self.began = plan, out, time.monotonic()
         self.warnings: list[str] = []
         _check(plan, out)
-        self.device = models.choose_device(plan.device)
+        self.device = choose_device(plan.device)
         self.state = PartialState(cpu=self.device.type == "cpu")
-        self.dtype = models.choose_dtype("auto", self.device) if self.device.type == "cuda" else torch.float32
-        self.source = models.resolve(plan.reference)
+        self.dtype = choose_dtype("auto", self.device) if self.device.type == "cuda" else torch.float32
+        self.source = find_model(plan.reference)
         self.subjects = subjects.find(plan.students)
-        self.tokenizer = models.load_tokenizer(self.source, trust_remote_code=plan.trust_remote_code)
+        self.tokenizer = load_tokenizer(self.source, trust_remote_code=plan.trust_remote_code)
         found = subjects.compare(self.source, self.subjects, self.tokenizer, trust=plan.trust_remote_code)
         self.shared, self.warnings = found.shared, self.warnings + found.warnings
         self.examples, self.prompts = self._prompts()
@@ -148,7 +154,7 @@ class _Diagnosis:
     def run(self) -> dict[str, Any]:
         """All stages in order."""
         teacher = self._load(self.source, self.plan.reference)
-        parts, hashes = scorer(teacher, self.shared), models.hash_files(self.source)
+        parts, hashes = scorer(teacher, self.shared), hash_files(self.source)
         dtype = str(self.dtype).removeprefix("torch.")
         settings = Settings(self.plan.max_new_tokens, self.shared, self.plan.seed, self.plan.sites, dtype)
         root = Path(self.plan.cache) if self.plan.cache else cache_root()
@@ -170,9 +176,9 @@ class _Diagnosis:
             console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
         return self._write(result)
 
-    def _load(self, source: models.Source, name: str) -> Any:
+    def _load(self, source: ModelSource, name: str) -> Any:
         with stage(f"loading {name}"):
-            return models.load_model(
+            return load_model(
                 source, dtype=self.dtype, device=self.device, trust_remote_code=self.plan.trust_remote_code
             ).requires_grad_(False)
 
@@ -194,7 +200,7 @@ class _Diagnosis:
 
         with stage(f"measuring {subject.name}", len(text.rollouts)) as advance:
             turn = (self.state.process_index, self.state.num_processes)
-            pad = models.pad_id(self.tokenizer)
+            pad = pad_id(self.tokenizer)
             options: dict[str, Any] = {"sites": self.plan.sites, "consume": consume, "turn": turn, "on_rows": advance}
             mine = capture(ours, subject.spec, text.rollouts, text.picks, pad_id=pad, **options)
         count = len(text.rollouts)
@@ -318,14 +324,14 @@ class _Diagnosis:
             "limits": {"kl": severity.KL_LIMITS, "top1_agreement": severity.AGREEMENT_LIMITS},
             "disclaimer": DISCLAIMER,
             "warnings": self.warnings,
-            "environment": run.environment(),
+            "environment": environment(),
             "seconds": round(time.monotonic() - self.began, 1),
         }
 
     def _write(self, result: dict[str, Any]) -> dict[str, Any]:
         plain: dict[str, Any] = without_nan(result)
         self.out.mkdir(parents=True, exist_ok=True)
-        run.write_json(self.out / "diagnosis.json", plain)
+        write_json(self.out / "diagnosis.json", plain)
         write_diagnosis_report(self.out, plain)
         return plain
 
@@ -355,7 +361,7 @@ def _bundled() -> list[Example]:
 
 
 def _check(plan: Plan, out: Path) -> None:
-    problem = run.occupied(out)
+    problem = occupied(out)
     if problem or (out.is_dir() and any(out.iterdir())):
         raise InputError(problem or f"out {out} is not empty; name a new directory")
     if plan.rows is not None and plan.rows < LEAST_ROWS:

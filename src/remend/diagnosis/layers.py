@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from remend import cka
-from remend.capture import massive
+from remend.maths import cka
+from remend.models.activations.capture import massive
 
 FEW_ROWS = 256
 """Below so many the debiased estimator is noisy (arXiv 2405.01012)."""

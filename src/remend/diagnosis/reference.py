@@ -29,14 +29,18 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from remend import cka, models, run
-from remend.answers import answer, spoken
-from remend.capture import LEAST_ROWS, Batch, as_layers, capture, pick_positions, usable
+from remend.console import stage
+from remend.data.order import derive_seed
+from remend.data.templates import Encoded
 from remend.errors import InputError
-from remend.progress import stage
-from remend.prompts import Encoded
-from remend.rollout import Rollout, derive_seed
-from remend.scoring import Scorer, scorer
+from remend.files.atomic import json_line, read_json, write_json, write_text, writing
+from remend.files.run_directory import RunDirectory
+from remend.maths import cka
+from remend.models.activations.capture import LEAST_ROWS, Batch, as_layers, capture, pick_positions, usable
+from remend.models.sampling.answers import answer, spoken
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import Scorer, scorer
+from remend.models.tokens import pad_id
 
 VERSION = 3
 WHOLE = 128
@@ -100,11 +104,11 @@ def material(
 
     Raises InputError where the reference answers with nothing, or its layers are not finite.
     """
-    pad = models.pad_id(tokenizer)
+    pad = pad_id(tokenizer)
     if state.is_main_process and not (folder / "completions.jsonl").is_file():
         _answer(parts, tokenizer, prompts, settings, folder)
     state.wait_for_everyone()
-    rows = run.RunDirectory(folder).rows("completions.jsonl")
+    rows = RunDirectory(folder).rows("completions.jsonl")
     rollouts = [
         Rollout(p.id, p.tokens, tuple(row["completion"]), row["clipped"])
         for p, row in zip(prompts, rows, strict=True)
@@ -124,7 +128,7 @@ def material(
     if not (folder / "done.json").is_file():
         _pass(parts, rollouts, picks, whole, settings, folder, pad, state)
     state.wait_for_everyone()
-    done = run.read_json(folder / "done.json")
+    done = read_json(folder / "done.json")
     kept = load_file(folder / "rows.safetensors") if state.is_main_process else {}
     return Material(folder, rollouts, picks, whole, kept, done["anchors"])
 
@@ -142,7 +146,7 @@ def _answer(parts: Scorer, tokenizer: Any, prompts: Sequence[Encoded], settings:
         {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": spoken(tokenizer, r)}
         for r in rollouts
     ]
-    run.write_text(folder / "completions.jsonl", "".join(map(run.json_line, lines)))
+    write_text(folder / "completions.jsonl", "".join(map(json_line, lines)))
 
 
 def _pass(
@@ -179,7 +183,7 @@ def _pass(
     if state.is_main_process:
         anchors = _anchors(parts, rollouts, picks, rows, settings, pad)
         _save(folder / "rows.safetensors", rows)
-        run.write_json(folder / "done.json", {**vars(settings), "sequences": len(rollouts), "anchors": anchors})
+        write_json(folder / "done.json", {**vars(settings), "sequences": len(rollouts), "anchors": anchors})
 
 
 def gathered(mine: Mapping[int, Any]) -> dict[int, Any]:
@@ -188,7 +192,7 @@ def gathered(mine: Mapping[int, Any]) -> dict[int, Any]:
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    with run.writing(path):
+    with writing(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         try:

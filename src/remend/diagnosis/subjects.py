@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remend import models, run
+from remend.compression.recognise import RECORD, recognise
+from remend.console import stage
 from remend.errors import InputError
-from remend.foreign import RECORD, recognise
-from remend.layer_map import infer_layer_map
-from remend.progress import stage
-from remend.vocabulary import compare_vocabularies, template_warnings
+from remend.files.atomic import read_json
+from remend.files.run_directory import MANIFEST
+from remend.models.find import ModelSource, find_model
+from remend.models.layers import count_parameters, infer_layer_map
+from remend.models.load import load_config, load_tokenizer
+from remend.models.vocabulary import compare_vocabularies, template_warnings
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Subject:
 
     name: str
     spec: str
-    source: models.Source
+    source: ModelSource
     made_from: str | None
 
 
@@ -39,8 +42,8 @@ def find(specs: Sequence[str]) -> list[Subject]:
     found: list[Subject] = []
     for spec in specs:
         path = Path(spec)
-        folder = path / "model" if (path / run.MANIFEST).is_file() and (path / "model").is_dir() else path
-        source = models.resolve(str(folder) if folder != path else spec)
+        folder = path / "model" if (path / MANIFEST).is_file() and (path / "model").is_dir() else path
+        source = find_model(str(folder) if folder != path else spec)
         if any(source == other.source for other in found):
             raise InputError(f"student {spec} is given twice; every student is measured once")
         found.append(Subject(_name(spec, [s.name for s in found]), spec, source, _made_from(folder)))
@@ -57,10 +60,10 @@ def _name(spec: str, taken: Sequence[str]) -> str:
 
 
 def _made_from(folder: Path) -> str | None:
-    manifest = folder.parent / run.MANIFEST
+    manifest = folder.parent / MANIFEST
     if folder.name != "model" or not manifest.is_file():
         return None
-    return str(run.read_json(manifest).get("recipe", {}).get("student") or "") or None
+    return str(read_json(manifest).get("recipe", {}).get("student") or "") or None
 
 
 def degraded_of(subjects: Sequence[Subject]) -> list[int | None]:
@@ -87,13 +90,13 @@ class Vocabulary:
     warnings: list[str]
 
 
-def compare(reference: models.Source, subjects: Sequence[Subject], tokenizer: Any, *, trust: bool) -> Vocabulary:
+def compare(reference: ModelSource, subjects: Sequence[Subject], tokenizer: Any, *, trust: bool) -> Vocabulary:
     """One vocabulary for all. Raises InputError with every student that has another."""
-    rows = models.load_config(reference, trust_remote_code=trust).get_text_config().vocab_size
+    rows = load_config(reference, trust_remote_code=trust).get_text_config().vocab_size
     shared, problems, warnings = rows, [], []
     for subject in subjects:
-        theirs = models.load_config(subject.source, trust_remote_code=trust).get_text_config().vocab_size
-        other = models.load_tokenizer(subject.source, trust_remote_code=trust)
+        theirs = load_config(subject.source, trust_remote_code=trust).get_text_config().vocab_size
+        other = load_tokenizer(subject.source, trust_remote_code=trust)
         match = compare_vocabularies(other.get_vocab(), tokenizer.get_vocab(), theirs, rows)
         problems += [f"{subject.spec}: {problem}" for problem in match.problems]
         warnings += [f"{subject.spec}: {w}" for w in [*match.warnings, *template_warnings(other, tokenizer)]]
@@ -110,7 +113,7 @@ def kind_of(subject: Subject, student: Any, reference: Any) -> str:
         return "grid"
     if held.mask:
         return "mask"
-    count = models.count_parameters
+    count = count_parameters
     return "smaller" if count(student) < count(reference) else "dense"
 
 
@@ -131,7 +134,7 @@ def layer_map(subject: Subject, student: Any, reference: Any, given: Sequence[in
         return list(range(ours))
     path = subject.source.path
     if path and (path / RECORD).is_file():
-        recorded = run.read_json(path / RECORD).get("layer_map")
+        recorded = read_json(path / RECORD).get("layer_map")
         if recorded is not None and len(recorded) == ours and max(recorded) < theirs:
             return [int(at) for at in recorded]
     with stage(f"finding which of the reference's layers {subject.name} has kept"):

@@ -9,13 +9,14 @@ from typing import Any
 import psutil
 import torch
 
-from remend import models
+from remend.console import stage
+from remend.data.templates import Encoded
 from remend.errors import InputError
 from remend.evaluation.steady import Steady
 from remend.evaluation.store import Answers
-from remend.progress import stage
-from remend.prompts import Encoded
-from remend.rollout import Sampler, TransformersSampler
+from remend.models.sampling.rollout import Sampler
+from remend.models.sampling.transformers_engine import TransformersSampler
+from remend.models.tokens import eos_ids, pad_id
 
 ROWS = {"cpu": 32}
 GPU_ROWS = 64
@@ -59,10 +60,10 @@ def batches(lengths: Sequence[int], *, rows: int, tokens: int) -> list[list[int]
 
 def hf_sampler(model: Any, tokenizer: Any, *, greedy: bool) -> Sampler:
     """Decoding with transformers. Greedy choices are steadied; a sampled row's draws are its own in any batch."""
-    eos = models.eos_ids(model, tokenizer)
+    eos = eos_ids(model, tokenizer)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     policy = Steady(model, eos) if greedy else model
-    return TransformersSampler(policy, vocabulary, eos, models.pad_id(tokenizer), max_rows=2**31)
+    return TransformersSampler(policy, vocabulary, eos, pad_id(tokenizer), max_rows=2**31)
 
 
 def token_cap(model: Any) -> int:

@@ -22,10 +22,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from remend.console import console
 from remend.errors import CheckError, FileError, InputError, did_you_mean
 from remend.evaluation.plan import LM_EVAL
 from remend.evaluation.results import scored
-from remend.progress import console
 
 ROWS, GPU_ROWS = {"cpu": 8}, 16
 """Rows of a batch: the harness holds the logits of all positions."""

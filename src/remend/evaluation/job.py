@@ -16,18 +16,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from remend import models, run
+from remend.console import console, stage
+from remend.data.order import derive_seed
 from remend.errors import InputError
 from remend.evaluation import harness, letters, results
 from remend.evaluation.generation import Question, ask, batches, hf_sampler, rows_of, token_cap
 from remend.evaluation.plan import Plan, make_plan
 from remend.evaluation.rows import Material, Table, dropped_note, encode, read
 from remend.evaluation.store import Answers, answers_path, key_of
-from remend.evaluation.vllm_engine import ROWS as VLLM_ROWS
-from remend.evaluation.vllm_engine import VllmSampler
-from remend.progress import console, stage
-from remend.rollout import Sampler, derive_seed
-from remend.scoring import scorer
+from remend.files.atomic import write_json
+from remend.files.environment import environment
+from remend.files.run_directory import MANIFEST
+from remend.models.find import ModelSource, fetch_model, find_model, hash_files
+from remend.models.load import load_config, load_model, load_tokenizer
+from remend.models.sampling.rollout import Sampler
+from remend.models.sampling.vllm_engine import ROWS as VLLM_ROWS
+from remend.models.sampling.vllm_engine import VllmSampler
+from remend.models.scorer import scorer
+from remend.models.tokens import eos_ids, pad_id
 
 GPU_LETTER_ROWS, GPU_LETTER_TOKENS = 32, 16_384
 """Prompts, and tokens, that are scored for letters at once. A CPU takes them one by one: that is not slower, since what
@@ -111,18 +117,18 @@ class _Evaluation:
         self.tasks = harness.Tasks(plan.include) if plan.harness else None
         if self.tasks:
             self.tasks.check(plan.harness, allow_code=plan.allow_code)
-        self.files = models.hash_files(self.source)
+        self.files = hash_files(self.source)
 
     @cached_property
     def tokenizer(self) -> Any:
-        return models.load_tokenizer(self.source, trust_remote_code=self.plan.trust_remote_code)
+        return load_tokenizer(self.source, trust_remote_code=self.plan.trust_remote_code)
 
     @cached_property
     def model(self) -> Any:
         """Loaded when the first answer is missing."""
         plan = self.plan
         with stage(f"loading {plan.model}"):
-            return models.load_model(
+            return load_model(
                 self.source, dtype=plan.dtype, device=plan.device, trust_remote_code=plan.trust_remote_code
             ).requires_grad_(False)
 
@@ -133,10 +139,10 @@ class _Evaluation:
             return hf_sampler(self.model, self.tokenizer, greedy=self.plan.temperature == 0)
         from transformers import GenerationConfig
 
-        path = models.fetch(self.source, weights=False).path
+        path = fetch_model(self.source, weights=False).path
         told = path is not None and (path / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(str(path)) if told else None
-        eos = models.eos_ids(SimpleNamespace(generation_config=generation), self.tokenizer)
+        eos = eos_ids(SimpleNamespace(generation_config=generation), self.tokenizer)
         dtype = str(self.plan.dtype).removeprefix("torch.")
         return VllmSampler(self.source, dtype=dtype, eos=eos, trust_remote_code=self.plan.trust_remote_code)
 
@@ -156,9 +162,9 @@ class _Evaluation:
         for warning in self.warnings:
             console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
         about: dict[str, Any] = {"model": self.plan.model, **same, "warnings": self.warnings}
-        about |= {"environment": run.environment(), "seconds": round(time.monotonic() - self.began, 1)}
+        about |= {"environment": environment(), "seconds": round(time.monotonic() - self.began, 1)}
         found: dict[str, Any] = results.plain({**(parts[0] if len(parts) == 1 else {"results": parts}), **about})
-        run.write_json(self.out, found)
+        write_json(self.out, found)
         return found
 
     def _data(self) -> dict[str, Any]:
@@ -170,7 +176,7 @@ class _Evaluation:
     def _task(self, table: Table, answers: Answers) -> list[dict[str, Any]]:
         name, plan = table.task.name, self.plan
         context = getattr(
-            models.load_config(self.source, trust_remote_code=plan.trust_remote_code).get_text_config(),
+            load_config(self.source, trust_remote_code=plan.trust_remote_code).get_text_config(),
             "max_position_embeddings",
             None,
         )
@@ -247,7 +253,7 @@ class _Evaluation:
             if key not in answers
         ]
         if open_:
-            parts, pad = scorer(self.model), models.pad_id(self.tokenizer)
+            parts, pad = scorer(self.model), pad_id(self.tokenizer)
             one_by_one = self.plan.device.type == "cpu"
             if one_by_one and self.plan.batch_rows not in (None, 1):
                 self.warnings.append(f"{name}: batch_rows has no effect, since a CPU scores letters one by one")
@@ -280,9 +286,9 @@ class _Evaluation:
         return [dict(part) for part in answers[key]["parts"]]
 
 
-def _source(model: str) -> models.Source:
+def _source(model: str) -> ModelSource:
     """Where the model is; of a recovery's run directory its model is meant."""
     path = Path(model)
-    if (path / run.MANIFEST).is_file() and (path / "model" / "config.json").is_file():
-        return models.resolve(str(path / "model"))
-    return models.resolve(model)
+    if (path / MANIFEST).is_file() and (path / "model" / "config.json").is_file():
+        return find_model(str(path / "model"))
+    return find_model(model)

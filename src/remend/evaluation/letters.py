@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from remend.errors import InputError
-from remend.losses import Head, chunk_rows
-from remend.scoring import Scorer, pack
+from remend.maths.losses.chunked import Head, chunk_rows
+from remend.models.scorer import Scorer, pack
 
 LEAD = "<answer>\n"
 GRADER = "letter log-likelihood"

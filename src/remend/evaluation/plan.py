@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from remend import models, tasks
+from remend.data import tasks
+from remend.data.tasks.forms import no_rows
 from remend.errors import CheckError, InputError, did_you_mean
 from remend.evaluation.letters import LEAD
-from remend.tasks.forms import no_rows
+from remend.models.device import choose_device, choose_dtype
 
 LM_EVAL = "lm-eval:"
 """Before the name of a task of lm-evaluation-harness."""
@@ -97,7 +98,7 @@ def make_plan(model: str, names: Sequence[str], *, data: str | Mapping[str, str]
     problems += unclear
     if problems:
         raise CheckError(problems)
-    device = models.choose_device(settings.pop("device"))
+    device = choose_device(settings.pop("device"))
     dtype, grader, include = settings.pop("dtype"), settings.pop("grader"), settings.pop("include")
     # On a CPU float32 whatever it can multiply in: there greedy answers don't depend on the batch
     exact = dtype == "auto" and device.type == "cpu"
@@ -107,7 +108,7 @@ def make_plan(model: str, names: Sequence[str], *, data: str | Mapping[str, str]
         found,
         graders=tasks.MODES if grader == "both" else (grader or "paper",),
         device=device,
-        dtype=torch.float32 if exact else models.choose_dtype(dtype, device),
+        dtype=torch.float32 if exact else choose_dtype(dtype, device),
         include=Path(include) if include else None,
         **settings,
     )

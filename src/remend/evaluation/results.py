@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from remend import tasks
+from remend.data import tasks
 from remend.errors import InputError
 from remend.evaluation import letters
 from remend.evaluation.rows import Material
-from remend.paired import score_interval
+from remend.maths.paired import score_interval
 
 Answer = Mapping[str, Any]
 """A line of the answers' file: answer (a text), tokens, clipped."""

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from remend import tasks
-from remend.data import example_of
+from remend.data import tasks
+from remend.data.examples import example_of
+from remend.data.tasks import Form, Task, general
+from remend.data.tasks.public import load_rows
+from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.errors import InputError
-from remend.prompts import Encoded, dropped_text, encode_within
-from remend.tasks import Form, Task, general
-from remend.tasks.public import load_rows
 
 OWN_ROWS = 200
 """Held-out rows of a task that makes its own, where no limit says otherwise: ±7 points at a score of 50%."""

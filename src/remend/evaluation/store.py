@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from remend import run
 from remend.errors import FileError
+from remend.files.atomic import json_line, write_text, writing
 
 
 def key_of(*parts: Any) -> str:
@@ -42,7 +42,7 @@ class Answers:
                 "Move that file away to begin anew"
             ) from None
         if torn:
-            run.write_text(path, f"{whole.decode()}\n" if whole else "")
+            write_text(path, f"{whole.decode()}\n" if whole else "")
 
     def __contains__(self, key: str) -> bool:
         return key in self._found
@@ -52,8 +52,8 @@ class Answers:
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows, each with its `key`. Raises FileError when they can't be written."""
-        with run.writing(self.path):
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.write("".join(map(run.json_line, rows)))
+                stream.write("".join(map(json_line, rows)))
         self._found |= {row["key"]: row for row in rows}

@@ -8,14 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from remend import run
-from remend.constraints import GRID_FILE
+from remend.compression.containers import compressed_tensors_writer, dense, gguf  # noqa: F401  (they register)
+from remend.compression.containers.measured import CONTAINERS, open_measured
+from remend.compression.stored_grid import GRID_FILE
+from remend.console import stage
 from remend.errors import InputError
-from remend.exporting import compressed_tensors, dense, gguf  # noqa: F401  (each registers its container)
 from remend.exporting.card import write_card
 from remend.exporting.check import compare_file, verify
-from remend.exporting.measured import CONTAINERS, open_measured
-from remend.progress import stage
+from remend.files.atomic import new_directory, write_json, write_text
+from remend.files.run_directory import occupied
 
 __all__ = ["CONTAINERS", "export", "verify"]
 
@@ -40,18 +41,18 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
     """
     name, _, kind = format.partition(":")
     write, out = CONTAINERS.get(name), Path(out)
-    problem = run.occupied(out)
+    problem = occupied(out)
     if problem:
         raise InputError(problem)
     measured = open_measured(source, trust_remote_code=trust_remote_code)
-    with run.new_directory(out) as target:
+    with new_directory(out) as target:
         with stage(f"writing {format}"):
             facts = write(measured, target, kind)
         with stage("reading it back"):
             check = compare_file(target, measured, trust_remote_code=trust_remote_code)
         if measured.degradation is not None:
-            run.write_json(target / "degradation.json", measured.degradation)
-        run.write_text(target / "README.md", write_card(measured, facts["container"], check))
+            write_json(target / "degradation.json", measured.degradation)
+        write_text(target / "README.md", write_card(measured, facts["container"], check))
         result = {
             "source": source,
             "format": format,
@@ -65,5 +66,5 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
             ),
             "check": check,
         }
-        run.write_json(target / EXPORT_FILE, result)
+        write_json(target / EXPORT_FILE, result)
     return result

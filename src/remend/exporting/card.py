@@ -6,16 +6,17 @@ import importlib.metadata
 import re
 from typing import Any
 
-from remend import run
-from remend.exporting.measured import Measured
+from remend.compression.containers.measured import Measured
+from remend.files.atomic import read_json
+from remend.files.run_directory import MANIFEST, SUMMARY
 
 _SETTINGS = ("student", "teacher", "steps", "batch_size", "learning_rate", "beta", "seed")
 
 
 def write_card(measured: Measured, container: str, check: dict[str, Any]) -> str:
     """Markdown with a YAML head. Text that comes from files is escaped: it can't become markup."""
-    summary = _json(measured, run.SUMMARY)
-    recipe = _json(measured, run.MANIFEST).get("recipe", {})
+    summary = _json(measured, SUMMARY)
+    recipe = _json(measured, MANIFEST).get("recipe", {})
     lines = ["---", "tags:", "- remend", "---", "", f"# {escape(_title(measured))}", ""]
     grid = f"its linear weights lie on the grid {escape(measured.grid)}" if measured.stored else "its weights are free"
     lines += [f"Exported by remend {importlib.metadata.version('remend')} as {escape(container)}; {grid}.", ""]
@@ -41,7 +42,7 @@ def escape(value: Any) -> str:
 
 def _json(measured: Measured, name: str) -> dict[str, Any]:
     path = measured.run / name if measured.run else None
-    content = run.read_json(path) if path and path.is_file() else {}
+    content = read_json(path) if path and path.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from remend import models
+from remend.compression.containers.gguf import differing_tensors
+from remend.compression.containers.measured import Measured
 from remend.errors import FileError
-from remend.exporting.gguf import differing_tensors
-from remend.exporting.measured import Measured
+from remend.models.find import ModelSource, find_model
+from remend.models.load import load_model
 
 SEQUENCES, LENGTH = 4, 48
 
@@ -29,7 +30,7 @@ def verify(exported: str | Path, measured_dir: str | Path, *, trust_remote_code:
     Raises:
         FileError: one of the two can't be read.
     """
-    return _compare(Path(exported), _load(models.resolve(str(measured_dir)), trust_remote_code), trust_remote_code)
+    return _compare(Path(exported), _load(find_model(str(measured_dir)), trust_remote_code), trust_remote_code)
 
 
 def compare_file(target: Path, measured: Measured, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -46,16 +47,14 @@ def compare_file(target: Path, measured: Measured, *, trust_remote_code: bool = 
     return check
 
 
-def _load(source: models.Source, trust_remote_code: bool) -> Any:
-    return models.load_model(
-        source, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust_remote_code
-    )
+def _load(source: ModelSource, trust_remote_code: bool) -> Any:
+    return load_model(source, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
 
 
 def _compare(exported: Path, old: Any, trust_remote_code: bool) -> dict[str, Any]:
     files = sorted(exported.glob("*.gguf")) if exported.is_dir() else [exported]
     file = files[0] if files else None
-    check = compare(_load(models.resolve(str(file or exported)), trust_remote_code), old)
+    check = compare(_load(find_model(str(file or exported)), trust_remote_code), old)
     if file is None:
         return {**check, "read_by": "transformers"}
     different = differing_tensors(file, old)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remend import run
-from remend.config import RecoverConfig, build, merged, read_yaml
+from remend.console import console, stage
 from remend.errors import InputError
-from remend.progress import console, stage
+from remend.files.atomic import read_json
+from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory
+from remend.files.settings import build, merged, read_yaml
 from remend.recovery.preflight import Preflight, preflight
-from remend.recovery.stages import Recovery
-from remend.run import RunDirectory
+from remend.recovery.run import Recovery
+from remend.recovery.settings import RecoverConfig
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
         return run_recovery(settings(recipe, overrides))
     config, directory = _reopen(Path(resume), recipe, overrides)
     directory.remove_leftovers()
-    if (directory.path / run.SUMMARY).is_file():
+    if (directory.path / SUMMARY).is_file():
         console.print(f"{directory.path} is complete; nothing is left to do")
         return result_of(directory)
     return run_recovery(config, directory=directory)
@@ -107,7 +108,7 @@ def track(path: str | Path) -> list[dict[str, Any]]:
     """
     began = time.monotonic()
     directory = RunDirectory.open(Path(path))
-    config = build(RecoverConfig, read_yaml(directory.path / run.RECIPE), f"recipe {directory.path / run.RECIPE}")
+    config = build(RecoverConfig, read_yaml(directory.path / RECIPE), f"recipe {directory.path / RECIPE}")
     checked = preflight(config, resuming=True)
     checked.raise_problems()
     return Recovery(config, checked, directory, began).track()
@@ -115,8 +116,8 @@ def track(path: str | Path) -> list[dict[str, Any]]:
 
 def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any]) -> tuple[RecoverConfig, RunDirectory]:
     directory = RunDirectory.open(path)
-    config = build(RecoverConfig, read_yaml(path / run.RECIPE), f"recipe {path / run.RECIPE}")
-    recorded = run.read_json(path / run.MANIFEST)["recipe"]
+    config = build(RecoverConfig, read_yaml(path / RECIPE), f"recipe {path / RECIPE}")
+    recorded = read_json(path / MANIFEST)["recipe"]
     given = settings(recipe, merged({} if recipe else recorded, overrides)) if recipe or overrides else config
     for values in (config, given):
         changed = [k for k, v in values.model_dump().items() if recorded.get(k) != v]
@@ -131,6 +132,6 @@ def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any])
 
 def result_of(directory: RunDirectory) -> RecoverResult:
     """What a complete run's files say."""
-    rows = [r for r in directory.rows(run.METRICS) if "loss" in r]
+    rows = [r for r in directory.rows(METRICS) if "loss" in r]
     path = directory.path
-    return RecoverResult(run.read_json(path / run.SUMMARY), rows, path, path / "model", path / "report.html")
+    return RecoverResult(read_json(path / SUMMARY), rows, path, path / "model", path / "report.html")

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remend.cka import cka_alignment
-from remend.layer_map import decoder_layers
-from remend.scoring import Packed
+from remend.maths.cka import cka_alignment
+from remend.models.layers import decoder_layers
+from remend.models.scorer import Packed
 
 BALANCE_EVERY = 10
 

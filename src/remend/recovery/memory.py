@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
-import torch
-
-from remend import gpu_memory
-
 SHARE = 0.5
 """Of the free memory that activations may take: the estimate leaves out what the allocator wastes."""
 
@@ -35,13 +30,6 @@ def activation_bytes(config: Any, rows: int, tokens: int) -> int:
     inner = getattr(config, "intermediate_size", None) or 4 * width
     each = 4 * width + 2 * heads * head + 2 * grouped * head + 4 * inner
     return int(4 * each * config.num_hidden_layers * rows * tokens)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take where the model is."""
-    if device.type == "cuda":
-        return gpu_memory.free_bytes(device)
-    return int(psutil.virtual_memory().available)
 
 
 def must_recompute(config: Any, rows: int, tokens: int, trained: int, free: int, copies: int = 0) -> bool:

@@ -12,16 +12,23 @@ from typing import Any
 
 import torch
 
-from remend import models, run
-from remend.adapters import check_targets
-from remend.config import BASE, MOVING, SELF, RecoverConfig
-from remend.constraints import GRID_FILE, check_learnable
+from remend.compression.recognise import PLAIN, RECORD, Recognised, recognise, was_pruned
+from remend.compression.stored_grid import GRID_FILE
 from remend.errors import CheckError, InputError, RemendError, did_you_mean
-from remend.foreign import PLAIN, RECORD, Recognised, recognise, was_pruned
-from remend.recovery.stream_data import StreamData, keep_apart, load_stream
-from remend.recovery.streams import Stream, notes, problems, reference_of, resolve, rows_of, warnings
-from remend.teacher_cache import TeacherCache, is_cache
-from remend.vocabulary import compare_vocabularies, template_warnings
+from remend.files.atomic import read_json
+from remend.files.run_directory import occupied
+from remend.models.adapters import check_targets
+from remend.models.device import choose_device
+from remend.models.find import ModelSource, fetch_model, find_model, origin_note
+from remend.models.layers import count_parameters, linear_layers
+from remend.models.load import load_config, load_tokenizer, skeleton
+from remend.models.vocabulary import compare_vocabularies, template_warnings
+from remend.recovery.prompts import StreamData, keep_apart, load_stream
+from remend.recovery.rules import notes, problems, warnings
+from remend.recovery.settings import BASE, MOVING, SELF, RecoverConfig
+from remend.recovery.streams import Stream, reference_of, resolve, rows_of
+from remend.training.constraints import check_learnable
+from remend.training.teachers.cache import TeacherCache, is_cache
 
 
 @dataclass
@@ -31,8 +38,8 @@ class Preflight:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    student: models.Source | None = None
-    teacher: models.Source | None = None
+    student: ModelSource | None = None
+    teacher: ModelSource | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tokenizer: Any = None
     shared: int = 0
@@ -44,7 +51,7 @@ class Preflight:
     compressed: bool = False
     repairs: bool = False
     layer_map: list[int] | None = None
-    teachers: dict[str, models.Source] = field(default_factory=dict)
+    teachers: dict[str, ModelSource] = field(default_factory=dict)
     caches: dict[str, TeacherCache] = field(default_factory=dict)
     streams: list[StreamData] = field(default_factory=list)
     dropped: dict[str, list[str]] = field(default_factory=dict)
@@ -102,11 +109,11 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
     """
     found = Preflight()
     if files and not resuming:
-        problem = run.occupied(Path(config.out), inputs=True)
+        problem = occupied(Path(config.out), inputs=True)
         if problem:
             found.problems.append(problem)
     with found._collect():
-        found.device = models.choose_device(config.device)
+        found.device = choose_device(config.device)
     _settings(found, config)
     streams: list[Stream] = []
     reference = ""
@@ -120,7 +127,7 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
     if not files or not reference:
         return found
     with found._collect():
-        found.student = models.fetch(models.resolve(config.student), weights=False)
+        found.student = fetch_model(find_model(config.student), weights=False)
     _teachers(found, config, [name for name in (reference, *(s.teacher for s in streams)) if name not in MOVING])
     found.teacher = found.teachers.get(reference)
     if found.student:
@@ -156,8 +163,8 @@ def _teachers(found: Preflight, config: RecoverConfig, names: list[str]) -> None
             if is_cache(name):
                 found.caches[name] = TeacherCache.open(Path(name))
                 continue
-            found.teachers[name] = models.fetch(models.resolve(name), weights=False)
-            note = models.origin_note(found.teachers[name])
+            found.teachers[name] = fetch_model(find_model(name), weights=False)
+            note = origin_note(found.teachers[name])
             found.notes += [note] if note and note not in found.notes else []
 
 
@@ -197,15 +204,15 @@ def _tracker(found: Preflight, name: str | None) -> None:
         found.problems.append(f"report_to {name} needs the package of that tracker, which is not installed")
 
 
-def _student(found: Preflight, config: RecoverConfig, student: models.Source, *, based: bool) -> None:
+def _student(found: Preflight, config: RecoverConfig, student: ModelSource, *, based: bool) -> None:
     trust = config.trust_remote_code
     with found._collect():
-        settings = models.load_config(student, trust_remote_code=trust)
+        settings = load_config(student, trust_remote_code=trust)
         found.shared = settings.get_text_config().vocab_size
-        found.tokenizer = models.load_tokenizer(student, trust_remote_code=trust)
+        found.tokenizer = load_tokenizer(student, trust_remote_code=trust)
         found.warnings += _ending(found.tokenizer, student)
-        shapes = models.skeleton(settings, trust_remote_code=trust)
-        found.parameters = models.count_parameters(shapes)
+        shapes = skeleton(settings, trust_remote_code=trust)
+        found.parameters = count_parameters(shapes)
         if config.lora:
             check_targets(shapes, config.lora.targets)
         found.layers, found.matrices = settings.get_text_config().num_hidden_layers, _matrices(shapes)
@@ -235,7 +242,7 @@ def _layer_map(given: list[int] | None, layers: int) -> None:
 
 
 def _compare(
-    found: Preflight, config: RecoverConfig, student: models.Source, name: str, teacher: models.Source, *, alike: bool
+    found: Preflight, config: RecoverConfig, student: ModelSource, name: str, teacher: ModelSource, *, alike: bool
 ) -> None:
     same = student.path is not None and teacher.path is not None and student.path.resolve() == teacher.path.resolve()
     if same and not alike:
@@ -249,9 +256,9 @@ def _compare(
     with found._collect():
         if found.tokenizer is None:
             return
-        settings = models.load_config(teacher, trust_remote_code=trust)
-        tokenizer = models.load_tokenizer(teacher, trust_remote_code=trust)
-        rows = models.load_config(student, trust_remote_code=trust).get_text_config().vocab_size
+        settings = load_config(teacher, trust_remote_code=trust)
+        tokenizer = load_tokenizer(teacher, trust_remote_code=trust)
+        rows = load_config(student, trust_remote_code=trust).get_text_config().vocab_size
         theirs = settings.get_text_config().vocab_size
         match = compare_vocabularies(found.tokenizer.get_vocab(), tokenizer.get_vocab(), rows, theirs)
         found.shared = min(found.shared, match.shared)
@@ -267,8 +274,8 @@ def _reference(found: Preflight, config: RecoverConfig, reference: str) -> None:
         return
     theirs = None
     if found.teacher is not None:
-        settings = models.load_config(found.teacher, trust_remote_code=config.trust_remote_code)
-        theirs = models.skeleton(settings, trust_remote_code=config.trust_remote_code)
+        settings = load_config(found.teacher, trust_remote_code=config.trust_remote_code)
+        theirs = skeleton(settings, trust_remote_code=config.trust_remote_code)
         depth = settings.get_text_config().num_hidden_layers
         given = found.layer_map
         if given and (len(given) != found.layers or max(given) >= depth):
@@ -296,14 +303,14 @@ def _no_repair(found: Preflight, config: RecoverConfig, teacher: Any) -> str | N
 
 
 def _matrices(model: Any) -> dict[str, torch.Size]:
-    return {name: layer.weight.shape for name, layer in models.linear_layers(model).items()}
+    return {name: layer.weight.shape for name, layer in linear_layers(model).items()}
 
 
-def _constraint(found: Preflight, config: RecoverConfig, student: models.Source) -> None:
+def _constraint(found: Preflight, config: RecoverConfig, student: ModelSource) -> None:
     path = student.path if student.kind == "directory" else None
     declared = path / RECORD if path else None
     with found._collect():
-        degradation = run.read_json(declared) if declared and declared.is_file() else {}
+        degradation = read_json(declared) if declared and declared.is_file() else {}
         held = recognise(student, as_dense=config.as_dense)
         found.recognised = held
         found.grid = held.stored.format.name if held.stored else None
@@ -335,7 +342,7 @@ def _learned(found: Preflight, held: Recognised, *, adapted: bool) -> None:
         found.warnings.append(f"scales: learned has no effect, since {why}")
 
 
-def _ending(tokenizer: Any, source: models.Source) -> list[str]:
+def _ending(tokenizer: Any, source: ModelSource) -> list[str]:
     if tokenizer.eos_token_id is None:
         return ["the student's tokenizer has no end-of-sequence token: every rollout will run to max_new_tokens"]
     path = source.path / "generation_config.json" if source.kind == "directory" and source.path else None

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remend import models
-from remend.calibration import Sites, completions, walk
-from remend.constraints import StoredGrid
-from remend.constraints.mask import kept_weights
-from remend.grids import decode
-from remend.layer_map import infer_layer_map
-from remend.prompts import Encoded
-from remend.rollout import Order, Rollout
-from remend.solvers import gptq, least_squares, refit_kept
+from remend.compression.grids import decode
+from remend.compression.solvers import gptq, least_squares, refit_kept
+from remend.compression.stored_grid import StoredGrid
+from remend.data.order import Order
+from remend.data.templates import Encoded
+from remend.models.activations.walk import Sites, completions, walk
+from remend.models.layers import infer_layer_map, kept_weights, linear_layers
+from remend.models.sampling.rollout import Rollout
+from remend.models.tokens import pad_id
 
 TOKENS = 64
 """Of a calibration sample, the reference's own completion of a training prompt."""
@@ -91,7 +91,7 @@ def repair(
     smaller = not same and stored is None and not masked and _is_cut_from(student, teacher)
     if not smaller and not (same and (stored is not None or masked)):
         return Repaired(stored)
-    began, pad_id = time.perf_counter(), models.pad_id(tokenizer)
+    began, pad = time.perf_counter(), pad_id(tokenizer)
     chosen = _chosen(prompts, samples, seed)
     with precision or nullcontext():
         text = completions(teacher, tokenizer, chosen, max_new_tokens=TOKENS, seed=seed, shared=shared)
@@ -100,12 +100,12 @@ def repair(
         teacher = copy.deepcopy(teacher).float()
     masters = None
     if stored is not None:
-        stored, masters = repair_grid(student, teacher, stored, text, pad_id, precision)
+        stored, masters = repair_grid(student, teacher, stored, text, pad, precision)
     elif masked:
-        repair_mask(student, teacher, text, pad_id, precision)
+        repair_mask(student, teacher, text, pad, precision)
     else:
         known = layer_map or infer_layer_map(student, teacher)
-        repair_smaller(student, teacher, text, pad_id, known, precision)
+        repair_smaller(student, teacher, text, pad, known, precision)
     return Repaired(stored, masters, time.perf_counter() - began, text)
 
 
@@ -125,7 +125,7 @@ def _chosen(prompts: Sequence[Encoded], samples: int, seed: int) -> list[Encoded
 
 
 def _shapes(model: Any) -> dict[str, torch.Size]:
-    return {name: layer.weight.shape for name, layer in models.linear_layers(model).items()}
+    return {name: layer.weight.shape for name, layer in linear_layers(model).items()}
 
 
 def _is_cut_from(student: Any, teacher: Any) -> bool:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from remend import run
-from remend.constraints import Constraint
-from remend.run import Checkpoint, RunDirectory
-from remend.stats import MEASURABLE_KL
-from remend.train import restore_masters
+from remend.files.atomic import new_directory, read_json, write_json
+from remend.files.run_directory import METRICS, Checkpoint, RunDirectory
+from remend.maths.gap import MEASURABLE_KL
+from remend.training.constraints import Constraint
+from remend.training.loop import restore_masters
 
 SCORE = "eval/gap_closed"
 BEST = "best"
@@ -52,10 +52,10 @@ class Selection:
         scores = [v for s, v in self._scores() if s < step]
         if self.keep and value > max(scores, default=float("-inf")):
             target = self.directory.path / BEST
-            with run.new_directory(target) as directory:
+            with new_directory(target) as directory:
                 tensors = {k: t.detach().contiguous() for k, t in self.constraint.masters().items()}
                 save_file(tensors, directory / "masters.safetensors")
-                run.write_json(directory / "best.json", {"step": step, "score": value})
+                write_json(directory / "best.json", {"step": step, "score": value})
 
     def stop(self) -> bool:
         """Whether the last `patience` evaluations brought nothing better."""
@@ -67,7 +67,7 @@ class Selection:
         return max(scores[-self.patience :]) <= max(scores[: -self.patience])
 
     def _scores(self) -> list[tuple[int, float]]:
-        return [(row["step"], row[SCORE]) for row in self.directory.rows(run.METRICS) if SCORE in row]
+        return [(row["step"], row[SCORE]) for row in self.directory.rows(METRICS) if SCORE in row]
 
     @torch.no_grad()
     def restore(self) -> dict[str, Any] | None:
@@ -75,6 +75,6 @@ class Selection:
         path = self.directory.path / BEST
         if not self.keep or not (path / "best.json").is_file():
             return None
-        chosen: dict[str, Any] = run.read_json(path / "best.json")
+        chosen: dict[str, Any] = read_json(path / "best.json")
         restore_masters(Checkpoint(chosen["step"], path), self.constraint)
         return chosen

@@ -24,13 +24,19 @@ from typing import Any
 
 import torch
 
-from remend import models, run
-from remend.data import Example, data_hash, prompt_id
+from remend.console import stage
+from remend.data.examples import Example, data_hash, prompt_id
+from remend.data.order import derive_seed
+from remend.data.templates import Encoded, render
 from remend.errors import FileError, InputError
-from remend.progress import stage
-from remend.prompts import Encoded, render
-from remend.rollout import Rollout, Sampler, TransformersSampler, derive_seed
-from remend.sieve import Counts, Sieve, words_of
+from remend.files.atomic import json_line, write_json, write_text
+from remend.models.device import choose_device, choose_dtype
+from remend.models.find import find_model, hash_files
+from remend.models.load import load_model, load_tokenizer
+from remend.models.sampling.rollout import Rollout, Sampler
+from remend.models.sampling.transformers_engine import TransformersSampler
+from remend.models.tokens import eos_ids, pad_id
+from remend.recovery.self_prompt_filters import Counts, Sieve, words_of
 
 PROBE = "remendprobe"
 
@@ -185,8 +191,8 @@ def generate(
         InputError: a setting that can't be; a template without a place for the user's text; too few usable prompts.
     """
     _require(n, temperature, max_new_tokens)
-    turn = user_turn(tokenizer, models.eos_ids(model, tokenizer))
-    sampler = TransformersSampler(model, shared, turn.ends, models.pad_id(tokenizer), max_rows=ROWS)
+    turn = user_turn(tokenizer, eos_ids(model, tokenizer))
+    sampler = TransformersSampler(model, shared, turn.ends, pad_id(tokenizer), max_rows=ROWS)
     settings: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "on_kept": on_kept}
     return collect(sampler, tokenizer, turn, n=n, seed=seed, **settings)
 
@@ -237,14 +243,14 @@ def write_self_prompts(
     for path in (out, stats_path(out)):
         if path.exists():
             raise InputError(f"out {path} exists, and nothing is overwritten; name a new file")
-    source, where = models.resolve(model), models.choose_device(device)
+    source, where = find_model(model), choose_device(device)
     _writable(out)
     # on a CPU float32, as for calibration text: only in it does the sampler multiply thin batches weight first
-    dtype = models.choose_dtype("auto", where) if where.type == "cuda" else torch.float32
+    dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
     with stage(f"loading {model}"):
-        tokenizer = models.load_tokenizer(source, trust_remote_code=trust_remote_code)
-        loaded: Any = models.load_model(source, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
-        hashes = models.hash_files(source)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        loaded: Any = load_model(source, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+        hashes = hash_files(source)
     shared = min(loaded.get_output_embeddings().weight.shape[0], len(tokenizer))
     settings: dict[str, Any] = {"n": n, "seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
     began = time.perf_counter()
@@ -261,8 +267,8 @@ def write_self_prompts(
         "hash": data_hash(Example(row["id"], row["prompt"], row) for row in rows),
         "seconds": round(time.perf_counter() - began, 3),
     }
-    run.write_json(stats_path(out), record)
-    run.write_text(out, "".join(run.json_line(row) for row in rows))  # last: where it lies, all is done
+    write_json(stats_path(out), record)
+    write_text(out, "".join(json_line(row) for row in rows))  # last: where it lies, all is done
     return record
 
 

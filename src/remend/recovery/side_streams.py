@@ -10,22 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from remend import models, run
-from remend.answers import answer, kept
-from remend.config import RecoverConfig
-from remend.data import demonstration_of
-from remend.measure import compare, pool
-from remend.recovery.gate import Verdict, judge_demonstrations, likelihood_gain
-from remend.recovery.objective import Lane
+from remend.data.examples import demonstration_of
+from remend.files.atomic import read_json, write_json
+from remend.files.run_directory import RunDirectory
+from remend.models.sampling.answers import answer, kept
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import Scorer
+from remend.models.tokens import eos_ids
+from remend.recovery.bootstrap import Verdict, judge_demonstrations, likelihood_gain
+from remend.recovery.distillation import Lane
 from remend.recovery.preflight import Preflight
-from remend.recovery.stream_data import StreamData
+from remend.recovery.prompts import StreamData
+from remend.recovery.settings import RecoverConfig
 from remend.recovery.task_gain import score_gain
-from remend.rollout import Rollout
-from remend.run import RunDirectory
-from remend.scoring import Scorer
-from remend.supervised import ending
-from remend.teacher import policy_of
-from remend.teacher_cache import TeacherCache
+from remend.training.measure import compare, pool
+from remend.training.supervised import ending
+from remend.training.teachers.cache import TeacherCache
+from remend.training.teachers.views import policy_of
 
 ROWS = 64
 """Held-out rows of a stream that are measured at most."""
@@ -69,7 +70,7 @@ class SideStreams:
 
     def _answers(self, data: StreamData) -> list[Rollout]:
         """The held-out rows' own answers as completions."""
-        ends = models.eos_ids(self.student.model, self.tokenizer)
+        ends = eos_ids(self.student.model, self.tokenizer)
         close, found = ending(self.tokenizer, ends), []
         for prompt in data.held_out[:ROWS]:
             text = demonstration_of(data.examples[prompt.id].row, f'row "{prompt.id}"')
@@ -104,8 +105,8 @@ class SideStreams:
         """`measure` before training, made once a run."""
         path = self.directory.path / BASELINE
         if not path.is_file():
-            run.write_json(path, self.measure())
-        measured: dict[str, dict[str, float]] = run.read_json(path)
+            write_json(path, self.measure())
+        measured: dict[str, dict[str, float]] = read_json(path)
         return measured
 
     def goal(self, name: str, figures: Mapping[str, float]) -> float:

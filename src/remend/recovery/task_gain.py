@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from remend import tasks
-from remend.answers import answer
-from remend.recovery.stream_data import StreamData
-from remend.scoring import Scorer
-from remend.teacher import Teacher, policy_of
+from remend.data import tasks
+from remend.models.sampling.answers import answer
+from remend.models.scorer import Scorer
+from remend.recovery.prompts import StreamData
+from remend.training.teachers.views import Teacher, policy_of
 
 ROWS = 32
 TOKENS = 128

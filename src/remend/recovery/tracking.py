@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from remend.capture import as_layers, capture, pick_positions, usable
-from remend.cka import debiased_cka
-from remend.layer_map import infer_layer_map
-from remend.measure import PromptSums, pool
-from remend.rollout import Rollout, derive_seed
-from remend.run import TRACK, RunDirectory, json_line, write_text
-from remend.scoring import Scorer
+from remend.data.order import derive_seed
+from remend.files.atomic import json_line, write_text
+from remend.files.run_directory import TRACK, RunDirectory
+from remend.maths.cka import debiased_cka
+from remend.models.activations.capture import as_layers, capture, pick_positions, usable
+from remend.models.layers import infer_layer_map
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import Scorer
+from remend.training.measure import PromptSums, pool
 
 
 class Tracker:

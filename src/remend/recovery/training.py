@@ -10,29 +10,31 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from remend import models, run
-from remend.config import RecoverConfig
-from remend.constraints import Constraint
-from remend.layer_map import infer_layer_map
-from remend.losses import direction
-from remend.progress import console, stage
+from remend.console import console, stage
+from remend.files.run_directory import METRICS, TIMING, TRACK, RunDirectory
+from remend.maths.losses.divergences import direction
+from remend.models.device import free_bytes
+from remend.models.layers import infer_layer_map
+from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.transformers_engine import TransformersSampler
+from remend.models.scorer import Scorer, scorer
+from remend.models.tokens import eos_ids, pad_id
 from remend.recovery.alignment import Alignment, pairs_of
-from remend.recovery.gate import GATE, Gate, Verdict, judge_rollouts
-from remend.recovery.held_out import Judge
-from remend.recovery.lanes import build_lanes, repair_answers, with_pools
-from remend.recovery.memory import free_bytes, must_recompute
-from remend.recovery.objective import Distillation, Lane
+from remend.recovery.bootstrap import GATE, Gate, Verdict, judge_rollouts
+from remend.recovery.distillation import Distillation, Lane
+from remend.recovery.judge import Judge
+from remend.recovery.memory import must_recompute
+from remend.recovery.pools import build_lanes, repair_answers, with_pools
 from remend.recovery.preflight import Preflight
 from remend.recovery.selection import SCORE, Selection, score
+from remend.recovery.settings import RecoverConfig
 from remend.recovery.side_streams import SideStreams
 from remend.recovery.streams import bootstrap_budget, repair_budget, reuses_repair
 from remend.recovery.tracking import Tracker
-from remend.rollout import Rollout, TransformersSampler
-from remend.run import RunDirectory
-from remend.scoring import Scorer, scorer
-from remend.teacher import Teacher
-from remend.teacher_cache import TeacherCache
-from remend.train import Hook, Saving, Schedule, train
+from remend.training.constraints import Constraint
+from remend.training.loop import Hook, Saving, Schedule, train
+from remend.training.teachers.cache import TeacherCache
+from remend.training.teachers.views import Teacher
 
 GATE_PROMPTS = 16
 """Held-out prompts that the gate lets the student answer."""
@@ -91,7 +93,7 @@ class Training:
         self.config, self.checked, self.directory, self.accelerator = config, checked, directory, accelerator
         self.precision, self.student, self.constraint = precision, student, constraint
         self.judge, self.tracker, self.baseline_kl = judge, tracker, baseline_kl
-        self.pad_id = models.pad_id(checked.tokenizer)
+        self.pad_id = pad_id(checked.tokenizer)
         self.rate = learning_rate(config, checked)
         self.recompute = self._recompute()
         self.parts = scorer(student, checked.shared, checkpointing=self.recompute)
@@ -102,7 +104,7 @@ class Training:
         self.resume = saved[-1] if saved else None
         self.done = self.resume.step if self.resume else 0
         if accelerator.is_main_process:
-            for name in (run.METRICS, run.TIMING, GATE, run.TRACK):
+            for name in (METRICS, TIMING, GATE, TRACK):
                 directory.rewind(name, self.done)
         accelerator.wait_for_everyone()  # what is read from these files is read as rewound
         self.side = SideStreams(self.lanes, checked, config, self.parts, directory, self.pad_id) if judge else None
@@ -185,7 +187,7 @@ class Training:
 
     def _objective(self, lanes: Sequence[Lane], gate: Gate) -> Distillation:
         config, checked = self.config, self.checked
-        ends = models.eos_ids(self.student, checked.tokenizer)
+        ends = eos_ids(self.student, checked.tokenizer)
         stale = config.updates_a_round > 1 and config.importance_clip is not None
         return Distillation(
             student=self.parts,

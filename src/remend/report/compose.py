@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from remend import run
 from remend.errors import InputError
+from remend.files.atomic import read_json
+from remend.files.run_directory import MANIFEST, RECIPE, SUMMARY, TRACK, RunDirectory, occupied
 from remend.report.comparison import Compared, Diagnosis, Run, comparison_page
 from remend.report.diagnosis import diagnosis_page
 from remend.report.page import Page
 from remend.report.recovery import recovery_page
 from remend.report.study import study_page
 from remend.report.writing import write_page
-from remend.run import RunDirectory
 
 DIAGNOSIS, STUDY = "diagnosis.json", "results.json"
 
 WHAT = (
-    f"a recovery's directory holds {run.MANIFEST}, {run.RECIPE} and, once it is complete, {run.SUMMARY}; a diagnosis' "
+    f"a recovery's directory holds {MANIFEST}, {RECIPE} and, once it is complete, {SUMMARY}; a diagnosis' "
     f"directory holds {DIAGNOSIS}, a study's {STUDY}"
 )
 
@@ -52,7 +52,7 @@ def report(paths: Sequence[str | Path], out: Path | None = None) -> Path:
             f"{len(places)} paths are given and no out: a comparison has no directory of its own; name a new one with "
             "--out"
         )
-    if out is not None and (problem := run.occupied(out) or _filled(out)):
+    if out is not None and (problem := occupied(out) or _filled(out)):
         raise InputError(problem)
     try:
         if len(places) == 1 and (places[0] / STUDY).is_file():
@@ -99,20 +99,20 @@ def _tail(place: Path, others: Sequence[Path]) -> str:
 def _read(place: Path, name: str) -> Compared:
     if (place / DIAGNOSIS).is_file():
         return Diagnosis(name, place, _object(place / DIAGNOSIS))
-    if not (place / run.MANIFEST).is_file() or not (place / run.RECIPE).is_file():
+    if not (place / MANIFEST).is_file() or not (place / RECIPE).is_file():
         reason = "is no directory" if not place.is_dir() else "is neither a recovery nor a diagnosis"
         raise InputError(f"{place} {reason}: {WHAT}; give what --out named")
-    if not (place / run.SUMMARY).is_file():
+    if not (place / SUMMARY).is_file():
         raise InputError(
-            f"the recovery in {place} is not complete: {run.SUMMARY} is written last, and is not there; continue it "
+            f"the recovery in {place} is not complete: {SUMMARY} is written last, and is not there; continue it "
             f"with remend recover --resume {place}"
         )
-    summary, manifest = _object(place / run.SUMMARY), _object(place / run.MANIFEST)
-    return Run(name, place, summary, manifest, RunDirectory(place).rows(run.TRACK))
+    summary, manifest = _object(place / SUMMARY), _object(place / MANIFEST)
+    return Run(name, place, summary, manifest, RunDirectory(place).rows(TRACK))
 
 
 def _object(path: Path) -> dict[str, Any]:
-    content = run.read_json(path)
+    content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {type(content).__name__}, not an object; write it anew with the run")
     return content

@@ -7,18 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from remend.report.svg import (
-    BOTTOM,
-    TOP,
-    Frame,
-    Key,
-    legend,
-    marker,
-    start,
-    style,
-    text,
-    ticks,
-)
+from remend.report.svg import BOTTOM, TOP, Frame, Key, legend, marker, start, style, text, ticks
 
 NARROW, ROW = 440, 50
 """Width of a forest plot, so that a phone shows it whole, and height of its rows, in viewBox units."""

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from remend import run
+from remend.files.atomic import read_json
+from remend.files.run_directory import MANIFEST, RECIPE, TRACK, RunDirectory
+from remend.maths.gap import bootstrap_gap_closed
 from remend.report import samples
 from remend.report.page import Answer, Block, Code, Facts, Figure, Forest, Page, Samples, Section, Table, Text
 from remend.report.plots import Interval, percent
 from remend.report.tracks import alignment
 from remend.report.training import figures
 from remend.report.writing import write_page
-from remend.run import RunDirectory
-from remend.stats import bootstrap_gap_closed
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -84,8 +84,8 @@ def write_report(directory: Path, summary: Mapping[str, Any]) -> Path:
 
 def recovery_page(directory: Path, summary: Mapping[str, Any]) -> Page:
     """The page of the run in `directory`; its summary may not be written yet."""
-    files, manifest = RunDirectory(directory), run.read_json(directory / run.MANIFEST)
-    track = files.rows(run.TRACK)
+    files, manifest = RunDirectory(directory), read_json(directory / MANIFEST)
+    track = files.rows(TRACK)
     sections = [
         _gap(files, summary, manifest),
         Section("Training", "training", figures(files, summary, manifest)),
@@ -172,7 +172,7 @@ def _samples(rows: Rows, manifest: Mapping[str, Any]) -> Samples:
 
 
 def _rerun(directory: Path, summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[Block]:
-    recipe, hardware = directory / run.RECIPE, manifest["hardware"]
+    recipe, hardware = directory / RECIPE, manifest["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version)
     gpus = "".join(f", {gpu}" for gpu in hardware["gpus"])
     facts = [
@@ -197,6 +197,6 @@ def _rerun(directory: Path, summary: Mapping[str, Any], manifest: Mapping[str, A
     return [
         Code(command),
         Facts([(name, str(value)) for name, value in facts]),
-        Code(text.rstrip("\n"), folded=f"The recipe ({run.RECIPE})"),
-        Code(json.dumps(manifest, indent=1, ensure_ascii=False), folded=f"The manifest ({run.MANIFEST})"),
+        Code(text.rstrip("\n"), folded=f"The recipe ({RECIPE})"),
+        Code(json.dumps(manifest, indent=1, ensure_ascii=False), folded=f"The manifest ({MANIFEST})"),
     ]

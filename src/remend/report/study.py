@@ -19,7 +19,7 @@ SCORED = ("score (95%)", "change (95%)", "can show", "verdict", "loss won back (
 
 
 def study_page(results: Mapping[str, Any]) -> Page:
-    """The page as data, of what remend.flows.study gathered."""
+    """The page as data, of what remend.studies gathered."""
     rows = [row for row in results["rows"] if row["how"] != "none"]
     sections = [
         *_table(results["rows"], rows),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from remend import run
+from remend.files.run_directory import METRICS, RunDirectory
 from remend.report.page import Block, Figure, Lines, Text
 from remend.report.svg import Point, Series, style
-from remend.run import RunDirectory
 
 MOST_POINTS = 400
 """A line of more steps is drawn through means of as many."""
@@ -21,7 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def figures(files: RunDirectory, summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[Block]:
     """Loss and held-out KL of each stream over the steps, and the speed."""
-    rows = files.rows(run.METRICS)
+    rows = files.rows(METRICS)
     trained = [row for row in rows if "loss" in row]
     if not trained:
         return [Text("No steps were trained.")]

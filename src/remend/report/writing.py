@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from remend import run
+from remend.files.atomic import write_json, write_text
 from remend.report.markdown import markdown
 from remend.report.page import Page
 
@@ -32,7 +32,7 @@ def html(page: Page) -> str:
 
 def write_page(directory: Path, page: Page) -> Path:
     """Write the page's three forms; the path of report.html. Raises FileError where that can't be done."""
-    run.write_json(directory / JSON, page.to_json())
-    run.write_text(directory / MARKDOWN, markdown(page))
-    run.write_text(directory / HTML, html(page))
+    write_json(directory / JSON, page.to_json())
+    write_text(directory / MARKDOWN, markdown(page))
+    write_text(directory / HTML, html(page))
     return directory / HTML

@@ -1,0 +1,1 @@
+"""Containers of weights: one file reads and writes each."""

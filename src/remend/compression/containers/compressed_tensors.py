@@ -1,0 +1,148 @@
+"""Read the grid of weights that compressed-tensors packed: codes, scales and zeros as in its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from remend.compression.grids import Grid, GridFormat, restore
+from remend.compression.stored_grid import StoredGrid
+from remend.errors import InputError
+from remend.models.packed_weights import require_compressed_tensors
+
+
+def grid_of_compressed(directory: Path, config: dict[str, Any]) -> tuple[StoredGrid, str]:
+    """Read the grid, and say in one sentence what it is.
+
+    Args:
+        directory: holds the packed safetensors.
+        config: its `quantization_config`.
+
+    Raises:
+        InputError: a scheme that no grid here describes, with the reason.
+    """
+    require_compressed_tensors(str(directory))
+    groups = list(config.get("config_groups", {}).values())
+    if len(groups) != 1:
+        raise InputError(f"it mixes {len(groups)} quantization schemes, and one grid a model is held")
+    args, packing = groups[0].get("weights"), groups[0].get("format") or config.get("format")
+    if not args:
+        raise InputError("its weights are not quantized, only its activations")
+    modules = _modules(directory)
+    if not modules:
+        raise InputError("its config.json tells of packed weights, but its files hold none")
+    if args["type"] == "int":
+        fmt, repeats = _integer_format(args, modules)
+        matrices = {f"{n}.weight": _integer(m, fmt, args, repeats[n]) for n, m in modules.items()}
+    else:
+        fmt = _float_format(args)
+        matrices = {f"{n}.weight": _float(m, fmt) for n, m in modules.items()}
+    also = "; the quantization of its activations is not held" if groups[0].get("input_activations") else ""
+    return StoredGrid(fmt, matrices), f"compressed-tensors ({packing}): the grid {fmt.name}{also}"
+
+
+def refuse_sparse(config: dict[str, Any], what: str) -> None:
+    """Raise InputError for weights whose zeros compressed-tensors left out: what is installed can't put them back.
+
+    Zeros of plain weights that a config only tells of (format dense) are found once it is quiet about them.
+    """
+    form = (config.get("sparsity_config") or {}).get("format", "dense")
+    if form != "dense":
+        raise InputError(
+            f"{what} is stored sparse ({form}), a legacy format for which compressed-tensors has no compressor "
+            "left; save it as plain weights with the release that wrote it: its zeros are then found and held"
+        )
+    if "sparsity_config" in config and not config.get("config_groups"):
+        raise InputError(
+            f"{what} has plain weights with zeros, and its config.json calls them compressed; take quantization_config "
+            "out of that file: its zeros are then found and held"
+        )
+
+
+def _modules(directory: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of every packed module by their local name."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                module, _, local = name.rpartition(".")
+                if local.startswith("weight"):
+                    modules.setdefault(module, {})[local] = tensors.get_tensor(name)
+    return {n: m for n, m in modules.items() if "weight_scale" in m}
+
+
+def _integer_format(args: dict[str, Any], modules: dict[str, dict[str, Tensor]]) -> tuple[GridFormat, dict[str, int]]:
+    """The grid, and how often each module's scale is repeated to fill it: a whole row's scale serves its groups."""
+    bits, strategy = args["num_bits"], args["strategy"]
+    if bits not in (4, 8):
+        raise InputError(f"its integers have {bits} bits; held are 4 and 8")
+    if strategy not in ("group", "channel"):
+        raise InputError(f"its scales are shared by a {strategy}; held are those of groups of a row, and of whole rows")
+    if any("weight_g_idx" in m for m in modules.values()):
+        raise InputError("its columns are reordered (actorder=group), so a group is no run of neighbours")
+    widths = {n: _shape(m)[1] for n, m in modules.items()}
+    if strategy == "group":
+        group = int(args["group_size"])
+    else:
+        group = next((g for g in (128, 64, 32) if not any(w % g for w in widths.values())), 0)
+    if group not in (32, 64, 128):
+        raise InputError(f"its groups are {group or 'whole rows that no group of 32 divides'}; held are 32, 64 and 128")
+    fmt = GridFormat.parse(f"int{bits}-g{group}-{'sym' if args.get('symmetric', True) else 'zp'}")
+    return fmt, {n: w // group // modules[n]["weight_scale"].shape[1] for n, w in widths.items()}
+
+
+def _shape(module: dict[str, Tensor]) -> tuple[int, int]:
+    rows, columns = module["weight_shape"].tolist() if "weight_shape" in module else module["weight"].shape
+    return int(rows), int(columns)
+
+
+def _integer(module: dict[str, Tensor], fmt: GridFormat, args: dict[str, Any], repeat: int) -> tuple[Tensor, Grid]:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    half, scale = 2 ** (fmt.bits - 1), module["weight_scale"]
+    rows, columns = _shape(module)
+    if "weight_packed" in module:
+        values = unpack_from_int32(module["weight_packed"], fmt.bits, torch.Size((rows, columns)))
+    else:
+        values = module["weight"]
+    zeros = None
+    if not args.get("symmetric", True):
+        zeros = module["weight_zero_point"]
+        if zeros.dtype == torch.int32:
+            zeros = unpack_from_int32(zeros, fmt.bits, torch.Size((rows, scale.shape[1])), packed_dim=0)
+        zeros = (zeros.float() + half).repeat_interleave(repeat, 1)
+    stored = scale.to(fmt.scale)
+    if not torch.equal(stored.float(), scale.float()):
+        raise InputError(f"its scales ({str(scale.dtype).removeprefix('torch.')}) are not all exact in float16")
+    codes = (values.to(torch.int16) + half).to(torch.uint8)
+    return codes, Grid(stored.float().repeat_interleave(repeat, 1).contiguous(), zeros)
+
+
+def _float_format(args: dict[str, Any]) -> GridFormat:
+    kind = (args["num_bits"], args["strategy"], args.get("group_size"))
+    if kind[:2] in ((8, "channel"), (8, "tensor")):
+        return GridFormat.parse("fp8-e4m3")
+    if kind == (4, "tensor_group", 16):
+        return GridFormat.parse("nvfp4")
+    if kind == (4, "group", 32):
+        return GridFormat.parse("mxfp4")
+    raise InputError(
+        f"its {kind[0]}-bit floats share scales by {kind[1]}; held are fp8 by row or matrix, nvfp4 and mxfp4"
+    )
+
+
+def _float(module: dict[str, Tensor], fmt: GridFormat) -> tuple[Tensor, Grid]:
+    scale = module["weight_scale"]
+    if fmt.bits == 8:
+        codes = module["weight"].view(torch.uint8)
+        return codes, Grid(scale.float().reshape(-1, 1).expand(codes.shape[0], 1).contiguous())
+    packed = module["weight_packed"]
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).view(packed.shape[0], -1)
+    stored = {"scales": scale}
+    if "weight_global_scale" in module:
+        stored["outer"] = module["weight_global_scale"].float().reshape(())
+    return codes, restore(stored, fmt)

@@ -1,0 +1,108 @@
+"""The file that describes the grid on which a model's weights lie.
+
+Legend: O rows (outputs), I columns (inputs), K groups a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from remend.compression.grids import (
+    Grid,
+    GridFormat,
+    decode,
+    restore,
+    store,
+)
+from remend.errors import FileError, InputError
+
+GRID_FILE = "grid.safetensors"
+
+
+_FORMULAS = {
+    "scaled": "w = scales * value of a code",
+    "zero": "w = scales * (codes - zeros)",
+    "minimum": "w = scales * codes + zeros",
+}
+
+
+class StoredGrid:
+    """The content of `grid.safetensors`: one format, and for every quantized matrix its codes and its grid.
+
+    For a matrix W the file holds 'W.codes' (uint8 [O, I]), 'W.scales' and, where the format has them, 'W.zeros' (each
+    [O, K]) and 'W.outer' ([]), in the types that `store` gives. The header names format and formula.
+    """
+
+    def __init__(self, fmt: GridFormat, matrices: dict[str, tuple[Tensor, Grid]]) -> None:
+        self.format = fmt
+        self.matrices = matrices
+
+    def check(self, model: nn.Module) -> None:
+        """Raise InputError when the model lacks a matrix, or its weights are not the ones that this grid describes."""
+        parameters = dict(model.named_parameters())
+        for name, (codes, grid) in self.matrices.items():
+            weight = parameters.get(name)
+            if weight is None or weight.shape != codes.shape:
+                raise InputError(f"the grid describes {name} {tuple(codes.shape)}, which the model does not have")
+            codes, grid = codes.to(weight.device), grid.to(weight.device)
+            if not torch.equal(decode(codes, grid, self.format), weight.detach().float()):
+                raise InputError(
+                    f"{name} does not lie on its grid: {GRID_FILE} belongs to another model; remove it to take the "
+                    "weights as they are"
+                )
+
+    def write(self, directory: Path) -> None:
+        """Write the file into `directory` (which the caller moves into place)."""
+        tensors: dict[str, Tensor] = {}
+        for name, (codes, grid) in self.matrices.items():
+            for key, tensor in {"codes": codes, **store(grid, self.format)}.items():
+                tensors[f"{name}.{key}"] = tensor.cpu().contiguous()
+        formula = f"{_FORMULAS[self.format.form]}, one scale for {self.format.group or 'all'} neighbours in a row"
+        save_file(
+            tensors,
+            directory / GRID_FILE,
+            metadata={"remend_grid": "2", "format": self.format.name, "formula": formula},
+        )
+
+    @staticmethod
+    def read(directory: Path) -> StoredGrid | None:
+        """The grid beside a model, or None where there is none. Raises FileError for a file that can't be used."""
+        path = directory / GRID_FILE
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            fmt = GridFormat.parse(metadata.get("format", "without a format"))
+            names = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
+            matrices = {name: _matrix_of(name, tensors, fmt) for name in names}
+        except (SafetensorError, OSError, InputError) as error:
+            raise FileError(f"{path} can't be read as a quantization grid: {error}") from None
+        return StoredGrid(fmt, matrices)
+
+
+def _matrix_of(name: str, tensors: Mapping[str, Tensor], fmt: GridFormat) -> tuple[Tensor, Grid]:
+    codes = tensors[f"{name}.codes"]
+    parts = {key: tensors[f"{name}.{key}"] for key in ("scales", "zeros", "outer") if f"{name}.{key}" in tensors}
+    try:
+        grid = restore(parts, fmt)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    if codes.dtype != torch.uint8 or codes.ndim != 2:
+        raise InputError(f"the codes of {name} are no matrix of type uint8")
+    rows, columns = codes.shape
+    group = fmt.group or columns
+    if columns % group or grid.scales.shape != (rows, columns // group):
+        raise InputError(
+            f"codes {tuple(codes.shape)} and scales {tuple(grid.scales.shape)} of {name} don't fit each other"
+        )
+    if codes.numel() and int(codes.max()) >= fmt.levels:
+        raise InputError(f"{name} holds codes up to {int(codes.max())}; {fmt.name} has {fmt.levels}")
+    return codes, grid

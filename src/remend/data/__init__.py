@@ -1,0 +1,1 @@
+"""Prompts, rows and tasks: what models are trained and measured on."""

@@ -1,0 +1,116 @@
+"""general: follow instructions that a program can verify, in the manner of IFEval (arXiv 2311.07911).
+
+Prompts are made here, from this project's own topics (topics.py) and kinds of checks (checks.py), one to three
+compatible ones a prompt. A row looks like this:
+
+    {"prompt": "Explain why ice floats. Use at most 90 words. Begin with exactly these words: \\"Let me explain …",
+     "checks": [{"kind": "words_at_most", "n": 90}, {"kind": "starts_with", "text": "Let me explain this"}],
+     "topic": "Explain why ice floats."}
+
+A response is right when it follows all checks. The mode `paper` is IFEval's strict criterion, `robust` its loose one:
+each check may also be met by the response without its first or last line or without asterisks, and what stands before
+the last `</think>` is not read. Only the form is graded: nothing here tells whether the answer is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+from remend.data.tasks import checks_shape, checks_words
+from remend.data.tasks.checks import CHECKS, compatible, describe, holds, holds_loosely, read_check
+from remend.data.tasks.forms import FORMS, Form, name_of, require
+from remend.data.tasks.task import TASKS, Draw, Grade, Mode, Task
+from remend.data.tasks.topics import TOPICS, Topic
+from remend.errors import InputError
+
+PROMPTS = 360
+"""So many bundled prompts of the held-out split."""
+
+SOURCES = (checks_shape, checks_words)
+"""Modules that register kinds of checks when they are imported."""
+
+
+def prompts(n: int = PROMPTS, seed: int = 0) -> list[dict[str, Any]]:
+    """The bundled prompts: the first `n` rows of `general`'s held-out split, the same ones everywhere.
+
+    Raises InputError when n is below 1, or more than there are distinct prompts.
+    """
+    return TASKS.get("general").rows("held_out", n, seed)
+
+
+def make(draw: Draw) -> dict[str, Any]:
+    """One row: a topic and one to three checks; topics, kinds of the first check and counts take turns."""
+    rng = draw.random()
+    topics = TOPICS[draw.split]
+    topic = rng.choice(topics) if draw.attempt else draw.turn(topics, "topic")  # a kind without arguments soon repeats
+    kinds = [draw.turn(CHECKS.names(), "kind")]
+    count = draw.turn((1, 2, 2, 3, 3), "count")
+    while len(kinds) < count:
+        fitting = [name for name in CHECKS.names() if compatible([*kinds, name])]
+        if not fitting:
+            break
+        kinds.append(rng.choice(fitting))
+    items = [draw_check(name, rng, topic) for name in kinds]
+    return {
+        "prompt": " ".join([topic.request, *(describe(item) for item in items)]),
+        "checks": items,
+        "topic": topic.request,
+    }
+
+
+def draw_check(name: str, rng: Random, topic: Topic) -> dict[str, Any]:
+    """A check of a kind with arguments that fit a topic. Raises InputError that lists the known kinds."""
+    return {"kind": name, **CHECKS.get(name).draw(rng, topic.words)}
+
+
+def checks_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The row's checks, validated. Raises InputError that names the row and what is wrong with it."""
+    where = name_of(row)
+    require(row, ("checks",), where)
+    items = row["checks"]
+    if not isinstance(items, list) or not items:
+        raise InputError(f"{where}: checks must be a list with at least one check, got {items!r:.80}")
+    for item in items:
+        try:
+            read_check(item)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    return items
+
+
+def outcomes(response: str, row: Mapping[str, Any]) -> dict[str, list[bool]]:
+    """Whether each check is followed, in order: {"strict": […], "loose": […]}, for IFEval's score per instruction.
+
+    Raises InputError as `checks_of`.
+    """
+    items = checks_of(row)
+    answer = response.rpartition("</think>")[2]
+    return {
+        "strict": [holds(response, item) for item in items],
+        "loose": [holds_loosely(answer, item) for item in items],
+    }
+
+
+def grade_general(response: str, row: Mapping[str, Any], mode: Mode) -> Grade:
+    """Right when all of row["checks"] are followed: strictly (paper) or loosely (robust); see the module.
+
+    Raises InputError as `checks_of`.
+    """
+    items = checks_of(row)
+    found = outcomes(response, row)
+    followed = found["strict" if mode == "paper" else "loose"]
+    if all(followed):
+        return Grade(True, "correct" if all(found["strict"]) else "correct; only by the loose criterion")
+    if not response.strip():
+        return Grade(False, "the response is empty")
+    missed = " ".join(describe(item) for item, ok in zip(items, followed, strict=True) if not ok)
+    return Grade(False, f"{len(items) - sum(followed)} of {len(items)} not followed: {missed}")
+
+
+FORMS.register("general", source="checks after IFEval, arXiv 2311.07911")(Form(("prompt", "checks")))
+
+TASKS.register("general", source="checks after IFEval, arXiv 2311.07911; prompts are invented")(
+    Task("general", "follow instructions that a program can verify", make, grade_general)
+)

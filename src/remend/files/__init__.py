@@ -1,0 +1,1 @@
+"""Files: atomic writes, the run directory, settings from YAML, shipped recipes."""

@@ -1,0 +1,80 @@
+"""What a manifest says of the machine and of the versions that ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def peak_rss_mib() -> float:
+    """Largest resident memory of this process so far, MiB."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the manifest."""
+    import importlib.metadata
+    import platform
+    import sys
+
+    import psutil
+
+    names = ("remend", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "datasets", "gguf")
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    hardware: dict[str, Any] = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=True),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "hardware": hardware,
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+    }
+
+
+def _processor() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree that runs, with '-dirty' where it differs; None for an installed package."""
+    import subprocess
+
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,181 @@
+"""The run directory: everything a run writes, each file to a temporary name first and then renamed.
+
+recipe.yaml      the resolved settings
+manifest.json    versions, seeds, git commit, hashes of models and data, command line, hardware, warnings
+metrics.jsonl    one row a training step (`step`, `loss`, `tokens`, …), evaluation rows between; the same on every rerun
+timing.jsonl     seconds of each step, apart from the metrics since they differ on every rerun; at step 0, with `stage`,
+                 those of what came before: prompts, repair, gate, pool
+baseline.json    the degraded student's measurement;  reference.jsonl the reference's held-out completions
+repair.json      KL after one-shot repair, on fitted text too, and whether kept;  held_out_repaired.jsonl by prompt
+track.jsonl      with diagnose_every: KL, agreement and each layer's CKA at the start, on the way and at the end
+checkpoints/     step-000050/ with masters, optimizer tensors and counters
+model/           the recovered model, as measured
+samples.jsonl    what reference, degraded and recovered say to the same prompts
+summary.json     what was measured;  report.html, report.md, report.json  the same to look at, for a card, as data
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from remend.errors import FileError, InputError
+from remend.files.atomic import json_line, new_directory, write_text, writing
+
+INPUTS = "inputs"
+"""A run's directory may hold this folder before the run begins: what a flow made for it."""
+
+
+MANIFEST, RECIPE, METRICS, SUMMARY = "manifest.json", "recipe.yaml", "metrics.jsonl", "summary.json"
+
+
+REPAIR = "repair.json"
+
+
+TRACK = "track.jsonl"
+
+
+TIMING = "timing.jsonl"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state of training after `step` steps."""
+
+    step: int
+    path: Path
+
+    def masters(self) -> dict[str, Tensor]:
+        """Masters by parameter name."""
+        return _tensors(self.path / "masters.safetensors")
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """'<name>.exp_avg' and '<name>.exp_avg_sq'."""
+        return _tensors(self.path / "optimizer.safetensors")
+
+    def follower(self) -> dict[str, Tensor]:
+        """What follows the weights: a teacher that is their moving average."""
+        return _tensors(self.path / "follower.safetensors")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(
+            f"checkpoint file {path} can't be read: {error}; remove {path.parent} to go on from the one before"
+        ) from None
+    return tensors
+
+
+class RunDirectory:
+    """Read and write one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def create(path: Path) -> RunDirectory:
+        """A new run. Raises InputError when the directory holds anything already but its inputs."""
+        problem = occupied(path, inputs=True)
+        if problem:
+            raise InputError(problem)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return RunDirectory(path)
+
+    @staticmethod
+    def open(path: Path) -> RunDirectory:
+        """An existing run. Raises InputError when it is none."""
+        if not (path / MANIFEST).is_file() or not (path / RECIPE).is_file():
+            raise InputError(
+                f"{path} is no remend run: it has no {MANIFEST} with {RECIPE}; give the directory that --out named"
+            )
+        return RunDirectory(path)
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add one JSON line."""
+        with writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as stream:
+            stream.write(json_line(row))
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """All complete JSON lines of a file; a last line cut short by a killed process is left out."""
+        path = self.path / name
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def note_seconds(self, stage: str, seconds: float, stream: str | None = None) -> None:
+        """Into timing.jsonl, at step 0: what something before the first step took. Done again, it replaces its row."""
+        row = {"step": 0, "stage": stage, **({"stream": stream} if stream else {}), "seconds": round(seconds, 4)}
+        same = [r for r in self.rows(TIMING) if (r.get("stage"), r.get("stream")) != (stage, stream)]
+        write_text(self.path / TIMING, "".join(map(json_line, [*same, row])))
+
+    def step_seconds(self) -> dict[int, float]:
+        """Seconds of each training step, from timing.jsonl."""
+        return {row["step"]: row["seconds"] for row in self.rows(TIMING) if "stage" not in row}
+
+    def setup_seconds(self, stage: str) -> float:
+        """Seconds of a stage before the first step, 0 where there was none."""
+        return float(sum(row["seconds"] for row in self.rows(TIMING) if row.get("stage") == stage))
+
+    def rewind(self, name: str, step: int) -> None:
+        """Drop rows after `step`: they will be made again."""
+        if (self.path / name).is_file():
+            write_text(self.path / name, "".join(json_line(r) for r in self.rows(name) if r["step"] <= step))
+
+    def save_checkpoint(
+        self,
+        step: int,
+        masters: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        keep: int,
+        follower: Mapping[str, Tensor] | None = None,
+    ) -> Checkpoint:
+        """Write a checkpoint, then remove the oldest beyond `keep`."""
+        target = self.path / "checkpoints" / f"step-{step:06d}"
+        with new_directory(target) as directory:
+            for name, tensors in (("masters", masters), ("optimizer", optimizer), ("follower", follower or {})):
+                save_file({k: t.detach().contiguous() for k, t in tensors.items()}, directory / f"{name}.safetensors")
+            (directory / "state.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old.path)
+        return Checkpoint(step, target)
+
+    def remove_leftovers(self) -> None:
+        """Remove temporary files and directories that a killed process left behind."""
+        for folder, names in ((self.path, ".*"), (self.path / "checkpoints", ".step-*")):
+            for path in folder.glob(names):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Complete checkpoints, oldest first."""
+        found = sorted((self.path / "checkpoints").glob("step-*"))
+        return [Checkpoint(int(p.name.removeprefix("step-")), p) for p in found if (p / "state.json").is_file()]
+
+
+def occupied(path: Path, *, inputs: bool = False) -> str | None:
+    """Why something new can't be written to `path`, or None.
+
+    `inputs`: the folder of what was made for a run may stand there already. Only what is written into the directory
+    may allow that; `new_directory` replaces it whole.
+    """
+    if path.is_file():
+        return f"out {path} is a file; name a new directory"
+    if (path / MANIFEST).exists():
+        return f"out {path} holds another run; name a new directory, or continue that run with --resume {path}"
+    if path.is_dir() and any(not (inputs and p.name == INPUTS) for p in path.iterdir()):
+        return f"out {path} is not empty; name a new directory"
+    return None

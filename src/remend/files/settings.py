@@ -1,0 +1,130 @@
+"""Typed settings from YAML: unknown keys refused, every problem listed at once, key=value overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from remend.errors import FileError, InputError, did_you_mean
+
+
+def as_number(value: Any) -> Any:
+    """A float where a whole number or its text was given: YAML 1.1 reads 1e-4 as a text (it wants 1.0e-4)."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Settings(BaseModel):
+    """Frozen settings of a known type: unknown keys are refused, and values are not converted into another type.
+
+    gone: keys that used to exist, each with the sentence that says since when it is gone and why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    gone: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def missing(cls, values: Mapping[str, Any]) -> list[str]:
+        """What `values` lacks beside the fields that have no default; a problem each."""
+        return []
+
+
+Config = TypeVar("Config", bound=Settings)
+
+
+def build(model: type[Config], values: dict[str, Any], origin: str) -> Config:
+    """Validate `values` as `model`. Raises InputError that lists every problem, not the first only."""
+    problems, built = model.missing(values), None
+    try:
+        built = model(**values)
+    except ValidationError as error:
+        problems += [_explain(model, item) for item in error.errors()]
+    if problems or built is None:
+        raise InputError("\n".join(f"{origin}: {p}" for p in problems))
+    return built
+
+
+def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `overrides` on top; a mapping over a mapping changes the keys that it names."""
+    result = dict(values)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def _explain(model: type[Settings], item: Any) -> str:
+    key, last = ".".join(str(part) for part in item["loc"]), str(item["loc"][-1])
+    if item["type"] == "extra_forbidden":
+        settings = _settings_at(model, item["loc"][:-1])
+        if last in settings.gone:
+            return f'"{key}" is gone: {settings.gone[last]}'
+        known = list(settings.model_fields)
+        return f'unknown key "{key}".{did_you_mean(last, known)} Known: {", ".join(known)}'
+    if item["type"] == "missing":
+        field = _settings_at(model, item["loc"][:-1]).model_fields[last]
+        return f'"{key}" is missing ({field.description})'
+    return f'"{key}" is {item["input"]!r}: {item["msg"].removeprefix("Value error, ").lower()}'
+
+
+def _settings_at(model: type[Settings], place: Sequence[Any]) -> type[Settings]:
+    """The settings in which a key stands, for the path of keys that leads there."""
+    for part in place:
+        field = model.model_fields.get(str(part))
+        inner = _settings_in(field.annotation) if field else None  # another part is a name that the user gave
+        model = inner or model
+    return model
+
+
+def _settings_in(annotation: Any) -> type[Settings] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    return next((inner for part in get_args(annotation) if (inner := _settings_in(part))), None)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file. Raises FileError or InputError with the path and what is wrong."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"recipe {path} can't be read: {_reason(error)}") from None
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
+        raise InputError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(
+            f"recipe {path} must be a mapping of keys to values, e.g. 'steps: 60'; it holds {type(values).__name__}"
+        )
+    return values
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """'steps=20' 'lora.rank=8' → values, read as YAML; a dot opens a mapping. Raises InputError without a '='."""
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise InputError(f'"{word}" is not of the form key=value, e.g. steps=20')
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            raise InputError(f'the value of "{key}" can\'t be read: {text!r}') from None
+        for part in reversed(key.split(".")[1:]):
+            value = {part: value}
+        values = merged(values, {key.split(".")[0]: value})
+    return values

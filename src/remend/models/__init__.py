@@ -1,0 +1,1 @@
+"""Models: found, loaded, sampled from and looked into."""

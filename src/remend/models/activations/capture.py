@@ -1,0 +1,201 @@
+"""One teacher-forced pass over a model: one row a sequence of every layer, and the states behind every answer token.
+
+Of what the layers put out only the chosen row of each sequence is kept; of the last states, which become logits,
+nothing outlives its batch.
+
+Legend: B batch, T time, S sequences, L layers, D width, N completion tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remend.errors import InputError
+from remend.models.layers import decoder_layers
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import Packed, Scorer, pack
+
+SITES = ("residual", "attention", "mlp")
+"""What a block puts out: its whole output (the residual stream, before the final norm), its attention's, its MLP's."""
+
+_PARTS = {
+    "attention": ("self_attn", "attn", "attention", "self_attention", "linear_attn"),
+    "mlp": ("mlp", "feed_forward", "block_sparse_moe", "ffn"),
+}
+
+BATCH_TOKENS = 2048
+"""Tokens a forward pass, padding included."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one forward pass: their numbers among all, and their tokens laid out."""
+
+    number: int
+    sequences: tuple[int, ...]
+    packed: Packed
+
+    def of_first(self, count: int) -> Tensor:
+        """[N] bool: completion tokens that belong to one of the first `count` of all sequences."""
+        first_B = torch.tensor([i < count for i in self.sequences], device=self.packed.rows_N.device)
+        return first_B[self.packed.rows_N]
+
+
+LEAST_ROWS = 4
+"""The debiased estimator needs 4 rows."""
+
+MASSIVE = 3.0
+"""A row whose norm is above so many times its layer's median is left out: a few such tokens decide a CKA. At 10 six
+tokens of 256, at 3 to 8 times the median, held about half of the variance of SmolLM2's layers 2 to 7, and the intervals
+there were wider than 0.3."""
+
+Consume = Callable[[Batch, Tensor], None]
+"""Gets each batch with the states [N, D] that predict its completion tokens, after the final norm."""
+
+
+def plan(rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
+    """Sequences grouped by length into batches of at most BATCH_TOKENS; settled by the lengths alone."""
+    lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
+    batches: list[list[int]] = []
+    for i in sorted(range(len(rollouts)), key=lambda i: (lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return [tuple(batch) for batch in batches]
+
+
+def modules_of(model: Any, site: str) -> list[nn.Module]:
+    """The modules whose outputs are the site's layers. Raises InputError where the model's blocks have no such part."""
+    blocks = list(decoder_layers(model))
+    if site == "residual":
+        return blocks
+    found = [next((m for n in _PARTS[site] if (m := getattr(b, n, None)) is not None), None) for b in blocks]
+    missing = [i for i, module in enumerate(found) if module is None]
+    if missing:
+        raise InputError(
+            f"layer {missing[0]} of {type(model).__name__} has no part that remend knows as {site} "
+            f"({', '.join(_PARTS[site])}); leave {site} out of --sites"
+        )
+    return [module for module in found if module is not None]
+
+
+@dataclass
+class _Recorder:
+    """Keeps one position of each sequence, layer after layer, of the pass that is running."""
+
+    name: str
+    places: tuple[Tensor, Tensor] | None = None  # rows and columns of the batch
+    rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def hook(self, site: str, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            states_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+            if not bool(states_BTD.isfinite().all()):
+                raise InputError(
+                    f"{self.name} yields numbers that are not finite, first in the {site} output of layer {layer}: its "
+                    "weights are damaged beyond measuring; look at that layer's tensors"
+                )
+            assert self.places is not None
+            self.rows[site, layer] = states_BTD[self.places].float().cpu()
+
+        return record
+
+
+@contextmanager
+def _recording(model: Any, name: str, sites: Sequence[str]) -> Iterator[_Recorder]:
+    recorder = _Recorder(name)
+    with ExitStack() as hooks:
+        for site in sites:
+            for layer, module in enumerate(modules_of(model, site)):
+                hooks.callback(module.register_forward_hook(recorder.hook(site, layer)).remove)
+        yield recorder
+
+
+@torch.no_grad()
+def capture(
+    parts: Scorer,
+    name: str,
+    rollouts: Sequence[Rollout],
+    picks: Sequence[int],
+    *,
+    pad_id: int,
+    sites: Sequence[str] = ("residual",),
+    consume: Consume | None = None,
+    turn: tuple[int, int] = (0, 1),
+    on_rows: Callable[[int], None] | None = None,
+) -> dict[str, dict[int, Tensor]]:
+    """Run the model over all sequences once.
+
+    Args:
+        parts: the model as body and head.
+        name: of the model, for messages.
+        rollouts: prompts with the reference's completions.
+        picks: for each sequence the completion token whose states are kept.
+        pad_id: any valid id.
+        sites: of SITES.
+        consume: gets the states that become logits, batch by batch.
+        turn: this process's number and how many there are; it runs every so many-th batch.
+        on_rows: progress callback.
+
+    Returns:
+        For each site and each sequence that this process ran: float32 [L, D] on the CPU.
+
+    Raises:
+        InputError: a layer's output is not finite (named); a site that the model does not have.
+    """
+    kept: dict[str, dict[int, Tensor]] = {site: {} for site in sites}
+    with _recording(parts.model, name, sites) as recorder:
+        for number, sequences in list(enumerate(plan(rollouts)))[turn[0] :: turn[1]]:
+            part = [rollouts[i] for i in sequences]
+            packed = pack([(r.prompt, r.completion) for r in part], pad_id=pad_id, device=parts.device)
+            columns = [len(r.prompt) + picks[i] for r, i in zip(part, sequences, strict=True)]
+            recorder.places = (
+                torch.arange(len(part), device=parts.device),
+                torch.tensor(columns, device=parts.device),
+            )
+            states_BTD = parts.hidden(packed.tokens_BT)
+            for site in sites:
+                layers = sorted(layer for s, layer in recorder.rows if s == site)
+                stacked_LBD = torch.stack([recorder.rows[site, layer] for layer in layers])
+                # a copy: a view would keep the whole batch alive
+                kept[site] |= {i: stacked_LBD[:, row].clone() for row, i in enumerate(sequences)}
+            if consume:
+                consume(Batch(number, sequences, packed), packed.gather(states_BTD))
+            if on_rows:
+                on_rows(len(part))
+    return kept
+
+
+def as_layers(rows: Mapping[int, Tensor], count: int) -> Tensor:
+    """[L, S, D] of the rows of all sequences, each [L, D]. Every sequence must be there."""
+    return torch.stack([rows[i] for i in range(count)], dim=1)
+
+
+def massive(states_LSD: Tensor) -> Tensor:
+    """[L, S] bool: rows whose norm is above MASSIVE times the median of their layer."""
+    norms_LS = torch.linalg.vector_norm(states_LSD, dim=-1)
+    median_L1: Tensor = norms_LS.median(dim=1, keepdim=True).values
+    above_LS: Tensor = norms_LS > MASSIVE * median_L1
+    return above_LS
+
+
+def usable(reference: Tensor, student: Tensor, least: int = LEAST_ROWS) -> Tensor:
+    """[S] bool: sequences whose row is massive at no layer of either model. InputError where too few are left."""
+    keep_S = ~(massive(reference).any(0) | massive(student).any(0))
+    if int(keep_S.sum()) < least:
+        raise InputError(
+            f"{int(keep_S.sum())} of {len(keep_S)} rows are left once tokens with a norm above {MASSIVE:g} times their "
+            f"layer's median are out, and {least} is the least; give more prompts (--rows, --data)"
+        )
+    return keep_S
+
+
+def pick_positions(lengths: Sequence[int], draws: Sequence[float]) -> list[int]:
+    """For each sequence one of its completion tokens: draw in [0, 1) times its length."""
+    return [min(int(draw * length), length - 1) for draw, length in zip(draws, lengths, strict=True)]

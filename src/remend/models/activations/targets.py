@@ -1,0 +1,102 @@
+"""What each layer of a block ought to give, by a healthy teacher whose hidden states go along with the walk.
+
+Legend: N real tokens, D width of the residual stream, O outputs of the student's layer, P of the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from remend.errors import InputError
+from remend.models.activations.anatomy import _Anatomy
+from remend.models.activations.passes import _batches, _look, _real, _run
+from remend.models.layers import decoder_layers, infer_rows
+from remend.models.sampling.rollout import Rollout
+
+
+class _Teacher:
+    """The teacher's side of the walk: carries its states, and tells what each layer of a block should give."""
+
+    def __init__(
+        self,
+        model: Any,
+        rollouts: Sequence[Rollout],
+        pad_id: int,
+        layer_map: Sequence[int],
+        precision: AbstractContextManager[Any],
+    ) -> None:
+        self.blocks = decoder_layers(model)
+        if not layer_map or max(layer_map) >= len(self.blocks) or list(layer_map) != sorted(set(layer_map)):
+            raise InputError(
+                f"the layer map {list(layer_map)} does not fit a teacher of {len(self.blocks)} layers: it must rise "
+                "and stay below that number"
+            )
+        self.map = [*layer_map, len(self.blocks)]
+        self.batches = _batches(model, rollouts, pad_id, precision, once=True)
+        self._advance(0, self.map[0])
+
+    def _advance(self, start: int, stop: int) -> None:
+        for at in range(start, stop):
+            for batch in self.batches:
+                batch.states_BTD = _run(self.blocks[at], batch, at)
+
+    def block(self, index: int, ours: nn.Module) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Outputs that linear layers of `ours` have too, by name; the stream before and after the whole span [N, D]."""
+        at = self.map[index]
+        layers = {n: m for n, m in self.blocks[at].named_modules() if isinstance(m, nn.Linear)}
+        before_ND = _real(self.batches)
+        seen = _look(self.blocks[at], self.batches, at, out_of=list(layers.values()))
+        for batch, states_BTD in zip(self.batches, seen.states, strict=True):
+            batch.states_BTD = states_BTD
+        self._advance(at + 1, self.map[index + 1])
+        narrow = {n: m for n, m in ours.named_modules() if n in layers and isinstance(m, nn.Linear)}
+        kept = {n: _kept(seen.outputs[layers[n]], m, layers[n]) for n, m in narrow.items()}
+        return {n: y_NO for n, y_NO in kept.items() if y_NO is not None}, before_ND, _real(self.batches)
+
+
+def _kept(outputs_NP: Tensor, ours: nn.Linear, theirs: nn.Linear) -> Tensor | None:
+    """Of the teacher's outputs those that a narrower layer kept."""
+    if ours.out_features == theirs.out_features:
+        return outputs_NP
+    rows_O = infer_rows(ours.weight, theirs.weight)
+    return None if rows_O is None else outputs_NP[:, rows_O]
+
+
+class _Targets:
+    """What the layers of one block ought to give, from the teacher's outputs and streams."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        anatomy: _Anatomy,
+        outputs: Mapping[str, Tensor],
+        teacher_before_ND: Tensor,
+        teacher_after_ND: Tensor,
+        before_ND: Tensor,
+    ) -> None:
+        names = {m: n for n, m in block.named_modules()}
+        self._given = {m: outputs.get(names[m]) for group in anatomy.groups for m in group}
+        self._before_ND = before_ND
+        self.written: list[nn.Linear] = []
+        self._stream: dict[nn.Linear, Tensor] = {}
+        same_width = before_ND.shape == teacher_before_ND.shape
+        if anatomy.writers and same_width and all(self._given[w] is not None for w in anatomy.writers):
+            stream_ND = teacher_before_ND
+            for writer in anatomy.writers:
+                stream_ND = stream_ND + self._given[writer]  # type: ignore[operator]
+                self._stream[writer] = stream_ND
+            self._stream[anatomy.writers[-1]] = teacher_after_ND  # of the whole span, removed blocks included
+
+    def wanted(self, layer: nn.Linear, written: Mapping[nn.Module, Tensor]) -> Tensor | None:
+        """[N, O], its bias taken off; None where the teacher has no like layer."""
+        y_NO = self._given.pop(layer)  # asked for once
+        if layer in self._stream:
+            y_NO = self._stream[layer] - self._before_ND - sum(y.float() for y in written.values())
+            self.written.append(layer)
+        if y_NO is None or y_NO.shape[1] != layer.out_features:
+            return None
+        return y_NO.float() if layer.bias is None else y_NO.float() - layer.bias.float()

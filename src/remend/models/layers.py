@@ -1,0 +1,97 @@
+"""Layers of a decoder: its blocks, its linear layers, and which of a reference's they are, found by comparing weights.
+
+Legend: O rows (outputs) of a student's matrix, P rows of the reference's, I columns (inputs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remend.errors import InputError
+
+
+def kept_weights(model: Any) -> dict[str, Tensor]:
+    """For every linear weight of the decoder that holds a zero a bool [O, I]: True where it is not zero."""
+    kept = {f"{name}.weight": layer.weight.detach() != 0 for name, layer in linear_layers(model).items()}
+    return {name: kept_OI for name, kept_OI in kept.items() if not bool(kept_OI.all())}
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder's blocks. Raises InputError for a model that does not keep them in one list."""
+    base = model.base_model
+    for path in ("layers", "h", "decoder.layers", "language_model.layers"):
+        found = base
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.ModuleList) and len(found):
+            return found
+    raise InputError(
+        f"{type(model).__name__} does not keep its blocks in a list that remend knows (layers, h, decoder.layers), so "
+        "methods that go through it block by block can't be used; round to nearest and magnitude need no such walk"
+    )
+
+
+@torch.no_grad()
+def infer_layer_map(student: Any, teacher: Any) -> list[int]:
+    """Which of the teacher's blocks each of the student's is: the rising assignment whose weights differ least.
+
+    Raises InputError when the student has more blocks than the teacher.
+    """
+    ours, theirs = decoder_layers(student), decoder_layers(teacher)
+    if len(ours) > len(theirs):
+        raise InputError(
+            f"the student has {len(ours)} layers and the teacher {len(theirs)}: it is no pruned copy of that one "
+            "(to recover it all the same, set repair: false)"
+        )
+    if len(ours) == len(theirs):
+        return list(range(len(ours)))
+    cost_ST = torch.tensor([[_difference(a, b) for b in theirs] for a in ours])
+    spare = len(theirs) - len(ours)
+    best = torch.full((len(ours) + 1, len(theirs) + 1), float("inf"))
+    best[0, : spare + 1] = 0
+    for s in range(len(ours)):
+        for t in range(s, s + spare + 1):
+            best[s + 1, t + 1] = torch.minimum(best[s + 1, t], best[s, t] + cost_ST[s, t])
+    chosen, t = [], len(theirs)
+    for s in range(len(ours), 0, -1):
+        while best[s, t - 1] <= best[s, t]:
+            t -= 1
+        t -= 1
+        chosen.append(t)
+    return chosen[::-1]
+
+
+def _difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
+    """Relative squared difference of the parameters that have one shape in both blocks."""
+    healthy, total, size = dict(theirs.named_parameters()), 0.0, 0.0
+    for name, parameter in ours.named_parameters():
+        if name in healthy and healthy[name].shape == parameter.shape:
+            total += float((parameter.float() - healthy[name].float()).square().sum())
+            size += float(parameter.float().square().sum())
+    return total / size if size else 0.0
+
+
+@torch.no_grad()
+def infer_rows(ours_OI: Tensor, theirs_PI: Tensor) -> Tensor | None:
+    """Which of a wider layer's outputs each output of a narrower one is: int64 [O], the nearest row of weights.
+
+    None where that is no choice of some of them (inputs of another width, more outputs, one row taken twice).
+    """
+    if ours_OI.shape[1] != theirs_PI.shape[1] or len(ours_OI) > len(theirs_PI):
+        return None
+    nearest_O = torch.cdist(ours_OI.float(), theirs_PI.float()).argmin(dim=1)
+    return nearest_O if len(set(nearest_O.tolist())) == len(nearest_O) else None
+
+
+def linear_layers(model: Any) -> dict[str, nn.Linear]:
+    """Every linear layer of the decoder by name: not the head, not embeddings."""
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of a model's parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())

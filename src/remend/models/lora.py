@@ -1,0 +1,19 @@
+"""Settings of a LoRA adapter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from remend.files.settings import Settings
+
+
+class LoraConfig(Settings):
+    """A LoRA adapter (arXiv 2106.09685) that is trained in place of the weights; they stay as they are."""
+
+    rank: int = Field(16, ge=1, description="rank of the update of every target matrix")
+    alpha: int | None = Field(None, ge=1, description="the update is scaled by alpha / rank; by default 2 · rank")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear (the decoder's, not the head), or ends of names: [q_proj, v_proj]"
+    )

@@ -1,0 +1,80 @@
+"""Let a model answer prompts under a progress bar, and keep the answers in a run's directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from remend.console import stage
+from remend.data.templates import Encoded
+from remend.files.atomic import json_line, write_text
+from remend.files.run_directory import RunDirectory
+from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.transformers_engine import TransformersSampler
+from remend.models.tokens import eos_ids, pad_id
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Encoded],
+    title: str,
+    *,
+    max_new_tokens: int,
+    shared: int | None = None,
+    temperature: float = 0.0,
+    seeds: Sequence[int] | None = None,
+    shown: bool = False,
+) -> list[Rollout]:
+    """A model's completions of prompts, in order.
+
+    Args:
+        model, tokenizer: a transformers causal language model and its tokenizer.
+        prompts: what is answered.
+        title: of the progress bar.
+        max_new_tokens: tokens an answer.
+        shared: only ids below it are sampled; None is the model's whole vocabulary.
+        temperature, seeds: 0 is greedy, which draws nothing and needs no seeds.
+        shown: answer the teacher's prompts, where there are any.
+    """
+    ids = model.get_output_embeddings().weight.shape[0] if shared is None else shared
+    with stage(title, len(prompts)) as advance:
+        sampler = TransformersSampler(
+            model, ids, eos_ids(model, tokenizer), pad_id(tokenizer), on_rows=advance, shown=shown
+        )
+        draws = seeds if seeds is not None else [0] * len(prompts)
+        return sampler(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seeds=draws)
+
+
+def kept(
+    directory: RunDirectory,
+    name: str,
+    prompts: Sequence[Encoded],
+    tokenizer: Any,
+    write: Callable[[], list[Rollout]],
+) -> list[Rollout]:
+    """Completions of `prompts` from the run's file `name`, or what `write` gives, put there for a resumed run.
+
+    Args:
+        directory: of the run.
+        name: of the JSON lines file: id, completion (token ids), clipped, and the text to read.
+        prompts: what the completions belong to, in order.
+        tokenizer: makes the text.
+        write: samples them; called only when the file lacks some.
+    """
+    saved = directory.rows(name)
+    if [row["id"] for row in saved] != [p.id for p in prompts]:
+        rollouts = write()
+        saved = [
+            {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": spoken(tokenizer, r)}
+            for r in rollouts
+        ]
+        write_text(directory.path / name, "".join(map(json_line, saved)))
+    pairs = zip(prompts, saved, strict=True)
+    return [Rollout(p.id, p.tokens, tuple(row["completion"]), row["clipped"], p.shown) for p, row in pairs]
+
+
+def spoken(tokenizer: Any, rollout: Rollout) -> str:
+    """A completion as text; … marks one that met the length limit."""
+    text: str = tokenizer.decode(rollout.completion, skip_special_tokens=True)
+    return text + (" …" if rollout.clipped else "")

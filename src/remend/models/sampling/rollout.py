@@ -1,0 +1,36 @@
+"""A prompt with its sampled completion, and the one protocol of engines that sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from remend.data.templates import Encoded
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt with one sampled completion. `clipped` says that it met the length limit before it ended.
+
+    `shown` is the teacher's prompt where that one sees more; `log_q` each token's log-probability under the policy
+    that sampled it (at temperature 1), where they were asked for. `off_policy` marks the teacher's own completions.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    clipped: bool
+    shown: tuple[int, ...] | None = None
+    log_q: tuple[float, ...] | None = None
+    off_policy: bool = False
+
+
+class Sampler(Protocol):
+    """Completions for prompts, from the policy as it is served."""
+
+    def __call__(
+        self, prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """One rollout a prompt, in order. Temperature 0 is greedy. A row's seed settles its draws."""
+        ...

@@ -1,0 +1,143 @@
+"""Sample completions with transformers.
+
+Legend: B active rows, V vocabulary, T prompt length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remend.data.templates import Encoded
+from remend.models.sampling.prepacked import packed_linears
+from remend.models.sampling.rollout import Rollout
+
+
+@dataclass
+class TransformersSampler:
+    """Batched decoding with transformers' key-value cache.
+
+    Every row draws from its own uniform numbers by inverting the cumulative distribution, so that a row's tokens don't
+    depend on which rows share its batch, and finished rows can leave the batch. top-p is 1: a truncated distribution
+    would not be the policy whose divergence is taken.
+
+    Args:
+        model: a transformers causal language model in evaluation mode.
+        shared: only ids below it are sampled (both models must know them).
+        eos: ids that end a completion; the ending token belongs to it.
+        pad_id: any valid id.
+        max_rows: rows decoded at once.
+        on_rows: progress callback.
+        log_q: keep the log-probabilities of the sampled tokens.
+        shown: answer the teacher's prompts instead, where there are any.
+    """
+
+    model: Any
+    shared: int
+    eos: tuple[int, ...]
+    pad_id: int
+    max_rows: int = 64
+    on_rows: Callable[[int], None] | None = None
+    log_q: bool = False
+    shown: bool = False
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """See Sampler."""
+        uniform = torch.stack(
+            [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        )
+        asked = [p.shown if self.shown and p.shown else p.tokens for p in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(asked[i]))  # like lengths pad least
+        results: dict[int, Rollout] = {}
+        with packed_linears(self.model):
+            for start in range(0, len(order), self.max_rows):
+                rows = order[start : start + self.max_rows]
+                completions, log_q = self._decode([asked[i] for i in rows], uniform[rows], temperature)
+                for i, tokens, given in zip(rows, completions, log_q, strict=True):
+                    clipped = not tokens or tokens[-1] not in self.eos
+                    results[i] = Rollout(
+                        prompts[i].id,
+                        prompts[i].tokens,
+                        tuple(tokens),
+                        clipped,
+                        prompts[i].shown,
+                        tuple(given) if self.log_q else None,
+                    )
+                if self.on_rows:
+                    self.on_rows(len(rows))
+        return [results[i] for i in range(len(prompts))]
+
+    def _decode(
+        self, prompts: list[tuple[int, ...]], uniform: Tensor, temperature: float
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        from remend.models.sampling.kv_cache import decoding_cache
+
+        device = self.model.device
+        width = max(map(len, prompts))
+        tokens_BT = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        uniform = uniform.to(device)
+        active = torch.arange(len(prompts), device=device)
+        ends = torch.tensor(self.eos, device=device)
+        position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        cache = decoding_cache(self.model.config)
+        completions: list[list[int]] = [[] for _ in prompts]
+        log_q: list[list[float]] = [[] for _ in prompts]
+        for t in range(uniform.shape[1]):
+            logits_BV = self.model(
+                input_ids=tokens_BT,
+                attention_mask=mask_BT,
+                position_ids=position_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1, : self.shared]
+            tokens_BT = choose(logits_BV, uniform[active, t], temperature).unsqueeze(1)
+            rows = active.tolist()
+            for row, token in zip(rows, tokens_BT[:, 0].tolist(), strict=True):
+                completions[row].append(token)
+            if self.log_q:
+                of_token_B = torch.log_softmax(logits_BV.float(), -1).gather(1, tokens_BT)[:, 0]
+                for row, value in zip(rows, of_token_B.tolist(), strict=True):
+                    log_q[row].append(value)
+            open_B = ~torch.isin(tokens_BT[:, 0], ends)
+            if not open_B.any():
+                break
+            if not open_B.all():
+                keep = open_B.nonzero()[:, 0]
+                active, tokens_BT, mask_BT, position_BT = (
+                    active[keep],
+                    tokens_BT[keep],
+                    mask_BT[keep],
+                    position_BT[keep],
+                )
+                cache.batch_select_indices(keep)
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
+            position_BT = position_BT[:, -1:] + 1
+        return completions, log_q
+
+
+def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
+    """One token a row: the most likely one at temperature 0, else the quantile `uniform_B` of softmax(logits / T).
+
+    Args:
+        logits_BV: any float dtype.
+        uniform_B: float64 in [0, 1).
+        temperature: 0 or more.
+
+    Returns:
+        [B] int64.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    cumulative_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).cumsum(-1, dtype=torch.float64)
+    draw_B1 = uniform_B.unsqueeze(1) * cumulative_BV[:, -1:]
+    # right=True: the first entry above the draw, so an entry of probability 0 is never chosen
+    return torch.searchsorted(cumulative_BV, draw_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)

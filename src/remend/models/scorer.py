@@ -1,0 +1,218 @@
+"""A causal language model as two parts: a body that makes hidden states and a head that makes logits.
+
+Scoring only some positions, in chunks, needs the two apart. Transformers models agree on the body
+(`model.base_model`) and on the output embedding; a few scale or cap their logits afterwards, which the head repeats.
+Whether the two parts give the model's own logits is checked once on a probe, so that a model that does something else
+is refused instead of being distilled wrongly.
+
+Legend: B batch, T time, D width, V vocabulary, N positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from remend.errors import InputError
+from remend.maths.losses.chunked import Head
+
+FULL = "full_attention"
+"""transformers' name of layers that attend to every earlier token."""
+
+LEAST_OPENING = 8
+"""Tokens that rows must have in common before they are run apart: below, the second pass costs what it saves."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model seen as body and head. Build it with `scorer`; `shared` vocabulary ids, from 0, are scored.
+
+    prefixes: what all rows of a batch open with can be run once, and its keys and values shared.
+    """
+
+    model: Any
+    shared: int
+    scale: float = 1.0
+    softcap: float | None = None
+    checkpointing: bool = False
+    prefixes: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.get_output_embeddings().weight.device
+        return device
+
+    @property
+    def head(self) -> Head:
+        """The head over the shared ids, on the model's present weights; gradients reach them."""
+        embedding = self.model.get_output_embeddings()
+        weight_VD, bias_V = embedding.weight, getattr(embedding, "bias", None)
+        if self.shared < weight_VD.shape[0]:
+            weight_VD, bias_V = weight_VD[: self.shared], None if bias_V is None else bias_V[: self.shared]
+        return Head(weight_VD, bias_V, self.scale, self.softcap)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, D] before the head. Sequences are padded on the right: a causal model's states at real
+        positions don't see what follows, so no attention mask is needed and attention keeps its fast causal path."""
+        with self._recomputed():
+            output = self.model.base_model(input_ids=tokens_BT, use_cache=False)
+        hidden_BTD: Tensor = output.last_hidden_state
+        return hidden_BTD
+
+    def states(self, batch: Packed) -> Tensor:
+        """[N, D]: the states that predict a batch's completion tokens. What all prompts open with is run once.
+
+        A chat template's system prompt is such an opening: SmolLM2's is 24 of some 44 prompt tokens.
+        """
+        length = self.opening(batch)
+        if not length:
+            return batch.gather(self.hidden(batch.tokens_BT))
+        from transformers import DynamicCache
+
+        body, rows = self.model.base_model, len(batch.tokens_BT)
+        cache = DynamicCache(config=self.model.config)
+        body(input_ids=batch.tokens_BT[:1, :length], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(rows)  # gradients of all rows meet in the one that was computed
+        rest = body(input_ids=batch.tokens_BT[:, length:], past_key_values=cache, use_cache=True)
+        states_ND: Tensor = rest.last_hidden_state[batch.rows_N, batch.columns_N - length]
+        return states_ND
+
+    def opening(self, batch: Packed) -> int:
+        """How many tokens all rows open with, before the first position that is asked for; 0 where it doesn't pay."""
+        recomputes = self.checkpointing and torch.is_grad_enabled()
+        if not self.prefixes or recomputes or len(batch.tokens_BT) < 2 or not len(batch.columns_N):
+            return 0
+        same_T = (batch.tokens_BT == batch.tokens_BT[:1]).all(dim=0)
+        length = min(int(same_T.long().cumprod(0).sum()), int(batch.columns_N.min()))
+        return length if length >= LEAST_OPENING else 0
+
+    @contextmanager
+    def _recomputed(self) -> Iterator[None]:
+        # transformers' layers recompute only in training mode. The mode is set on these layers alone, and for this pass
+        # alone: dropout stays off, and sampling keeps its cache.
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers = layers if self.checkpointing and torch.is_grad_enabled() else []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+
+def scorer(model: Any, shared: int | None = None, *, checkpointing: bool = False) -> Scorer:
+    """Split `model` into body and head.
+
+    Args:
+        model: a transformers causal language model.
+        shared: how many vocabulary ids, from 0, the head keeps; None is all.
+        checkpointing: recompute each layer in the backward pass instead of keeping its activations (arXiv 1604.06174).
+
+    Raises:
+        InputError: the parts don't reproduce the model's own logits.
+    """
+    config = model.config.get_text_config()
+    embedding = model.get_output_embeddings()
+    if embedding is None:
+        raise InputError(f"{type(model).__name__} has no output embedding; remend works with causal language models")
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    vocabulary = embedding.weight.shape[0]
+    if checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap, checkpointing)
+    _verify(result)
+    return replace(result, prefixes=_shares_prefixes(result))
+
+
+@torch.no_grad()
+def _verify(parts: Scorer) -> None:
+    probe_BT = torch.arange(1, 9, device=parts.device).remainder(parts.shared).unsqueeze(0)
+    own = parts.model(input_ids=probe_BT, use_cache=False).logits[0, :, : parts.shared].float()
+    ours = parts.head(parts.hidden(probe_BT)[0]).float()
+    if not own.isfinite().all():
+        raise InputError(
+            f"the logits of {parts.model.name_or_path} are not finite on a probe: its weights are damaged beyond use"
+        )
+    if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max()), rtol=0):
+        raise InputError(
+            f"{type(parts.model).__name__} computes its logits in a way that remend does not know "
+            f"(largest difference {float((own - ours).abs().max()):.3g} on a probe), so it can't be scored in chunks"
+        )
+
+
+@torch.no_grad()
+def _shares_prefixes(parts: Scorer) -> bool:
+    """Whether states after a shared opening are those of whole rows; not so where a layer sees a window only."""
+    config = parts.model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else FULL]
+    if any(kind != FULL for kind in kinds):
+        return False
+    tokens_BT = torch.arange(1, 41, device=parts.device).reshape(2, 20).remainder(parts.shared)
+    tokens_BT[1, :12] = tokens_BT[0, :12]
+    pairs = [(row[:14], row[14:]) for row in tokens_BT.tolist()]
+    batch = pack(pairs, pad_id=0, device=parts.device)
+    whole_ND = batch.gather(parts.hidden(batch.tokens_BT)).float()
+    try:
+        apart_ND = replace(parts, prefixes=True, checkpointing=False).states(batch).float()
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
+        return False
+    return torch.allclose(whole_ND, apart_ND, atol=1e-2 * float(whole_ND.abs().max()), rtol=0)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prompts with completions, padded on the right, and where their completion tokens are predicted.
+
+    tokens_BT: int64, prompt then completion then padding.
+    rows_N, columns_N: the position that predicts each completion token, row after row.
+    targets_N: those completion tokens.
+    """
+
+    tokens_BT: Tensor
+    rows_N: Tensor
+    columns_N: Tensor
+    targets_N: Tensor
+
+    def gather(self, states_BTD: Tensor) -> Tensor:
+        """[N, D]: the states that predict the completion tokens."""
+        return states_BTD[self.rows_N, self.columns_N]
+
+
+def pack(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, device: torch.device, skip_first: int = 0
+) -> Packed:
+    """Lay (prompt, completion) pairs out as a right-padded batch.
+
+    The state at position len(prompt) − 1 + t predicts completion token t. Packing the same completions after prompts
+    of other lengths therefore gives the same N tokens in the same order: that is how a teacher with another prompt is
+    aligned with the student.
+
+    Args:
+        pairs: token ids; every prompt has at least one token.
+        pad_id: any valid id; padded positions are never read.
+        device: where the tensors go.
+        skip_first: completion tokens at the start that are left out.
+    """
+    width = max(len(p) + len(c) for p, c in pairs)
+    tokens_BT = torch.full((len(pairs), width), pad_id, dtype=torch.long)
+    rows, columns, targets = [], [], []
+    for row, (prompt, completion) in enumerate(pairs):
+        if not prompt:
+            raise InputError("a prompt has no tokens: there is no position that predicts its first completion token")
+        sequence = [*prompt, *completion]
+        tokens_BT[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        for t in range(skip_first, len(completion)):
+            rows.append(row)
+            columns.append(len(prompt) - 1 + t)
+            targets.append(completion[t])
+    index = [torch.tensor(x, dtype=torch.long, device=device) for x in (rows, columns, targets)]
+    return Packed(tokens_BT.to(device), *index)

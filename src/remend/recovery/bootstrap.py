@@ -1,0 +1,153 @@
+"""When is a student ready to learn from its own answers? Until then it learns from the teacher's (bootstrap).
+
+On-policy training needs completions that say something: a student that babbles, loops or never ends teaches itself
+little, and a demonstration only helps a teacher that can learn in context. The SDFT paper (arXiv 2601.19897) advises
+off-policy training first for small models. The gate measures this and says why it is open or shut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from remend.console import console
+from remend.files.run_directory import RunDirectory
+from remend.maths.gap import bootstrap_mean
+from remend.models.sampling.rollout import Rollout
+from remend.training.measure import PromptSums, negative_log_likelihoods, pool, repetition
+
+GATE = "gate.jsonl"
+
+EVERY = 4
+"""Steps from one measurement to the next."""
+
+KL_LIMIT = 1.5
+"""Nats a token of KL(reference ‖ student) on the student's own samples, above which they are no text to learn from."""
+
+REPEATED_LIMIT = 0.3
+"""Share of 4-grams that stood in the same sample before. Like the other limits a first guess, not yet compared."""
+
+UNENDED_LIMIT = 0.5
+"""By how much more often the student's samples than the reference's answers may run into the length limit."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One measurement: `reasons` say why on-policy training should wait; none, and the gate is open."""
+
+    reasons: list[str]
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def judge_rollouts(own: Sequence[Rollout], sums: Sequence[PromptSums], reference: Sequence[Rollout]) -> Verdict:
+    """Are the student's own samples degenerate?
+
+    Args:
+        own: samples of the student at temperature 1.
+        sums: its divergence from the reference on them.
+        reference: the reference's answers to the same prompts, under the same length limit.
+    """
+    kl = pool(sums)["kl"]
+    repeated = sum(repetition(r.completion) for r in own) / len(own)
+    unended = sum(r.clipped for r in own) / len(own) - sum(r.clipped for r in reference) / len(reference)
+    reasons = []
+    if kl > KL_LIMIT:
+        reasons.append(f"KL {kl:.2f} on the student's own samples is above {KL_LIMIT}")
+    if repeated > REPEATED_LIMIT:
+        reasons.append(f"{repeated:.0%} of its 4-grams are repetitions, above {REPEATED_LIMIT:.0%}")
+    if unended > UNENDED_LIMIT:
+        reasons.append(f"its samples run into the length limit {unended:.0%} more often than the reference's answers")
+    return Verdict(reasons, {"kl_on_policy": kl, "repetition": repeated, "unended": unended})
+
+
+def judge_demonstrations(name: str, gains: Mapping[str, Sequence[float]], seed: int) -> Verdict:
+    """Does seeing the demonstration help the teacher of stream `name`?
+
+    Args:
+        name: of the stream.
+        gains: paired differences (with − without demonstration, above 0 is better) of each held-out row, by measure.
+        seed: of the bootstrap.
+    """
+    reasons, figures = [], {}
+    for measure, values in gains.items():
+        mean, interval = sum(values) / len(values), bootstrap_mean(values, seed=seed)
+        low, high = interval or (float("-inf"), float("inf"))
+        figures[f"{name}/{measure}_gain"] = mean
+        if interval:
+            figures |= {f"{name}/{measure}_gain_low": low, f"{name}/{measure}_gain_high": high}
+        if low <= 0:
+            reasons.append(
+                f"demonstrations don't show to help the teacher of {name}: {measure} gain {mean:.3f} "
+                f"({low:.3f} to {high:.3f} on {len(values)} rows)"
+            )
+    return Verdict(reasons, figures)
+
+
+def likelihood_gain(model: Any, rollouts: Sequence[Rollout], *, pad_id: int, device: Any) -> list[float]:
+    """By how many nats a token the negative log-likelihood of each row's answer falls when the teacher sees it."""
+    without, shown = (
+        negative_log_likelihoods(model, rollouts, pad_id=pad_id, device=device, shown=s) for s in (False, True)
+    )
+    return [a - b for a, b in zip(without, shown, strict=True)]
+
+
+@dataclass
+class Gate:
+    """Shut while the student should learn from the teacher's completions; once open it stays open.
+
+    Args:
+        mode: 'off' is open at once, 'on' opens when the budget is spent, 'auto' by measurement.
+        budget: steps of bootstrap at most.
+        measure: makes a Verdict of the student as it is; called in the main process only.
+        directory: keeps what was measured, so that a resumed run decides alike.
+        accelerator: all processes follow the main one.
+    """
+
+    mode: str
+    budget: int
+    measure: Callable[[], Verdict] | None
+    directory: RunDirectory
+    accelerator: Accelerator
+    opened: bool = False
+    measured: int | None = None
+
+    def __post_init__(self) -> None:
+        rows = self.directory.rows(GATE)
+        self.opened = self.mode == "off" or (bool(rows) and bool(rows[-1]["open"]))
+        self.measured = rows[-1]["step"] if rows else None
+
+    @property
+    def shut_once(self) -> bool:
+        """Whether any step was, or will be, trained on the teacher's completions for the gate's sake."""
+        return self.mode == "on" or not self.opened or any(not row["open"] for row in self.directory.rows(GATE))
+
+    def __call__(self, step: int) -> bool:
+        """Whether step `step` (from 1) trains on the student's own completions."""
+        done = step - 1
+        if self.opened:
+            return True
+        fresh = self.measured is not None and done - self.measured < EVERY
+        if done < self.budget and (self.mode == "on" or fresh):
+            return False
+        decided = [self._decide(done)] if self.accelerator.is_main_process else [False]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(decided)
+        self.opened, self.measured = decided[0], done
+        return self.opened
+
+    def _decide(self, done: int) -> bool:
+        if done >= self.budget:
+            row: dict[str, Any] = {"open": True, "reasons": [f"the budget of {self.budget} bootstrap steps is spent"]}
+        else:
+            assert self.measure is not None
+            verdict = self.measure()
+            row = {"open": not verdict.reasons, "reasons": verdict.reasons, **verdict.figures}
+        self.directory.append(GATE, {"step": done, **row})
+        why = "; ".join(row["reasons"]) or "the student's own completions can be learned from"
+        state = "on-policy from here" if row["open"] else "off-policy on the teacher's completions"
+        console.print(f"bootstrap gate at step {done}: {state} ({why})", soft_wrap=True)
+        return bool(row["open"])

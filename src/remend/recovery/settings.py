@@ -1,0 +1,281 @@
+"""The recipe: what `remend recover` and `remend check` read.
+
+Every default is documented with its source; docs/recipe.md is the page for users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field, PlainValidator, field_validator
+
+from remend.files.settings import Settings, as_number, build
+from remend.models.lora import LoraConfig
+
+SELF = "self"
+"""As `data`: the reference writes the prompts itself."""
+
+
+BASE = "base"
+
+
+MOVING = ("ema", "live", "initial", BASE)
+"""Teachers that are views of the student: its moving average, itself, itself as it came in, itself without adapter."""
+
+
+def _on_off(value: Any) -> Any:
+    # YAML 1.1 reads on and off as booleans
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _policy(value: Any) -> str | float:
+    value = as_number(_on_off(value)) if value not in ("on", "off") else value
+    if value in ("on", "off") or (isinstance(value, float) and 0 <= value <= 1):
+        return cast(str | float, value)
+    raise ValueError("allowed: on, off, or the share of completions that the student samples, 0 to 1")
+
+
+def _length(value: Any) -> int | list[int]:
+    parts = value.replace("→", "->").split("->") if isinstance(value, str) else value
+    if isinstance(parts, list) and all(isinstance(part, str) and part.strip().isdecimal() for part in parts):
+        parts = [int(part) for part in parts]
+    ends = parts if isinstance(parts, list) else [parts]
+    whole = all(isinstance(end, int) and not isinstance(end, bool) and end > 0 for end in ends)
+    if not whole or len(ends) != (2 if isinstance(parts, list) else 1) or ends != sorted(ends):
+        raise ValueError("allowed: a number of tokens from 1, or two of them, [16, 96], for one that grows")
+    return cast(int | list[int], parts)
+
+
+Policy = Annotated[str | float, PlainValidator(_policy)]
+
+
+Length = Annotated[int | list[int], PlainValidator(_length)]
+
+
+EMA_RATE = 0.01
+"""SDFT authors' code."""
+
+
+class EmaConfig(Settings):
+    """The moving average of the student's weights that teaches where a stream says `teacher: ema`."""
+
+    rate: float = Field(EMA_RATE, gt=0, le=1, description="ema += rate · (student − ema) (SDFT authors' code: 0.01)")
+    every: int = Field(1, ge=1, description="after every n steps")
+
+    _numbers = field_validator("rate", mode="before")(as_number)
+
+
+class AlignmentConfig(Settings):
+    """A second signal beside the divergence: hidden states that are like the teacher's (after arXiv 2606.05682)."""
+
+    measure: Literal["cka", "l2"] = Field("cka", description="1 − debiased CKA, or relative squared distance")
+    weight: float = Field(0.5, gt=0, le=100, description="length of its gradient as a share of the divergence's")
+    layers: list[int] | None = Field(None, description="the student's layers; by default all")
+
+    _numbers = field_validator("weight", mode="before")(as_number)
+
+
+class StreamConfig(Settings):
+    """One source of training signal. What is not given is the recipe's own."""
+
+    data: str | None = Field(
+        None, min_length=1, description="prompts, as in the recipe; self: the reference writes them"
+    )
+    teacher: str | None = Field(
+        None, min_length=1, description="a model, a cache, or ema, live, initial, base (views of the student)"
+    )
+    demonstrations: bool = Field(False, description="show the teacher the row's demonstration")
+    policy: Policy = Field("on", description="on: the student's completions; off: the teacher's; a number: share of on")
+    weight: float = Field(1.0, ge=0, description="of the stream's mean loss in the sum")
+    share: float = Field(1.0, gt=0, description="of the step's prompts, relative to the other streams'")
+    beta: float | None = Field(None, ge=0, le=1, description="as in the recipe")
+    top_k: int | None = Field(None, ge=1, description="as in the recipe")
+    max_new_tokens: Length | None = Field(None, description="as in the recipe")
+    temperature: float | None = Field(None, gt=0, le=5, description="as in the recipe")
+    skip_first_tokens: int | None = Field(None, ge=0, description="as in the recipe")
+    eval_data: str | None = Field(None, description="as in the recipe")
+    held_out: int | None = Field(None, ge=1, description="as in the recipe")
+    task: str | None = Field(None, description="graders by name (remend tasks ls): the gate then measures task scores")
+
+    _numbers = field_validator("weight", "share", "beta", "temperature", mode="before")(as_number)
+
+
+class RecoverConfig(Settings):
+    """What `remend recover` and `remend check` read. Paths are relative to the working directory."""
+
+    student: str = Field(
+        min_length=1, description="the damaged model: directory, GGUF file, hub id[@revision], smollm2"
+    )
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        description="the healthy reference that scores the student's tokens; named likewise, or base: an adapter's own",
+    )
+    data: str | None = Field(
+        None,
+        min_length=1,
+        description="prompts: JSON lines, a datasets id[@revision][:split], self (written by the reference)",
+    )
+    out: str = Field(min_length=1, description="a new directory for everything the run writes")
+    streams: dict[str, StreamConfig] | None = Field(
+        None, strict=False, description="several sources of signal at once: {name: {data, teacher, weight, …}}"
+    )
+
+    steps: int = Field(
+        40, ge=0, description="optimizer steps. 40 take 135M parameters 2 minutes on two cores; large models need more"
+    )
+    batch_size: int = Field(8, ge=1, description="prompts a micro-batch (TRL's trainers: 8; measured with 8 here)")
+    gradient_accumulation: int = Field(
+        1, ge=1, description="micro-batches a step; a step samples all its rollouts first"
+    )
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="recompute layers in the backward pass; by default where activations would fill half the memory",
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="AdamW peak; by default by what is trained (docs/recipe.md); large models: 1e-5 to 2e-5 (SDFT)",
+    )
+    warmup_steps: int = Field(
+        5, ge=0, description="linear warm-up, then cosine (SDFT authors' code: cosine with warm-up)"
+    )
+    final_learning_rate: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
+    weight_decay: float = Field(
+        0.0, ge=0, lt=1, description="AdamW; 0 as in TRL's and the SDFT authors' configurations"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping (transformers' default)")
+    beta: float = Field(0.0, ge=0, le=1, description="0 forward KL (teacher‖student), 1 reverse KL, between: GKD's JSD")
+    top_k: int | None = Field(
+        None, ge=1, description="of the teacher's tokens, the rest in one bucket; by default the full vocabulary"
+    )
+    max_new_tokens: Length = Field(
+        48,
+        description="tokens a rollout; [16, 96] grows over the run. Long ones cost more and start worse (2607.13124)",
+    )
+    skip_first_tokens: int | None = Field(
+        None, ge=0, description="completion tokens left out of the loss; by default 3 with demonstrations, else 0"
+    )
+    demonstration_template: str | None = Field(
+        None,
+        min_length=1,
+        description="text with {prompt} and {demonstration}, shown to the teacher; prompts.py has ours",
+    )
+    updates_per_rollout: int | None = Field(
+        None,
+        ge=1,
+        description="steps that one round of sampling feeds, each completion once; by default 2 (1 where save_every "
+        "or bootstrap_steps is odd)",
+    )
+    importance_clip: float | None = Field(
+        None, gt=1, description="c: weigh a stale token by its prefix's likelihood ratio, kept within 1/c and c"
+    )
+    ema: EmaConfig = Field(
+        default_factory=lambda: build(EmaConfig, {}, "ema"),
+        strict=False,
+        description="{rate, every} of the teacher ema",
+    )
+    bootstrap: Literal["repair", "auto", "on", "off"] = Field(
+        "off",
+        description="first train on the teacher's completions: for bootstrap_steps (on), while the student's are "
+        "degenerate (auto), or on those that a repair was fitted to (repair)",
+    )
+    bootstrap_steps: int | None = Field(
+        None, ge=1, description="at most so many of the steps; by default a third, with repair's answers all they serve"
+    )
+    off_policy_passes: int = Field(2, ge=1, description="how often a completion of the teacher is trained on")
+    self_prompts: int | None = Field(
+        None, ge=2, description="how many prompts data: self writes; by default one a trained row, at most 512"
+    )
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="longer prompts are dropped, never cut (SDFT authors' code: 1024)"
+    )
+    repair: bool = Field(
+        True,
+        description="first refit a compressed student in closed form (GPTQ, least squares)",
+    )
+    repair_samples: int = Field(
+        600, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
+    )
+    train_embeddings: bool = Field(
+        False, description="of a compressed student: train embeddings and head even where they are the teacher's still"
+    )
+    scales: Literal["fixed", "learned"] = Field(
+        "fixed", description="of a grid: as stored, or trained along (learned step size, 1902.08153)"
+    )
+    as_dense: bool = Field(False, description="train weights freely that lie on a grid which can't be held")
+    layer_map: list[int] | None = Field(
+        None, description="for a student with fewer layers: the teacher's number of each; by default found by weights"
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        strict=False,  # a mapping is welcome
+        description="{rank, alpha, targets}: train an adapter beside frozen weights; wants a higher learning rate",
+    )
+    merge: bool = Field(False, description="fold the trained adapter into the dense weights before saving")
+    alignment: AlignmentConfig | None = Field(
+        None, strict=False, description="{measure, weight, layers}: pull hidden states towards the teacher's too"
+    )
+    temperature: float = Field(1.0, gt=0, le=5, description="of the rollouts; 1 samples the policy itself (all peers)")
+
+    eval_data: str | None = Field(None, description="held-out prompts; without it, held_out of the data are set apart")
+    held_out: int | None = Field(None, ge=1, description="prompts set apart; by default the smaller of 64 and 10%")
+    eval_every: int = Field(
+        0, ge=0, description="measure on the held-out prompts every n steps; 0: before and after only"
+    )
+    diagnose_every: int = Field(
+        0, ge=0, description="CKA of every layer with the reference every n steps, into track.jsonl; 0: never"
+    )
+    select: Literal["last", "best"] | None = Field(
+        None,
+        description="which weights are saved: last, or best of the evaluated steps by weighted gap closed; by default "
+        "best where eval_every has some evaluated",
+    )
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations in a row without a better one")
+    save_every: int = Field(50, ge=0, description="checkpoint every n steps; 0: none")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="a checkpoint holds weights and both AdamW moments: 12 bytes a parameter"
+    )
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of the arithmetic; auto: bfloat16 where the hardware has it. Trained weights are float32",
+    )
+    device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps")
+    report_to: str | None = Field(None, description="tracker that accelerate knows: tensorboard, wandb, trackio, …")
+    seed: int = Field(0, ge=0, lt=2**31, description="order of prompts, rollouts, held-out choice")
+    trust_remote_code: bool = Field(
+        False, description="let a model directory run its own Python. Off unless you say so"
+    )
+
+    @classmethod
+    def missing(cls, values: Mapping[str, Any]) -> list[str]:
+        """What a recipe without streams must name itself."""
+        named = [] if values.get("streams") else [key for key in ("teacher", "data") if values.get(key) is None]
+        return [f'"{key}" is missing ({cls.model_fields[key].description})' for key in named]
+
+    @property
+    def updates_a_round(self) -> int:
+        """`updates_per_rollout`, or without it 2: a CPU samples 16 rows hardly slower than 8 (docs/speed.md). Rounds
+        end where checkpoints are written and where bootstrap ends."""
+        odd = self.save_every % 2 or (self.bootstrap_steps or 0) % 2
+        return self.updates_per_rollout or (1 if odd or self.steps < 2 else 2)
+
+    @property
+    def selects(self) -> Literal["last", "best"]:
+        """`select`, or without it the best where any step is evaluated, else the last."""
+        return self.select or ("best" if 0 < self.eval_every <= self.steps else "last")
+
+    _numbers = field_validator(
+        "learning_rate",
+        "temperature",
+        "beta",
+        "max_grad_norm",
+        "weight_decay",
+        "final_learning_rate",
+        "importance_clip",
+        mode="before",
+    )(as_number)
+    _switch = field_validator("bootstrap", mode="before")(_on_off)

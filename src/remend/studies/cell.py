@@ -1,0 +1,234 @@
+"""One cell: an ordinary recovery in its own directory, graded, with what it cost.
+
+inputs/cell.json   what settles the cell (settings, hashes of models and data);  inputs/labels/  where it is SFT
+grades/TASK.json   what remend eval gave
+cell.json          written last: figures, cost, and the course of KL over tokens and seconds
+Everything else is as `remend recover` writes it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from remend.data.examples import demonstration_of, load_examples
+from remend.files.atomic import read_json, write_json
+from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDirectory
+from remend.files.settings import build, merged
+from remend.models.find import find_model
+from remend.models.load import load_tokenizer
+from remend.recovery import recover
+from remend.recovery.settings import RecoverConfig
+from remend.recovery.streams import resolve, rows_of
+from remend.studies.grading import grade
+from remend.studies.labels import write_labels
+from remend.training.supervised import ending
+from remend.training.teachers.cache import RECORD as LABELS_RECORD
+
+OUTCOME = "cell.json"
+GRADES = "grades"
+CHECKPOINTS = 3
+"""In a cell, so that an interrupted one goes on. Cells of a study that runs in one process start again instead."""
+
+
+def inputs_file(place: Path) -> Path:
+    """Where a cell keeps what settles it."""
+    return place / INPUTS / OUTCOME
+
+
+def state_of(place: Path, inputs: Mapping[str, Any]) -> str:
+    """How far a cell is.
+
+    done; graded otherwise: trained as wanted, and its model can be graded anew; ungraded: trained as wanted, but graded
+    on other rows or tasks and the model is not kept, so that it stays as it is; started; stale, of other inputs; new.
+    """
+    if not inputs_file(place).is_file():
+        return "stale" if place.exists() else "new"
+    before = read_json(inputs_file(place))
+    if before.get("training") != inputs["training"]:
+        return "stale"
+    if not (place / OUTCOME).is_file():
+        return "started"
+    if not ungraded(place, inputs):
+        return "done"
+    return "graded otherwise" if (place / "model").is_dir() else "ungraded"
+
+
+def ungraded(place: Path, inputs: Mapping[str, Any]) -> list[str]:
+    """The wanted tasks that a finished cell was not graded on, or on other rows or with other options."""
+    before = read_json(inputs_file(place)).get("grading", {})
+    return [name for name, wanted in inputs["grading"].items() if before.get(name) != wanted]
+
+
+def run_cell(
+    *,
+    place: str,
+    recipe: Mapping[str, Any],
+    tokens: int,
+    measurements: int,
+    checkpoints: bool,
+    labels: Mapping[str, Any] | None,
+    idle: str | None,
+    task_rows: str | None,
+    grading: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, Any],
+    keep_model: bool,
+) -> None:
+    """Run a cell to its end, from where it is.
+
+    Args:
+        place: the cell's directory; what it holds of other inputs is removed.
+        recipe: of the recovery, but for steps, out and the labels' teacher, which are worked out here.
+        tokens: to plan the steps for; 0 trains nothing.
+        measurements: of KL and CKA on the way.
+        checkpoints: whether an interrupted training shall be able to go on.
+        labels: arguments of write_labels, where the method is supervised.
+        idle: the directory of the group's untrained cell, whose answers tell how long completions are.
+        task_rows: rows of the task, whose demonstrations tell the same of it.
+        grading: of `grade`.
+        inputs: what settles the cell.
+        keep_model: keep the recovered weights once they are graded.
+
+    Raises RemendError as recover and evaluate do.
+    """
+    path, began = Path(place), time.monotonic()
+    state = state_of(path, inputs)
+    if state == "stale":
+        shutil.rmtree(path)
+    (path / OUTCOME).unlink(missing_ok=True)
+    write_json(inputs_file(path), dict(inputs))
+    if not (path / SUMMARY).is_file():
+        _train(path, recipe, tokens, measurements, checkpoints, labels, idle, task_rows)
+    trained = time.monotonic() - began
+    for entry in grading:
+        grade(str(path / "model"), path / GRADES, **entry)
+    outcome = _outcome(path)
+    outcome["seconds"] = {"recovery": round(trained, 1), "grading": round(time.monotonic() - began - trained, 1)}
+    write_json(path / OUTCOME, outcome)  # before anything is removed that it was made of
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    if not keep_model:
+        shutil.rmtree(path / "model", ignore_errors=True)
+
+
+def _train(
+    path: Path,
+    recipe: Mapping[str, Any],
+    tokens: int,
+    measurements: int,
+    checkpoints: bool,
+    labels: Mapping[str, Any] | None,
+    idle: str | None,
+    task_rows: str | None,
+) -> None:
+    """Start the recovery, or go on with it."""
+    if (path / MANIFEST).is_file():
+        recover(resume=path)
+        return
+    for left in path.iterdir():  # of a start that came to nothing
+        if left.name != INPUTS:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    given: dict[str, Any] = {"out": str(path), "select": "last", "keep_checkpoints": 1}
+    mean = {}
+    if labels is not None:
+        place = path / INPUTS / "labels"
+        record = read_json(place / LABELS_RECORD) if place.is_dir() else write_labels(place, **labels)
+        given["streams"] = {"recover": {"teacher": str(place), "policy": "off", "data": None, "eval_data": None}}
+        mean = {"recover": record["mean_tokens"]}
+    elif tokens:
+        mean = completion_tokens(recipe, Path(idle) if idle else None, task_rows)
+    config = build(RecoverConfig, merged(recipe, given), str(path))
+    steps = steps_for(config, tokens, mean)
+    every = max(1, steps // measurements)
+    planned = {"steps": steps, "eval_every": every if steps else 0, "diagnose_every": every if steps else 0}
+    planned["save_every"] = -(-steps // CHECKPOINTS) if checkpoints else 0
+    recover(**merged(config.model_dump(), planned))
+
+
+def steps_for(config: RecoverConfig, tokens: int, mean: Mapping[str, float]) -> int:
+    """Optimizer steps that train on about so many tokens, given each stream's mean completion."""
+    if not tokens:
+        return 0
+    size = config.batch_size * config.gradient_accumulation
+    rows = rows_of(resolve(config), size)
+    return max(1, round(tokens / sum(count * mean.get(name, longest(config)) for name, count in rows.items())))
+
+
+def longest(config: RecoverConfig) -> float:
+    """Tokens of a completion that meets the limit, averaged over the run where that grows."""
+    length = config.max_new_tokens
+    return float(length) if isinstance(length, int) else sum(length) / 2
+
+
+def completion_tokens(recipe: Mapping[str, Any], idle: Path | None, task_rows: str | None) -> dict[str, float]:
+    """Mean tokens of a completion by stream.
+
+    General prompts: the mean of the reference's own answers and the degraded student's, between which a student moves
+    as it recovers. The task: its demonstrations, up to the length limit.
+    """
+    found: dict[str, float] = {}
+    if idle is not None:
+        ours = [row["tokens"] for row in read_json(idle / "baseline.json")["on_policy"]]
+        theirs = [len(row["completion"]) for row in RunDirectory(idle).rows("reference.jsonl")]
+        found["recover"] = (sum(ours) / len(ours) + sum(theirs) / len(theirs)) / 2
+    if task_rows is not None:
+        tokenizer = load_tokenizer(find_model(recipe["student"]))
+        limit = longest(build(RecoverConfig, merged(recipe, {"out": "-"}), "recipe"))
+        close = len(ending(tokenizer, (tokenizer.eos_token_id,)))
+        texts = [demonstration_of(e.row, f'row "{e.id}"') for e in load_examples(task_rows)]
+        lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + close for text in texts]
+        found["task"] = sum(min(limit, length) for length in lengths) / len(lengths)
+    return found
+
+
+def _outcome(path: Path) -> dict[str, Any]:
+    """What the run's files say."""
+    summary, manifest = read_json(path / SUMMARY), read_json(path / MANIFEST)
+    repair = (summary["repair"] or {}).get("seconds", 0.0)
+    answers = RunDirectory(path).setup_seconds("pool")
+    labels = path / INPUTS / "labels" / LABELS_RECORD
+    if labels.is_file():
+        answers += read_json(labels)["seconds"]
+    cost = {"repair": repair, "answers": round(answers, 1), "steps": summary["training_seconds"]}
+    return {
+        "kl": {"degraded": summary["degraded"]["kl"], "recovered": summary["recovered"]["kl"]},
+        "agreement": {when: summary[when]["top1_agreement"] for when in ("degraded", "recovered")},
+        "gap_closed": (summary["gap_closed"] or {}).get("kl"),
+        "gap_closed_95": summary["gap_closed_kl_95"],
+        "steps": summary["steps"],
+        "tokens_trained": summary["tokens_trained"],
+        "training_seconds": round(sum(cost.values()), 1),
+        "training_seconds_of": cost,
+        "peak_rss_mib": summary["peak_rss_mib"],
+        "constraint": summary["constraint"],
+        "learning_rate": summary["learning_rate"],
+        "curve": _curve(path, summary, repair, answers),
+        "hardware": manifest["hardware"],
+        "dtype": manifest["dtype"],
+        "versions": manifest["versions"],
+        "git_commit": manifest["git_commit"],
+        "warnings": summary["warnings"],
+        "notes": summary["notes"],
+    }
+
+
+def _curve(path: Path, summary: Mapping[str, Any], repair: float, answers: float) -> list[dict[str, Any]]:
+    """Held-out KL over trained tokens and over seconds, repair and the reference's answers included."""
+    files = RunDirectory(path)
+    tokens, seconds = 0, repair + answers
+    points = [{"step": 0, "tokens": 0, "seconds": 0.0, "kl": summary["degraded"]["kl"]}]
+    if summary["repair"] and summary["repair"].get("kept", True):
+        points.append({"step": 0, "tokens": 0, "seconds": repair, "kl": summary["repair"]["kl"]})
+    points.append({**points[-1], "seconds": seconds})  # until the reference has answered, nothing moves
+    spent = files.step_seconds()
+    for row in files.rows(METRICS):
+        if "loss" in row:
+            tokens, seconds = tokens + row["tokens"], seconds + spent.get(row["step"], 0.0)
+        elif "eval/kl" in row and row["step"] < summary["steps"]:
+            points.append({"step": row["step"], "tokens": tokens, "seconds": round(seconds, 2), "kl": row["eval/kl"]})
+    if summary["steps"]:
+        end = {"step": summary["steps"], "tokens": tokens, "seconds": round(seconds, 2)}
+        points.append({**end, "kl": summary["recovered"]["kl"]})
+    return points

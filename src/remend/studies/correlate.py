@@ -1,0 +1,398 @@
+"""Does recovery go with alignment? Over the checkpoints of recovery runs, within runs and between them.
+
+remend correlate runs/a runs/b runs/c
+
+Recovery is 1 − KL / KL of the degraded student, alignment the mean CKA over the student's layers, both as a run with
+`diagnose_every: n` keeps them in track.jsonl. What is found is said as found, and nothing of cause (arXiv 2210.16156).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from remend.errors import InputError
+from remend.files.atomic import read_json, write_json
+from remend.files.run_directory import MANIFEST, SUMMARY, TRACK, RunDirectory
+from remend.maths.correlation import CONFIDENCE, LEVELS, RUNS_TO_RESAMPLE, pearson, spearman
+from remend.maths.gap import MEASURABLE_KL
+
+CORRELATION = "correlation.json"
+
+MEASURES = {"spearman": spearman, "pearson": pearson}
+
+STRENGTHS = ((0.9, "very strong"), (0.7, "strong"), (0.4, "moderate"), (0.1, "weak"), (0.0, "negligible"))
+"""Words for a coefficient's size, from each limit up: Schober et al. 2018, Anesth. Analg. 126:1763."""
+
+SIGNIFICANT = 0.05
+
+CAUTION = (
+    "This says nothing of cause. Both measures change as training goes on, which alone makes curves correlate, and CKA "
+    "can change while behaviour does not, or the other way round (arXiv 2210.16156)."
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A checkpoint: `alignment` is None where a layer's CKA is missing; `cka` by the reference's layer."""
+
+    step: int
+    stage: str
+    kl: float
+    recovery: float
+    alignment: float | None
+    cka: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Track:
+    """What a run's checkpoints measured; `about` is what the result says of the run."""
+
+    name: str
+    points: list[Point]
+    about: dict[str, Any]
+    reference: Any
+
+
+def correlate(
+    runs: Sequence[str | Path], out: str | Path | None = None, *, permutations: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+    """Relate recovery to alignment over the checkpoints of runs.
+
+    Args:
+        runs: directories of recovery runs that have a track.jsonl (`diagnose_every: n` in the recipe).
+        out: a directory for correlation.json, made where it is missing; None writes nothing.
+        permutations: rearrangements for each p-value.
+        seed: of rearrangements and resamples.
+
+    Returns:
+        `overall` and each of `layers` (numbered as in the reference) hold pooled, within, between, each with spearman
+        and pearson as remend.correlation.Correlation; `disagree` tells for each measure whether pooled and within
+        have different signs; `sentences` say what was found, each with the places that it rests on; `runs`, `points`,
+        `notes`, and how it was computed.
+
+    Raises:
+        InputError: no run, one named twice, a path that is no run, a run without track or measurable damage, a row
+            that can't be read, fewer than 3 measurements in all; permutations below 1, seed below 0.
+        FileError: a file that can't be read or written.
+    """
+    target = _target(out)
+    tracks = _tracks(runs)
+    total = sum(point.alignment is not None for track in tracks for point in track.points)
+    if total < 3:
+        raise InputError(
+            f"{total} measurement{'s' * (total != 1)} in all; a correlation needs 3 or more. "
+            "Give more runs, or run again with a smaller diagnose_every."
+        )
+    options = {"permutations": permutations, "seed": seed}
+    overall = _related([(t.name, p.alignment, p.recovery) for t in tracks for p in t.points], "alignment", **options)
+    layers = []
+    for layer in sorted({layer for track in tracks for point in track.points for layer in point.cka}):
+        triples = [(t.name, p.cka.get(layer), p.recovery) for t in tracks for p in t.points]
+        layers.append({"layer": layer, **_related(triples, "CKA", **options)})
+    found: dict[str, Any] = {
+        "recovery": "1 - KL / KL of the degraded student, on held-out answers",
+        "alignment": "mean CKA with the reference over the student's layers",
+        "checkpoints": total,
+        "overall": overall,
+        "layers": layers,
+        "runs": [track.about for track in tracks],
+        "points": [{"run": t.name, **_plain(point)} for t in tracks for point in t.points],
+        **options,
+        "confidence": CONFIDENCE,
+    }
+    found["sentences"] = _sentences(found)
+    found["notes"] = _notes(found, len({repr(t.reference) for t in tracks if t.reference is not None}))
+    if target:
+        write_json(target, found)
+    return found
+
+
+def _target(out: str | Path | None) -> Path | None:
+    if out is None:
+        return None
+    if Path(out).is_file():
+        raise InputError(f"out {out} is a file; name a directory, {CORRELATION} is written into it")
+    return Path(out) / CORRELATION
+
+
+def _plain(point: Point) -> dict[str, Any]:
+    return {key: value for key, value in asdict(point).items() if key != "cka"}
+
+
+def _related(
+    triples: Sequence[tuple[str, float | None, float]], name: str, *, permutations: int, seed: int
+) -> dict[str, Any]:
+    """Every level and measure of (run, alignment, recovery), of those whose alignment is known."""
+    known = [(run, x, y) for run, x, y in triples if x is not None]
+    groups, x_N, y_N = ([triple[i] for triple in known] for i in range(3))
+    found: dict[str, Any] = {
+        level: {
+            key: asdict(
+                measure(
+                    x_N,
+                    y_N,
+                    groups=groups,
+                    level=level,
+                    permutations=permutations,
+                    seed=seed,
+                    names=(name, "recovery"),
+                )
+            )
+            for key, measure in MEASURES.items()
+        }
+        for level in LEVELS
+    }
+    return {**found, "disagree": {key: _disagree(found, key) for key in MEASURES}}
+
+
+def _disagree(found: Mapping[str, Any], key: str) -> bool:
+    pooled, within = (found[level][key]["coefficient"] for level in ("pooled", "within"))
+    return pooled is not None and within is not None and pooled * within < 0
+
+
+def _tracks(runs: Sequence[str | Path]) -> list[Track]:
+    paths = [Path(path) for path in runs]
+    if not paths:
+        raise InputError("no run is given; name the directories of one or more recovery runs")
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if path.resolve() in seen:
+            raise InputError(f"{path} and {seen[path.resolve()]} are the same run; name each once")
+        seen[path.resolve()] = path
+    short = [path.resolve().name for path in paths]
+    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
+    return [_track(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _track(path: Path, name: str) -> Track:
+    directory = RunDirectory.open(path)
+    try:
+        rows = [_row(row, f"{path / TRACK}, row {i}") for i, row in enumerate(directory.rows(TRACK), 1)]
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path / TRACK} can't be read: {error}; run again with another out") from None
+    if not rows:
+        raise InputError(f"{path} has no {TRACK}: set diagnose_every: n and run again")
+    manifest = read_json(path / MANIFEST)
+    finished = (path / SUMMARY).is_file()
+    degraded = _degraded_kl(path, rows)
+    rows, left_out = _once(rows)
+    layers = sorted({layer for row in rows for layer, cka in row["cka"].items() if cka is not None})
+    points = []
+    for row in rows:
+        if row["kl"] is None or not layers:
+            left_out.append({**_label(row), "why": "KL is not a number" if row["kl"] is None else "no layer has a CKA"})
+            continue
+        cka = {layer: value for layer, value in row["cka"].items() if value is not None}
+        whole = len(cka) == len(layers)  # a mean over fewer layers than at other steps would not be comparable
+        if not whole:
+            left_out.append({**_label(row), "why": f"{len(layers) - len(cka)} of {len(layers)} layers have no CKA"})
+        alignment = math.fsum(cka.values()) / len(cka) if whole else None
+        points.append(Point(row["step"], row["stage"], row["kl"], 1 - row["kl"] / degraded, alignment, cka))
+    about = {
+        "name": name,
+        "path": str(path),
+        "student": manifest.get("recipe", {}).get("student"),
+        "constraint": manifest.get("constraint"),
+        "degraded_kl": degraded,
+        "checkpoints": sum(point.alignment is not None for point in points),
+        "layers": layers,
+        "left_out": left_out,
+        "finished": finished,
+    }
+    return Track(name, points, about, manifest.get("models", {}).get("teacher"))
+
+
+def _label(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": row["step"], "stage": row["stage"]}
+
+
+def _row(row: Any, where: str) -> dict[str, Any]:
+    """A checked row, its CKA by the reference's layer; what is not a finite number is None."""
+    allowed = {"step": int, "stage": str, "kl": float | int | None, "cka": list, "reference_layers": list}
+    row = row if isinstance(row, dict) else {}
+    wrong = [key for key in allowed if key not in row]
+    wrong += [f"{key} = {row[key]!r}" for key, kind in allowed.items() if key in row and not isinstance(row[key], kind)]
+    if not wrong:
+        values, layers = row["cka"], row["reference_layers"]
+        if len(values) != len(layers) or len(set(layers)) != len(layers):
+            wrong.append(f"{len(values)} values of cka for the reference_layers {layers}")
+        elif not all(isinstance(value, float | int | None) for value in values):
+            wrong.append(f"cka = {values}")
+    if wrong:
+        raise InputError(
+            f"{where}: missing or wrong: {', '.join(wrong)}. A row needs step, stage, kl, and for each of the "
+            "student's layers one cka and one of reference_layers."
+        )
+    cka = {layer: _finite(value) for layer, value in zip(layers, values, strict=True)}
+    return {"step": row["step"], "stage": row["stage"], "kl": _finite(row["kl"]), "cka": cka}
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _once(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows without the recovered model where it is a checkpoint that has its row already, and those left out."""
+    others = {row["step"] for row in rows if row["stage"] != "recovered"}
+    twice = [row for row in rows if row["stage"] == "recovered" and row["step"] in others]
+    why = "the checkpoint of this step, measured again after saving"
+    return [row for row in rows if row not in twice], [{**_label(row), "why": why} for row in twice]
+
+
+def _degraded_kl(path: Path, rows: Sequence[Mapping[str, Any]]) -> float:
+    """KL of the student as it came in: from the track, measured as the other rows are, else from the summary."""
+    values = [row["kl"] for row in rows if row["stage"] == "degraded"]
+    if not values and (path / SUMMARY).is_file():
+        values = [_finite(read_json(path / SUMMARY).get("degraded", {}).get("kl"))]
+    if not values or values[0] is None:
+        raise InputError(
+            f"{path} does not say the degraded student's KL: {TRACK} has no row of the stage degraded with a KL, nor "
+            f"has {SUMMARY} one. Without it there is no recovery to compute; leave this run out or run it again."
+        )
+    if values[0] < MEASURABLE_KL:
+        raise InputError(
+            f"{path} has no measurable damage: the degraded student's KL is {values[0]:.2g} nats a token, below "
+            f"{MEASURABLE_KL}. There is nothing to recover; leave this run out."
+        )
+    return float(values[0])
+
+
+def _sentences(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was found, in plain words; each with the places (JSON pointers) that it rests on."""
+    overall, several = found["overall"], len(found["runs"]) > 1
+    least = 1 / math.prod(run["checkpoints"] for run in found["runs"] if run["checkpoints"] > 1)
+    said = [_sentence(overall, "within", "Within runs", least)]
+    if several:
+        said += [_sentence(overall, "between", "Between runs"), _sentence(overall, "pooled", "Pooled")]
+    opposed = [key for key in MEASURES if overall["disagree"][key]]
+    if opposed:
+        text = (
+            f"Pooled and within runs differ in sign ({' and '.join(key.capitalize() for key in opposed)}): the runs' "
+            "levels hide or reverse what happens along each run (Simpson's paradox). Trust neither alone."
+        )
+        said.append({"text": text, "rests_on": ["/overall/disagree"]})
+    known = [(v, at) for at, layer in enumerate(found["layers"]) if (v := _coefficient(layer)) is not None]
+    if len(known) > 1:
+        (low, i), (high, j) = min(known), max(known)
+        first, last = (found["layers"][at]["layer"] for at in (i, j))
+        text = (
+            f"By layer, Spearman within runs goes from {low:.2f} (layer {first}) to {high:.2f} (layer {last}); "
+            f"the layers' p-values are not adjusted for being {len(known)}."
+        )
+        said.append({"text": text, "rests_on": [f"/layers/{at}/within/spearman" for at in (i, j)]})
+    return [*said, {"text": CAUTION, "rests_on": []}]
+
+
+def _coefficient(layer: Mapping[str, Any]) -> float | None:
+    value: float | None = layer["within"]["spearman"]["coefficient"]
+    return value
+
+
+def _sentence(overall: Mapping[str, Any], level: str, title: str, least: float = 0.0) -> dict[str, Any]:
+    rank, line = (overall[level][key] for key in MEASURES)
+    rests_on = [f"/overall/{level}/{key}" for key in MEASURES]
+    if rank["coefficient"] is None:
+        return {"text": f"{title} there is no correlation to give: {rank['reason']}.", "rests_on": rests_on}
+    unit = "run means" if level == "between" else f"checkpoints of {_count(rank['runs'], 'run')}"
+    figures = f"Spearman {_figures(rank)}"
+    figures += f", Pearson {_figures(line)}" if line["coefficient"] is not None else ""
+    p_value = max(rank["p_value"], rank["shift_p_value"] or 0.0)
+    if p_value > SIGNIFICANT:
+        verdict = "no relation of recovery and alignment can be told from chance"
+    else:
+        how = "rise and fall together" if rank["coefficient"] > 0 else "move against each other"
+        size = next(word for limit, word in STRENGTHS if abs(rank["coefficient"]) >= limit)
+        verdict = f"recovery and alignment {how}: a {size} correlation"
+    text = f"{title} ({rank['n']} {unit}) {verdict}. {figures}."
+    return {"text": text + _hedge(level, rank, least), "rests_on": rests_on}
+
+
+def _hedge(level: str, rank: Mapping[str, Any], least: float) -> str:
+    """What to bear in mind with this level's figures; `least` is the smallest p-value of shifts there can be."""
+    if level == "pooled":
+        return " This mixes the two above and takes every checkpoint for independent."
+    if level == "between" and 2 / math.factorial(rank["n"]) > SIGNIFICANT:
+        return f" With {rank['n']} runs Spearman's p-value can't be below {2 / math.factorial(rank['n']):.2g}."
+    if level == "within" and least > SIGNIFICANT:
+        return f" With so few checkpoints the p-value of shifts can't be below {least:.2g}."
+    if level == "within" and rank["p_value"] <= SIGNIFICANT < rank["shift_p_value"]:
+        return " Shuffling takes checkpoints for independent, which they are not; the p-value of shifts counts here."
+    return ""
+
+
+def _figures(found: Mapping[str, Any]) -> str:
+    parts = [] if found["low"] is None else [f"95% interval {found['low']:.2f} to {found['high']:.2f}"]
+    parts.append(f"p {found['p_value']:.2g} by permutation")
+    if found["shift_p_value"] is not None:
+        parts.append(f"{found['shift_p_value']:.2g} by circular shifts, which keep the checkpoints' order")
+    return f"{found['coefficient']:.2f} ({', '.join(parts)})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _notes(found: Mapping[str, Any], references: int) -> list[str]:
+    """What a reader has to know of the runs."""
+    runs, notes = found["runs"], []
+    if found["overall"]["within"]["spearman"]["resampled"] == "points":
+        notes.append(
+            "Intervals resample checkpoints as if independent and are too narrow; "
+            f"with {RUNS_TO_RESAMPLE} runs or more they resample whole runs."
+        )
+    students = {run["student"] for run in runs if run["student"]}
+    if 0 < len(students) < len(runs):
+        notes.append(f"The {len(runs)} runs start from {_count(len(students), 'student')}: they are not independent.")
+    if references > 1:
+        notes.append(f"The runs have {references} different references: layers of one number are not the same layer.")
+    for run in runs:
+        if not run["finished"]:
+            notes.append(f"{run['name']} is unfinished; its checkpoints so far are used.")
+        notes += [f"{run['name']}, step {o['step']} ({o['stage']}), left out: {o['why']}." for o in run["left_out"]]
+    return notes
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """What `correlate` found, as lines for a terminal: tables, sentences, notes."""
+    head = f"{'':<14}{'n':>4}  {'':<9}{'r':>6}  {'95% interval':<15}{'p':>8}{'p, shifts':>11}"
+    table = [head]
+    for level in LEVELS:
+        for key in MEASURES:
+            one = found["overall"][level][key]
+            label, n = ("", "") if key != "spearman" else (_title(level), str(one["n"]))
+            table.append(f"{label:<14}{n:>4}  {key.capitalize():<9}{_cells(one)}".rstrip())
+    columns = [(level, key) for level in LEVELS for key in MEASURES]
+    by_layer = ["layer".rjust(6) + "".join(f"{_title(level):^20}" for level in LEVELS).rstrip()]
+    by_layer.append(" " * 6 + "".join(f"{key.capitalize():>10}" for _, key in columns))
+    for layer in found["layers"]:
+        cells = "".join(f"{_number(layer[level][key]['coefficient']):>10}" for level, key in columns)
+        by_layer.append(f"{layer['layer']:>6}{cells}")
+    said = [sentence["text"] for sentence in found["sentences"]]
+    return [
+        f"recovery: {found['recovery']}",
+        f"alignment: {found['alignment']}",
+        *("", *table, "", *by_layer, "", *said),
+        *(f"note: {note}" for note in found["notes"]),
+    ]
+
+
+def _title(level: str) -> str:
+    return level if level == "pooled" else f"{level} runs"
+
+
+def _cells(one: Mapping[str, Any]) -> str:
+    if one["coefficient"] is None:
+        return f"{'–':>6}  {one['reason']}"
+    interval = "–" if one["low"] is None else f"{one['low']:.2f} to {one['high']:.2f}"
+    shifts = "–" if one["shift_p_value"] is None else f"{one['shift_p_value']:.2g}"
+    return f"{one['coefficient']:>6.2f}  {interval:<15}{one['p_value']:>8.2g}{shifts:>11}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

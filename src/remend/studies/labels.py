@@ -1,0 +1,187 @@
+"""Supervised fine-tuning as a stream: a teacher that puts all probability on the label.
+
+Forward KL from such a teacher is the cross-entropy of the labels, so SFT runs through `remend recover` like every other
+method: the student's grid or mask is held, and the same held-out prompts measure it. The labels are written in the
+form of a cached teacher (remend.teacher_cache) with k = 1: log p = 0 for the label, −inf for all other tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from remend.data.examples import COMPLETION_KEYS, Example, completion_of, load_examples
+from remend.data.order import Order, derive_seed
+from remend.data.templates import Encoded, encode_within
+from remend.errors import InputError
+from remend.files.atomic import json_line, new_directory, write_json, write_text
+from remend.models.device import choose_device, choose_dtype
+from remend.models.find import find_model
+from remend.models.load import load_config, load_model, load_tokenizer
+from remend.models.sampling.answers import answer
+from remend.models.sampling.rollout import Rollout
+from remend.models.tokens import eos_ids
+from remend.training.supervised import encode_pairs
+from remend.training.teachers.cache import PROMPTS, RECORD, VERSION, template_hash, vocabulary_hash
+
+LABEL_TOKENS = 1024
+"""A row with a longer prompt than the recipe allows and so many tokens more is left out, never cut."""
+
+
+def write_labels(
+    out: Path,
+    *,
+    reference: str,
+    student: str,
+    train: str,
+    held_out: str,
+    task: str | None,
+    share: float,
+    taught: int | None,
+    max_new_tokens: int,
+    max_prompt_tokens: int,
+    seed: int,
+    device: str,
+) -> dict[str, Any]:
+    """Write the labels that a cell trains on.
+
+    Args:
+        out: a new directory, to be named as a stream's teacher.
+        reference, student: models; both have one tokenizer.
+        train, held_out: general prompts. Of `train` those with a completion are used, or with `taught` any.
+        task: rows of the task with their demonstrations, or None.
+        share: of the labels that are the task's.
+        taught: None takes the rows' own completions; a number lets the reference answer so many general prompts.
+        max_new_tokens, max_prompt_tokens: of the reference's answers; longer prompts are left out.
+        seed: of choice and sampling.
+        device: where the reference answers.
+
+    Returns:
+        The record: `prompts` and `tokens` of the labels, `mean_tokens` of one, `seconds` that the reference took.
+
+    Raises InputError where no row has a label, FileError for what can't be read or written.
+    """
+    began = time.perf_counter()
+    source = find_model(student)
+    tokenizer = load_tokenizer(source)
+    config = load_config(source).get_text_config()
+    ends = eos_ids(config, tokenizer)
+    examples = load_examples(train)
+    limit = max_prompt_tokens + LABEL_TOKENS
+    if taught is None:
+        general = _given(tokenizer, [e for e in examples if _has_answer(e)], limit, ends)
+    else:
+        general = _taught(reference, tokenizer, examples, taught, max_new_tokens, max_prompt_tokens, seed, device)
+    tasks = _given(tokenizer, load_examples(task), limit, ends) if task is not None else []
+    chosen = mixed(general, tasks, share, seed)
+    if not chosen:
+        raise InputError(
+            f"no row has an answer to train on: the rows of {train} have none of {', '.join(COMPLETION_KEYS)}, and "
+            f"{'the task has no rows' if task is None else f'neither have those of {task}'}"
+        )
+    apart, _ = encode_within(tokenizer, load_examples(held_out), max_prompt_tokens)
+    shared = min(config.vocab_size, 1 + max(tokenizer.get_vocab().values()))
+    seconds = time.perf_counter() - began if taught is not None else 0.0
+    return _write(out, tokenizer, chosen, apart, ends, shared, {"of": [train, task], "seconds": round(seconds, 1)})
+
+
+def _has_answer(example: Example) -> bool:
+    return any(example.row.get(key) is not None for key in COMPLETION_KEYS)
+
+
+def _given(tokenizer: Any, examples: Sequence[Example], limit: int, ends: Sequence[int]) -> list[Rollout]:
+    pairs = [(e, completion_of(e.row, f'row "{e.id}"')) for e in examples]
+    return encode_pairs(tokenizer, pairs, max_tokens=limit, eos=ends)[0]
+
+
+def _taught(
+    reference: str,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    count: int,
+    max_new_tokens: int,
+    max_prompt_tokens: int,
+    seed: int,
+    device: str,
+) -> list[Rollout]:
+    """The reference's own answers at temperature 1 to `count` of the prompts."""
+    where = choose_device(device)
+    dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
+    model: Any = load_model(find_model(reference), dtype=dtype, device=where)
+    prompts, _ = encode_within(tokenizer, examples, max_prompt_tokens)
+    order = Order(prompts, derive_seed(seed, "labels"))
+    chosen = [prompt for _, prompt in order.take(0, min(count, len(prompts)))]
+    seeds = [derive_seed(seed, "label", i) for i in range(len(chosen))]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 1.0, "seeds": seeds}
+    return answer(model, tokenizer, chosen, "the reference writes the labels", **options)
+
+
+def mixed(general: Sequence[Rollout], task: Sequence[Rollout], share: float, seed: int) -> list[Rollout]:
+    """As many labels as there are in the wanted proportion: all of one kind, and of the other so many as fit."""
+    if not general or not task or not share:
+        return list(general or (task if share else ()))
+    kept = (
+        min(len(general), round(len(task) * (1 - share) / share)),
+        min(len(task), round(len(general) * share / (1 - share))),
+    )
+    parts = [
+        [row for _, row in Order(rows, derive_seed(seed, "mix", name)).take(0, max(1, count))]
+        for name, rows, count in zip(("general", "task"), (general, task), kept, strict=True)
+    ]
+    return [*parts[0], *parts[1]]
+
+
+def _write(
+    out: Path,
+    tokenizer: Any,
+    labels: Sequence[Rollout],
+    held_out: Sequence[Encoded],
+    ends: Sequence[int],
+    shared: int,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """In the form of a cached teacher. A held-out prompt gets one label that nothing reads: the end."""
+    close = (int(ends[0]) if ends else 0,)
+    rows = [("train", r.id, r.prompt, r.completion, r.clipped) for r in labels if r.completion]
+    tokens = sum(len(completion) for *_, completion, _ in rows)
+    rows += [("held_out", p.id, p.tokens, close, False) for p in held_out]
+    ids = torch.tensor([token for *_, completion, _ in rows for token in completion], dtype=torch.int32)
+    scores = {
+        "ids": ids.unsqueeze(1),
+        "log_p": torch.zeros(len(ids), 1, dtype=torch.float16),
+        "log_tail": torch.full((len(ids),), -math.inf),
+    }
+    with new_directory(out) as target:
+        shard = target / "scores-00000.safetensors"
+        save_file(scores, shard, metadata={"remend_teacher_cache": str(VERSION)})
+        lines, start = [], 0
+        for split, name, prompt, completion, clipped in rows:
+            row = {"id": name, "split": split, "prompt": prompt, "completion": completion, "clipped": clipped}
+            lines.append(json_line({**row, "shard": 0, "start": start}))
+            start += len(completion)
+        write_text(target / PROMPTS, "".join(lines))
+        content, scored = (hashlib.sha256((target / name).read_bytes()).hexdigest() for name in (PROMPTS, shard.name))
+        count = len(rows) - len(held_out)
+        record = {
+            "version": VERSION,
+            "model": "labels: all probability is on the given token",
+            "files": {PROMPTS: content},
+            "vocabulary": {"shared": shared, "sha256": vocabulary_hash(tokenizer.get_vocab(), shared)},
+            "eos_token": tokenizer.eos_token,
+            "chat_template_sha256": template_hash(tokenizer),
+            "k": 1,
+            "prompts": {"train": count, "held_out": len(held_out)},
+            "tokens": len(ids),
+            "mean_tokens": tokens / count,
+            "shards": [{"file": shard.name, "rows": len(ids), "bytes": shard.stat().st_size, "sha256": scored}],
+            **about,
+        }
+        write_json(target / RECORD, record)
+    return record

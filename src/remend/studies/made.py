@@ -1,0 +1,256 @@
+"""What a study makes once and all its cells share: prompts, task rows, the tiny model, the degraded students."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from remend.data import tasks
+from remend.data.examples import DEMONSTRATION_KEYS, Example, bundled, choose, load_examples, split_held_out, without
+from remend.data.tasks.public import load_rows
+from remend.degrade.depth import prune_depth
+from remend.degrade.finetune import finetune
+from remend.degrade.prune import prune
+from remend.degrade.quantize import quantize
+from remend.errors import InputError
+from remend.files.atomic import json_line, read_json, write_json, write_text
+from remend.models.find import find_model, hash_files
+from remend.studies import tiny_model
+from remend.studies.grid import Cell, Group, Study
+from remend.studies.spec import BUNDLED, TINY, Finetune, TaskSpec
+
+TRAIN_ROWS, ROWS, FEW = 320, 64, 8
+"""Of a task that makes its own rows; and those of the held-out rows that a cell watches while it trains."""
+
+WORKED = tuple(key for key in DEMONSTRATION_KEYS if key != "answer")
+"""Columns that hold an answer as it shall be written."""
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "quantize": quantize,
+    "prune": prune,
+    "depth": prune_depth,
+    "finetune": finetune,
+}
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """Rows of a task: to train on, to grade, and few of the latter. Benchmarks of other makers have none."""
+
+    train: Path | None
+    held_out: Path | None
+    few: Path | None
+
+
+@dataclass
+class Made:
+    """Where the shared inputs are, with their hashes.
+
+    models: the healthy models by name; train, held_out: general prompts; hashes: of files and models, by path.
+    """
+
+    out: Path
+    models: dict[str, str]
+    train: Path
+    held_out: Path
+    tasks: dict[str, TaskFiles]
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def student(self, group: Group) -> Path:
+        """The directory of a group's degraded student."""
+        return self.out / "students" / group.student
+
+    def hash_of(self, place: str | Path | None) -> str | None:
+        """SHA-256 of a file, or over those of a model, computed once."""
+        if place is None:
+            return None
+        key = str(place)
+        if key not in self.hashes:
+            if Path(key).suffix == ".jsonl" and Path(key).is_file():
+                self.hashes[key] = hashlib.sha256(Path(key).read_bytes()).hexdigest()
+            else:
+                self.hashes[key] = digest(hash_files(find_model(key)))
+        return self.hashes[key]
+
+
+def digest(values: Any) -> str:
+    """SHA-256 over plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def make(study: Study, out: Path, data: Path | None = None) -> Made:
+    """Write prompts and task rows into OUT/data (or `data`), and train the tiny model where the study has it.
+
+    Raises InputError and FileError for data that can't be used.
+    """
+    folder, tiny = data or out / "data", {}
+    if any(spec.path == TINY for spec in study.models.values()):
+        tiny = tiny_model.make(out / "tiny")
+    train, held_out = _general(study, tiny)
+    made = Made(
+        out=out,
+        models={name: tiny["model"] if spec.path == TINY else spec.path for name, spec in study.models.items()},
+        train=_written(folder / "train.jsonl", [e.row for e in train]),
+        held_out=_written(folder / "held_out.jsonl", [e.row for e in held_out]),
+        tasks={},
+    )
+    for name, spec in {**study.tasks, **study.benchmarks}.items():
+        made.tasks[name] = _task(name, spec, tiny, folder, trained=name in study.tasks)
+    return made
+
+
+def _written(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    write_text(path, "".join(map(json_line, rows)))
+    return path
+
+
+def _general(study: Study, tiny: Mapping[str, str]) -> tuple[list[Example], list[Example]]:
+    """Training and held-out prompts."""
+    data = study.data
+    if data.train == BUNDLED:
+        train, apart = bundled("train", mixed=False), bundled("held_out")
+    else:
+        train = load_examples(tiny["train"] if data.train == TINY else data.train)
+        apart = load_examples(tiny["held_out"]) if data.train == TINY else []
+    if data.held_out == BUNDLED:
+        apart = bundled("held_out")
+    elif data.held_out is not None:
+        apart = load_examples(tiny["held_out"] if data.held_out == TINY else data.held_out)
+    if not apart:
+        train, apart = split_held_out(train, data.rows, 0)
+    # bundled prompts go round their topics, so the first ones are varied; others are chosen by their text
+    held_out = apart[: data.rows] if data.train == BUNDLED and data.held_out is None else choose(apart, data.rows, 0)
+    train = without(train, held_out)
+    if not train:
+        raise InputError(f"data.train {data.train}: no prompt is left to train on beside the held-out ones")
+    return train, held_out
+
+
+def _task(name: str, spec: TaskSpec, tiny: Mapping[str, str], folder: Path, *, trained: bool) -> TaskFiles:
+    if name not in tasks.names():  # a benchmark that brings its own rows
+        return TaskFiles(None, None, None)
+    held_out = _rows(name, "held_out", spec.held_out, spec.rows, tiny)
+    files = {"held_out": held_out, "few": held_out[:FEW]}
+    if trained:
+        files["train"] = [
+            _tagged(name, example)
+            for example in without(_rows(name, "train", spec.train, spec.train_rows, tiny), held_out)
+        ]
+    paths = {split: _written(folder / f"{name}-{split}.jsonl", [e.row for e in rows]) for split, rows in files.items()}
+    return TaskFiles(paths.get("train"), paths["held_out"], paths["few"])
+
+
+def _tagged(name: str, example: Example) -> Example:
+    """A row to train on. Where all that it has for an answer is a bare letter, that is put into the tags it asks for.
+
+    The SDFT authors' science rows are so; trained on as they are they would teach a form that their prompts forbid.
+    """
+    row = example.row
+    if not tasks.form(name).letters or any(row.get(key) is not None for key in (*WORKED, "messages")):
+        return example
+    return replace(example, row={**row, "demonstration": f"<answer>\n{row['answer']}\n</answer>"})
+
+
+def _rows(name: str, split: str, source: str | None, count: int | None, tiny: Mapping[str, str]) -> list[Example]:
+    if source is None:
+        made = tasks.get(name).rows(split, count or (TRAIN_ROWS if split == "train" else ROWS), seed=0)
+        return [Example(row["id"], row["prompt"], row) for row in made]
+    found = load_rows(name, tiny[f"task_{split}"] if source == TINY else source)
+    for number, example in enumerate(found, start=1):
+        tasks.form(name).check(example.row, f"{source}, row {number}")
+    return choose(found, count, 0) if count else found
+
+
+def student_inputs(study: Study, made: Made, group: Group) -> dict[str, Any]:
+    """What settles a degraded student: its model's hash, and the arguments with the hash of the data."""
+    spec = study.degradations[group.degradation]
+    values: dict[str, Any] = spec.model_dump()
+    data = values.get("data")
+    if isinstance(spec, Finetune) and data is None:
+        data = str(made.tasks[group.task].train)
+    known = data is not None and Path(data).is_file()
+    values["data"] = hashlib.sha256(Path(str(data)).read_bytes()).hexdigest() if known else data
+    return {"model": made.hash_of(made.models[group.model]), "degradation": values}
+
+
+def student_arguments(study: Study, made: Made, group: Group) -> dict[str, Any]:
+    """Of `degrade`, plain values."""
+    spec = study.degradations[group.degradation]
+    values = {key: value for key, value in spec.model_dump().items() if value is not None}
+    kind = values.pop("kind")
+    if isinstance(spec, Finetune):
+        values.setdefault("data", str(made.tasks[group.task].train))
+    if kind == "prune":
+        values["sparsity"] = str(values["sparsity"])
+    values |= {"device": str(study.spec.recipe.get("device", "auto")), "probe": False}
+    return {
+        "model": made.models[group.model],
+        "out": str(made.student(group)),
+        "kind": kind,
+        "arguments": values,
+        "inputs": student_inputs(study, made, group),
+    }
+
+
+def record_of(student: Path) -> Path:
+    """Where it is kept what a student was made of: beside its directory, whose files are hashed."""
+    return student.with_name(f"{student.name}.json")
+
+
+def is_made(student: Path, inputs: Mapping[str, Any]) -> bool:
+    """Whether a student is there and was made of these inputs."""
+    record = record_of(student)
+    return record.is_file() and student.is_dir() and read_json(record) == json.loads(json.dumps(inputs))
+
+
+def degrade(model: str, out: str, kind: str, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Make a degraded student, in the place of one that was made of other inputs.
+
+    Raises InputError and FileError as the degradation does.
+    """
+    target = Path(out)
+    record_of(target).unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    FUNCTIONS[kind](model, target, **arguments)
+    write_json(record_of(target), inputs)
+
+
+def cell_inputs(study: Study, made: Made, cell: Cell) -> dict[str, Any]:
+    """What settles a cell: for its training and for its grading apart, so that a new benchmark trains nothing anew."""
+    files = made.tasks[cell.group.task]
+    tasked = study.tasked(cell)
+    training = {
+        "recipe": study.draft(cell).model_dump(exclude={"out"}),
+        "how": cell.method.how,
+        "budget": study.budget.tokens if cell.method.trained else None,
+        "measurements": study.spec.measurements,
+        "task_share": study.spec.task_share if tasked else 0,
+        "models": {
+            "reference": made.hash_of(made.models[cell.group.model]),
+            "student": made.hash_of(made.student(cell.group)),
+        },
+        "data": {
+            "train": made.hash_of(made.train),
+            "held_out": made.hash_of(made.held_out),
+            "task": made.hash_of(files.train) if tasked else None,
+        },
+    }
+    return {"training": training, "grading": grading_inputs(study, made, cell.group)}
+
+
+def grading_inputs(study: Study, made: Made, group: Group) -> dict[str, Any]:
+    """What settles the grades of a model: rows and options of every task."""
+    return {
+        name: {"options": spec.options, "rows": made.hash_of(made.tasks[name].held_out)}
+        for name, spec in graded(study, group).items()
+    }
+
+
+def graded(study: Study, group: Group) -> dict[str, TaskSpec]:
+    """The group's own task and all benchmarks."""
+    return {group.task: study.tasks[group.task], **study.benchmarks}

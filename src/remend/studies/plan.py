@@ -1,0 +1,320 @@
+"""A study's file read: every part checked, and all problems said at once."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from remend.compression.grids import GridFormat
+from remend.data import tasks
+from remend.data.tasks.forms import no_rows
+from remend.degrade import prune, quantize
+from remend.errors import CheckError, FileError, InputError, did_you_mean
+from remend.evaluation import evaluate, harness
+from remend.evaluation.plan import LM_EVAL, make_plan
+from remend.files import recipes
+from remend.files.settings import Settings, build, read_yaml
+from remend.studies.grid import Cell, Method, Study, cells_of
+from remend.studies.spec import (
+    BASES,
+    EXTRAS,
+    KINDS,
+    OWNED,
+    STREAMS,
+    TINY,
+    BudgetSpec,
+    DataSpec,
+    Degradation,
+    MethodSpec,
+    ModelSpec,
+    Prune,
+    Quantize,
+    SpeedSpec,
+    StudySpec,
+    TaskSpec,
+)
+
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(evaluate).parameters.items()
+    if parameter.default is not inspect.Parameter.empty and name != "data"
+}
+"""Options of remend eval but for the rows, which a study has keys of its own for."""
+
+
+def read_study(path: str | Path) -> Study:
+    """Read a study: a file, or the name of one that ships with remend.
+
+    Raises:
+        FileError: the file can't be read.
+        InputError: whatever is wrong with it, all at once: unknown keys, degradations, methods and tasks (the known are
+            listed), no seeds, names that clash.
+    """
+    path = _found(path)
+    origin = f"study {path}"
+    spec = build(StudySpec, read_yaml(path), origin)
+    problems: list[str] = []
+    reader = _Reader(origin, problems)
+    study = Study(
+        name=spec.name or path.stem,
+        path=path,
+        spec=spec,
+        models=reader.models(spec),
+        degradations=reader.each("degradations", spec.degradations, reader.degradation),
+        methods=reader.each("methods", spec.methods, reader.method),
+        tasks=reader.each("tasks", spec.tasks, reader.task),
+        benchmarks=reader.each("benchmarks", spec.benchmarks, reader.benchmark),
+        budget=reader.part("budget", BudgetSpec, spec.budget) or BudgetSpec(tokens=1, seconds=None),
+        data=reader.part("data", DataSpec, spec.data) or DataSpec.model_validate({}),
+        speed=reader.part("speed", SpeedSpec, spec.speed) if spec.speed is not None else None,
+    )
+    problems += [f"{origin}: {text}" for text in _whole(study)]
+    if not problems:
+        study = Study(**{**vars(study), "cells": tuple(cells_of(study))})
+        problems += [f"{origin}: {text}" for text in _clashes(study.cells)]
+        problems += _recipes(study)
+    if problems:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+    return study
+
+
+def require_benchmarks(study: Study) -> None:
+    """Raises FileError or CheckError unless lm-evaluation-harness is there and knows the study's tasks.
+
+    It is asked before anything is trained, and not when a study is read: a dry run needs no such package.
+    """
+    problems: list[str] = []
+    for name, spec in study.benchmarks.items():
+        if name.startswith(LM_EVAL):
+            include = spec.options.get("include")
+            found = harness.Tasks(Path(include) if include else None)
+            try:
+                found.check([name], allow_code=spec.options.get("allow_code", False))
+            except CheckError as error:
+                problems.append(f"study {study.path}: benchmarks.{name}: {error}")
+    if problems:
+        raise CheckError(problems)
+
+
+def shipped_studies() -> list[str]:
+    """Names of the studies that ship with remend."""
+    return sorted(path.stem for path in (recipes.folder() / "studies").glob("*.yaml"))
+
+
+def _found(path: str | Path) -> Path:
+    if Path(path).is_file():
+        return Path(path)
+    if str(path) in shipped_studies():
+        return recipes.folder() / "studies" / f"{path}.yaml"
+    known = shipped_studies()
+    raise FileError(
+        f"study {path}: no such file; give a YAML file, or the name of a study that ships with remend: "
+        f"{', '.join(known)}.{did_you_mean(str(path), known)}"
+    )
+
+
+class _Reader:
+    """Reads the parts of a study, keeping problems instead of raising them."""
+
+    def __init__(self, origin: str, problems: list[str]) -> None:
+        self.origin, self.problems = origin, problems
+
+    def part(self, place: str, kind: type[Settings], values: Any) -> Any:
+        """`values` as a `kind`, or None."""
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            self.problems.append(f"{self.origin}: {place} is {values!r}; it must be a mapping of keys to values")
+            return None
+        try:
+            return build(kind, dict(values), f"{self.origin}: {place}")
+        except InputError as error:
+            self.problems.append(str(error))
+            return None
+
+    def each(self, place: str, values: Mapping[str, Any], read: Any) -> dict[str, Any]:
+        """All entries of a mapping that can be read."""
+        found = {name: read(f"{place}.{name}", name, value) for name, value in values.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def models(self, spec: StudySpec) -> dict[str, ModelSpec]:
+        """The one model under its own name, or several."""
+        if (spec.model is None) == (spec.models is None):
+            said = "both model and models are" if spec.model else "neither model nor models is"
+            self.problems.append(f"{self.origin}: {said} given; name one healthy model, or several as models")
+            return {}
+        if spec.model is not None:
+            return {"model": ModelSpec(path=spec.model, parameters=None)}
+        return self.each("models", spec.models or {}, lambda place, name, value: self.part(place, ModelSpec, value))
+
+    def degradation(self, place: str, name: str, value: Any) -> Degradation | None:
+        """By its kind."""
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        if kind not in KINDS:
+            near = did_you_mean(str(kind), KINDS) if kind is not None else ""
+            got = f'unknown kind of degradation "{kind}"' if kind is not None else "kind is missing"
+            self.problems.append(f"{self.origin}: {place}: {got}; known: {', '.join(KINDS)}.{near}")
+            return None
+        found: Degradation | None = self.part(place, KINDS[kind], value)
+        try:
+            if isinstance(found, Quantize):
+                GridFormat.parse(found.format)
+                quantize.METHODS.get(found.method)
+            elif isinstance(found, Prune):
+                prune.Sparsity.parse(str(found.sparsity))
+                prune.METHODS.get(found.method)
+        except InputError as error:
+            self.problems.append(f"{self.origin}: {place}: {error}")
+        return found
+
+    def method(self, place: str, name: str, value: Any) -> Method | None:
+        """From `how`, or {how, recipe}."""
+        spec = self.part(place, MethodSpec, {"how": value} if isinstance(value, str) else value)
+        if spec is None:
+            return None
+        base, *extras = spec.how.split("+")
+        before = len(self.problems)
+        for what, got, known in (("method", [base], BASES), ("addition to a method", extras, EXTRAS)):
+            self.problems += [
+                f'{self.origin}: {place}: unknown {what} "{one}"; known: {", ".join(known)}.{did_you_mean(one, known)}'
+                for one in got
+                if one not in known
+            ]
+        if len(self.problems) > before:
+            return None
+        found = Method(name, spec.how, base, frozenset(extras), spec.recipe)
+        if not found.trained and (extras or spec.recipe):
+            self.problems.append(f"{self.origin}: {place}: none does nothing, so it takes no additions and no recipe")
+        if found.base != "on-policy" and "bootstrap" in extras:
+            self.problems.append(f"{self.origin}: {place}: bootstrap goes before on-policy steps, and {base} has none")
+        if found.labelled and "streams" in spec.recipe:
+            self.problems.append(f"{self.origin}: {place}.recipe.streams: {base} trains on labels, and has no streams")
+        if found.labelled and "cka" in extras:
+            self.problems.append(f"{self.origin}: {place}: cka needs the reference as the teacher, and {base} has none")
+        self._recipe(place, spec.recipe)
+        return found
+
+    def _recipe(self, place: str, recipe: Mapping[str, Any]) -> None:
+        for key in recipe:
+            if key in OWNED:
+                self.problems.append(f"{self.origin}: {place}.recipe.{key} is set by the study itself; leave it out")
+        streams = recipe.get("streams") or {}
+        self.problems += [
+            f"{self.origin}: {place}.recipe.streams.{name}: a cell's streams are {' and '.join(STREAMS)}"
+            for name in streams
+            if name not in STREAMS
+        ]
+
+    def task(self, place: str, name: str, value: Any) -> TaskSpec | None:
+        """A task of remend.tasks with its rows."""
+        if name not in tasks.names():
+            known = tasks.names()
+            self.problems.append(
+                f'{self.origin}: {place}: unknown task "{name}"; known: {", ".join(known)}.{did_you_mean(name, known)}'
+            )
+            return None
+        spec = self._spec(place, name, value)
+        if spec and tasks.get(name).make is no_rows:
+            self.problems += [
+                f"{self.origin}: {place}: {name} makes no rows of its own; give {key}: a file of JSON lines"
+                for key in ("train", "held_out")
+                if getattr(spec, key) is None
+            ]
+        return spec
+
+    def _spec(self, place: str, name: str, value: Any) -> TaskSpec | None:
+        """Rows, and options that remend eval takes."""
+        spec: TaskSpec | None = self.part(place, TaskSpec, value or {})
+        if spec is None:
+            return None
+        known = list(DEFAULTS)
+        unknown = [option for option in spec.options if option not in known]
+        self.problems += [
+            f'{self.origin}: {place}.options: unknown option "{option}".{did_you_mean(option, known)} Known: '
+            f"{', '.join(known)}"
+            for option in unknown
+        ]
+        if not unknown:
+            data = None if name.startswith(LM_EVAL) else "rows.jsonl"
+            try:
+                make_plan("model", [name], data=data, **{**DEFAULTS, **spec.options})
+            except InputError as error:
+                self.problems += [f"{self.origin}: {place}.options: {line}" for line in str(error).split("\n")]
+        return spec
+
+    def benchmark(self, place: str, name: str, value: Any) -> TaskSpec | None:
+        """A task that is graded only, or one of lm-evaluation-harness."""
+        if name.startswith(LM_EVAL) or name not in tasks.names():
+            if not name.startswith(LM_EVAL):
+                self.problems.append(
+                    f'{self.origin}: {place}: unknown benchmark "{name}"; known: {", ".join(tasks.names())}, and '
+                    f"{LM_EVAL}NAME.{did_you_mean(name, tasks.names())}"
+                )
+                return None
+            return self._spec(place, name, value)
+        spec = self._spec(place, name, value)
+        if spec and spec.held_out is None and tasks.get(name).make is no_rows:
+            self.problems.append(f"{self.origin}: {place}: {name} makes no rows of its own; give held_out: a file")
+        return spec
+
+
+def _whole(study: Study) -> Iterator[str]:
+    """What is wrong with the parts taken together."""
+    spec = study.spec
+    if not spec.seeds:
+        yield "seeds is empty; give at least one, e.g. [0, 1, 2]"
+    if len(set(spec.seeds)) < len(spec.seeds) or any(seed < 0 for seed in spec.seeds):
+        yield f"seeds is {spec.seeds}; give each once, from 0"
+    for place in ("degradations", "methods", "tasks"):
+        if not getattr(spec, place):
+            yield f"{place} is empty; give at least one"
+    idle = [m.name for m in study.methods.values() if not m.trained]
+    if study.methods and len(idle) != 1:
+        yield (
+            f"methods has {len(idle)} with how: none; it needs one: the degraded student, which the others are held "
+            "against"
+        )
+    both = sorted(set(study.tasks) & set(study.benchmarks))
+    if both:
+        yield f"{', '.join(both)} is a task and a benchmark; name it once"
+    for place in ("models", "degradations", "methods"):
+        for name in getattr(study, place):
+            if not re.fullmatch(r"\w[\w.+@-]*", name):
+                yield f'{place}: "{name}" is part of a path; allowed are letters, digits and _ . + @ -'
+    for key in spec.recipe:
+        if key in OWNED or key == "streams":
+            yield f"recipe.{key} is set by the study itself; leave it out"
+    known = [m for m in BASES if m != "none"]
+    for key in study.speed.tokens_per_second if study.speed else ():
+        if key not in known:
+            yield f'speed.tokens_per_second: unknown method "{key}"; known: {", ".join(known)}'
+    if TINY not in {m.path for m in study.models.values()}:
+        named = [
+            study.data.train,
+            study.data.held_out,
+            *(x for t in study.tasks.values() for x in (t.train, t.held_out)),
+        ]
+        if TINY in named:
+            yield f"{TINY} names what is made for the model {TINY}, which this study does not have; name a file"
+
+
+def _clashes(cells: Sequence[Cell]) -> Iterator[str]:
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        other = seen.setdefault(cell.name.casefold(), cell)
+        if other is not cell:
+            yield f"two cells would have one directory, cells/{other.name} and cells/{cell.name}; rename one of them"
+
+
+def _recipes(study: Study) -> list[str]:
+    """Problems of the cells' recipes, each once and not once a seed."""
+    found: dict[str, None] = {}
+    for cell in study.cells:
+        try:
+            study.draft(cell)
+        except InputError as error:
+            for line in str(error).split("\n"):
+                said = line.partition(f"cell {cell.name}: ")[2]
+                found.setdefault(f"study {study.path}: method {cell.method.name}: {said}")
+    return list(found)

@@ -1,0 +1,269 @@
+"""What a study's finished cells say together: rows by group and method, methods at equal spending, CKA and recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remend.errors import RemendError
+from remend.evaluation.compare import compare
+from remend.files.atomic import read_json
+from remend.files.run_directory import TRACK, RunDirectory
+from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence
+from remend.studies.cell import GRADES, OUTCOME
+from remend.studies.correlate import correlate
+from remend.studies.grading import grades_file
+from remend.studies.grid import Cell, Group, Method, Study
+from remend.studies.made import graded
+
+REFERENCE, DEGRADED, RECOVERED = "reference", "degraded", "recovered"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished cell: its directory, cell.json, and the wanted tasks that it was not graded on."""
+
+    cell: Cell
+    place: Path
+    outcome: Mapping[str, Any]
+    ungraded: tuple[str, ...] = ()
+
+
+def gather(
+    study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
+    """All results of a study as plain values.
+
+    Args:
+        study: as read.
+        out: its directory.
+        states: of each cell: done, not run, or the message of its failure.
+        ungraded: by finished cell, the tasks that it was not graded on; see cell.ungraded.
+    """
+    ungraded = ungraded or {}
+    done = [
+        Done(
+            cell,
+            out / "cells" / cell.name,
+            read_json(out / "cells" / cell.name / OUTCOME),
+            tuple(ungraded.get(cell.name, ())),
+        )
+        for cell in study.cells
+        if states[cell.name] == "done"
+    ]
+    groups = list(dict.fromkeys(cell.group for cell in study.cells))
+    rows, at_tokens, at_seconds = [], [], []
+    for group in groups:
+        mine = [d for d in done if d.cell.group == group]
+        idle = [d for d in mine if not d.cell.method.trained]
+        if not idle:
+            continue
+        found = {m: [d for d in mine if d.cell.method == m] for m in study.methods.values()}
+        rows += [_row(study, out, group, method, cells, idle[0]) for method, cells in found.items() if cells]
+        trained = {m: cells for m, cells in found.items() if m.trained and cells}
+        if trained:
+            at_tokens.append(_equal(group, trained, "tokens", None))
+            at_seconds.append(_equal(group, trained, "seconds", study.budget.seconds))
+    failures = {name: state for name, state in states.items() if state not in ("done", "not run")}
+    return {
+        "study": study.name,
+        "models": {name: spec.path for name, spec in study.models.items()},
+        "methods": {m.name: m.how for m in study.methods.values()},
+        "seeds": list(study.spec.seeds),
+        "budget": study.budget.model_dump(),
+        "rows": rows,
+        "at_equal_tokens": at_tokens,
+        "at_equal_seconds": at_seconds,
+        "correlation": _correlation(done, out),
+        "cells": [_cell(study, cell, states[cell.name], done) for cell in study.cells],
+        "failures": failures,
+        "hardware": _hardware(done),
+        "notes": list(dict.fromkeys(note for d in done for note in d.outcome["notes"])),
+        "recipe": study.path.read_text(encoding="utf-8"),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[Done], idle: Done) -> dict[str, Any]:
+    outcomes = [d.outcome for d in cells]
+    gap, interval = _gap(cells)
+    cost = {key: [o["training_seconds_of"][key] for o in outcomes] for key in ("repair", "answers", "steps")}
+    return {
+        "group": group.name,
+        "model": group.model,
+        "degradation": group.degradation,
+        "task": group.task,
+        "method": method.name,
+        "how": method.how,
+        "seeds": [d.cell.seed for d in cells],
+        "kl": {when: _mean([o["kl"][when] for o in outcomes]) for when in (DEGRADED, RECOVERED)},
+        "agreement": {when: _mean([o["agreement"][when] for o in outcomes]) for when in (DEGRADED, RECOVERED)},
+        "gap_closed": gap,
+        "gap_closed_95": interval,
+        "gap_closed_by_seed": [o["gap_closed"] for o in outcomes],
+        "grades": _grades(study, out, group, cells, idle),
+        "not_graded": _not_graded(cells, idle),
+        "steps": [o["steps"] for o in outcomes],
+        "tokens_trained": [o["tokens_trained"] for o in outcomes],
+        "training_seconds": [o["training_seconds"] for o in outcomes],
+        "training_seconds_of": cost,
+        "constraint": outcomes[0]["constraint"],
+    }
+
+
+def _gap(cells: Sequence[Done]) -> tuple[float | None, tuple[float, float] | None]:
+    """Gap closed of the mean over seeds, and its interval over held-out prompts."""
+    by_seed = [{row["id"]: row for row in RunDirectory(d.place).rows("held_out.jsonl")} for d in cells]
+    ids = [name for name in by_seed[0] if all(name in rows for rows in by_seed)]
+    before = [_mean([rows[name]["kl_sum_degraded"] for rows in by_seed]) for name in ids]
+    after = [_mean([rows[name]["kl_sum_recovered"] for rows in by_seed]) for name in ids]
+    tokens = sum(by_seed[0][name]["tokens"] for name in ids)
+    value = gap_closed_divergence(sum(before) / tokens, sum(after) / tokens) if tokens else None
+    return value, bootstrap_gap_closed(before, after) if value is not None else None
+
+
+def _not_graded(cells: Sequence[Done], idle: Done) -> list[str]:
+    """Tasks that one of the cells, or the degraded student, was not graded on: they can't be paired."""
+    return list(dict.fromkeys(name for d in (*cells, idle) for name in d.ungraded))
+
+
+def _grades(study: Study, out: Path, group: Group, cells: Sequence[Done], idle: Done) -> list[dict[str, Any]]:
+    """Scores and paired comparisons by task; the recovered models' are averaged over seeds, item by item."""
+    places = {REFERENCE: [out / "reference" / group.model], DEGRADED: [idle.place / GRADES]}
+    places[RECOVERED] = [d.place / GRADES for d in cells]
+    left = _not_graded(cells, idle)
+    parts = {who: _parts(study, group, folders, left) for who, folders in places.items()}
+    keys = [key for key in parts[RECOVERED] if all(key in parts[who] for who in places)]
+    paired = [key for key in keys if all(parts[who][key]["items"] for who in places)]
+    found: list[dict[str, Any]] = []
+    if paired:
+        files = [{"results": [parts[who][key] for key in paired]} for who in places]
+        tasks = compare(files, names=list(places))["tasks"]
+        found = [_compared(task) for task in tasks]
+    for key in keys:
+        if key not in paired:
+            scores = {who: {"score": parts[who][key]["score"], "interval": None, "method": None} for who in places}
+            found.append({"task": key[0], "grader": key[1], "n": None, "scores": scores, "change": None, "gap": None})
+    several = [grade["task"] for grade in found]
+    for grade in found:  # a task with several graders or metrics has a name for each
+        once = several.count(grade["task"]) == 1
+        grade["name"] = grade["task"] if once else f"{grade['task']} ({grade['grader']})"
+    return found
+
+
+def _compared(task: Mapping[str, Any]) -> dict[str, Any]:
+    pairs = {(c["from"], c["to"]): c for c in task["comparisons"]}
+    return {
+        "task": task["task"],
+        "grader": task["grader"],
+        "n": task["n"],
+        "scores": {s["name"]: {key: s[key] for key in ("score", "interval", "method")} for s in task["scores"]},
+        "change": pairs[DEGRADED, RECOVERED],
+        "damage": pairs[REFERENCE, DEGRADED],
+        "gap": task["gap_closed"][0],
+    }
+
+
+def _parts(
+    study: Study, group: Group, folders: Sequence[Path], left: Sequence[str]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The results of every task but those `left` out by (task, grader), of several models averaged by item."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for name in (name for name in graded(study, group) if name not in left):
+        for folder in folders:
+            path = grades_file(folder, name)
+            content = read_json(path) if path.is_file() else {}
+            for part in content.get("results", [content] if content else []):
+                found.setdefault((part["task"], part["grader"]), []).append(part)
+    return {key: _averaged(parts) for key, parts in found.items() if len(parts) == len(folders)}
+
+
+def _averaged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    lists = [{item["id"]: item for item in part.get("items") or ()} for part in parts]
+    items = []
+    for name, item in lists[0].items():
+        if all(name in others for others in lists):
+            scores = [float(others[name]["correct"]) for others in lists]
+            cluster = {"cluster": item["cluster"]} if item.get("cluster") is not None else {}
+            items.append({"id": name, "correct": _mean(scores), **cluster})
+    first = parts[0]
+    score = _mean([float(part["score"]) for part in parts])
+    return {"task": first["task"], "grader": first["grader"], "score": score, "items": items}
+
+
+def _equal(group: Group, trained: Mapping[Method, Sequence[Done]], what: str, wanted: float | None) -> dict[str, Any]:
+    """Methods where each has spent the same: so much, or as much as the cell that spent least."""
+    ends = [d.outcome["curve"][-1][what] for cells in trained.values() for d in cells]
+    at = wanted if wanted is not None else min(ends)
+    rows = []
+    for method, cells in trained.items():
+        curves = [d.outcome["curve"] for d in cells]
+        values = [read_at(curve, what, at) for curve in curves]
+        gaps = [gap_closed_divergence(curve[0]["kl"], kl) for curve, kl in zip(curves, values, strict=True)]
+        known = [gap for gap in gaps if gap is not None]
+        rows.append(
+            {
+                "method": method.name,
+                "kl": _mean(values),
+                "gap_closed": _mean(known) if known else None,
+                "gap_closed_by_seed": gaps,
+                "spent": [curve[-1][what] for curve in curves],
+                "ended_before": any(curve[-1][what] < at for curve in curves),
+            }
+        )
+    return {"group": group.name, "at": at, "chosen": wanted is not None, "methods": rows}
+
+
+def read_at(curve: Sequence[Mapping[str, Any]], what: str, at: float) -> float:
+    """KL when `at` tokens or seconds were spent: on a line between the measurements around it.
+
+    Before the first step there is no line: a repair works when it is done. Beyond its end a curve is flat.
+    """
+    before = [point for point in curve if point[what] <= at][-1]
+    after = next((point for point in curve if point[what] > at), None)
+    if after is None or not after["step"]:
+        return float(before["kl"])
+    share = (at - before[what]) / (after[what] - before[what])
+    return float(before["kl"] + share * (after["kl"] - before["kl"]))
+
+
+def _correlation(done: Sequence[Done], out: Path) -> dict[str, Any]:
+    """What remend correlate finds over the trained cells; `reason` where it can't."""
+    trained = [d for d in done if d.cell.method.trained and (d.place / TRACK).is_file()]
+    tracked = [d for d in trained if d.outcome["gap_closed"] is not None]  # the others had nothing to recover
+    if not tracked:
+        return {"reason": "no trained cell has been tracked", "cells": []}
+    try:
+        found = correlate([d.place for d in tracked], out)
+    except RemendError as error:
+        return {"reason": str(error), "cells": []}
+    names = {about["name"]: d.cell.name for about, d in zip(found["runs"], tracked, strict=True)}
+    groups = {d.cell.name: d.cell.group.name for d in tracked}
+    points = [{**p, "run": names[p["run"]], "group": groups[names[p["run"]]]} for p in found["points"]]
+    kept = {key: found[key] for key in ("recovery", "alignment", "checkpoints", "overall", "sentences", "notes")}
+    return {**kept, "points": points, "cells": list(groups)}
+
+
+def _cell(study: Study, cell: Cell, state: str, done: Sequence[Done]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": cell.name, "group": cell.group.name, "method": cell.method.name}
+    entry |= {"seed": cell.seed, "state": state}
+    outcome = next((d.outcome for d in done if d.cell == cell), None)
+    if outcome:
+        kept = ("steps", "tokens_trained", "training_seconds", "seconds", "peak_rss_mib", "curve", "warnings")
+        entry |= {key: outcome[key] for key in kept}
+    return entry
+
+
+def _hardware(done: Sequence[Done]) -> list[dict[str, Any]]:
+    """Each machine that cells ran on, once."""
+    found: list[dict[str, Any]] = []
+    for d in done:
+        entry = {key: d.outcome[key] for key in ("hardware", "dtype", "versions", "git_commit")}
+        if entry not in found:
+            found.append(entry)
+    return found

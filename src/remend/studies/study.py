@@ -1,0 +1,276 @@
+"""`remend study STUDY.yaml`: degradations × methods × tasks × seeds as a grid of recoveries, compared on one page.
+
+remend study small --out runs/small --dry-run
+remend study small --out runs/small
+
+OUT/study.json       which study this is
+OUT/data, tiny       prompts, task rows, the model that the study trains itself
+OUT/students/NAME    the degraded students, made once
+OUT/reference/MODEL  grades of the healthy models
+OUT/cells/GROUP/METHOD/SEED   a recovery each, with its grades (see cell.py)
+OUT/results.json, results.csv, report.html, report.md, report.json, correlation.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from remend.console import console
+from remend.errors import InputError
+from remend.files.atomic import read_json, write_json, write_text
+from remend.report.study import study_page
+from remend.report.writing import write_page
+from remend.studies.cell import state_of, ungraded
+from remend.studies.cost import estimate
+from remend.studies.grid import Cell, Group, Study, chosen
+from remend.studies.made import (
+    Made,
+    cell_inputs,
+    graded,
+    grading_inputs,
+    is_made,
+    make,
+    student_arguments,
+    student_inputs,
+)
+from remend.studies.plan import read_study, require_benchmarks, shipped_studies
+from remend.studies.results import gather
+from remend.studies.states import FINISHED, finished, state
+from remend.studies.table import lines, table_of
+from remend.studies.work import Job, failure_of, run_jobs
+
+__all__ = ["lines", "shipped_studies", "study"]
+
+STUDY, RESULTS, TABLE = "study.json", "results.json", "results.csv"
+
+
+def study(
+    path: str | Path, out: str | Path, *, jobs: int = 1, dry_run: bool = False, only: str | Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Run a study, or go on with it: cells whose settings, models and data did not change are not run again.
+
+    Args:
+        path: a YAML file, or the name of a study that ships with remend.
+        out: the study's directory; a new one, or the one that it was begun in.
+        jobs: processes at once.
+        dry_run: only tell what cells there are and what they cost; nothing is written.
+        only: names of cells or patterns, e.g. 'int3-g64', 'int3-g64/sft/0', '*/*/0'; the degraded student is measured
+            along.
+
+    Returns:
+        The content of results.json with the paths `out`, `report`, `csv`, `json`; `failures` has the message of each
+        cell that failed, now or when it was last tried; `failed_now` names those of them that were asked for. A dry
+        run: see remend.studies.cost.estimate. `lines` makes either readable.
+
+    Raises:
+        InputError, FileError: an unusable study, an `out` that is another study's, a pattern that names no cell, a
+            benchmark that lm-evaluation-harness does not know, or that package missing.
+        What goes wrong in a cell is not raised.
+    """
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}; allowed is 1 or more processes")
+    plan, out = read_study(path), Path(out)
+    cells = chosen(plan, only)
+    _require_own(plan, out)
+    if dry_run:
+        return estimate(plan, out, cells, finished(plan, out, cells))
+    require_benchmarks(plan)
+    write_json(out / STUDY, _identity(plan))
+    work = _Work(plan, out, jobs, make(plan, out))
+    try:
+        work.students(cells)
+        work.references(cells)
+        work.cells([c for c in cells if not c.method.trained])
+        # seed by seed, so that a study that is stopped has whole seeds
+        trained = [c for c in cells if c.method.trained]
+        work.cells(sorted(trained, key=lambda c: plan.spec.seeds.index(c.seed)))
+    finally:
+        results = work.finish()
+    asked = {cell.name for cell in cells}
+    others = {cell.name for cell in plan.cells} - asked
+    return results | {"failed_now": [name for name in results["failures"] if name not in others]}
+
+
+def _identity(plan: Study) -> dict[str, Any]:
+    return {"study": plan.name, "models": {name: spec.path for name, spec in plan.models.items()}}
+
+
+def _require_own(plan: Study, out: Path) -> None:
+    """Raises InputError where `out` holds something else."""
+    if out.is_file():
+        raise InputError(f"out {out} is a file; name a directory")
+    if (out / STUDY).is_file():
+        found, mine = read_json(out / STUDY), _identity(plan)
+        if found != mine:
+            raise InputError(
+                f'out {out} holds the study "{found.get("study")}" of {_named(found)}, and this is "{plan.name}" of '
+                f"{_named(mine)}; name another out"
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise InputError(f"out {out} is not empty and holds no study; name a new directory")
+
+
+def _named(identity: Mapping[str, Any]) -> str:
+    return ", ".join(identity.get("models", {}).values())
+
+
+@dataclass
+class _Work:
+    """A study under way. failed: messages by the name of a student or cell."""
+
+    plan: Study
+    out: Path
+    jobs: int
+    made: Made
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def _run(self, jobs: Sequence[Job], what: str) -> Iterator[tuple[Job, str | None]]:
+        shared = self.plan.spec.one_process and self.jobs == 1
+        for number, (job, message) in enumerate(run_jobs(self.out, jobs, processes=self.jobs, shared=shared), 1):
+            said = "failed" if message else "done"
+            console.print(f"{what} {number} of {len(jobs)}: {job.name}: {said}", soft_wrap=True, markup=False)
+            yield job, message
+
+    def students(self, cells: Sequence[Cell]) -> None:
+        """Make the degraded students that are not there."""
+        groups = {cell.group.student: cell.group for cell in cells}
+        wanted = []
+        for name, group in groups.items():
+            try:
+                if not is_made(self.made.student(group), student_inputs(self.plan, self.made, group)):
+                    wanted.append(Job(f"students/{name}", "degrade", student_arguments(self.plan, self.made, group)))
+            except (InputError, OSError) as error:
+                self.failed[name] = str(error)
+        for job, message in self._run(wanted, "student"):
+            if message:
+                self.failed[job.name.removeprefix("students/")] = message
+
+    def references(self, cells: Sequence[Cell]) -> None:
+        """Grade the healthy models."""
+        wanted = []
+        for model in dict.fromkeys(cell.group.model for cell in cells):
+            groups = [c.group for c in self.plan.cells if c.group.model == model]
+            place = self.out / "reference" / model
+            tasks = {name: None for group in groups for name in graded(self.plan, group)}
+            rows = {name: entry for group in groups for name, entry in self._inputs(group).items()}
+            inputs = {"model": self.made.hash_of(self.made.models[model]), "grading": rows}
+            record = place / "graded.json"
+            if not record.is_file() or read_json(record) != inputs:
+                grading = [self._grading(name) for name in tasks]
+                arguments = {"model": self.made.models[model], "folder": str(place), "grading": grading}
+                wanted.append(Job(f"reference/{model}", "grade", {**arguments, "inputs": inputs}))
+        for job, message in self._run(wanted, "reference"):
+            if message:
+                self.failed[job.name] = message
+
+    def _inputs(self, group: Group) -> dict[str, Any]:
+        return grading_inputs(self.plan, self.made, group)
+
+    def _grading(self, task: str) -> dict[str, Any]:
+        spec, rows = {**self.plan.tasks, **self.plan.benchmarks}[task], self.made.tasks[task].held_out
+        options = {"device": str(self.plan.spec.recipe.get("device", "auto")), **spec.options}
+        return {"task": task, "data": None if rows is None else str(rows), "options": options}
+
+    def cells(self, cells: Sequence[Cell]) -> None:
+        """Run the cells that are not done."""
+        wanted = []
+        for cell in cells:
+            why = self.failed.get(cell.group.student)
+            idle = Cell(cell.group, self.plan.none, self.plan.spec.seeds[0])
+            if why:
+                self.failed[cell.name] = f"its degraded student was not made: {why}"
+            elif cell.method.trained and idle.name in self.failed:
+                self.failed[cell.name] = f"the degraded student was not measured: {self.failed[idle.name]}"
+            elif self._state(cell) not in FINISHED:
+                wanted.append(Job(cell.name, "cell", self._arguments(cell, idle)))
+        for job, message in self._run(wanted, "cell"):
+            if message:
+                self.failed[job.name] = message
+
+    def _place(self, cell: Cell) -> Path:
+        return self.out / "cells" / cell.name
+
+    def _state(self, cell: Cell) -> str:
+        return state_of(self._place(cell), cell_inputs(self.plan, self.made, cell))
+
+    def _arguments(self, cell: Cell, idle: Cell) -> dict[str, Any]:
+        """Of run_cell, plain values."""
+        plan, made, tasked = self.plan, self.made, self.plan.tasked(cell)
+        files, student = made.tasks[cell.group.task], str(made.student(cell.group))
+        reference, place = made.models[cell.group.model], self._place(cell)
+        forgot = plan.degradations[cell.group.degradation].kind == "finetune"
+        policy = {} if cell.method.base == "on-policy" or not cell.method.trained else {"policy": "off"}
+        share = {"share": 1 - plan.spec.task_share} if tasked else {}
+        streams: dict[str, Any] = {
+            "recover": {"data": str(made.train), "eval_data": str(made.held_out)} | share,
+            "task": {
+                "data": str(files.train),
+                "eval_data": str(files.few),
+                # a student that learned the task is held to what it can, a compressed one learns what it could
+                "teacher": "initial" if forgot else reference,
+                "share": plan.spec.task_share,
+            },
+        }
+        streams = {name: {**own, **policy} for name, own in streams.items() if name == "recover" or tasked}
+        recipe = plan.config(cell, student=student, teacher=reference, out=str(place), steps=1, streams=streams)
+        labels = self._labels(cell, student, reference, recipe.model_dump()) if cell.method.labelled else None
+        return {
+            "place": str(place),
+            "recipe": recipe.model_dump(),
+            "tokens": plan.budget.tokens if cell.method.trained else 0,
+            "measurements": plan.spec.measurements,
+            "checkpoints": not plan.spec.one_process,
+            "labels": labels,
+            "idle": str(self._place(idle)) if cell.method.trained else None,
+            "task_rows": str(files.train) if tasked and not cell.method.labelled else None,
+            "grading": [self._grading(name) for name in graded(plan, cell.group)],
+            "inputs": cell_inputs(plan, made, cell),
+            "keep_model": plan.spec.keep_models,
+        }
+
+    def _labels(self, cell: Cell, student: str, reference: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """Of write_labels."""
+        plan, length = self.plan, recipe["max_new_tokens"]
+        length = length if isinstance(length, int) else length[1]
+        general = plan.budget.tokens * (1 - plan.spec.task_share) / recipe["off_policy_passes"]
+        taught = max(1, round(general / length)) if cell.method.base == "sft-teacher" else None
+        return {
+            "reference": reference,
+            "student": student,
+            "train": str(self.made.train),
+            "held_out": str(self.made.held_out),
+            "task": str(self.made.tasks[cell.group.task].train) if plan.tasked(cell) else None,
+            "share": plan.spec.task_share,
+            "taught": taught,
+            "max_new_tokens": length,
+            "max_prompt_tokens": recipe["max_prompt_tokens"],
+            "seed": cell.seed,
+            "device": recipe["device"],
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """Gather what there is, and write it."""
+        states = {cell.name: self._known(cell) for cell in self.plan.cells}
+        results = gather(self.plan, self.out, states, self._ungraded(states))
+        failures = {n: m for n, m in self.failed.items() if n.startswith("reference/")} | results["failures"]
+        results["failures"] = failures
+        write_json(self.out / RESULTS, results)
+        write_text(self.out / TABLE, table_of(results))
+        report = write_page(self.out, study_page(results))
+        paths = {"out": self.out, "report": report, "csv": self.out / TABLE, "json": self.out / RESULTS}
+        return results | {key: str(path) for key, path in paths.items()}
+
+    def _known(self, cell: Cell) -> str:
+        """done, not run, or why it failed."""
+        if cell.name in self.failed:
+            return self.failed[cell.name]
+        found = state(self.plan, self.made, cell)
+        return "done" if found in FINISHED else failure_of(self.out, cell.name) or "not run"
+
+    def _ungraded(self, states: Mapping[str, str]) -> dict[str, list[str]]:
+        """Of finished cells, the tasks that they were not graded on."""
+        done = [cell for cell in self.plan.cells if states[cell.name] == "done"]
+        return {c.name: ungraded(self._place(c), cell_inputs(self.plan, self.made, c)) for c in done}

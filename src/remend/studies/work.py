@@ -1,0 +1,137 @@
+"""Do a study's jobs one after the other in this process, or several at once in processes of their own.
+
+A job that fails leaves its message beside its log, and the others go on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remend.console import console
+from remend.errors import RemendError
+from remend.files.atomic import write_json, write_text
+
+JOBS = {
+    "degrade": "remend.studies.made.degrade",
+    "grade": "remend.studies.grading.grade_reference",
+    "cell": "remend.studies.cell.run_cell",
+}
+
+LAST_LINES = 3
+"""Of a log, in the message of a process that ended without one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A function of JOBS with plain arguments. Its log and message go to logs/ under its name."""
+
+    name: str
+    do: str
+    arguments: Mapping[str, Any]
+
+
+def paths_of(out: Path, name: str) -> tuple[Path, Path, Path]:
+    """A job's arguments, log and message of failure."""
+    stem = name.replace("/", ".")
+    folder = out / "logs"
+    return folder / f"{stem}.job.json", folder / f"{stem}.log", folder / f"{stem}.failed.txt"
+
+
+def failure_of(out: Path, name: str) -> str | None:
+    """Why a job failed when it was last tried, or None."""
+    path = paths_of(out, name)[2]
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def do(job: str, arguments: Mapping[str, Any]) -> None:
+    """Call a job's function."""
+    module, _, function = JOBS[job].rpartition(".")
+    getattr(importlib.import_module(module), function)(**arguments)
+
+
+def explained(error: Exception) -> str:
+    """A failure in one line."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, RemendError) else f"{type(error).__name__}: {said}"
+
+
+def run_jobs(out: Path, jobs: Sequence[Job], *, processes: int, shared: bool) -> Iterator[tuple[Job, str | None]]:
+    """Each job as it ends, with the message of its failure or None.
+
+    Args:
+        out: of the study.
+        jobs: in the order in which they are begun.
+        processes: how many at once.
+        shared: do all in this process, one after the other.
+    """
+    if shared:
+        for job in jobs:
+            yield job, _noted(out, job, _here(job))
+        return
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    with ThreadPoolExecutor(processes) as pool:
+        waiting = {pool.submit(_apart, out, job, threads): job for job in jobs}
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], _noted(out, waiting[future], future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _here(job: Job) -> str | None:
+    try:
+        do(job.do, job.arguments)
+    except Exception as error:  # whatever one cell does wrong must not stop the others
+        return explained(error)
+    return None
+
+
+def _apart(out: Path, job: Job, threads: int) -> str | None:
+    given, log, failed = paths_of(out, job.name)
+    failed.unlink(missing_ok=True)
+    write_json(given, {"do": job.do, "arguments": dict(job.arguments)})
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    command = [sys.executable, "-m", "remend.studies.worker", str(given), str(failed)]
+    with log.open("w", encoding="utf-8") as stream:
+        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    if code == 0:
+        return None
+    if failed.is_file():
+        return failed.read_text(encoding="utf-8").strip()
+    last = " / ".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:])
+    killed = f"was ended by signal {-code} (9 is often a lack of memory)" if code < 0 else f"ended with code {code}"
+    return f"its process {killed}; its log, {log}, ends: {last}"
+
+
+def _noted(out: Path, job: Job, message: str | None) -> str | None:
+    failed = paths_of(out, job.name)[2]
+    if message is None:
+        failed.unlink(missing_ok=True)
+    else:
+        write_text(failed, message + "\n")
+        console.print(f"failed: {job.name}: {message}", soft_wrap=True, markup=False)
+    return message
+
+
+def main(words: Sequence[str]) -> int:
+    """Do the job in a file; its failure goes into another."""
+    given, failed = map(Path, words)
+    job = json.loads(given.read_text(encoding="utf-8"))
+    try:
+        do(job["do"], job["arguments"])
+    except Exception as error:
+        write_text(failed, explained(error) + "\n")
+        if not isinstance(error, RemendError):
+            raise
+        return 2
+    return 0

@@ -1,0 +1,322 @@
+"""The one optimisation loop.
+
+What is trained, and on what signal, is an Objective: `prepare(step)` samples the step's rollouts and cuts them into
+micro-batches, and calling it on a micro-batch returns sums of losses, never means. Only this file divides by tokens,
+accumulates, clips, steps, logs and saves:
+
+    gradient = Σ_streams weight_s · ( Σ micro-batches, processes  ∇ loss_sum_s ) / N_s
+
+with N_s the stream's completion tokens in the whole step (arXiv 2604.15794's objective; method.md). So 8 prompts in
+one micro-batch, 8 micro-batches of one prompt and 2 processes of 4 give one gradient, to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from remend.errors import InputError, TrainingError
+from remend.files.run_directory import METRICS, TIMING, Checkpoint, RunDirectory
+from remend.training.constraints import Constraint
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one micro-batch gives: for each stream the sum of its loss over positions and their number."""
+
+    sums: Mapping[str, tuple[Tensor, int]]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step's micro-batches with, for each stream, the positions they hold together; ids for error messages.
+
+    `means` are figures to log, each as (sum, number): processes may hold unequal numbers.
+    """
+
+    micro_batches: Sequence[Any]
+    tokens: Mapping[str, int]
+    ids: Sequence[str]
+    means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A step function with its preparation."""
+
+    weights: Mapping[str, float]
+
+    def prepare(self, step: int) -> Prepared:
+        """Sample everything that step `step` (from 1) trains on."""
+        ...
+
+    def __call__(self, micro_batch: Any) -> StepOutput:
+        """Sums of the losses of one micro-batch, with gradients attached."""
+        ...
+
+
+class Follower(Protocol):
+    """State that follows the trained weights, e.g. a moving average, and belongs into a checkpoint."""
+
+    def updated(self, step: int) -> None:
+        """After the update of step `step`."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        ...
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to `peak`, then a cosine to `final` · peak at the last step."""
+
+    steps: int
+    peak: float
+    warmup: int
+    final: float = 0.1
+
+    def at(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 1."""
+        if step <= self.warmup:
+            return self.peak * step / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.peak * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When and where to save; `every` 0 saves nothing."""
+
+    run: RunDirectory
+    every: int
+    keep: int
+
+
+Hook = Callable[[int], Mapping[str, float] | None]
+"""Called with the number of steps done; what it returns is logged as a row of its own."""
+
+
+def train(
+    objective: Objective,
+    constraint: Constraint,
+    accelerator: Accelerator,
+    schedule: Schedule,
+    saving: Saving,
+    *,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    resume: Checkpoint | None = None,
+    hooks: Sequence[Hook] = (),
+    on_step: Callable[[Mapping[str, float]], None] = lambda row: None,
+    follower: Follower | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
+    """Run the loop to `schedule.steps`; returns the number of steps done, fewer where `stop` said so.
+
+    Args:
+        objective: what is trained on.
+        constraint: what is held; it owns the master weights.
+        accelerator: processes, trackers; its own device may be another (precision is the objective's own matter).
+        schedule: learning rates and the number of steps.
+        saving: where rows and checkpoints go.
+        weight_decay, max_grad_norm: AdamW's decay on matrices; the gradients' norm limit.
+        resume: continue from this checkpoint; the trajectory is the uninterrupted one.
+        hooks: called after every step (a hook decides itself whether it is its turn).
+        on_step: gets each training row with `seconds`, for progress bars.
+        follower: what moves along with the weights and is saved with them.
+        stop: asked in the main process after each step's hooks.
+
+    Raises:
+        TrainingError: loss or gradient is NaN or infinite; weights and files stay as the last good step left them.
+    """
+    optimizer = _optimizer(constraint.masters(), schedule.peak, weight_decay)
+    device, start = next(iter(constraint.masters().values())).device, resume.step if resume else 0
+    if resume is not None:
+        _restore(resume, constraint, optimizer, follower)
+        if _said(stop, accelerator, device):
+            return start
+    for step in range(start + 1, schedule.steps + 1):
+        began = time.perf_counter()
+        torch.manual_seed(step)  # whatever still draws from the global stream draws the same after a resume
+        row = _gradients(objective, accelerator, device, step, saving)
+        norm = _update(constraint, optimizer, schedule.at(step), max_grad_norm, accelerator)
+        if not math.isfinite(norm):
+            raise TrainingError(_not_finite("gradient norm", norm, step, row.ids, saving))
+        if follower:
+            follower.updated(step)
+        seconds = time.perf_counter() - began
+        values = {**row.values, "learning_rate": schedule.at(step), "grad_norm": norm}
+        _log(saving, accelerator, step, values)
+        _time(saving, accelerator, step, seconds)
+        on_step({"step": step, **values, "seconds": seconds})
+        for hook in hooks:
+            _log(saving, accelerator, step, hook(step) or {})
+        if saving.every and step % saving.every == 0 and accelerator.is_main_process:
+            _save(saving, step, constraint, optimizer, follower)
+        if _said(stop, accelerator, device):
+            return step
+    return schedule.steps
+
+
+def _update(
+    constraint: Constraint, optimizer: torch.optim.Optimizer, rate: float, limit: float, accelerator: Accelerator
+) -> float:
+    """Move the masters by the gradients that are there; the gradient norm. One that is not finite moves nothing."""
+    constraint.take_gradients()
+    norm = _clip(constraint.masters(), limit, accelerator)
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        constraint.project()
+    return norm
+
+
+def _said(stop: Callable[[], bool], accelerator: Accelerator, device: torch.device) -> bool:
+    said = torch.tensor([float(accelerator.is_main_process and stop())], device=device)
+    return bool(_over_processes(accelerator, said))
+
+
+def _time(saving: Saving, accelerator: Accelerator, step: int, seconds: float) -> None:
+    if accelerator.is_main_process:
+        saving.run.append(TIMING, {"step": step, "seconds": round(seconds, 4)})
+
+
+def _log(saving: Saving, accelerator: Accelerator, step: int, values: Mapping[str, float]) -> None:
+    if values and accelerator.is_main_process:
+        saving.run.append(METRICS, {"step": step, **values})
+        accelerator.log(dict(values), step=step)
+
+
+@dataclass(frozen=True)
+class _Row:
+    values: dict[str, float]
+    ids: Sequence[str]
+
+
+def _gradients(objective: Objective, accelerator: Accelerator, device: torch.device, step: int, saving: Saving) -> _Row:
+    """Backward passes of one step, summed over micro-batches and processes, divided once."""
+    prepared = objective.prepare(step)
+    streams = sorted(objective.weights)
+    counts = torch.tensor([prepared.tokens.get(s, 0) for s in streams], dtype=torch.float64, device=device)
+    totals = _over_processes(accelerator, counts)
+    sums = torch.zeros(len(streams), dtype=torch.float64, device=device)
+    metrics: dict[str, float] = {}
+    for micro in prepared.micro_batches:
+        output = objective(micro)
+        loss = torch.zeros((), device=device)
+        for i, stream in enumerate(streams):
+            if stream in output.sums:
+                loss = loss + objective.weights[stream] * output.sums[stream][0] / totals[i].item()
+                sums[i] += output.sums[stream][0].detach().double()
+        if loss.requires_grad:  # a micro-batch of completions shorter than what is skipped gives none
+            accelerator.backward(loss)
+        for name, value in output.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+    sums = _over_processes(accelerator, sums)
+    names = sorted(prepared.means)
+    parts = torch.tensor([prepared.means[n] for n in names], dtype=torch.float64, device=device).reshape(-1, 2)
+    pairs = zip(names, _over_processes(accelerator, parts).tolist(), strict=True)
+    metrics.update((name, total / max(1.0, number)) for name, (total, number) in pairs)
+    means = {s: float(sums[i] / totals[i]) for i, s in enumerate(streams) if totals[i] > 0}
+    loss_value = sum(objective.weights[s] * m for s, m in means.items())
+    if not math.isfinite(loss_value):
+        raise TrainingError(_not_finite("loss", loss_value, step, prepared.ids, saving))
+    values: dict[str, float] = {"loss": loss_value, "tokens": int(totals.sum()), **metrics}
+    if len(streams) > 1:
+        values.update({f"{s}/loss": m for s, m in means.items()})
+        values.update({f"{s}/tokens": int(n) for s, n in zip(streams, totals, strict=True)})
+    return _Row(values, prepared.ids)
+
+
+def _over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    if accelerator.num_processes == 1 or not tensor.numel():
+        return tensor
+    return cast(Tensor, accelerator.reduce(tensor, reduction="sum"))
+
+
+def _clip(masters: Mapping[str, Tensor], limit: float, accelerator: Accelerator) -> float:
+    """Sum gradients over processes, clip them together, return their norm before clipping."""
+    if accelerator.num_processes > 1:  # every process must join every sum, also one whose share had nothing to train on
+        for tensor in masters.values():
+            tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    with_grad = [t for t in masters.values() if t.grad is not None]
+    for tensor in with_grad:
+        tensor.grad = _over_processes(accelerator, cast(Tensor, tensor.grad))
+    return float(torch.nn.utils.clip_grad_norm_(with_grad, limit, foreach=True))
+
+
+def _optimizer(masters: Mapping[str, Tensor], rate: float, weight_decay: float) -> torch.optim.AdamW:
+    groups = [
+        {"params": [t for t in masters.values() if t.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [t for t in masters.values() if t.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=(0.9, 0.999), fused=True)
+
+
+def _not_finite(what: str, value: float, step: int, ids: Sequence[str], saving: Saving) -> str:
+    saved = saving.run.checkpoints()
+    last = f"the last good checkpoint is {saved[-1].path}" if saved else "no checkpoint was saved before it"
+    return (
+        f"the {what} is {value} at step {step} (prompts {', '.join(ids)}); training stopped before the "
+        f"update, and {last}. "
+        "A lower learning_rate or max_grad_norm often helps; bad prompts can be taken out by these ids."
+    )
+
+
+def _save(
+    saving: Saving, step: int, constraint: Constraint, optimizer: torch.optim.Optimizer, follower: Follower | None
+) -> None:
+    tensors = {}
+    for name, master in constraint.masters().items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in optimizer.state[master]:
+                tensors[f"{name}.{key}"] = optimizer.state[master][key]
+    # rollouts and prompt order derive from seed and step, so the only random state is the step itself
+    followed = follower.state() if follower else {}
+    saving.run.save_checkpoint(step, constraint.masters(), tensors, saving.keep, followed)
+
+
+@torch.no_grad()
+def restore_masters(checkpoint: Checkpoint, constraint: Constraint) -> None:
+    """Put a checkpoint's masters in place; the model then wears them as served.
+
+    Raises InputError where it holds more than is trained here: an earlier version trained embeddings too.
+    """
+    saved = checkpoint.masters()
+    extra = sorted(set(saved) - set(constraint.masters()))
+    if extra:
+        raise InputError(
+            f"the checkpoint {checkpoint.path} holds weights that are not trained here ({', '.join(extra[:3])}); an "
+            "earlier version of remend wrote it, and only that one can continue or measure it"
+        )
+    for name, master in constraint.masters().items():
+        master.copy_(saved[name])
+    constraint.project()
+
+
+@torch.no_grad()
+def _restore(
+    checkpoint: Checkpoint, constraint: Constraint, optimizer: torch.optim.Optimizer, follower: Follower | None
+) -> None:
+    restore_masters(checkpoint, constraint)
+    moments = checkpoint.optimizer()
+    for name, master in constraint.masters().items():
+        if f"{name}.exp_avg" in moments:
+            state = {key: torch.empty_like(master).copy_(moments[f"{name}.{key}"]) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[master] = {"step": torch.tensor(float(checkpoint.step), device=master.device), **state}
+    if follower:
+        follower.load(checkpoint.follower())

@@ -1,0 +1,1 @@
+"""Whatever scores the student's tokens."""

@@ -1,0 +1,215 @@
+"""A cached teacher, read: completions that it wrote, and its scores at each of their tokens.
+
+`remend cache-teacher` writes such a directory once (remend.caching), and a student can then be taught where the
+teacher itself does not fit:
+
+    teacher-cache.json   settings, hashes, and the errors that cutting and rounding make
+    prompts.jsonl        one completion a line: id, split, prompt, completion (token ids), clipped, shard, start
+    scores-00000.safetensors, …    rows of tokens: `ids` int32 [n, K], `log_p` float16 [n, K], `log_tail` float32 [n];
+                         those of a completion are rows start … start + its length − 1 of its shard
+
+log_p is float16: its relative error of at most 2^-11 is finest where it matters, near log p = 0. The tail, which can be
+very small, is float32. What the rounding costs is measured when the cache is written.
+
+Legend: N completion tokens, K kept tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from remend.data.examples import read_lines
+from remend.errors import FileError, InputError
+from remend.files.atomic import read_json
+from remend.maths.topk import TopK
+from remend.models.sampling.rollout import Rollout
+
+RECORD, PROMPTS = "teacher-cache.json", "prompts.jsonl"
+SPLITS = ("train", "held_out")
+VERSION = 1
+"""Of the layout."""
+
+
+def is_cache(path: str | Path) -> bool:
+    """Whether a directory is a cached teacher."""
+    return (Path(path) / RECORD).is_file()
+
+
+def vocabulary_hash(vocabulary: Mapping[str, int], shared: int) -> str:
+    """SHA-256 over the tokens that the ids below `shared` stand for."""
+    named = sorted((i, token) for token, i in vocabulary.items() if i < shared)
+    return hashlib.sha256(
+        "".join(f"{i}\0{token}\0" for i, token in named).encode("utf-8", "backslashreplace")
+    ).hexdigest()
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """SHA-256 of a tokenizer's chat template, None where it has none."""
+    text = (tokenizer.chat_template or "").strip()
+    return hashlib.sha256(text.encode()).hexdigest() if text else None
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """An opened cache. Scores stay on disk until `targets` asks for them.
+
+    record: the content of teacher-cache.json.
+    train, held_out: the teacher's completions, sampled for training prompts and greedy for held-out ones.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+    train: list[Rollout]
+    held_out: list[Rollout]
+    _places: Mapping[tuple[tuple[int, ...], tuple[int, ...]], tuple[str, int]] = field(repr=False)
+    _files: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def open(path: str | Path) -> TeacherCache:
+        """Read all but the scores.
+
+        Raises:
+            InputError: the directory is no cache, or one of another layout.
+            FileError: the cache is incomplete or damaged.
+        """
+        path = Path(path)
+        if not is_cache(path):
+            raise InputError(
+                f"{path} is no cached teacher: it has no {RECORD}; give the directory that remend cache-teacher --out "
+                "named"
+            )
+        record = read_json(path / RECORD)
+        version = record.get("version") if isinstance(record, dict) else None
+        if version != VERSION:
+            raise InputError(
+                f"{path / RECORD} has version {version}, and this remend reads {VERSION}; write the cache again with "
+                "remend cache-teacher"
+            )
+        return _opened(path, record)
+
+    @property
+    def shared(self) -> int:
+        """How many token ids, from 0, the probabilities are over: the student is to be scored over the same."""
+        return int(self.record["vocabulary"]["shared"])
+
+    @property
+    def k(self) -> int:
+        """Tokens kept by name at each position."""
+        return int(self.record["k"])
+
+    def check(self, tokenizer: Any, rows: int | None = None) -> list[str]:
+        """Warnings about a student that is to learn from this cache.
+
+        Args:
+            tokenizer: the student's.
+            rows: of the student's output embedding, where they are known.
+
+        Raises:
+            InputError: a token id means something else to the student, or it lacks some.
+        """
+        if rows is not None and rows < self.shared:
+            raise InputError(
+                f"the student has {rows} token ids and the cached teacher {self.path} is over {self.shared}; cached "
+                "probabilities can't be aligned afterwards: choose a teacher with the student's vocabulary"
+            )
+        if vocabulary_hash(tokenizer.get_vocab(), self.shared) != self.record["vocabulary"]["sha256"]:
+            raise InputError(
+                f"the cached teacher {self.path} ({self.record['model']}) has another vocabulary than the student: its "
+                f"{self.shared} token ids don't all stand for the same tokens. Distillation needs one vocabulary; "
+                "choose a teacher of the same family and cache that"
+            )
+        found = []
+        if tokenizer.eos_token != self.record["eos_token"]:
+            found.append(
+                f"the end-of-sequence token differs: {tokenizer.eos_token!r} for the student, "
+                f"{self.record['eos_token']!r} for the cached teacher, whose completions end with that"
+            )
+        if template_hash(tokenizer) != self.record["chat_template_sha256"]:
+            found.append(
+                "the chat template differs between student and cached teacher; its prompts are in the teacher's"
+            )
+        return found
+
+    def targets(self, rollouts: Sequence[Rollout], *, skip_first: int = 0) -> TopK:
+        """The teacher's folded distributions at the rollouts' completion tokens, rollout after rollout, on the CPU.
+
+        Only these rows are read. `skip_first` tokens at the start of each completion are left out, as `pack` does.
+
+        Raises:
+            InputError: a rollout is not of this cache.
+            FileError: its shard can't be read.
+        """
+        ids, log_p, log_tail = [], [], []
+        for rollout in rollouts:
+            place = self._places.get((rollout.prompt, rollout.completion))
+            if place is None:
+                raise InputError(
+                    f'the completion for "{rollout.id}" is not of the cached teacher {self.path}, which has scored '
+                    "its own only; take rollouts from its train and held_out"
+                )
+            name, start = place
+            rows = slice(min(start + skip_first, start + len(rollout.completion)), start + len(rollout.completion))
+            try:
+                shard = self._shard(name)
+                ids.append(shard.get_slice("ids")[rows].long())
+                log_p.append(shard.get_slice("log_p")[rows].float())
+                log_tail.append(shard.get_slice("log_tail")[rows])
+            except (SafetensorError, OSError) as error:
+                raise _damaged(self.path, f"{name}: {error}") from None
+            if len(ids[-1]) != rows.stop - rows.start:
+                raise _damaged(self.path, f"{name} ends before row {rows.stop}")
+        if not ids:
+            return TopK(torch.zeros(0, self.k, dtype=torch.long), torch.zeros(0, self.k), torch.zeros(0))
+        return TopK(torch.cat(ids), torch.cat(log_p), torch.cat(log_tail))
+
+    def _shard(self, name: str) -> Any:
+        # an open file is memory-mapped: it costs address space, and memory only for what was read
+        if name not in self._files:
+            self._files[name] = safe_open(self.path / name, framework="pt")
+        return self._files[name]
+
+
+def _opened(path: Path, record: Mapping[str, Any]) -> TeacherCache:
+    """The cache, after everything but the scores was read and found complete."""
+    try:
+        for shard in record["shards"]:
+            _check_size(path, path / shard["file"], shard["bytes"])
+        if not (path / PROMPTS).is_file():
+            raise _damaged(path, f"{PROMPTS} is missing")
+        names = [shard["file"] for shard in record["shards"]]
+        rows = [row for _, row in read_lines(path / PROMPTS, "prompt")]
+        train, held_out = ([_rollout(row) for row in rows if row["split"] == split] for split in SPLITS)
+        places = {(tuple(r["prompt"]), tuple(r["completion"])): (names[r["shard"]], r["start"]) for r in rows}
+        found = len(train), len(held_out), sum(len(r.completion) for r in [*train, *held_out])
+        expected = *(record["prompts"][split] for split in SPLITS), record["tokens"]
+        missing = [name for name in ("k", "model", "eos_token", "chat_template_sha256") if name not in record]
+        whole = {"shared", "sha256"} <= set(record["vocabulary"])
+    except (InputError, KeyError, IndexError, TypeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from None
+    if missing or not whole:
+        raise _damaged(path, f"{RECORD} lacks {', '.join(missing) or 'the vocabulary'}")
+    if found != expected:
+        raise _damaged(path, f"{PROMPTS} has (training, held-out, tokens) {found} of {expected}")
+    return TeacherCache(path, record, train, held_out, places)
+
+
+def _rollout(row: Mapping[str, Any]) -> Rollout:
+    return Rollout(row["id"], tuple(row["prompt"]), tuple(row["completion"]), row["clipped"], off_policy=True)
+
+
+def _check_size(path: Path, shard: Path, size: int) -> None:
+    if not shard.is_file():
+        raise _damaged(path, f"{shard.name} is missing")
+    if shard.stat().st_size != size:
+        raise _damaged(path, f"{shard.name} has {shard.stat().st_size} bytes instead of {size}")
+
+
+def _damaged(path: Path, reason: str) -> FileError:
+    return FileError(f"the cached teacher {path} is damaged ({reason}); write it again with remend cache-teacher")

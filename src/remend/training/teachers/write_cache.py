@@ -1,0 +1,362 @@
+"""Write a cached teacher: its own completions, and its top-k log-probabilities with tail mass at each of their tokens.
+
+remend cache-teacher smollm2 --data prompts.jsonl --out teacher
+
+The teacher is then needed no more: a laptop can recover a student whose teacher does not fit beside it. What the cut
+costs is measured on the way (see `_Errors`), as is the rounding of what is stored.
+
+Legend: N completion tokens, V shared vocabulary, K kept tokens, E width of the teacher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from remend.console import Advance, console, stage
+from remend.data.examples import Example, data_hash, load_examples, split_held_out, without
+from remend.data.order import derive_seed
+from remend.data.templates import Encoded, dropped_text, encode_within
+from remend.errors import InputError
+from remend.files.atomic import json_line, new_directory, write_json, write_text
+from remend.files.run_directory import occupied
+from remend.maths.losses.chunked import chunk_rows
+from remend.maths.losses.divergences import divergence
+from remend.maths.topk import TopK, entropy_lost, top_k
+from remend.models.device import choose_device, choose_dtype
+from remend.models.find import ModelSource, find_model, hash_files, origin_note
+from remend.models.load import load_config, load_model, load_tokenizer
+from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.transformers_engine import TransformersSampler
+from remend.models.scorer import Scorer, pack, scorer
+from remend.models.tokens import eos_ids, pad_id
+from remend.training.teachers.cache import PROMPTS, RECORD, VERSION, template_hash, vocabulary_hash
+
+SHARD_BYTES = 32 * 2**20
+"""Of the scores in one file, and so of those held in memory while writing."""
+
+ROWS = 8
+"""Completions a forward pass, as recovery takes them."""
+
+
+def cache_teacher(
+    model: str,
+    out: str | Path,
+    *,
+    data: str,
+    k: int = 64,
+    max_new_tokens: int = 48,
+    held_out: int | None = None,
+    eval_data: str | None = None,
+    max_prompt_tokens: int = 1024,
+    temperature: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Let a teacher answer prompts and store how it scores its own answers.
+
+    Args:
+        model: the teacher: directory, GGUF file, hub id[@revision] or smollm2.
+        out: a new directory; see remend.teacher_cache for what it holds.
+        data: prompts, a JSON lines file or a datasets id. Each gets one sampled completion.
+        k: tokens stored by name at each position; all others are one tail. 6 bytes each.
+        max_new_tokens: tokens a completion.
+        held_out: how many distinct prompts are set apart and answered greedily; by default as in a recipe.
+        eval_data: held-out prompts of their own.
+        max_prompt_tokens: longer prompts are dropped, never cut.
+        temperature: of the sampling. The stored probabilities are at temperature 1 whatever it is.
+        seed: of the split and of the sampling.
+        device: auto, cpu, cuda, cuda:N, mps. The teacher computes in float32, on a GPU in bfloat16 where that is fast.
+        trust_remote_code: let a model directory run its own Python.
+
+    Returns:
+        The content of teacher-cache.json.
+
+    Raises:
+        InputError, FileError: settings out of range, an occupied directory, no prompt left, unreadable data or model.
+    """
+    plan = _Plan(model, data, k, max_new_tokens, held_out, eval_data, max_prompt_tokens, temperature, seed)
+    out = Path(out)
+    _check(plan, out)
+    where, source = choose_device(device), find_model(model)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    rows = load_config(source, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+    # rows above the tokenizer's ids are padding, and a student of the same family may have more or fewer of them
+    shared = min(rows, 1 + max(tokenizer.get_vocab().values()))
+    if not 1 <= k <= shared:
+        raise InputError(f"k is {k}; allowed is 1 to the {shared} tokens of {model}")
+    prompts = _prompts(plan, tokenizer)
+    dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
+    with stage(f"loading {model}"):
+        teacher: Any = load_model(source, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+        teacher.requires_grad_(False)
+        record = _record(plan, source, tokenizer, shared, prompts)
+    parts, pad = scorer(teacher, shared), pad_id(tokenizer)
+    sampler = TransformersSampler(teacher, shared, eos_ids(teacher, tokenizer), pad)
+    rollouts = {
+        "train": _answers(plan, sampler, prompts.train, "training", temperature),
+        "held_out": _answers(plan, sampler, prompts.held_out, "held-out", 0.0),
+    }
+    return _write(out, record, rollouts, parts, k, pad)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The settings; see cache_teacher."""
+
+    model: str
+    data: str
+    k: int
+    max_new_tokens: int
+    held_out: int | None
+    eval_data: str | None
+    max_prompt_tokens: int
+    temperature: float
+    seed: int
+
+
+def _check(plan: _Plan, out: Path) -> None:
+    problem = occupied(out)
+    if problem:
+        raise InputError(problem)
+    for name in ("max_new_tokens", "held_out", "max_prompt_tokens"):
+        value = getattr(plan, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; allowed is 1 or more")
+    if not 0 < plan.temperature <= 5:
+        raise InputError(
+            f"temperature is {plan.temperature}; allowed is above 0, up to 5 (held-out answers are greedy)"
+        )
+
+
+def _record(plan: _Plan, source: ModelSource, tokenizer: Any, shared: int, prompts: _Prompts) -> dict[str, Any]:
+    """What teacher-cache.json says before anything is sampled."""
+    note = origin_note(source)
+    return {
+        "version": VERSION,
+        "model": plan.model,
+        "files": hash_files(source),
+        **({"note": note} if note else {}),
+        "data": prompts.hashes,
+        "vocabulary": {"shared": shared, "sha256": vocabulary_hash(tokenizer.get_vocab(), shared)},
+        "eos_token": tokenizer.eos_token,
+        "chat_template_sha256": template_hash(tokenizer),
+        "k": plan.k,
+        "temperature": plan.temperature,
+        "max_new_tokens": plan.max_new_tokens,
+        "max_prompt_tokens": plan.max_prompt_tokens,
+        "seed": plan.seed,
+        "dropped": prompts.dropped,
+    }
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    train: list[Encoded]
+    held_out: list[Encoded]
+    dropped: dict[str, list[str]]
+    hashes: dict[str, str]
+
+
+def _prompts(plan: _Plan, tokenizer: Any) -> _Prompts:
+    """Split and encoded as `remend recover` does it: the same data, seed and held_out give the same sides."""
+    data, eval_data = plan.data, plan.eval_data
+    examples = load_examples(data)
+    if eval_data:
+        if plan.held_out is not None:
+            console.print("[yellow]warning[/]: held_out has no effect, since eval_data is given", soft_wrap=True)
+        apart = load_examples(eval_data)
+        train = without(examples, apart)
+        if len(train) < len(examples):
+            count = len(examples) - len(train)
+            console.print(
+                f"[yellow]warning[/]: {count} training prompts are also in eval_data and are left out", soft_wrap=True
+            )
+        if not train:
+            raise InputError(f"no prompt is left to train on: all of {data} are in eval_data {eval_data}")
+    else:
+        train, apart = split_held_out(examples, plan.held_out, plan.seed)
+    encoded, dropped = {}, {}
+    for split, what, side in (("train", "training", train), ("held_out", "held-out", apart)):
+        encoded[split], dropped[split] = _encoded(tokenizer, what, side, plan.max_prompt_tokens)
+    hashes = {"train": data_hash(train), "held_out": data_hash(apart)}
+    return _Prompts(encoded["train"], encoded["held_out"], dropped, hashes)
+
+
+def _encoded(tokenizer: Any, what: str, examples: Sequence[Example], limit: int) -> tuple[list[Encoded], list[str]]:
+    kept, dropped = encode_within(tokenizer, examples, limit)
+    if not dropped:
+        return kept, dropped
+    text = dropped_text(dropped, len(examples), f"{what} prompts", f"max_prompt_tokens = {limit}")
+    if not kept:
+        raise InputError(f"{text}; none is left. Raise max_prompt_tokens or shorten the prompts.")
+    console.print("[yellow]warning[/]:", text, soft_wrap=True)
+    return kept, dropped
+
+
+def _answers(
+    plan: _Plan, sampler: TransformersSampler, prompts: Sequence[Encoded], what: str, temperature: float
+) -> list[Rollout]:
+    seeds = [derive_seed(plan.seed, "cache", i) for i in range(len(prompts))]
+    with stage(f"the teacher answers the {what} prompts", len(prompts)) as advance:
+        sampler.on_rows = advance
+        return sampler(prompts, max_new_tokens=plan.max_new_tokens, temperature=temperature, seeds=seeds)
+
+
+def _write(
+    out: Path, record: dict[str, Any], rollouts: dict[str, list[Rollout]], parts: Scorer, k: int, pad: int
+) -> dict[str, Any]:
+    everything = [(split, r) for split, found in rollouts.items() for r in found]
+    with new_directory(out) as directory:
+        shards, errors = _Shards(directory), _Errors()
+        with stage(f"scoring: the {k} most likely tokens and the rest", len(everything)) as advance:
+            places = _score(parts, [r for _, r in everything], k, pad, shards, errors, advance)
+        lines = []
+        for (split, rollout), (shard, start) in zip(everything, places, strict=True):
+            row = {"id": rollout.id, "split": split, "prompt": rollout.prompt, "completion": rollout.completion}
+            lines.append(json_line({**row, "clipped": rollout.clipped, "shard": shard, "start": start}))
+        write_text(directory / PROMPTS, "".join(lines))
+        record = {
+            **record,
+            "prompts": {split: len(found) for split, found in rollouts.items()},
+            "clipped_share": {split: sum(r.clipped for r in found) / len(found) for split, found in rollouts.items()},
+            "tokens": errors.tokens,
+            "bytes_per_token": shards.bytes_per_token,
+            "bytes": sum(s["bytes"] for s in shards.written),
+            "errors": errors.figures(),
+            "shards": shards.written,
+        }
+        write_json(directory / RECORD, record)
+    return record
+
+
+@torch.no_grad()
+def _score(
+    parts: Scorer, rollouts: Sequence[Rollout], k: int, pad: int, shards: _Shards, errors: _Errors, advance: Advance
+) -> list[tuple[int, int]]:
+    """Score all completions, like lengths together; (shard, first row) of each, in the order given."""
+    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion))
+    places: dict[int, tuple[int, int]] = {}
+    head, rows = parts.head, chunk_rows(parts.shared, parts.device)
+    for at in range(0, len(order), ROWS):
+        part = order[at : at + ROWS]
+        batch = pack([(rollouts[i].prompt, rollouts[i].completion) for i in part], pad_id=pad, device=parts.device)
+        states_NE = parts.states(batch)
+        stored = []
+        for start in range(0, states_NE.shape[0], rows):
+            logits_NV = head(states_NE[start : start + rows]).float()
+            target = top_k(logits_NV, k)
+            stored.append(_Stored.of(target))
+            errors.add(logits_NV, target, stored[-1])
+        joined = _Stored.join(stored)
+        start = 0
+        for i in part:
+            end = start + len(rollouts[i].completion)
+            places[i] = shards.add(joined.rows(start, end))
+            start = end
+        advance(len(part))
+    shards.flush()
+    return [places[i] for i in range(len(rollouts))]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Rows as they are on disk; see remend.teacher_cache."""
+
+    ids: Tensor
+    log_p: Tensor
+    log_tail: Tensor
+
+    @staticmethod
+    def of(target: TopK) -> _Stored:
+        return _Stored(target.ids_NK.int().cpu(), target.log_p_NK.half().cpu(), target.log_tail_N.float().cpu())
+
+    @staticmethod
+    def join(parts: Sequence[_Stored]) -> _Stored:
+        return _Stored(*(torch.cat([getattr(p, name) for p in parts]) for name in ("ids", "log_p", "log_tail")))
+
+    def rows(self, start: int, end: int) -> _Stored:
+        return _Stored(self.ids[start:end], self.log_p[start:end], self.log_tail[start:end])
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in vars(self).values())
+
+    def read(self) -> TopK:
+        """As a reader sees them."""
+        return TopK(self.ids.long(), self.log_p.float(), self.log_tail)
+
+
+class _Shards:
+    """Writes rows into files of about SHARD_BYTES; a completion's rows stay together."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.written: list[dict[str, Any]] = []
+        self.bytes_per_token = 0
+        self._held: list[_Stored] = []
+
+    def add(self, stored: _Stored) -> tuple[int, int]:
+        """Take a completion's rows: (number of the shard, first row in it)."""
+        if self._held and sum(s.bytes for s in self._held) + stored.bytes > SHARD_BYTES:
+            self.flush()
+        self.bytes_per_token = stored.bytes // len(stored.ids)
+        start = sum(len(s.ids) for s in self._held)
+        self._held.append(stored)
+        return len(self.written), start
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if not self._held:
+            return
+        path = self.directory / f"scores-{len(self.written):05d}.safetensors"
+        joined = _Stored.join(self._held)
+        save_file(vars(joined), path, metadata={"remend_teacher_cache": str(VERSION)})
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        self.written.append(
+            {"file": path.name, "rows": len(joined.ids), "bytes": path.stat().st_size, "sha256": digest}
+        )
+        self._held = []
+
+
+class _Errors:
+    """What cutting to the top k hides of the teacher, and what rounding adds, over all completion tokens.
+
+    tail_mean, tail_max: probability outside the top k.
+    entropy: mean H(p), nats;  entropy_lost: mean of H(p) − H(p folded). Nothing that the loss says of p inside its tail
+        is left; what the student loses by it, p(tail) · KL(p given tail ‖ q given tail), depends on the student too.
+    rounding_kl: mean KL(p folded ‖ the same as stored), nats;  rounding_max: largest change of a probability.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sums = dict.fromkeys(("tail_mean", "entropy", "entropy_lost", "rounding_kl"), 0.0)
+        self._largest = dict.fromkeys(("tail_max", "rounding_max"), 0.0)
+
+    def add(self, logits_NV: Tensor, target: TopK, stored: _Stored) -> None:
+        """Count some positions; the teacher's logits are float32."""
+        tail_N, lost_N = target.log_tail_N.exp(), entropy_lost(logits_NV, target)
+        exact_NK1, rounded_NK1 = target.folded_NK1.cpu(), torch.log_softmax(stored.read().folded_NK1, -1)
+        entropy_N = torch.special.entr(exact_NK1.exp()).sum(-1)
+        self.tokens += len(target)
+        self._sums["tail_mean"] += float(tail_N.sum())
+        self._sums["entropy"] += float(entropy_N.sum()) + float(lost_N.sum())
+        self._sums["entropy_lost"] += float(lost_N.sum())
+        # in float64: the divergence is of second order in a rounding error, below what float32 sums can show
+        self._sums["rounding_kl"] += float(divergence(rounded_NK1.double(), exact_NK1.double()).sum())
+        self._largest["tail_max"] = max(self._largest["tail_max"], float(tail_N.max()))
+        change = float((rounded_NK1.exp() - exact_NK1.exp()).abs().max())
+        self._largest["rounding_max"] = max(self._largest["rounding_max"], change)
+
+    def figures(self) -> dict[str, float]:
+        """Means and maxima."""
+        return {**{name: value / self.tokens for name, value in self._sums.items()}, **self._largest}

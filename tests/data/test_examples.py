@@ -1,0 +1,267 @@
+"""Prompts from files: every bad row is named; held-out prompts are chosen by their text."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from remend.data.examples import (
+    COMPLETION_KEYS,
+    Example,
+    completion_of,
+    data_hash,
+    example_of,
+    load_examples,
+    load_pairs,
+    prompt_id,
+    prompt_key,
+    read_lines,
+    split_held_out,
+    without,
+)
+from remend.errors import FileError, InputError
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+
+
+def examples(count: int) -> list[Example]:
+    return [example_of({"prompt": f"question {i}"}, "x:1") for i in range(count)]
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_strings_messages_and_ids(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "d.jsonl", {"prompt": "Hi"}, {"prompt": CHAT, "id": 7}, {"prompt": "Hi", "id": None, "x": 1}
+    )
+    first, second, third = load_examples(source)
+    assert first.prompt == "Hi"
+    assert first.id == third.id == prompt_id("Hi")
+    assert len(first.id) == 12
+    assert (second.prompt, second.id) == (CHAT, "7")
+    assert third.row["x"] == 1
+
+
+def test_empty_lines_are_skipped_and_numbers_stay_true(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\r\n\r\n   \n{"prompt": "b"}')
+    assert [where for where, _ in read_lines(path)] == [f"{path}:1", f"{path}:4"]
+    assert [e.prompt for e in load_examples(str(path))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x1c"])
+def test_line_separators_inside_a_string_do_not_end_the_row(tmp_path: Path, character: str) -> None:
+    path = tmp_path / "d.jsonl"
+    prompt = f"one{character}two"
+    row = json.dumps({"prompt": prompt}, ensure_ascii=False)
+    path.write_text(row + "\n" + row + "\n", encoding="utf-8", newline="\n")
+    assert [e.prompt for e in load_examples(str(path))] == [prompt, prompt]
+
+
+BAD_ROWS: list[tuple[Any, str]] = [
+    ([1], 'a row must be an object like {"prompt": "…"}, got list'),
+    ("text", "a row must be an object"),
+    (None, "got NoneType"),
+    ({"text": "a", "label": 1}, 'the row has no "prompt" (it has: text, label)'),
+    ({}, 'the row has no "prompt" (it has: nothing)'),
+    ({"prompt": ""}, "the prompt is empty"),
+    ({"prompt": " \n"}, "the prompt is empty"),
+    ({"prompt": 5}, "prompt must be a string or a list of messages, got int"),
+    ({"prompt": None}, "got NoneType"),
+    ({"prompt": {"role": "user", "content": "a"}}, "got dict"),
+    ({"prompt": []}, "the prompt is an empty list of messages"),
+    ({"prompt": ["a"]}, 'message 1 must be an object with "role" and "content"'),
+    ({"prompt": [{"content": "a"}]}, 'message 1 must be an object with "role" and "content"'),
+    ({"prompt": [{"role": 1, "content": "a"}]}, 'message 1 must be an object with "role" and "content"'),
+    ({"prompt": [*CHAT, {"role": "user"}]}, "message 3 (user) has no text in its content"),
+    ({"prompt": [{"role": "user", "content": " "}]}, "message 1 (user) has no text in its content"),
+    ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "message 1 (user) has no text in its content"),
+    ({"prompt": [*CHAT, {"role": "assistant", "content": "a"}]}, "the last message is the assistant's"),
+    ({"prompt": "half an emoji \ud83d"}, "prompt"),  # json accepts it, UTF-8 has no form for it
+    ({"prompt": [{"role": "user", "content": "\udc00"}]}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("row", "part"), BAD_ROWS)
+def test_bad_rows_name_file_and_line(tmp_path: Path, row: Any, part: str) -> None:
+    source = write(tmp_path / "d.jsonl", {"prompt": "good"}, row)
+    with pytest.raises(InputError) as raised:
+        load_examples(source)
+    assert str(raised.value).startswith(f"{source}:2: ")
+    assert part in str(raised.value)
+
+
+def test_files_that_are_no_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(InputError, match=r"d\.jsonl:2: not valid JSON: Expecting value \(column 12\)"):
+        load_examples(str(path))
+    path.write_text("\n\n")
+    with pytest.raises(InputError, match=r"data file .*d\.jsonl is empty"):
+        load_examples(str(path))
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(InputError, match=r"d\.jsonl is not UTF-8 text: invalid start byte at byte 12"):
+        load_examples(str(path))
+    with pytest.raises(FileError, match=r"missing\.jsonl can't be read: No such file"):
+        load_examples(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(FileError, match="can't be read: Is a directory"):
+        load_examples(str(tmp_path))
+
+
+def test_hub_ids_with_revision_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(name: str, revision: str | None, split: str) -> list[dict[str, str]]:
+        calls.append((name, revision, split))
+        return [{"prompt": "a"}, {"prompt": ""}] if name == "org/bad" else [{"prompt": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("org/name", "org/name@v1.0", "org/name@abc:test", "org/name:validation"):
+        assert [e.prompt for e in load_examples(source)] == ["a"]
+    assert calls == [
+        ("org/name", None, "train"),
+        ("org/name", "v1.0", "train"),
+        ("org/name", "abc", "test"),
+        ("org/name", None, "validation"),
+    ]
+    with pytest.raises(InputError, match="org/bad:1: the prompt is empty"):
+        load_examples("org/bad")
+
+
+def test_hub_failures_become_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise KeyError("no such\nthing")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(FileError) as raised:
+        load_examples("org/name")
+    assert 'data "org/name": no such file' in str(raised.value)
+    assert "KeyError" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_keys_are_equal_for_equal_prompts_only() -> None:
+    turned = [dict(reversed(list(message.items()))) for message in CHAT]
+    assert prompt_key(CHAT) == prompt_key(turned)
+    assert prompt_key(CHAT) != prompt_key(CHAT[::-1])
+    assert prompt_key("Hello") != prompt_key([{"role": "user", "content": "Hello"}])
+    assert prompt_key("é") != prompt_key("e")
+
+
+def keys(found: list[Example]) -> list[str]:
+    return [prompt_key(e.prompt) for e in found]
+
+
+def test_split_is_a_partition_and_repeats_itself() -> None:
+    everything = examples(50)
+    train, held_out = split_held_out(everything, 7, seed=0)
+    assert (train, held_out) == split_held_out(everything, 7, seed=0)
+    assert len(held_out) == 7
+    assert sorted(keys(train) + keys(held_out)) == sorted(keys(everything))
+    assert train == [e for e in everything if e in train]  # the order of the file
+    assert set(keys(split_held_out(everything, 7, seed=1)[1])) != set(keys(held_out))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, 1), (19, 1), (40, 4), (640, 64), (900, 64)])
+def test_default_is_a_tenth_and_no_more_than_64(count: int, expected: int) -> None:
+    train, held_out = split_held_out(examples(count), None, seed=0)
+    assert (len(train), len(held_out)) == (count - expected, expected)
+
+
+def test_split_does_not_depend_on_the_order_of_rows() -> None:
+    everything = examples(60)
+    shuffled = random.Random(0).sample(everything, len(everything))
+    assert keys(split_held_out(everything, 9, seed=3)[1]) == keys(split_held_out(shuffled, 9, seed=3)[1])
+
+
+def test_adding_rows_moves_few_prompts() -> None:
+    before = set(keys(split_held_out(examples(100), 10, seed=0)[1]))
+    after = set(keys(split_held_out(examples(110), 10, seed=0)[1]))
+    assert len(before & after) >= 7
+
+
+def test_equal_prompts_fall_on_the_same_side() -> None:
+    once = examples(30)
+    again = [Example(f"copy-{e.id}", e.prompt, e.row) for e in once]
+    train, held_out = split_held_out([*once, *again], 8, seed=0)
+    assert len(held_out) == 8
+    assert len(set(keys(held_out))) == 8
+    assert not set(keys(train)) & set(keys(held_out))
+    assert len(train) == 2 * 22
+    assert set(keys(held_out)) == set(keys(split_held_out(once, 8, seed=0)[1]))
+
+
+@pytest.mark.parametrize("held_out", [5, 6])
+def test_something_must_be_left_to_train_on(held_out: int) -> None:
+    with pytest.raises(InputError, match=f"held_out is {held_out} and there are 5 distinct prompts"):
+        split_held_out([*examples(5), *examples(5)], held_out, seed=0)
+    assert len(split_held_out(examples(5), 4, seed=0)[0]) == 1
+
+
+def test_one_prompt_alone_cannot_be_split() -> None:
+    with pytest.raises(InputError, match="held_out is 1 and there are 1 distinct prompts"):
+        split_held_out(examples(1), None, seed=0)
+
+
+def test_without_compares_prompts_not_ids() -> None:
+    everything = examples(6)
+    others = [Example("another id", everything[2].prompt, {}), Example(everything[3].id, "another prompt", {})]
+    assert without(everything, others) == [*everything[:2], *everything[3:]]
+    assert without(everything, []) == everything
+
+
+def test_data_hash_sees_ids_prompts_and_order() -> None:
+    a, b = examples(2)
+    assert data_hash([a, b]) == data_hash(iter([a, b]))
+    assert len({data_hash(x) for x in ([a, b], [b, a], [a], [Example("other", a.prompt, a.row), b])}) == 4
+
+
+@pytest.mark.parametrize("key", COMPLETION_KEYS)
+def test_completions_under_every_key(tmp_path: Path, key: str) -> None:
+    ((example, text),) = load_pairs(write(tmp_path / "d.jsonl", {"prompt": "Hi", key: " Hello\n"}))
+    assert (example.prompt, text) == ("Hi", " Hello\n")
+
+
+def test_completions_as_messages(tmp_path: Path) -> None:
+    turn = [{"role": "assistant", "content": "Hello."}]
+    whole, parts = load_pairs(
+        write(tmp_path / "d.jsonl", {"messages": [*CHAT, *turn]}, {"prompt": CHAT, "completion": turn})
+    )
+    assert whole[0].prompt == parts[0].prompt == CHAT
+    assert whole[1] == parts[1] == "Hello."
+    assert whole[0].id == prompt_id(CHAT)
+    assert load_examples(write(tmp_path / "e.jsonl", {"messages": [*CHAT, *turn]}))[0].prompt == CHAT
+
+
+def test_a_demonstration_goes_before_a_bare_answer_and_null_is_no_completion() -> None:
+    assert completion_of({"answer": "B", "demonstration": "Since …, B", "completion": None}, "x") == "Since …, B"
+
+
+BAD_COMPLETIONS: list[tuple[Any, str]] = [
+    (
+        {"prompt": "a", "golden_answer": []},
+        "has no completion .it has: prompt, golden_answer.; allowed keys: completion,",
+    ),
+    ({"prompt": "a", "completion": " "}, "the completion is empty"),
+    ({"prompt": "a", "response": 5}, "response must be a text or one assistant message in a list, got int"),
+    ({"prompt": "a", "completion": [{"role": "user", "content": "b"}]}, "completion must be a text .* got list"),
+    ({"prompt": "a", "completion": []}, "got list"),
+    ({"prompt": "a", "answer": "\ud800"}, "half of a surrogate pair"),
+    ({"messages": CHAT}, 'the row has no "prompt"'),
+    ({"messages": CHAT[:1] + CHAT[:1] + [{"role": "assistant", "content": ""}]}, "the messages is empty"),
+]
+
+
+@pytest.mark.parametrize(("row", "part"), BAD_COMPLETIONS)
+def test_rows_without_a_usable_completion_are_named(tmp_path: Path, row: Any, part: str) -> None:
+    source = write(tmp_path / "d.jsonl", {"prompt": "a", "answer": "b"}, row)
+    with pytest.raises(InputError, match=rf"d\.jsonl:2: .*{part}"):
+        load_pairs(source)

@@ -1,0 +1,318 @@
+"""remend eval on the tiny model: what its results say, that they don't hang on batches, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.task_rows import letter_rows, tool_rows, write
+from remend.data import tasks
+from remend.errors import CheckError, FileError, InputError
+from remend.evaluation import evaluate
+from remend.evaluation import job as evaluation_job
+from remend.evaluation.compare import compare
+from remend.maths.paired import wilson
+from remend.models.sampling import transformers_engine
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "device": "cpu"}
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> str:
+    return write(tmp_path / "tools.jsonl", tool_rows(10))
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> str:
+    return write(tmp_path / "questions.jsonl", letter_rows(10))
+
+
+@pytest.fixture
+def tooluse(reference_dir: Path, tools: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Evaluates the tiny model on the tool-use rows, into the file of that name."""
+
+    def run(name: str = "results", **changes: Any) -> dict[str, Any]:
+        settings = {"data": tools, **OPTIONS, **changes}
+        return evaluate(str(reference_dir), ["tooluse"], tmp_path / name / "results.json", **settings)
+
+    return run
+
+
+def texts(found: dict[str, Any]) -> list[str]:
+    return [item["answer"] for item in found["items"]]
+
+
+def test_results_hold_every_answer_with_its_grade(
+    tooluse: Callable[..., dict[str, Any]], tmp_path: Path, reference_dir: Path
+) -> None:
+    found = tooluse()
+    assert found == json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
+    assert (found["task"], found["grader"], found["how"], found["n"]) == ("tooluse", "paper", "generate", 10)
+    assert found["score"] == sum(item["correct"] for item in found["items"]) / 10
+    assert set(found["items"][0]) == {"id", "correct", "reason", "answer", "tokens", "clipped"}
+    rows = tool_rows(10)
+    assert [item["id"] for item in found["items"]] == [tasks.row_id(row) for row in rows]
+    for item, row in zip(found["items"], rows, strict=True):
+        grade = tasks.get("tooluse").grade(item["answer"], row)
+        assert (item["correct"], item["reason"]) == (grade.correct, grade.reason)
+        assert 1 <= item["tokens"] <= 12
+    assert found["model"] == str(reference_dir)
+    assert "model.safetensors" in found["files"]
+    assert found["data"]["tooluse"]["rows"] == 10
+    assert found["settings"]["answers"]["tooluse"]["max_new_tokens"] == 12
+    assert found["clipped"] == sum(item["clipped"] for item in found["items"])
+    assert any("met the limit of 12 tokens" in w for w in found["warnings"]) == bool(found["clipped"])
+    assert found["environment"]["versions"]["torch"]
+    assert tuple(found["interval_95"]) == wilson(round(10 * found["score"]), 10)
+    assert found["interval_method"] == "Wilson"
+
+
+def test_any_batch_gives_the_same_answers(tooluse: Callable[..., dict[str, Any]]) -> None:
+    found = [tooluse(f"rows-{rows}", batch_rows=rows) for rows in (1, 3, 8)]
+    assert found[0]["items"] == found[1]["items"] == found[2]["items"]
+    assert len(set(texts(found[0]))) > 3
+    sampled = [tooluse(f"sampled-{rows}", batch_rows=rows, samples=2) for rows in (1, 3, 8)]
+    assert sampled[0]["items"] == sampled[1]["items"] == sampled[2]["items"]
+
+
+def test_it_goes_on_where_it_was_stopped(
+    tooluse: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = tooluse("whole", batch_rows=3)
+    decode, calls = transformers_engine.TransformersSampler.__call__, []
+
+    def killed(self: Any, prompts: Any, **rest: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(self, prompts, **rest)
+
+    monkeypatch.setattr(transformers_engine.TransformersSampler, "__call__", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tooluse("stopped", batch_rows=3)
+    kept = tmp_path / "stopped" / "results.answers.jsonl"
+    assert len(kept.read_text(encoding="utf-8").splitlines()) == 6
+    assert not (tmp_path / "stopped" / "results.json").exists()
+    with kept.open("ab") as stream:  # a line that a killed process did not finish, in the middle of a character
+        stream.write('{"key": "0123", "answer": "Å'.encode()[:-1])
+    found = tooluse("stopped", batch_rows=3)
+    assert calls[3:] == [3, 1]
+    assert found["items"] == whole["items"]
+    assert len(kept.read_text(encoding="utf-8").splitlines()) == 10
+
+
+def test_a_finished_file_is_returned_and_never_overwritten(
+    tooluse: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = tooluse()
+    path = tmp_path / "results" / "results.json"
+    before = path.read_bytes()
+    monkeypatch.setattr(evaluation_job.models, "load_model", None)  # would fail if it were called
+    assert tooluse() == found
+    with pytest.raises(InputError, match="differ in settings; name a new file, or remove it"):
+        tooluse(grader="robust")
+    assert path.read_bytes() == before
+    path.unlink()  # the answers are still there
+    assert tooluse(grader="robust", limit=4)["items"] == [dict(item) for item in found["items"][:4]]
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match="exists and holds no results"):
+        tooluse()
+
+
+def test_answers_are_asked_anew_when_their_settings_change(
+    tooluse: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    short = tooluse(max_new_tokens=3)
+    (tmp_path / "results" / "results.json").unlink()
+    long = tooluse(max_new_tokens=5)
+    assert {item["tokens"] for item in short["items"]} <= {1, 2, 3}
+    assert max(item["tokens"] for item in long["items"]) == 5
+
+
+def test_both_graders_and_several_tasks_stand_in_one_file(reference_dir: Path, tools: str, tmp_path: Path) -> None:
+    found = evaluate(
+        str(reference_dir),
+        ["general", "tooluse"],
+        tmp_path / "r.json",
+        data=tools,
+        grader="both",
+        limit=3,
+        **OPTIONS,
+    )
+    named = [(part["task"], part["grader"]) for part in found["results"]]
+    assert named == [(task, grader) for task in ("general", "tooluse") for grader in ("paper", "robust")]
+    assert [part["n"] for part in found["results"]] == [3] * 4
+    held_out = tasks.get("general").rows("held_out", 3)
+    assert [item["id"] for item in found["results"][0]["items"]] == [row["id"] for row in held_out]
+
+
+def test_compare_takes_the_files(
+    tooluse: Callable[..., dict[str, Any]], student_dir: Path, tools: str, tmp_path: Path
+) -> None:
+    tooluse("reference")
+    tooluse("again")
+    evaluate(str(student_dir), ["tooluse"], tmp_path / "student.json", data=tools, **OPTIONS)
+    paths = [tmp_path / "reference" / "results.json", tmp_path / "again" / "results.json"]
+    same = compare(paths)["tasks"][0]["comparisons"][0]
+    assert same["verdict"] == "identical: not distinguishable"
+    assert compare([paths[0], tmp_path / "student.json"])["tasks"][0]["n"] == 10
+
+
+def test_several_answers_give_pass_at_k(tooluse: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    found = tooluse("three", samples=3)
+    assert set(found["pass_at"]) == {"1", "2", "3"}
+    item = found["items"][0]
+    assert (item["samples"], len(item["answers"])) == (3, 3)
+    assert item["correct"] == item["correct_count"] / 3
+    assert len({one["answer"] for one in item["answers"]}) > 1
+    assert tooluse("again", samples=3)["items"] == found["items"]
+    assert tooluse("seed", samples=3, seed=1)["items"] != found["items"]
+    more = tooluse("four", samples=4)  # the first answers are the same
+    assert [one["answer"] for one in more["items"][0]["answers"][:3]] == [one["answer"] for one in item["answers"]]
+    files = [tmp_path / name / "results.json" for name in ("three", "again")]
+    assert compare(files)["tasks"][0]["comparisons"][0]["identical"]
+
+
+def test_letters_are_scored(reference_dir: Path, questions: str, tmp_path: Path) -> None:
+    found = evaluate(str(reference_dir), ["science"], tmp_path / "r.json", data=questions, how="choices", device="cpu")
+    assert (found["grader"], found["how"], found["n"], found["lead"]) == (
+        "letter log-likelihood",
+        "choices",
+        10,
+        "<answer>\n",
+    )
+    assert found["chance"] == 0.25
+    assert found["golds"] == {"A": 3, "B": 3, "C": 2, "D": 2}
+    assert sum(found["picks"].values()) == 10
+    item = found["items"][0]
+    assert set(item["log_likelihoods"]) == set("ABCD")
+    assert item["correct"] == (item["margin"] > 0) == (item["answer"] == item["gold"])
+    other = evaluate(
+        str(reference_dir), ["science"], tmp_path / "o.json", data=questions, how="choices", device="cpu", batch_rows=8
+    )
+    assert other["items"] == found["items"]
+    assert other["warnings"] == ["science: batch_rows has no effect, since a CPU scores letters one by one"]
+
+
+def test_prompts_beyond_the_context_are_dropped_counted_and_named(reference_dir: Path, tmp_path: Path) -> None:
+    rows = [*tool_rows(3), {**tool_rows(1)[0], "prompt": "Tell me about rain. " * 200, "id": "long"}]
+    data = write(tmp_path / "d.jsonl", rows)
+    found = evaluate(str(reference_dir), ["tooluse"], tmp_path / "r.json", data=data, **OPTIONS)
+    assert (found["n"], found["dropped"]) == (3, ["long"])
+    assert "1 of 4 prompts have over 512 (the model's context) − 12 (its answer) tokens" in found["warnings"][0]
+    with pytest.raises(InputError, match="None is left"):
+        evaluate(
+            str(reference_dir), ["tooluse"], tmp_path / "o.json", data=write(tmp_path / "l.jsonl", rows[3:]), **OPTIONS
+        )
+    with pytest.raises(InputError, match=r"max_new_tokens is 512, .* no room for a prompt"):
+        evaluate(str(reference_dir), ["tooluse"], tmp_path / "o.json", data=data, **{**OPTIONS, "max_new_tokens": 512})
+
+
+def test_a_row_that_stands_twice_is_graded_once(reference_dir: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", [*tool_rows(3), *tool_rows(1)])
+    found = evaluate(str(reference_dir), ["tooluse"], tmp_path / "r.json", data=data, **OPTIONS)
+    assert found["n"] == 3
+    assert any("1 rows of" in warning and "twice" in warning for warning in found["warnings"])
+    rows = [{**tool_rows(1)[0], "id": "x"}, {**tool_rows(1)[0], "id": "x", "golden_answer": []}]
+    with pytest.raises(InputError, match='row 2: the id "x" stands for another row already'):
+        evaluate(str(reference_dir), ["tooluse"], tmp_path / "o.json", data=write(tmp_path / "e.jsonl", rows))
+
+
+def test_a_grader_that_raises_names_the_row_and_goes_on(reference_dir: Path, tmp_path: Path) -> None:
+    rows = [*tool_rows(3), {**tool_rows(4)[3], "golden_answer": "none", "id": "odd"}]
+    data = write(tmp_path / "d.jsonl", rows)
+    found = evaluate(str(reference_dir), ["tooluse"], tmp_path / "r.json", data=data, **OPTIONS)
+    assert (found["n"], found["raised"]) == (4, 1)
+    assert "the grader raised on row odd" in found["items"][3]["reason"]
+    told = "grader raised on 1 of 4 answers, which count as wrong; rows odd; first, the grader raised on row odd: Input"
+    assert any(told in warning for warning in found["warnings"])
+
+
+def test_a_model_that_answers_nothing_is_an_error(
+    tooluse: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_job.models, "eos_ids", lambda model, tokenizer: tuple(range(len(tokenizer))))
+    monkeypatch.setattr(evaluation_job, "hf_sampler", lambda *a, **k: _Silent())
+    with pytest.raises(InputError, match="all 10 answers are empty, so there is nothing to grade"):
+        tooluse()
+
+
+class _Silent:
+    def __call__(self, prompts: Any, **rest: Any) -> list[transformers_engine.Rollout]:
+        return [transformers_engine.Rollout(p.id, p.tokens, (2,), False) for p in prompts]
+
+
+def test_a_run_directory_stands_for_its_model(reference_dir: Path, tools: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "manifest.json").write_text("{}", encoding="utf-8")
+    (run / "model").symlink_to(reference_dir)
+    direct = evaluate(str(reference_dir), ["tooluse"], tmp_path / "a.json", data=tools, limit=2, **OPTIONS)
+    assert (
+        evaluate(str(run), ["tooluse"], tmp_path / "b.json", data=tools, limit=2, **OPTIONS)["files"] == direct["files"]
+    )
+
+
+def test_weights_on_a_grid_are_evaluated(student_dir: Path, tooluse: Any, tools: str, tmp_path: Path) -> None:
+    found = evaluate(str(student_dir), ["tooluse"], tmp_path / "r.json", data=tools, **OPTIONS)
+    assert texts(found) != texts(tooluse())
+
+
+BAD: list[tuple[list[str], dict[str, Any], str]] = [
+    (["tooluze"], {}, 'unknown task "tooluze"; known: general, .*Did you mean "tooluse"'),
+    ([], {}, "no task is given; known: general"),
+    (["general", "general"], {}, "task general is named twice"),
+    (["tooluse"], {}, "tooluse makes no rows of its own; give .* --data tooluse=FILE"),
+    (["tooluse", "science"], {"data": "x.jsonl"}, "x.jsonl is one file, and could be for tooluse and science"),
+    (["general"], {"data": {"science": "x.jsonl"}}, "data is given for science, which is not among the tasks"),
+    (["general"], {"how": "choices"}, "general is no choice between letters.*tasks with letters are science, science-"),
+    (["general"], {"how": "letters"}, 'how is "letters"; allowed: generate, choices'),
+    (["general"], {"engine": "vlm"}, 'engine is "vlm"; allowed: hf, vllm. Did you mean "vllm"'),
+    (["general"], {"grader": "strict"}, 'grader is "strict"; allowed: paper, robust, both'),
+    (["general"], {"dtype": "float8"}, 'dtype is "float8"; allowed: auto, float32, bfloat16'),
+    (["general"], {"samples": 0, "limit": 0}, "samples is 0; allowed is 1 or more\nlimit is 0; allowed is 1 or more"),
+    (["general"], {"max_new_tokens": 0}, "max_new_tokens is 0; allowed is 1 or more"),
+    (["general"], {"batch_rows": -1}, "batch_rows is -1; allowed is 1 or more"),
+    (["general"], {"seed": -1}, "seed is -1; allowed is 0 or more"),
+    (["science-short"], {"how": "choices", "grader": "paper", "samples": 2}, "grader, samples: without effect"),
+    (["science-short"], {"how": "choices", "engine": "vllm"}, "choices runs with engine hf only"),
+    (["general"], {"include": "."}, "include and allow_code concern lm-eval: tasks, and none is given"),
+    (["lm-eval:x"], {"include": "nowhere"}, "include nowhere is no directory"),
+    (["lm-eval:"], {}, "needs a name after it"),
+    (["lm-eval:x"], {"samples": 2}, "run with engine hf, how: generate and samples 1"),
+]
+
+
+@pytest.mark.parametrize(("names", "settings", "message"), BAD, ids=[message[:40] for _, _, message in BAD])
+def test_settings_that_do_not_fit(names: list[str], settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckError, match=f"(?s){message}"):
+        evaluate("no-model-is-read", names, tmp_path / "r.json", **settings)
+
+
+def test_data_and_files_that_do_not_fit(reference_dir: Path, tools: str, tmp_path: Path) -> None:
+    model, out = str(reference_dir), tmp_path / "r.json"
+    with pytest.raises(
+        InputError, match=r'tools.jsonl, row 1: the column "answer" is missing \(it has: prompt, golden'
+    ):
+        evaluate(model, ["science"], out, data=tools)
+    with pytest.raises(InputError, match="is empty; it needs one JSON object a line"):
+        evaluate(model, ["tooluse"], out, data=write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(FileError, match="can't be read"):
+        evaluate(model, ["tooluse"], out, data=str(tmp_path / "none.jsonl"))
+    odd = [{**letter_rows(1)[0], "answer": "E"}]
+    with pytest.raises(InputError, match="the answer is E; the prompt's options are A, B, C, D"):
+        evaluate(model, ["science"], out, data=write(tmp_path / "odd.jsonl", odd), how="choices")
+    with pytest.raises(InputError, match=r"must be the name of a \.json file"):
+        evaluate(model, ["tooluse"], tmp_path / "results", data=tools)
+    with pytest.raises(FileError, match="does not exist"):
+        evaluate(str(tmp_path / "none"), ["tooluse"], out, data=tools)
+    with pytest.raises(InputError, match=r"engine vllm needs the package vllm, .*pip install vllm"):
+        evaluate(model, ["tooluse"], out, data=tools, engine="vllm")
+    (tmp_path / "r.answers.jsonl").write_text("no JSON\n", encoding="utf-8")
+    with pytest.raises(FileError, match="Move that file away to begin anew"):
+        evaluate(model, ["tooluse"], out, data=tools)
+    assert not out.exists()

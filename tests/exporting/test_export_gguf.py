@@ -1,0 +1,232 @@
+"""GGUF: written by the gguf package, read back by it and by transformers, equal bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from helpers.tiny import SKIPPED, build_model, build_tokenizer, put_on_grid
+from remend.compression.containers.gguf_tokenizer import SPLITS, pre_tokenizer_name
+from remend.degrade.quantize import quantize
+from remend.errors import InputError
+from remend.exporting import export
+from remend.models.load import save_model
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GGUF_TYPES = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "tq2_0"]
+
+
+def tensors_of(directory: Path) -> dict[str, Any]:
+    return {t.name: t for t in gguf.GGUFReader(directory / "model.gguf").tensors}
+
+
+def fields_of(directory: Path) -> dict[str, Any]:
+    return {n: f.contents() for n, f in gguf.GGUFReader(directory / "model.gguf").fields.items()}
+
+
+def llama_rows(weight_OI: np.ndarray, heads: int) -> np.ndarray:
+    """The permutation as convert_hf_to_gguf.py spells it."""
+    return weight_OI.reshape(heads, 2, weight_OI.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight_OI.shape)
+
+
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_the_gguf_package_reads_the_measured_weights_bit_for_bit(on_grid: Any, tmp_path: Path, kind: str) -> None:
+    student = on_grid(f"gguf:{kind}")
+    result = export(str(student), tmp_path / "out", format=f"gguf:{kind}")
+    assert result["check"]["weights_equal"]
+    assert result["check"]["max_logit_difference"] == 0
+    measured = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).state_dict()
+    tensors = tensors_of(tmp_path / "out")
+    pairs = {
+        "attn_q": llama_rows(measured["model.layers.0.self_attn.q_proj.weight"].numpy(), 4),
+        "attn_k": llama_rows(measured["model.layers.0.self_attn.k_proj.weight"].numpy(), 2),
+        "attn_v": measured["model.layers.0.self_attn.v_proj.weight"].numpy(),
+        "ffn_down": measured["model.layers.0.mlp.down_proj.weight"].numpy(),
+    }
+    for name, expected in pairs.items():
+        tensor = tensors[f"blk.0.{name}.weight"]
+        assert tensor.tensor_type.name == kind.upper()
+        np.testing.assert_array_equal(gguf.dequantize(tensor.data, tensor.tensor_type), expected)
+
+
+def test_what_is_off_the_grid_goes_as_f32(on_grid: Any, tmp_path: Path) -> None:
+    export(str(on_grid("gguf:q4_0")), tmp_path / "out", format="gguf")
+    kinds = {name: t.tensor_type.name for name, t in tensors_of(tmp_path / "out").items()}
+    assert kinds["blk.0.ffn_up.weight"] == "Q4_0"
+    assert SKIPPED == "model.layers.1.mlp.up_proj"
+    assert kinds["blk.1.ffn_up.weight"] == kinds["token_embd.weight"] == kinds["blk.0.attn_norm.weight"] == "F32"
+    assert "output.weight" not in kinds, "the head is tied to the embeddings"
+
+
+def test_a_model_on_no_grid_goes_as_f32_with_its_head(tmp_path: Path, tokenizer: Any) -> None:
+    save_model(build_model(len(tokenizer), tied=False), tokenizer, tmp_path / "free")
+    result = export(str(tmp_path / "free"), tmp_path / "out", format="gguf")
+    assert result["container"] == "gguf:f32"
+    assert {t.tensor_type.name for t in tensors_of(tmp_path / "out").values()} == {"F32"}
+    assert "output.weight" in tensors_of(tmp_path / "out")
+    with pytest.raises(InputError, match="would change its weights"):
+        export(str(tmp_path / "free"), tmp_path / "q8", format="gguf:q8_0")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("int4-g32-sym", "q4_0"), ("int8-g32-sym", "q8_0"), ("mxfp4", "mxfp4")])
+def test_grids_with_the_values_of_a_gguf_type_go_under_its_name(
+    on_grid: Any, tmp_path: Path, name: str, kind: str
+) -> None:
+    result = export(str(on_grid(name)), tmp_path / "out", format=f"gguf:{kind}")
+    assert result["check"]["weights_equal"]
+    assert tensors_of(tmp_path / "out")["blk.0.attn_q.weight"].tensor_type.name == kind.upper()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwen_keeps_its_rows_biases_and_norms(tmp_path: Path, tokenizer: Any, family: str) -> None:
+    torch.manual_seed(0)
+    model: Any
+    if family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES))
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.data.normal_()
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), head_dim=128, **SIZES))
+    directory = tmp_path / family
+    stored = put_on_grid(model, "gguf:q5_1")
+    save_model(model, tokenizer, directory)
+    stored.write(directory)
+    result = export(str(directory), tmp_path / "out", format="gguf:q5_1")
+    assert result["check"]["weights_equal"]
+    assert result["check"]["max_logit_difference"] == 0
+    tensor = tensors_of(tmp_path / "out")["blk.1.attn_q.weight"]
+    np.testing.assert_array_equal(
+        gguf.dequantize(tensor.data, tensor.tensor_type), model.model.layers[1].self_attn.q_proj.weight.detach().numpy()
+    )
+
+
+def test_hyperparameters_and_vocabulary_travel(on_grid: Any, tmp_path: Path, tokenizer: Any) -> None:
+    student = on_grid("gguf:q4_0")
+    export(str(student), tmp_path / "out", format="gguf")
+    fields = fields_of(tmp_path / "out")
+    assert fields["general.architecture"] == "llama"
+    assert (fields["llama.block_count"], fields["llama.context_length"]) == (2, 512)
+    assert (fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]) == (4, 2)
+    assert fields["llama.rope.freq_base"] == 10000.0
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert fields["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert fields["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1], "special tokens are control tokens"
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.padding_token_id"]) == (2, 0)
+    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+    back = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    text = "<|im_start|>user\nTell me about bread number 3.<|im_end|>"
+    assert back(text).input_ids == tokenizer(text).input_ids
+
+
+def test_embeddings_without_a_token_are_padded_as_unused(tmp_path: Path, tokenizer: Any) -> None:
+    save_model(build_model(len(tokenizer) + 12), tokenizer, tmp_path / "wide")
+    result = export(str(tmp_path / "wide"), tmp_path / "out", format="gguf")
+    assert result["check"]["weights_equal"]
+    fields = fields_of(tmp_path / "out")
+    assert fields["tokenizer.ggml.tokens"][-1] == f"[PAD{len(tokenizer) + 11}]"
+    assert fields["tokenizer.ggml.token_type"][-12:] == [5] * 12
+
+
+def test_pre_tokenizers_get_llama_cpp_s_name_or_are_refused(tokenizer: Any) -> None:
+    def named(*steps: Any) -> str:
+        changed = copy.deepcopy(tokenizer)
+        changed.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+        return pre_tokenizer_name(changed)
+
+    assert pre_tokenizer_name(tokenizer) == "gpt-2"
+    assert named(pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)) == "smollm"
+    for expression, name in SPLITS.items():
+        split = pre_tokenizers.Split(Regex(expression), behavior="isolated")
+        assert named(split, pre_tokenizers.ByteLevel(False, use_regex=False)) == name
+    for unknown in (
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(False)],
+        [pre_tokenizers.Split(Regex("a"), behavior="isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)],
+        [pre_tokenizers.ByteLevel(add_prefix_space=True)],
+        [pre_tokenizers.Whitespace()],
+    ):
+        with pytest.raises(InputError, match="no known name"):
+            named(*unknown)
+
+
+def test_what_gguf_or_its_readers_would_lose_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    scaled = build_model(len(tokenizer))
+    scaled.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    gelu = build_model(len(tokenizer))
+    gelu.config.hidden_act = "gelu"
+    biased = build_model(len(tokenizer))
+    biased.config.mlp_bias = True
+    narrow: Any = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), head_dim=16, **SIZES))
+    other = build_model(len(tokenizer))
+    other.config.model_type = "olmo"
+    from remend.compression.containers.gguf import _architecture
+
+    for model, reason in [
+        (scaled, "rope is scaled"),
+        (gelu, "activation is gelu"),
+        (biased, "has biases"),
+        (narrow, "heads are 16 wide"),
+        (other, "allowed are llama, qwen2, qwen3"),
+    ]:
+        with pytest.raises(InputError, match=reason):
+            _architecture(model.config)
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(("<|extra|>",))
+    save_model(build_model(len(tokenizer) - 1), tokenizer, tmp_path / "small")
+    with pytest.raises(InputError, match="embeds only"):
+        export(str(tmp_path / "small"), tmp_path / "out", format="gguf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "agreement"), [("gguf", 0.98), ("gguf:q4_0", 0.9)])
+def test_llama_cpp_says_the_same_as_transformers(
+    smollm2_dir: Path, tmp_path: Path, kind: str, agreement: float
+) -> None:
+    """F32 to rounding; packed weights are multiplied with 8-bit activations there, which no transformers model does."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    source = smollm2_dir
+    if kind != "gguf":
+        source = tmp_path / "student"
+        quantize(str(smollm2_dir), source, format=kind, probe=False)
+    export(str(source), tmp_path / "out", format=kind)
+    engine = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=128, logits_all=True, verbose=False)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert engine.tokenize(text.encode(), add_bos=False, special=True) == ids
+    answer = model.generate(torch.tensor([ids]), max_new_tokens=48, do_sample=False)[0].tolist()
+    engine.eval(answer)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([answer])).logits[0].argmax(-1).numpy()
+    same = (np.array(engine.scores[: len(answer)]).argmax(-1) == expected).mean()
+    assert same >= agreement

@@ -1,0 +1,53 @@
+"""The run directory: what may stand where something new is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import remend
+from remend.errors import InputError
+from remend.files.run_directory import INPUTS, SUMMARY, occupied
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """A directory that holds inputs of a run to come."""
+    (tmp_path / "place" / INPUTS).mkdir(parents=True)
+    (tmp_path / "place" / INPUTS / "mine.txt").write_text("mine")
+    return tmp_path / "place"
+
+
+VERBS: dict[str, Callable[[str, Path, str], Any]] = {
+    "quantize": lambda model, out, data: remend.quantize(model, out, format="int4-g32-sym", probe=False),
+    "prune": lambda model, out, data: remend.prune(model, out, probe=False),
+    "export": lambda model, out, data: remend.export(model, out, format="dense"),
+    "cache-teacher": lambda model, out, data: remend.cache_teacher(model, out, data=data, max_new_tokens=2),
+    "diagnose": lambda model, out, data: remend.diagnose(model, [model], out, data=data),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_replaces_a_directory_leaves_inputs_alone(
+    reference_dir: Path, prompt_file: Path, prepared: Path, verb: str
+) -> None:
+    with pytest.raises(InputError, match="is not empty; name a new directory"):
+        VERBS[verb](str(reference_dir), prepared, str(prompt_file))
+    assert (prepared / INPUTS / "mine.txt").read_text() == "mine"
+
+
+def test_a_run_goes_beside_its_inputs(recipe: dict[str, Any], prepared: Path) -> None:
+    remend.recover(**{**recipe, "out": str(prepared), "steps": 0})
+    assert (prepared / INPUTS / "mine.txt").read_text() == "mine"
+    assert json.loads((prepared / SUMMARY).read_text())["steps"] == 0
+
+
+def test_inputs_are_allowed_to_those_that_ask(prepared: Path) -> None:
+    assert occupied(prepared, inputs=True) is None
+    assert "is not empty" in str(occupied(prepared))
+    (prepared / "more").touch()
+    assert "is not empty" in str(occupied(prepared, inputs=True))

@@ -1,0 +1,42 @@
+"""A tiny model on a grid, and a few steps of training it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from helpers.tiny import build_model
+from remend.compression.grids import GridFormat
+from remend.compression.stored_grid import StoredGrid
+from remend.degrade.quantize import quantize_in_place
+from remend.training.constraints import Free, OnGrid
+
+TOKENS = torch.arange(3, 35).view(2, 16)
+
+
+VOCABULARY = 64
+FORMATS = ["int3-g64-asym", "int4-g32-sym", "int4-g32-zp", "gguf:q4_0", "gguf:q4_1", "gguf:q8_0", "gguf:mxfp4"]
+
+
+def pair(name: str = FORMATS[0]) -> tuple[LlamaForCausalLM, LlamaForCausalLM, StoredGrid]:
+    """A model, its quantized copy, and the grid of the copy."""
+    origin = build_model(VOCABULARY)
+    student = copy.deepcopy(origin)
+    return origin, student, quantize_in_place(student, GridFormat.parse(name))
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
+def train(model: LlamaForCausalLM, constraint: Free | OnGrid, steps: int) -> None:
+    optimizer = torch.optim.AdamW(constraint.masters().values(), lr=1e-2)
+    for _ in range(steps):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        constraint.take_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        constraint.project()

@@ -1,0 +1,383 @@
+"""Divergences against a slow reference in plain Python floats, and the chunked sum against the plain one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from remend.maths.losses import chunked, divergences
+from remend.maths.losses.chunked import CHUNK_BYTES, Head, chunk_rows, chunked_cross_entropy_sum, chunked_divergence_sum
+from remend.maths.losses.divergences import direction, divergence
+
+BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+quick = settings(deadline=None, max_examples=40, database=None)
+seeds = st.integers(0, 2**31 - 1)
+
+
+def slow_log_softmax(row: list[float]) -> list[float]:
+    top = max(row)
+    log_sum = top + math.log(math.fsum(math.exp(x - top) for x in row))
+    return [x - log_sum for x in row]
+
+
+def slow_kl(log_a: list[float], log_b: list[float]) -> float:
+    """KL(a ‖ b); an entry with no probability in a adds nothing."""
+    return math.fsum(math.exp(a) * (a - b) for a, b in zip(log_a, log_b, strict=True) if math.exp(a) > 0)
+
+
+def slow_log_mean(a: float, b: float, beta: float) -> float:
+    x, y = math.log(beta) + a, math.log(1 - beta) + b
+    top = max(x, y)
+    return top if top == -math.inf else top + math.log(math.exp(x - top) + math.exp(y - top))
+
+
+def slow_divergence(student: Tensor, teacher: Tensor, beta: float) -> list[float]:
+    """GKD's definition, row by row: p the teacher's distribution, q the student's."""
+    found = []
+    for q_row, p_row in zip(student.tolist(), teacher.tolist(), strict=True):
+        log_q, log_p = slow_log_softmax(q_row), slow_log_softmax(p_row)
+        if beta == 0:
+            found.append(slow_kl(log_p, log_q))
+        elif beta == 1:
+            found.append(slow_kl(log_q, log_p))
+        else:
+            log_m = [slow_log_mean(a, b, beta) for a, b in zip(log_p, log_q, strict=True)]
+            found.append(beta * slow_kl(log_p, log_m) + (1 - beta) * slow_kl(log_q, log_m))
+    return found
+
+
+def logits(seed: int, n: int, v: int, spread: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(n, v, generator=generator, dtype=torch.float64) * spread for _ in range(2))
+    return student.to(dtype), teacher.to(dtype)
+
+
+@quick
+@given(
+    seed=seeds,
+    n=st.integers(1, 4),
+    v=st.integers(1, 30),
+    spread=st.sampled_from([0.0, 0.01, 1.0, 20.0, 1000.0]),  # 1000: differences of thousands between logits
+    beta=st.one_of(st.sampled_from(BETAS), st.floats(0.001, 0.999)),
+)
+def test_divergence_equals_the_slow_reference(seed: int, n: int, v: int, spread: float, beta: float) -> None:
+    student, teacher = logits(seed, n, v, spread)
+    expected = torch.tensor(slow_divergence(student, teacher, beta), dtype=torch.float64)
+    ours = divergence(student, teacher, beta)
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    single = divergence(student.float(), teacher.float(), beta)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_half_precision_is_computed_in_float32(beta: float) -> None:
+    student, teacher = logits(0, 5, 50, 3.0, torch.bfloat16)
+    ours = divergence(student, teacher, beta)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, divergence(student.float(), teacher.float(), beta))
+
+
+@quick
+@given(seed=seeds, v=st.integers(1, 40), spread=st.floats(0, 500), beta=st.floats(0, 1))
+def test_zero_on_equal_and_never_negative(seed: int, v: int, spread: float, beta: float) -> None:
+    student, teacher = logits(seed, 3, v, spread)
+    assert divergence(teacher, teacher, beta).abs().max() < 1e-12
+    assert divergence(student, teacher, beta).min() > -1e-12
+
+
+@quick
+@given(seed=seeds, beta=st.floats(0, 1), student_shift=st.floats(-3e4, 3e4), teacher_shift=st.floats(-3e4, 3e4))
+def test_adding_a_constant_to_the_logits_changes_nothing(
+    seed: int, beta: float, student_shift: float, teacher_shift: float
+) -> None:
+    student, teacher = logits(seed, 3, 11, 3.0)
+    shifted = divergence(student + student_shift, teacher + teacher_shift, beta)
+    torch.testing.assert_close(shifted, divergence(student, teacher, beta), rtol=1e-7, atol=1e-9)
+
+
+def test_reverse_is_forward_with_the_roles_exchanged() -> None:
+    student, teacher = logits(1, 6, 20, 2.0)
+    torch.testing.assert_close(divergence(student, teacher, 1.0), divergence(teacher, student, 0.0))
+    assert not torch.allclose(divergence(student, teacher, 0.0), divergence(student, teacher, 1.0), rtol=0.01)
+
+
+def test_both_limits_of_the_generalised_jsd() -> None:
+    student, teacher = logits(2, 6, 20, 1.0)
+    eps = 1e-6
+    torch.testing.assert_close(
+        divergence(student, teacher, eps) / eps, divergence(student, teacher, 0.0), rtol=1e-3, atol=0
+    )
+    torch.testing.assert_close(
+        divergence(student, teacher, 1 - eps) / eps, divergence(student, teacher, 1.0), rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_padding_of_minus_infinity_has_no_part(beta: float, dtype: torch.dtype) -> None:
+    student, teacher = logits(3, 4, 12, 2.0, dtype)
+    pad = torch.full((4, 3), -math.inf, dtype=dtype)
+    padded = torch.cat([student, pad], 1).requires_grad_()
+    ours = divergence(padded, torch.cat([teacher, pad], 1), beta)
+    plain = student.clone().requires_grad_()
+    expected = divergence(plain, teacher, beta)
+    torch.testing.assert_close(ours, expected)
+    ours.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(padded.grad[:, :12], plain.grad)
+    assert torch.equal(padded.grad[:, 12:], torch.zeros_like(pad))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_an_entry_masked_on_one_side_gives_finite_numbers(beta: float) -> None:
+    student, teacher = logits(4, 4, 12, 2.0, torch.float32)
+    student[0, 3], teacher[1, 5] = -math.inf, -math.inf
+    student.requires_grad_()
+    ours = divergence(student, teacher, beta)
+    ours.sum().backward()
+    assert torch.isfinite(ours).all()
+    assert torch.isfinite(student.grad).all()
+    assert (ours > 0).all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("spread", [0.5, 5.0])
+def test_gradient_by_finite_differences(beta: float, spread: float) -> None:
+    student, teacher = logits(5, 3, 7, spread)
+    assert torch.autograd.gradcheck(lambda s: divergence(s, teacher, beta), student.requires_grad_())
+
+
+def test_no_gradient_flows_to_the_teacher() -> None:
+    student, teacher = (x.requires_grad_() for x in logits(6, 2, 5, 1.0))
+    divergence(student, teacher, 0.5).sum().backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match=r"student logits \(2, 3\) and teacher logits \(2, 4\) differ"):
+        divergence(torch.zeros(2, 3), torch.zeros(2, 4))
+    for beta in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"beta is .* allowed is 0"):
+            divergence(torch.zeros(2, 3), torch.zeros(2, 3), beta)
+    head = Head(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match=r"differ in \(positions, vocabulary\): \(2, 5\) and \(3, 5\)"):
+        chunked_divergence_sum(torch.zeros(2, 3), torch.zeros(3, 3), head, head)
+    with pytest.raises(ValueError, match=r"\(2, 5\) and \(2, 4\)"):
+        chunked_divergence_sum(torch.zeros(2, 3), torch.zeros(2, 3), head, Head(torch.zeros(4, 3)))
+    with pytest.raises(ValueError, match=r"beta is 2.0"):
+        chunked_divergence_sum(torch.zeros(2, 3), torch.zeros(2, 3), head, head, beta=2.0)
+
+
+def test_direction_names_the_divergence() -> None:
+    assert direction(0.0) == "forward KL, teacher‖student"
+    assert direction(1.0) == "reverse KL, student‖teacher"
+    assert direction(0.25) == "generalised JSD, beta 0.25"
+
+
+def test_a_chunk_of_logits_fits_its_bytes() -> None:
+    cpu = torch.device("cpu")
+    for vocabulary in (1000, 49152, 151936):
+        rows = chunk_rows(vocabulary, cpu)
+        assert rows * vocabulary * 4 <= CHUNK_BYTES < (rows + 1) * vocabulary * 4
+    assert chunk_rows(10**7, cpu) == 16
+
+
+def test_a_chunk_on_a_gpu_follows_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, cuda = 0, torch.device("cuda")
+    monkeypatch.setattr(chunked, "free_bytes", lambda device: free)
+    found = {}
+    for free in (0, 2**30, 10 * 2**30, 80 * 2**30):
+        found[free // 2**30] = chunk_rows(151936, cuda)
+    assert found == {0: 27, 1: 35, 10: 353, 80: 883}  # 16 MiB at least, then 2%, 512 MiB at most
+
+
+@pytest.mark.parametrize("rows", [1, 5, 883])
+def test_the_size_of_a_chunk_changes_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    torch.manual_seed(0)
+    hidden_ND, teacher_ND = torch.randn(13, 6, dtype=torch.float64), torch.randn(13, 6, dtype=torch.float64)
+    heads = Head(torch.randn(11, 6, dtype=torch.float64)), Head(torch.randn(11, 6, dtype=torch.float64))
+    found = []
+    for size in (4, rows):
+        monkeypatch.setattr(chunked, "chunk_rows", lambda *_, size=size: size)
+        leaf_ND = hidden_ND.clone().requires_grad_()
+        total = chunked_divergence_sum(leaf_ND, teacher_ND, *heads)
+        total.backward()
+        found.append((total.detach(), leaf_ND.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (1.0, 3.0), (2.0, 5.0)])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rows", [1, 2, 5, 100, None])
+def test_chunked_sum_equals_the_plain_sum(beta: float, rows: int | None, scale: float, softcap: float | None) -> None:
+    """Value, and gradients (closed form against autograd) for states, weight and bias, under a scaled one."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight, bias, teacher, teacher_weight = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in [(11, 6), (20, 6), (20,), (11, 4), (20, 4)]
+    )
+    results = []
+    for in_chunks in (True, False):
+        h, w, b = (x.clone().requires_grad_() for x in (hidden, weight, bias))
+        head, teacher_head = Head(w, b, scale, softcap), Head(teacher_weight)
+        if in_chunks:
+            total = chunked_divergence_sum(h, teacher, head, teacher_head, beta=beta, rows=rows)
+        else:
+            total = divergence(head(h), teacher_head(teacher), beta).sum()
+        (total * 0.37).backward()
+        results.append((total.detach(), h.grad, w.grad, b.grad))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.01, 0.5, 0.99, 1.0])
+def test_closed_form_gradient_with_extreme_logits(beta: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    student = (torch.randn(6, 9, generator=generator, dtype=torch.float64) * 30).requires_grad_()
+    teacher = torch.randn(6, 9, generator=generator, dtype=torch.float64) * 30
+    with torch.no_grad():
+        student[0, 3], teacher[0, 3], teacher[1, 2] = -math.inf, -math.inf, -math.inf
+    values, gradient = divergences._with_gradient(student.detach(), teacher, beta)
+    expected = divergence(student, teacher, beta)
+    expected.sum().backward()
+    torch.testing.assert_close(values, expected.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient, student.grad, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [2, 50])
+def test_chunked_sum_with_a_weight_that_is_embedding_and_head(rows: int) -> None:
+    generator = torch.Generator().manual_seed(8)
+    table, teacher_logits = (torch.randn(20, d, generator=generator) for d in (6, 20))
+    tokens = torch.randint(20, (9,), generator=generator)
+    identity, grads = Head(torch.eye(20)), []
+    for in_chunks in (True, False):
+        w = table.clone().requires_grad_()
+        h, target = torch.tanh(w[tokens]), teacher_logits[tokens]
+        if in_chunks:
+            total = chunked_divergence_sum(h, target, Head(w), identity, rows=rows)
+        else:
+            total = divergence(h @ w.T, target).sum()
+        total.backward()
+        grads.append(w.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_a_slice_of_the_weight() -> None:
+    """A padded vocabulary: the head is the first rows of the parameter."""
+    weight = torch.randn(12, 4, requires_grad=True)
+    hidden, teacher = torch.randn(5, 4), torch.randn(5, 8)
+    chunked_divergence_sum(hidden, teacher, Head(weight[:8]), Head(torch.eye(8)), rows=2).backward()
+    ours, weight.grad = weight.grad, None
+    divergence(hidden @ weight[:8].T, teacher).sum().backward()
+    torch.testing.assert_close(ours, weight.grad, rtol=1e-4, atol=1e-5)
+    assert not ours[8:].any()
+
+
+def test_chunked_sum_skips_what_needs_no_gradient() -> None:
+    hidden, teacher, weight = torch.randn(5, 4), torch.randn(5, 8), torch.randn(8, 4)
+    identity = Head(torch.eye(8))
+    expected = divergence(hidden @ weight.T, teacher).sum()
+    frozen = chunked_divergence_sum(hidden, teacher, Head(weight), identity, rows=2)
+    torch.testing.assert_close(frozen, expected)
+    assert not frozen.requires_grad
+    only_head = weight.requires_grad_()
+    chunked_divergence_sum(hidden, teacher, Head(only_head), identity, rows=2).backward()
+    ours, only_head.grad = only_head.grad, None
+    divergence(hidden @ weight.T, teacher).sum().backward()
+    torch.testing.assert_close(ours, only_head.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_chunked_sum_of_no_positions_is_zero() -> None:
+    hidden, head = torch.zeros(0, 4, requires_grad=True), Head(torch.randn(7, 4))
+    total = chunked_divergence_sum(hidden, torch.zeros(0, 4), head, head)
+    total.backward()
+    assert total == 0
+    assert hidden.grad.shape == (0, 4)
+
+
+def test_under_autocast_products_are_bfloat16_and_the_divergence_float32() -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight, teacher, teacher_weight = (
+        torch.randn(*shape, generator=generator) for shape in [(9, 16), (30, 16), (9, 16), (30, 16)]
+    )
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        total = chunked_divergence_sum(h, teacher, Head(w), Head(teacher_weight), rows=4)
+    total.backward()
+    assert total.dtype == h.grad.dtype == w.grad.dtype == torch.float32
+    logits, target = ((a.bfloat16() @ b.bfloat16().T).float() for a, b in ((hidden, weight), (teacher, teacher_weight)))
+    expected = divergence(logits, target).sum()
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
+    exact = torch.softmax(logits, -1) - torch.softmax(target, -1)
+    torch.testing.assert_close(w.grad, exact.T @ hidden, rtol=0.05, atol=0.02)
+
+
+def test_no_full_logits_tensor_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = Head.__call__
+    monkeypatch.setattr(Head, "__call__", lambda self, x: (seen.append(x.shape[0]), plain(self, x))[1])
+    head = Head(torch.randn(7, 4))
+    chunked_divergence_sum(torch.randn(10, 4, requires_grad=True), torch.randn(10, 4), head, head, rows=4).backward()
+    assert seen == [4, 4, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 3.0)])
+def test_cross_entropy_and_gradients_match_torchs_own(rows: int, scale: float, softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(8)
+    hidden, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in [(9, 6), (30, 6), (30,)])
+    targets = torch.randint(30, (9,), generator=generator)
+    inputs = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    total = chunked_cross_entropy_sum(inputs[0], Head(inputs[1], inputs[2], scale, softcap), targets, rows=rows)
+    (2 * total).backward()
+    slow = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    logits = scale * (slow[0] @ slow[1].T + slow[2])
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = functional.cross_entropy(logits, targets, reduction="sum")
+    (2 * expected).backward()
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+    for ours, theirs in zip(inputs, slow, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_cross_entropy_in_float32_and_bfloat16_products() -> None:
+    generator = torch.Generator().manual_seed(9)
+    hidden, weight = (torch.randn(*s, generator=generator) for s in [(40, 16), (300, 16)])
+    targets = torch.randint(300, (40,), generator=generator)
+    exact = functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
+    assert float(chunked_cross_entropy_sum(hidden, Head(weight), targets)) == pytest.approx(float(exact), rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = chunked_cross_entropy_sum(hidden, Head(weight), targets)
+    rounded = functional.cross_entropy((hidden.bfloat16() @ weight.bfloat16().T).double(), targets, reduction="sum")
+    assert total.dtype == torch.float32
+    assert float(total) == pytest.approx(float(rounded), rel=1e-5)
+
+
+def test_cross_entropy_makes_no_full_logits_and_leaves_a_frozen_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = Head.__call__
+    monkeypatch.setattr(Head, "__call__", lambda self, x: (seen.append(x.shape[0]), plain(self, x))[1])
+    hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(7, 4)
+    chunked_cross_entropy_sum(hidden, Head(weight), torch.arange(10) % 7, rows=4).backward()
+    assert seen == [4, 4, 2]
+    assert hidden.grad.abs().sum() > 0
+    assert weight.grad is None
+    nothing = chunked_cross_entropy_sum(torch.zeros(0, 4), Head(weight), torch.zeros(0, dtype=torch.long))
+    assert nothing == 0
+
+
+def test_cross_entropy_of_targets_that_do_not_fit() -> None:
+    head = Head(torch.randn(7, 4))
+    with pytest.raises(ValueError, match=r"3 hidden states and targets \(2,\) differ"):
+        chunked_cross_entropy_sum(torch.zeros(3, 4), head, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="targets reach from 1 to 7, ids from 0 to 6"):
+        chunked_cross_entropy_sum(torch.zeros(2, 4), head, torch.tensor([1, 7]))

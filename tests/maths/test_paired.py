@@ -1,0 +1,436 @@
+"""Paired statistics against scipy, full enumeration, slow references, and by simulation of coverage and power."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from remend.errors import InputError
+from remend.maths import paired
+from remend.maths.gap import student_t
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("n", [1, 2, 7, 48, 254, 10_042])
+def test_wilson_is_scipys(n: int, level: float) -> None:
+    for correct in {0, 1, n // 3, n - 1, n}:
+        expected = stats.binomtest(correct, n).proportion_ci(level, method="wilson")
+        assert paired.wilson(correct, n, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert paired.wilson(0, n)[0] == 0.0
+    assert paired.wilson(n, n)[1] == 1.0
+
+
+@pytest.mark.parametrize(("n", "share"), [(48, 0.5), (48, 0.9), (254, 0.25), (254, 0.97)])
+def test_wilson_covers_as_often_as_it_says(n: int, share: float) -> None:
+    """2,000 experiments: standard error 0.5 points, and Wilson's own coverage swings by about 2 around 95%."""
+    drawn = np.random.default_rng(0).binomial(n, share, size=2000)
+    intervals = [paired.wilson(int(k), n) for k in drawn]
+    assert 0.95 - 0.035 <= np.mean([low <= share <= high for low, high in intervals]) <= 0.95 + 0.035
+
+
+def slow_error(scores: list[float], clusters: list[Any]) -> float:
+    """Every pair of items of one cluster, as arXiv 2411.00640 writes the sum, with the correction for few clusters."""
+    n, mean, groups = len(scores), sum(scores) / len(scores), len(set(clusters))
+    total = sum(
+        (scores[i] - mean) * (scores[j] - mean) for i in range(n) for j in range(n) if clusters[i] == clusters[j]
+    )
+    return math.sqrt(total * groups / (groups - 1)) / n
+
+
+def test_standard_error() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.random(30)
+    assert paired.standard_error(scores) == pytest.approx(stats.sem(scores))
+    assert paired.standard_error(scores, range(30)) == pytest.approx(stats.sem(scores))
+    equal = paired.standard_error(scores, [i // 5 for i in range(30)])
+    assert equal == pytest.approx(stats.sem(scores.reshape(6, 5).mean(axis=1)))
+    names = [rng.choice(["a", "b", "c", "d"]) for _ in scores]
+    assert paired.standard_error(scores, names) == pytest.approx(slow_error(scores.tolist(), names))
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_t_interval(level: float) -> None:
+    scores = np.random.default_rng(0).random(30)
+    alone = stats.ttest_1samp(scores, 0).confidence_interval(level)
+    assert paired.t_interval(scores, level) == pytest.approx((alone.low, alone.high), abs=1e-10)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 10, 100, 10_000])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
+def test_students_quantile(degrees: int, level: float) -> None:
+    assert student_t(level, degrees) == pytest.approx(stats.t.ppf((1 + level) / 2, degrees), rel=1e-8)
+
+
+def test_copies_of_an_item_teach_nothing() -> None:
+    scores = np.random.default_rng(1).random(20)
+    copied, names = np.repeat(scores, 4), np.repeat(np.arange(20), 4)
+    assert paired.standard_error(copied, names) == pytest.approx(paired.standard_error(scores))
+    assert paired.standard_error(copied, names) > 1.9 * paired.standard_error(copied)
+    apart = paired.paired_bootstrap(scores, scores[::-1])
+    assert paired.paired_bootstrap(copied, copied[::-1], clusters=names) == pytest.approx(apart, abs=0.02)
+
+
+def test_mcnemar_is_scipys_binomial_test() -> None:
+    for b, c in itertools.product(range(15), repeat=2):
+        expected = stats.binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
+        assert paired.mcnemar_exact(b, c) == pytest.approx(expected, rel=1e-12)
+    for b, c in ((60, 40), (1400, 1290), (2000, 0)):
+        assert paired.mcnemar_exact(b, c) == pytest.approx(stats.binomtest(b, b + c, 0.5).pvalue, rel=1e-9)
+        assert paired.mcnemar_exact(b, c) == paired.mcnemar_exact(c, b)
+    assert paired.mcnemar_exact(7, 7) == 1.0
+
+
+def test_difference_of_paired_shares() -> None:
+    """Bonett & Price's formula on numbers; wherever McNemar's test rejects, the interval leaves zero out."""
+    up, down = 9 / 50, 3 / 50
+    half = 1.959963984540054 * math.sqrt((up + down - (up - down) ** 2) / 50)
+    assert paired.paired_share_interval(8, 2, 48) == pytest.approx((up - down - half, up - down + half), abs=1e-12)
+    low, high = paired.paired_share_interval(2, 8, 48)
+    assert (-high, -low) == paired.paired_share_interval(8, 2, 48)
+    for n in (6, 10, 20, 48):
+        for gained, lost in ((g, k) for g in range(n + 1) for k in range(n + 1 - g)):
+            low, high = paired.paired_share_interval(gained, lost, n)
+            assert -1 <= low <= (gained - lost) / n <= high <= 1
+            assert paired.mcnemar_exact(gained, lost) >= 0.05 or not low <= 0 <= high
+
+
+def draw(rng: np.random.Generator, n: int, shares: tuple[float, ...]) -> tuple[np.ndarray, ...]:
+    """Right or wrong of n items under several models, correlated through the items' difficulty."""
+    difficulty = rng.normal(size=n)
+    return tuple(
+        (difficulty + rng.normal(size=n) < math.sqrt(2) * stats.norm.ppf(share)).astype(float) for share in shares
+    )
+
+
+@pytest.mark.parametrize("n", [48, 254])
+def test_difference_of_paired_shares_covers(n: int) -> None:
+    """2,000 experiments: standard error 0.5 points."""
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(2000):
+        a, b = draw(rng, n, (0.7, 0.5))
+        low, high = paired.paired_share_interval(int((b > a).sum()), int((b < a).sum()), n)
+        covered += low <= -0.2 <= high
+    assert abs(covered / 2000 - 0.95) <= 0.02
+
+
+@pytest.mark.parametrize("n", [48, 254])
+def test_paired_bootstrap_covers(n: int) -> None:
+    """1,000 experiments with shares of 4 answers: standard error 0.7 points; a percentile interval is a bit narrow."""
+    rng = np.random.default_rng(5)
+    covered = 0
+    for _ in range(1000):
+        skill = rng.normal(size=n)
+        a, b = (rng.binomial(4, stats.norm.cdf((skill + shift) / math.sqrt(2))) / 4 for shift in (0.6, 0.0))
+        low, high = paired.paired_bootstrap(a, b, resamples=1000)
+        covered += low <= 0.5 - stats.norm.cdf(0.6 / math.sqrt(3)) <= high
+    assert 0.95 - 0.03 <= covered / 1000 <= 0.95 + 0.02
+
+
+@pytest.mark.parametrize("bias", [0.0, -1.0])
+@pytest.mark.parametrize("groups", [8, 40])
+def test_clustered_interval_covers(groups: int, bias: float) -> None:
+    """1,000 experiments of clusters of 5 that stand and fall together, where an interval over items falls far short.
+
+    The standard error is 0.7 points. Student's interval of the clusters' means covers less.
+    """
+    rng, share = np.random.default_rng(6), stats.norm.cdf(bias / math.sqrt(2))
+    names = np.repeat(np.arange(groups), 5)
+    covered = alone = students = 0
+    for _ in range(1000):
+        ease = np.repeat(rng.normal(size=groups), 5)
+        scores = (ease + rng.normal(size=5 * groups) < bias).astype(float)
+        low, high = paired.score_interval(scores, names)["interval"]
+        covered += low <= share <= high
+        low, high = paired.score_interval(scores)["interval"]
+        alone += low <= share <= high
+        low, high = paired.t_interval(scores.reshape(groups, 5).mean(axis=1))
+        students += low <= share <= high
+    assert students < covered
+    assert abs(covered / 1000 - 0.95) <= 0.02
+    assert alone / 1000 < 0.87
+
+
+def test_clusters_of_one_item_are_wilsons_items() -> None:
+    """With many single items, t is z and the standard error is the binomial one but for N / (N − 1)."""
+    scores = (np.random.default_rng(0).random(20_000) < 0.3).astype(float)
+    low, high = paired.wilson(int(scores.sum()), scores.size)
+    assert paired.clustered_interval(scores, range(scores.size)) == pytest.approx((low, high), abs=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_clustered_interval_inverts_its_test(level: float) -> None:
+    """Its ends are the shares p at which |mean − p| is t(G−1) standard errors of p(1 − p) over the effective items."""
+    rng = np.random.default_rng(0)
+    scores, names = rng.random(30), rng.choice(list("abcd"), 30)
+    mean, alone = scores.mean(), scores.mean() * (1 - scores.mean()) / paired.standard_error(scores, names) ** 2
+    for end in paired.clustered_interval(scores, names, level):
+        gap = abs(mean - end) / math.sqrt(end * (1 - end) / alone)
+        assert gap == pytest.approx(stats.t.ppf((1 + level) / 2, 3), rel=1e-9)
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_paired_bootstrap_is_scipys(level: float) -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.random(40), rng.random(40)
+    expected = stats.bootstrap(
+        (a, b),
+        lambda x, y, axis=-1: y.mean(axis=axis) - x.mean(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=40_000,
+        method="percentile",
+        confidence_level=level,
+        rng=np.random.default_rng(4),
+    ).confidence_interval
+    found = paired.paired_bootstrap(a, b, 0, 40_000, level=level)
+    # a quantile of 40,000 draws with spread 0.065 errs by about 0.065 · sqrt(0.025 · 0.975 / 40000) / 0.058 = 0.0009
+    assert found == pytest.approx((expected.low, expected.high), abs=0.004)
+
+
+def test_bootstrap_of_clusters_is_the_enumeration_of_all_resamples() -> None:
+    a = [1.0, 0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 0.3]
+    b = [0.0, 0.0, 0.4, 0.9, 0.1, 1.0, 0.0, 1.0, 0.8]
+    clusters = ["p", "p", "q", "q", "q", "r", "s", "s", "t"]
+    groups = [[i for i, name in enumerate(clusters) if name == group] for group in "pqrst"]
+    means = []
+    for pick in itertools.product(groups, repeat=5):
+        items = [i for group in pick for i in group]
+        means.append(sum(b[i] - a[i] for i in items) / len(items))
+    means.sort()
+    found = paired.paired_bootstrap(a, b, 0, 50_000, level=0.8, clusters=clusters)
+    assert found == pytest.approx((means[312], means[-313]), abs=0.02)
+
+
+@pytest.mark.parametrize("clusters", [None, [i // 3 for i in range(60)]])
+def test_exchanging_the_models_changes_signs_only(clusters: list[int] | None) -> None:
+    rng = np.random.default_rng(5)
+    for a, b in (rng.random((2, 60)), rng.integers(0, 2, (2, 60)), rng.choice([0.0, 0.1, 0.3, 1.0], (2, 60))):
+        low, high = paired.paired_bootstrap(a, b, 7, 500, clusters=clusters)
+        assert paired.paired_bootstrap(b, a, 7, 500, clusters=clusters) == (-high, -low)
+        assert paired.sign_flip(b - a, clusters=clusters) == paired.sign_flip(a - b, clusters=clusters)
+
+
+def test_seed_resamples_and_level_have_their_effect() -> None:
+    a, b = np.random.default_rng(6).random((2, 30))
+    assert paired.paired_bootstrap(a, b, 1) == paired.paired_bootstrap(a, b, 1)
+    assert paired.paired_bootstrap(a, b, 1, 100) != paired.paired_bootstrap(a, b, 2, 100)
+    wide, narrow = paired.paired_bootstrap(a, b), paired.paired_bootstrap(a, b, level=0.5)
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_chunks_of_resamples_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = np.random.default_rng(6).random((2, 30))
+    interval, p = paired.paired_bootstrap(a, b), paired.sign_flip(a - b)
+    monkeypatch.setattr(paired, "CELLS", 7_000)
+    assert paired.paired_bootstrap(a, b) == pytest.approx(interval)
+    assert paired.sign_flip(a - b) == pytest.approx(p, abs=0.02)
+
+
+def test_sign_flips_are_scipys_permutation_test() -> None:
+    for seed in range(5):
+        differences = np.random.default_rng(seed).normal(0.4, 1, size=10)
+        expected = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
+        assert paired.sign_flip(differences) == pytest.approx(expected.pvalue, rel=1e-12)
+        drawn = paired.sign_flip(differences, resamples=1000)  # fewer than 2^10
+        assert drawn == pytest.approx(expected.pvalue, abs=4 * math.sqrt(0.25 / 1000))
+
+
+def test_sign_flips_of_flips_are_mcnemars() -> None:
+    for gained, lost in ((6, 0), (7, 2), (3, 3), (0, 0), (1, 9)):
+        differences = [1.0] * gained + [-1.0] * lost + [0.0] * 30
+        assert paired.sign_flip(differences) == pytest.approx(paired.mcnemar_exact(gained, lost))
+
+
+def test_sign_flips_of_clusters() -> None:
+    """Sixteen items that rise together in two clusters are two coincidences, not sixteen: p is 1/2."""
+    assert paired.sign_flip([1.0] * 16, clusters=[0] * 8 + [1] * 8) == 0.5
+    assert paired.sign_flip([1.0] * 16, resamples=100_000) == 2 / 2**16
+
+
+def test_the_test_that_fits() -> None:
+    a, b = np.array([0.0, 1.0, 1.0]), np.array([1.0, 1.0, 0.0])
+    assert paired.paired_test(a, b) == ("exact McNemar", 1.0)
+    assert paired.paired_test(a, b / 2)[0] == "sign flips"
+    assert paired.paired_test(a, b, clusters=["x", "x", "y"])[0] == "sign flips of clusters"
+
+
+def slow_holm(p: list[float]) -> list[float]:
+    """By definition: the largest of (m − rank) · p over the p-values that are no larger."""
+    ranked = sorted(range(len(p)), key=lambda i: (p[i], i))
+    return [
+        min(1.0, max((len(p) - rank) * p[j] for rank, j in enumerate(ranked[: ranked.index(i) + 1])))
+        for i in range(len(p))
+    ]
+
+
+def test_holm() -> None:
+    assert paired.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert paired.holm([0.2]).tolist() == [0.2]
+    assert paired.holm([]).tolist() == []
+    rng = random.Random(0)
+    for _ in range(50):
+        p = [round(rng.random(), 2) for _ in range(rng.randint(1, 9))]
+        assert paired.holm(p).tolist() == pytest.approx(slow_holm(p))
+
+
+def slow_power(n: int, discordant: float, difference: float) -> float:
+    """Every outcome of n items, its probability and scipy's test."""
+    up, down = (discordant + difference) / 2, (discordant - difference) / 2
+    total = 0.0
+    for b, c in itertools.product(range(n + 1), repeat=2):
+        if 0 < b + c <= n and stats.binomtest(b, b + c, 0.5).pvalue < 0.05:
+            total += stats.multinomial.pmf([b, c, n - b - c], n, [up, down, 1 - up - down])
+    return total
+
+
+@pytest.mark.parametrize(("n", "discordant"), [(20, 0.5), (30, 0.25)])
+def test_minimum_detectable_effect_against_every_outcome(n: int, discordant: float) -> None:
+    effect = paired.minimum_detectable_effect(n, discordant)
+    assert effect is not None
+    assert slow_power(n, max(discordant, effect), effect) == pytest.approx(0.8, abs=1e-4)
+
+
+@pytest.mark.parametrize(("n", "discordant", "power"), [(48, 0.3, 0.8), (254, 0.2, 0.9), (254, 0.0, 0.8)])
+def test_minimum_detectable_effect_by_simulation(n: int, discordant: float, power: float) -> None:
+    """4,000 experiments with just that effect: the test finds it as often as promised, to 3 standard errors."""
+    effect = paired.minimum_detectable_effect(n, discordant, power)
+    assert effect is not None
+    flip = max(discordant, effect)
+    drawn = np.random.default_rng(8).multinomial(n, [(flip + effect) / 2, (flip - effect) / 2, 1 - flip], size=4000)
+    found = np.mean([paired.mcnemar_exact(b, c) < 0.05 for b, c, _ in drawn.tolist()])
+    assert found == pytest.approx(power, abs=3 * math.sqrt(power * (1 - power) / 4000))
+
+
+def test_minimum_detectable_effect_of_many_items_is_connors() -> None:
+    n, discordant = 20_000, 0.2
+    effect = paired.minimum_detectable_effect(n, discordant)
+    assert effect is not None
+    z, z_power = stats.norm.ppf(0.975), stats.norm.ppf(0.8)
+    assert n == pytest.approx(
+        ((z * math.sqrt(discordant) + z_power * math.sqrt(discordant - effect**2)) / effect) ** 2, rel=1e-3
+    )
+    counted = paired.minimum_detectable_effect(4_990, discordant)  # just below EXACT_FLIPS
+    formula = paired.minimum_detectable_effect(5_010, discordant)
+    assert counted == pytest.approx(formula, rel=0.02)
+
+
+def test_minimum_detectable_effect_at_its_ends() -> None:
+    """Five items can't reject at 5% (2/32), six can when all of them flip (2/64)."""
+    assert paired.minimum_detectable_effect(5, 0.5) is None
+    assert paired.minimum_detectable_effect(6, 0.5) == pytest.approx(0.8 ** (1 / 6), abs=1e-5)
+    more = [paired.minimum_detectable_effect(100, share) or 0 for share in (0.0, 0.1, 0.3, 0.6)]
+    assert more == sorted(more)
+    assert paired.detectable_difference(0.02) == pytest.approx(0.02 * (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)))
+
+
+def test_gap_closed_of_known_scores() -> None:
+    reference = np.array([1.0] * 40 + [0.0] * 20)
+    degraded = np.array([0.0] * 40 + [0.0] * 20)
+    recovered = np.array([1.0] * 30 + [0.0] * 30)
+    found = paired.gap_closed(reference, degraded, recovered)
+    assert (found.value, found.reason) == (0.75, None)
+    assert found.gap == pytest.approx(2 / 3)
+    assert found.interval is not None
+    # given the 40 lost items, those won back are a share of them: Wald's interval of 30 of 40, to the bootstrap's grain
+    half = 1.96 * math.sqrt(0.75 * 0.25 / 40)
+    assert found.interval == pytest.approx((0.75 - half, 0.75 + half), abs=0.02)
+    same = paired.gap_closed(reference, degraded, reference)
+    assert (same.value, same.interval) == (1.0, (1.0, 1.0))
+    none = paired.gap_closed(reference, degraded, degraded)
+    assert (none.value, none.interval) == (0.0, (0.0, 0.0))
+
+
+def test_gap_closed_is_the_enumeration_of_all_resamples() -> None:
+    """Six items, all three scores of one drawn together; 46,656 resamples."""
+    reference, degraded = [0.9, 0.8, 1.0, 0.7, 0.9, 1.0], [0.1, 0.3, 0.2, 0.3, 0.1, 0.2]
+    recovered = [0.5, 0.9, 0.3, 0.6, 0.2, 0.8]
+    ratios = sorted(
+        sum(recovered[i] - degraded[i] for i in pick) / sum(reference[i] - degraded[i] for i in pick)
+        for pick in itertools.product(range(6), repeat=6)
+    )
+    found = paired.gap_closed(reference, degraded, recovered, 0, 40_000, level=0.9)
+    assert found.interval == pytest.approx((ratios[2332], ratios[-2333]), abs=0.01)
+    assert found.value == pytest.approx(2.1 / 4.1)
+
+
+@pytest.mark.parametrize("n", [100, 254])
+def test_gap_closed_covers_the_truth(n: int) -> None:
+    """400 experiments of 80%, 40%, 60%: half is won back. Standard error 1.1 points; 3 of them."""
+    rng = np.random.default_rng(9)
+    covered = 0
+    for trial in range(400):
+        found = paired.gap_closed(*draw(rng, n, (0.8, 0.4, 0.6)), trial, 1000)
+        assert found.interval is not None
+        covered += found.interval[0] <= 0.5 <= found.interval[1]
+    assert abs(covered / 400 - 0.95) <= 3 * math.sqrt(0.95 * 0.05 / 400)
+
+
+def test_without_a_loss_no_ratio() -> None:
+    rng = np.random.default_rng(10)
+    a, b, c = draw(rng, 50, (0.7, 0.68, 0.75))
+    found = paired.gap_closed(a, b, c)
+    assert (found.value, found.interval) == (None, None)
+    assert re.match(r"the loss of \S+ points \(95% \S+ to \S+; p \S+\) is not distinguishable from zero", found.reason)
+    assert found.gap_interval[0] <= 0 <= found.gap_interval[1]
+    gain = paired.gap_closed(np.zeros(50), np.ones(50), a)
+    assert gain.reason is not None
+    assert gain.reason.startswith("there is no loss to win back")
+    few = paired.gap_closed([1, 1, 1], [0, 0, 0], [1, 0, 1])  # its bootstrap interval is (1, 1), its p 0.25
+    assert few.value is None
+    together = paired.gap_closed([1] * 20, [0] * 20, [1] * 20, clusters=[0, 1] * 10)
+    assert together.value is None
+
+
+def test_resamples_without_a_loss_widen() -> None:
+    """A loss just large enough to count: some of its resamples show none, and the interval stays finite."""
+    reference, degraded = np.array([1.0] * 7 + [0.0] * 93), np.array([0.0] * 7 + [1.0] + [0.0] * 92)
+    recovered = np.array([1.0] * 3 + [0.0] * 97)
+    found = paired.gap_closed(reference, degraded, recovered, level=0.92)
+    assert found.interval is not None
+    assert all(map(math.isfinite, found.interval))
+    assert found.interval[0] < found.value < found.interval[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: paired.wilson(5, 4), "5 correct of 4 items"),
+        (lambda: paired.wilson(0, 0), "0 correct of 0 items"),
+        (lambda: paired.wilson(1, 4, 95), "level or power is 95; allowed is a share between 0 and 1"),
+        (lambda: paired.mcnemar_exact(-1, 3), "got -1 and 3 flips"),
+        (lambda: paired.paired_share_interval(3, 3, 5), "got 3 and 3 flips of 5 items"),
+        (lambda: paired.paired_bootstrap([1.0], [1.0, 0.0]), "there are 1, 2 scores; paired statistics need as many"),
+        (lambda: paired.paired_bootstrap([], []), "one finite number an item, for 1 item or more"),
+        (lambda: paired.paired_bootstrap([math.nan], [1.0]), "one finite number an item"),
+        (lambda: paired.paired_bootstrap(["x"], [1.0]), "scores are no list of numbers"),
+        (lambda: paired.paired_bootstrap([1.0], [0.0], 0, 10), "got 10 resamples and seed 0"),
+        (lambda: paired.sign_flip([1.0], -1), "got 10000 resamples and seed -1"),
+        (lambda: paired.paired_bootstrap([1, 0], [0, 1], clusters=["a"]), "there are 1 cluster names for 2 scores"),
+        (lambda: paired.clustered_interval([1.0, 0.0], ["a", "a"]), "got 1 cluster; a standard error needs 2 or more"),
+        (lambda: paired.standard_error([1.0]), "got 1 item; a standard error needs 2 or more"),
+        (lambda: paired.holm([0.5, 1.5]), "p-values are [0.5, 1.5]"),
+        (lambda: paired.holm([math.nan]), "p-values are [nan]"),
+        (lambda: paired.minimum_detectable_effect(10, 1.5), "got n 10 and a share 1.5 of flips"),
+        (lambda: paired.minimum_detectable_effect(10, 0.5, power=1.0), "level or power is 1.0"),
+        (lambda: paired.detectable_difference(0.1, 0.0), "level or power is 0.0"),
+        (lambda: paired.gap_closed([1.0], [0.0], [1.0, 0.0]), "there are 1, 1, 2 scores"),
+    ],
+)
+def test_bad_input(call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        call()
+
+
+def test_mcnemar_in_whole_numbers() -> None:
+    """By fractions, where a sum of floats would round."""
+    tail = sum(Fraction(math.comb(333, k), 2**333) for k in range(121))
+    assert paired.mcnemar_exact(120, 213) == float(2 * tail)

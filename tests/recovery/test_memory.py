@@ -1,0 +1,63 @@
+"""Whether layers are recomputed is settled by what a micro-batch keeps and what is free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from remend.models.device import free_bytes
+from remend.recovery.memory import activation_bytes, must_recompute
+
+
+@pytest.fixture
+def config() -> Any:
+    return LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+
+
+def test_activations_are_counted_by_tensor(config: Any) -> None:
+    """Per token and layer: 2 norms in and out, q and output 64 each, k and v 32 each, four of 128; 4 bytes each."""
+    assert activation_bytes(config, 1, 1) == 4 * 3 * (4 * 64 + 2 * 64 + 2 * 32 + 4 * 128)
+    assert activation_bytes(config, 8, 100) == 800 * activation_bytes(config, 1, 1)
+
+
+def test_a_model_keeps_no_more_than_the_estimate(config: Any) -> None:
+    """What autograd saves beside the weights themselves, summed over distinct tensors of a real block."""
+    from transformers import LlamaForCausalLM
+
+    model, kept = LlamaForCausalLM(config), {}
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.base_model(torch.arange(40).reshape(2, 20), use_cache=False)
+    estimate = activation_bytes(config, 2, 20)
+    assert 0.5 * estimate < sum(kept.values()) < 1.7 * estimate
+
+
+def test_recomputation_follows_free_memory(config: Any) -> None:
+    needed, state = activation_bytes(config, 8, 100), 12 * 1000
+    assert not must_recompute(config, 8, 100, 1000, free=2 * needed + state)
+    assert must_recompute(config, 8, 100, 1000, free=2 * needed + state - 2)
+    assert free_bytes(torch.device("cpu")) > 0
+
+
+def test_copies_that_teachers_keep_count(config: Any) -> None:
+    needed, state = activation_bytes(config, 8, 100), 12 * 1000
+    assert not must_recompute(config, 8, 100, 1000, free=2 * needed + state + 2 * 4000, copies=2)
+    assert must_recompute(config, 8, 100, 1000, free=2 * needed + state + 4000, copies=2)
+
+
+def test_what_the_allocator_holds_for_reuse_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"mem_get_info": (100, 1000), "memory_reserved": 70, "memory_allocated": 50}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda")) == 120

@@ -1,0 +1,194 @@
+"""Everything that is known before training is said at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.tiny import build_model, build_tokenizer, prompts
+from remend.degrade.depth import prune_depth
+from remend.errors import CheckError
+from remend.recovery import check, recover, settings
+from remend.recovery.preflight import preflight
+from remend.recovery.training import learning_rate
+from remend.training.teachers.write_cache import cache_teacher
+
+
+def found(recipe: dict[str, Any], **changes: Any) -> Any:
+    return preflight(settings(overrides={**recipe, **changes}))
+
+
+def write_rows(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_good_recipe_has_no_findings(recipe: dict[str, Any]) -> None:
+    result = check(**recipe)
+    assert (result.problems, result.warnings) == ([], [])
+    assert (len(result.main.train), len(result.main.held_out)) == (34, 6)
+    assert result.grid == "int3-g64-asym"
+    assert result.shared == 320
+    assert result.parameters == 94_528
+    assert not Path(str(recipe["out"])).exists()
+
+
+def test_all_problems_at_once(recipe: dict[str, Any], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "bad.jsonl", [{"prompt": "fine"}, {"text": "no prompt"}])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    result = found(recipe, teacher=str(tmp_path / "nowhere"), data=data)
+    assert len(result.problems) == 3
+    text = "\n".join(result.problems)
+    assert "holds another run" in text
+    assert "nowhere does not exist" in text
+    assert 'bad.jsonl:2: the row has no "prompt"' in text
+    with pytest.raises(CheckError) as caught:
+        recover(**{**recipe, "teacher": str(tmp_path / "nowhere"), "data": data})
+    assert caught.value.problems == result.problems
+
+
+def test_teacher_that_is_the_student(recipe: dict[str, Any]) -> None:
+    assert "is the student's own model" in found(recipe, teacher=recipe["student"] + "/.").problems[0]
+
+
+def test_different_tokenizers_are_a_problem(recipe: dict[str, Any], tmp_path: Path) -> None:
+    other = build_tokenizer()
+    vocabulary = json.loads(other.backend_tokenizer.to_str())
+    a, b = "r", "s"
+    words = vocabulary["model"]["vocab"]
+    words[a], words[b] = words[b], words[a]
+    path = tmp_path / "other"
+    shutil.copytree(recipe["teacher"], path)
+    (path / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (problem,) = found(recipe, teacher=str(path)).problems
+    assert "2 of 320 shared token ids have different meanings" in problem
+
+
+def test_padded_vocabulary_is_aligned_with_a_warning(recipe: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    build_model(len(tokenizer) + 64, seed=3).save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    result = found(recipe, teacher=str(tmp_path / "padded"))
+    assert result.problems == []
+    assert "aligned on the first 320 ids" in result.warnings[0]
+    done = recover(**{**recipe, "teacher": str(tmp_path / "padded"), "steps": 1})
+    assert done.summary["recovered"]["kl"] > 0
+    assert done.summary["warnings"] == result.warnings
+
+
+def test_template_and_end_of_sequence_warnings(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    shutil.copytree(recipe["teacher"], path)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(path)
+    text = "\n".join(found(recipe, teacher=str(path)).warnings)
+    assert "end-of-sequence token differs: '<|im_end|>' for the student" in text
+    assert "chat template differs" in text
+    student = tmp_path / "student"
+    shutil.copytree(recipe["student"], student)
+    (student / "generation_config.json").write_text('{"eos_token_id": [0]}')
+    assert "generation config ends answers at token [0]" in "\n".join(found(recipe, student=str(student)).warnings)
+
+
+@pytest.mark.parametrize(("long", "severity"), [(5, "warnings"), (20, "problems")])
+def test_prompts_over_the_limit_are_dropped_and_named(
+    recipe: dict[str, Any], tmp_path: Path, long: int, severity: str
+) -> None:
+    rows: list[Any] = [{"id": f"long-{i}", "prompt": f"word {i} " * 80} for i in range(long)]
+    rows += [{"prompt": p} for p in prompts(40)]
+    result = found(recipe, data=write_rows(tmp_path / "long.jsonl", rows), max_prompt_tokens=120, held_out=2)
+    text = "\n".join(getattr(result, severity))
+    assert "dropped, not cut" in text
+    assert "long-" in text
+    assert sum(map(len, result.dropped.values())) == long
+    assert all(len(p.tokens) <= 120 for p in [*result.main.train, *result.main.held_out])
+
+
+def test_eval_data_is_never_trained_on(recipe: dict[str, Any], tmp_path: Path) -> None:
+    held = write_rows(tmp_path / "held.jsonl", [{"prompt": p} for p in prompts(3)])
+    values = {k: v for k, v in recipe.items() if k != "held_out"}
+    result = found(values, eval_data=held)
+    assert len(result.main.held_out) == 3
+    assert len(result.main.train) == 37
+    assert "3 training prompts are also in eval_data" in result.warnings[0]
+    assert "held_out has no effect" in "\n".join(found(recipe, eval_data=held).warnings)
+    nothing = found(values, data=held, eval_data=held)
+    assert "no example is left to train on" in nothing.problems[0]
+
+
+def test_degradation_without_its_grid(recipe: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(recipe["student"], tmp_path / "student")
+    (tmp_path / "student" / "grid.safetensors").unlink()
+    (problem,) = found(recipe, student=str(tmp_path / "student")).problems
+    assert "lies on the grid int3-g64-asym, and grid.safetensors is missing" in problem
+
+
+def test_beta_close_to_an_end_warns(recipe: dict[str, Any]) -> None:
+    assert "close to 0 but is no forward KL" in found(recipe, beta=0.01).warnings[0]
+    assert "close to 1 but is no reverse KL" in found(recipe, beta=0.99).warnings[0]
+    assert found(recipe, beta=0.5).warnings == []
+
+
+def test_disk_too_small(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    (problem,) = found(recipe).problems
+    assert "0.0 GiB are free" in problem
+    assert "keep_checkpoints" in problem
+
+
+def test_coarse_scales_are_no_late_error(recipe: dict[str, Any], on_grid: Any) -> None:
+    (problem,) = found(recipe, student=str(on_grid("nvfp4")), scales="learned").problems
+    assert "the scales of nvfp4 are float8_e4m3fn, too coarse to learn; use scales: fixed" in problem
+    beside = found(recipe, student=str(on_grid("mxfp4")), scales="learned", lora={"rank": 2})
+    assert beside.problems == []
+    assert "scales: learned has no effect, since an adapter is trained" in "\n".join(beside.warnings)
+    assert found(recipe, scales="learned").problems == []
+
+
+def test_a_layer_map_must_fit_the_teacher(recipe: dict[str, Any], reference_dir: Path, tmp_path: Path) -> None:
+    (problem,) = found(recipe, layer_map=[0, 2]).problems
+    assert "layer_map, [0, 2], does not fit a student of 2 layers and a teacher of 2" in problem
+    prune_depth(str(reference_dir), tmp_path / "cut", layers=[0], method="list", probe=False)
+    values = {**recipe, "student": str(tmp_path / "cut"), "repair": True}
+    assert found(values).layer_map == [1]
+    build_model(320, layers=1).save_pretrained(tmp_path / "shallow")
+    build_tokenizer().save_pretrained(tmp_path / "shallow")
+    result = found(values, teacher=str(tmp_path / "shallow"))
+    assert (result.problems, result.layer_map) == ([], None)
+    assert "degradation.json, [1], does not fit a student of 1 layers and a teacher of 1" in "\n".join(result.warnings)
+
+
+@pytest.mark.parametrize("why", ["an adapter is trained", "a cache holds none", "have other shapes", None])
+def test_a_repair_that_does_nothing_is_said(
+    recipe: dict[str, Any], prompt_file: Path, tmp_path: Path, why: str | None
+) -> None:
+    values: dict[str, Any] = {**recipe, "repair": True}
+    if why == "an adapter is trained":
+        values["lora"] = {"rank": 2}
+    elif why == "have other shapes":
+        build_model(320, width=32).save_pretrained(tmp_path / "other")
+        build_tokenizer().save_pretrained(tmp_path / "other")
+        values["teacher"] = str(tmp_path / "other")
+    elif why == "a cache holds none":
+        cache_teacher(recipe["teacher"], tmp_path / "cache", data=str(prompt_file), max_new_tokens=4, k=8, held_out=6)
+        streams = {"recover": {"teacher": str(tmp_path / "cache"), "policy": "off"}}
+        values |= {"teacher": None, "data": None, "held_out": None, "streams": streams}
+    result = found(values)
+    said = [note for note in result.notes if "is not repaired before training" in note]
+    assert result.problems == []
+    assert len(said) == (why is not None) == (not result.repairs)
+    assert all(str(why) in note for note in said)
+    if why != "an adapter is trained":
+        rate = learning_rate(settings(None, {**values, "learning_rate": None}), result)
+        assert rate == (2e-4 if why else 1e-4)  # the rate after a repair belongs to a repair that is made
+    without = found({**values, "repair": False})
+    assert not any("not repaired" in note for note in without.notes)
+    assert not without.repairs

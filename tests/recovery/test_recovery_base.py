@@ -1,0 +1,98 @@
+"""`teacher: base`: an adapter's own base is the reference, in the same memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers.patching import replace_everywhere
+from remend.errors import CheckError
+from remend.models.adapters import add_lora, save_adapter
+from remend.models.load import load_model
+from remend.recovery import check, recover
+
+
+@pytest.fixture
+def adapted(recipe: dict[str, Any], reference_dir: Path, tokenizer: Any, tmp_path: Path) -> dict[str, Any]:
+    """A recipe whose student is an adapter on the reference, and is damaged by it."""
+    model = AutoModelForCausalLM.from_pretrained(reference_dir)
+    add_lora(model, rank=2, base=str(reference_dir))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    path = tmp_path / "adapter"
+    save_adapter(model, path)
+    tokenizer.save_pretrained(path)
+    return {**recipe, "student": str(path), "save_every": 0, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the models that are loaded."""
+    found: list[str] = []
+    load = load_model
+
+    def counted(source: Any, **rest: Any) -> Any:
+        found.append(source.spec)
+        return load(source, **rest)
+
+    replace_everywhere(monkeypatch, load, counted)
+    return found
+
+
+def test_the_base_is_the_reference_and_no_second_copy(
+    adapted: dict[str, Any], loaded: list[str], tmp_path: Path
+) -> None:
+    result = recover(**{**adapted, "teacher": "base", "eval_every": 2})
+    student, out = adapted["student"], str(result.model)
+    # each load of an adapter loads the base under it: the student once to be trained, once as saved
+    assert [name for name in loaded if name in (student, out)] == [student, out]
+    assert len(loaded) == 4
+    apart = recover(**{**adapted, "eval_every": 2, "out": str(tmp_path / "apart")})
+    assert result.summary["degraded"]["kl"] == pytest.approx(apart.summary["degraded"]["kl"], rel=1e-5)
+    assert result.summary["recovered"]["kl"] == pytest.approx(apart.summary["recovered"]["kl"], rel=1e-3)
+    assert result.summary["recovered"]["kl"] < result.summary["degraded"]["kl"]
+    hashes = [json.loads((r.out / "manifest.json").read_text())["models"]["teacher"] for r in (result, apart)]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_merged_student_is_measured_against_the_base_too(adapted: dict[str, Any], tmp_path: Path) -> None:
+    kl = [
+        recover(**{**adapted, "teacher": "base", "merge": merge, "out": str(tmp_path / str(merge))}).summary
+        for merge in (False, True)
+    ]
+    assert kl[0]["recovered"]["kl"] == pytest.approx(kl[1]["recovered"]["kl"], rel=1e-3)
+
+
+def test_streams_may_have_the_base_alone(adapted: dict[str, Any]) -> None:
+    values = {k: v for k, v in adapted.items() if k not in ("teacher", "data", "held_out")}
+    streams = {"recover": {"data": adapted["data"], "teacher": "base", "held_out": 4}}
+    assert check(**{**values, "streams": streams}).problems == []
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"teacher": "ema"}, "teacher ema is a view of the student, which is damaged"),
+        ({"teacher": "live"}, "teacher live is a view of the student"),
+        ({"teacher": "initial"}, "give teacher: initial to a stream"),
+        ({"teacher": "base", "diagnose_every": 2}, "base has the student's own"),
+    ],
+)
+def test_what_can_be_no_reference(adapted: dict[str, Any], change: dict[str, Any], part: str) -> None:
+    with pytest.raises(CheckError, match=part):
+        recover(**{**adapted, **change})
+
+
+def test_the_base_of_a_fresh_adapter_teaches_nothing(recipe: dict[str, Any]) -> None:
+    with pytest.raises(CheckError, match="teacher base without demonstrations gives the student's own answer back"):
+        recover(**{**recipe, "teacher": "base", "lora": {"rank": 2}})
+    with pytest.raises(CheckError, match="teacher base is the student without its adapter, and there is none"):
+        recover(**{**recipe, "teacher": "base"})

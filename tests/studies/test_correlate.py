@@ -1,0 +1,377 @@
+"""`remend correlate` on synthetic runs: what is read, what is said, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from remend.errors import FileError, InputError
+from remend.files.atomic import write_json
+from remend.files.run_directory import MANIFEST, RECIPE, SUMMARY, TRACK
+from remend.studies.correlate import CAUTION, correlate, lines
+
+LEVELS, MEASURES = ("pooled", "within", "between"), ("spearman", "pearson")
+
+
+def row(step: int, kl: float | None, cka: Sequence[float | None], stage: str = "training", **more: Any) -> dict:
+    layers = list(range(len(cka)))
+    return {
+        "step": step,
+        "stage": stage,
+        "kl": kl,
+        "top1_agreement": 0.5,
+        "cka": cka,
+        "reference_layers": layers,
+    } | more
+
+
+def make_run(
+    path: Path,
+    rows: Sequence[dict] | None,
+    *,
+    degraded: float | None = 2.0,
+    student: str = "student",
+    reference: str = "a",
+    text: str | None = None,
+) -> Path:
+    path.mkdir(parents=True)
+    (path / RECIPE).write_text("student: x\n")
+    manifest = {"recipe": {"student": student}, "constraint": "grid", "models": {"teacher": {"w": reference}}}
+    write_json(path / MANIFEST, manifest)
+    if degraded is not None:
+        write_json(path / SUMMARY, {"degraded": {"kl": degraded}})
+    if rows is not None:
+        (path / TRACK).write_text("".join(json.dumps(r) + "\n" for r in rows) if text is None else text)
+    return path
+
+
+def curve(points: int, *, level: float = 0.0, damage: float = 2.0, noise: float = 0.0, seed: int = 0) -> list[dict]:
+    """KL falls from `damage` and CKA rises from 0.5 + level, over two layers."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for t in range(points):
+        done = t / points + noise * rng.normal()
+        cka = [0.5 + level + 0.2 * done, 0.4 + level + 0.3 * done + noise * rng.normal()]
+        rows.append(row(10 * t, damage * (1 - 0.8 * done) if t else damage, cka, "training" if t else "degraded"))
+    return rows
+
+
+def texts(found: dict) -> list[str]:
+    return [sentence["text"] for sentence in found["sentences"]]
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    return [
+        make_run(
+            tmp_path / name, curve(8, level=0.05 * i, damage=2.0 + i, noise=0.05, seed=i), degraded=9.0, student=name
+        )
+        for i, name in enumerate(("one", "two", "three"))
+    ]
+
+
+def test_the_figures_are_those_of_the_checkpoints(three: list[Path]) -> None:
+    found = correlate(three, permutations=200)
+    recovery, alignment, layer_1, groups = [], [], [], []
+    for path in three:
+        rows = [json.loads(line) for line in (path / TRACK).read_text().splitlines()]
+        for r in rows:  # the track's own degraded row counts, as it is measured like the rest
+            recovery.append(1 - r["kl"] / rows[0]["kl"])
+            alignment.append(sum(r["cka"]) / 2)
+            layer_1.append(r["cka"][1])
+            groups.append(path.name)
+    overall = found["overall"]
+    for x, one in ((alignment, overall), (layer_1, found["layers"][1])):
+        assert one["pooled"]["spearman"]["coefficient"] == pytest.approx(stats.spearmanr(x, recovery).statistic)
+        assert one["pooled"]["pearson"]["coefficient"] == pytest.approx(stats.pearsonr(x, recovery).statistic)
+        centred = []
+        for values in (x, recovery):
+            parts = np.array(values).reshape(3, 8)
+            centred.append((parts - parts.mean(axis=1, keepdims=True)).ravel())
+        assert one["within"]["pearson"]["coefficient"] == pytest.approx(stats.pearsonr(*centred).statistic)
+        means = [np.array(values).reshape(3, 8).mean(axis=1) for values in (x, recovery)]
+        assert one["between"]["spearman"]["coefficient"] == pytest.approx(stats.spearmanr(*means).statistic)
+    assert [layer["layer"] for layer in found["layers"]] == [0, 1]
+    assert found["checkpoints"] == overall["pooled"]["spearman"]["n"] == overall["within"]["pearson"]["n"] == 24
+    assert overall["between"]["pearson"]["n"] == 3
+    assert overall["within"]["spearman"]["shift_p_value"] > 0
+    assert [p["recovery"] for p in found["points"]] == pytest.approx(recovery)
+    assert [p["alignment"] for p in found["points"]] == pytest.approx(alignment)
+    assert [p["run"] for p in found["points"]] == groups
+    assert found["points"][0]["recovery"] == 0
+    about = found["runs"][2]
+    assert (about["name"], about["student"], about["constraint"], about["degraded_kl"]) == (
+        "three",
+        "three",
+        "grid",
+        4.0,
+    )
+    assert (about["checkpoints"], about["layers"], about["left_out"], about["finished"]) == (8, [0, 1], [], True)
+    assert found["notes"] == [
+        "Intervals resample checkpoints as if independent and are too narrow; with 8 runs or more they resample whole "
+        "runs."
+    ]
+
+
+def test_sentences_say_what_was_found_and_where_it_stands(three: list[Path]) -> None:
+    found = correlate(three, permutations=2000)
+    within, between, pooled, layers, caution = texts(found)
+    spearman = found["overall"]["within"]["spearman"]
+    assert within.startswith("Within runs (24 checkpoints of 3 runs) recovery and alignment rise and fall together: a ")
+    assert f"Spearman {spearman['coefficient']:.2f} (95% interval {spearman['low']:.2f} to " in within
+    assert f"{spearman['shift_p_value']:.2g} by circular shifts, which keep the checkpoints' order" in within
+    assert between.startswith(
+        "Between runs (3 run means) no relation of recovery and alignment can be told from chance."
+    )
+    assert between.endswith("With 3 runs Spearman's p-value can't be below 0.33.")
+    assert pooled.endswith("This mixes the two above and takes every checkpoint for independent.")
+    assert layers.startswith("By layer, Spearman within runs goes from ")
+    assert layers.endswith("the layers' p-values are not adjusted for being 2.")
+    assert caution == CAUTION
+    assert "nothing of cause" in caution
+    for sentence in found["sentences"]:
+        for pointer in sentence["rests_on"]:
+            at: Any = found
+            for part in pointer.split("/")[1:]:
+                at = at[int(part)] if isinstance(at, list) else at[part]
+            assert at is not None
+
+
+def test_simpsons_paradox_is_flagged(tmp_path: Path) -> None:
+    """Each run realigns as it recovers; runs that start better aligned recover less."""
+    paths = []
+    for g in range(4):
+        rows = [row(t, 2.0 * (0.2 + 0.2 * g - 0.02 * t), [0.2 + 0.2 * g + 0.01 * t]) for t in range(1, 7)]
+        paths.append(make_run(tmp_path / f"run{g}", rows))
+    found = correlate(paths, permutations=500)
+    for key in MEASURES:
+        signs = [np.sign(found["overall"][level][key]["coefficient"]) for level in LEVELS]
+        assert signs == [-1, 1, -1]
+        assert found["overall"]["disagree"][key] is True
+        assert found["layers"][0]["disagree"][key] is True
+    said = next(text for text in texts(found) if "Simpson" in text)
+    assert said.startswith("Pooled and within runs differ in sign (Spearman and Pearson): ")
+    assert "move against each other: a " in next(text for text in texts(found) if text.startswith("Pooled ("))
+    # the runs have no row of the degraded student, so its KL is the summary's
+    assert found["points"][0]["recovery"] == pytest.approx(0.82)
+
+
+def test_runs_that_agree_are_not_flagged(three: list[Path]) -> None:
+    found = correlate(three, permutations=50)
+    assert found["overall"]["disagree"] == {"spearman": False, "pearson": False}
+    assert not any("Simpson" in text for text in texts(found))
+
+
+def test_one_run_has_no_between_and_says_how_little_it_shows(tmp_path: Path) -> None:
+    found = correlate([make_run(tmp_path / "run", curve(6))])
+    within, layers, _ = texts(found)
+    assert layers.startswith("By layer")
+    assert "(6 checkpoints of 1 run) no relation of recovery and alignment can be told from chance" in within
+    assert within.endswith("With so few checkpoints the p-value of shifts can't be below 0.17.")
+    assert found["overall"]["within"]["spearman"]["p_value"] == pytest.approx(2 / math.factorial(6))
+    assert found["overall"]["pooled"]["spearman"]["coefficient"] == pytest.approx(1.0)
+    assert found["overall"]["between"]["spearman"]["coefficient"] is None
+    assert "1 run; a correlation between runs needs 3 or more" in "\n".join(lines(found))
+
+
+def test_autocorrelation_can_outweigh_a_small_p_of_shuffling(tmp_path: Path) -> None:
+    """Two slow waves a quarter out of step after a common turn: half of all shifts are as extreme."""
+    t = np.arange(40)
+    x, y = np.sin(2 * np.pi * t / 40), np.sin(2 * np.pi * t / 40 + 0.9)
+    rows = [row(int(i), 1.0 - 0.4 * b, [0.5 + 0.4 * a]) for i, a, b in zip(t, x, y, strict=True)]
+    found = correlate([make_run(tmp_path / "run", rows)], permutations=999)
+    spearman = found["overall"]["within"]["spearman"]
+    assert spearman["p_value"] <= 0.01
+    assert spearman["shift_p_value"] > 0.2
+    assert "can be told from chance" in texts(found)[0]
+    assert texts(found)[0].endswith("the p-value of shifts counts here.")
+
+
+def test_the_recovered_model_counts_once(tmp_path: Path) -> None:
+    rows = [*curve(5), row(40, 0.7, [0.7, 0.7], "recovered")]
+    found = correlate([make_run(tmp_path / "again", rows)])
+    assert found["checkpoints"] == 5
+    why = "the checkpoint of this step, measured again after saving"
+    assert found["runs"][0]["left_out"] == [{"step": 40, "stage": "recovered", "why": why}]
+    assert f"again, step 40 (recovered), left out: {why}." in found["notes"]
+    rows = [*curve(5), row(45, 0.7, [0.7, 0.7], "recovered")]
+    assert correlate([make_run(tmp_path / "new", rows)])["checkpoints"] == 6
+    rows = [row(0, 2.0, [0.5, 0.5], "degraded"), row(0, 1.0, [0.6, 0.6], "repaired"), *curve(5)[1:]]
+    assert correlate([make_run(tmp_path / "repaired", rows)])["checkpoints"] == 6
+
+
+def test_missing_values_leave_out_what_they_touch(tmp_path: Path) -> None:
+    rows = curve(6)
+    rows[2]["kl"] = None
+    rows[3]["cka"][1] = None
+    for r in rows:
+        r["cka"].append(None)  # a layer without CKA anywhere is no layer of the mean
+        r["reference_layers"] = [0, 1, 2]
+    found = correlate([make_run(tmp_path / "run", rows)])
+    assert found["checkpoints"] == 4
+    assert [layer["pooled"]["spearman"]["n"] for layer in found["layers"]] == [5, 4]
+    assert found["runs"][0]["left_out"] == [
+        {"step": 20, "stage": "training", "why": "KL is not a number"},
+        {"step": 30, "stage": "training", "why": "1 of 2 layers have no CKA"},
+    ]
+    assert [p["alignment"] is None for p in found["points"]] == [False, False, True, False, False]
+    nothing = [row(i, 1.0, [None]) for i in range(3)]
+    with pytest.raises(InputError, match="0 measurements in all"):
+        correlate([make_run(tmp_path / "nothing", nothing)])
+
+
+def test_layers_are_the_references(tmp_path: Path) -> None:
+    """A student of two layers out of three, beside one of three."""
+    pruned = make_run(tmp_path / "pruned", [r | {"reference_layers": [0, 2]} for r in curve(5)])
+    rows = [r | {"cka": [*r["cka"], 0.9 + r["step"] / 1000], "reference_layers": [0, 1, 2]} for r in curve(5)]
+    full = make_run(tmp_path / "full", rows)
+    found = correlate([pruned, full], permutations=50)
+    assert [(one["layer"], one["pooled"]["spearman"]["n"]) for one in found["layers"]] == [(0, 10), (1, 5), (2, 10)]
+    assert [about["layers"] for about in found["runs"]] == [[0, 2], [0, 1, 2]]
+
+
+def test_constant_alignment_is_said(tmp_path: Path) -> None:
+    rows = [row(t, 2.0 - 0.1 * t, [0.5, 0.5]) for t in range(5)]
+    found = correlate([make_run(tmp_path / "run", rows)])
+    assert texts(found) == [
+        "Within runs there is no correlation to give: alignment is the same all along each run.",
+        CAUTION,
+    ]
+    assert found["layers"][0]["pooled"]["pearson"]["reason"] == "CKA is the same at every point"
+    assert "alignment is the same at every point" in "\n".join(lines(found))
+
+
+def test_notes_on_runs_that_belong_together(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / "a", curve(5)), make_run(tmp_path / "b", curve(5, level=0.1), reference="other")]
+    paths.append(make_run(tmp_path / "c", curve(5, level=0.2), degraded=None))
+    notes = correlate(paths, permutations=50)["notes"]
+    assert "The 3 runs start from 1 student: they are not independent." in notes
+    assert "The runs have 2 different references: layers of one number are not the same layer." in notes
+    assert "c is unfinished; its checkpoints so far are used." in notes
+
+
+def test_eight_runs_are_resampled_whole(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / f"r{i}", curve(4, level=0.02 * i, noise=0.1, seed=i)) for i in range(8)]
+    found = correlate(paths, permutations=50)
+    assert found["overall"]["between"]["spearman"]["resampled"] == "runs"
+    assert not any("too narrow" in note for note in found["notes"])
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / folder / "run", curve(4)) for folder in "ab"]
+    assert [about["name"] for about in correlate(paths, permutations=20)["runs"]] == [str(path) for path in paths]
+
+
+def test_the_file_is_the_result(three: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "place"
+    found = correlate([str(path) for path in three], str(out), permutations=100, seed=3)
+    assert json.loads((out / "correlation.json").read_text()) == found
+    assert [path.name for path in out.iterdir()] == ["correlation.json"]
+    assert (found["permutations"], found["seed"], found["confidence"]) == (100, 3, 0.95)
+    again = correlate(three, out, permutations=100, seed=3)
+    assert again == found
+    assert correlate(three, permutations=100, seed=4) != found
+
+
+def test_lines_hold_the_tables_sentences_and_notes(three: list[Path]) -> None:
+    found = correlate(three, permutations=200)
+    shown = lines(found)
+    assert shown[0].startswith("recovery: 1 - KL / KL of the degraded student")
+    assert shown[1].startswith("alignment: mean CKA")
+    assert all(len(line) <= 80 for line in shown[:15])  # the tables; sentences wrap
+    assert [line.split()[0] for line in shown[4:10:2]] == ["pooled", "within", "between"]
+    spearman = found["overall"]["within"]["spearman"]
+    assert f"{spearman['coefficient']:.2f}  {spearman['low']:.2f} to {spearman['high']:.2f}" in shown[6]
+    assert shown[13].split() == [
+        "0",
+        *[f"{found['layers'][0][a][b]['coefficient']:.2f}" for a in LEVELS for b in MEASURES],
+    ]
+    for text in texts(found):
+        assert text in shown
+    assert f"note: {found['notes'][0]}" in shown
+
+
+def test_paths_that_are_no_runs(three: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run is given; name the directories of one or more recovery runs"):
+        correlate([])
+    with pytest.raises(InputError, match=r"nowhere is no remend run: it has no manifest\.json"):
+        correlate([*three, tmp_path / "nowhere"])
+    with pytest.raises(InputError, match=r"one and .*one are the same run; name each once"):
+        correlate([three[0], str(three[0].parent / "two" / ".." / "one")])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"out .*file is a file; name a directory, correlation\.json is written into"):
+        correlate(three, tmp_path / "file")
+
+
+def test_runs_without_a_track(tmp_path: Path) -> None:
+    for name, rows in (("none", None), ("empty", [])):
+        with pytest.raises(InputError, match=rf"{name} has no track\.jsonl: set diagnose_every: n and run again"):
+            correlate([make_run(tmp_path / name, rows)])
+
+
+def test_too_few_measurements(tmp_path: Path) -> None:
+    two = make_run(tmp_path / "two", curve(2))
+    with pytest.raises(InputError, match=r"2 measurements in all; a correlation needs 3 or more\. Give more runs, or"):
+        correlate([two])
+    with pytest.raises(InputError, match="1 measurement in all"):
+        correlate([make_run(tmp_path / "one", curve(1))])
+    assert correlate([two, make_run(tmp_path / "more", curve(1))])["checkpoints"] == 3
+
+
+def test_runs_without_damage_or_its_measure(tmp_path: Path) -> None:
+    bare = [row(t, 1.0 - 0.1 * t, [0.5 + 0.1 * t]) for t in range(4)]
+    with pytest.raises(InputError, match="does not say the degraded student's KL"):
+        correlate([make_run(tmp_path / "unknown", bare, degraded=None)])
+    broken = [row(0, None, [0.5], "degraded"), *bare[1:]]
+    with pytest.raises(InputError, match="does not say the degraded student's KL"):
+        correlate([make_run(tmp_path / "broken", broken)])
+    with pytest.raises(
+        InputError, match=r"has no measurable damage: the degraded student's KL is 0\.0004 nats a token"
+    ):
+        correlate([make_run(tmp_path / "healthy", bare, degraded=0.0004)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kl": "high"}, "row 2: missing or wrong: kl = 'high'. A row needs step, stage, kl, and for each of"),
+        ({"cka": [0.5]}, r"row 2: missing or wrong: 1 values of cka for the reference_layers \[0, 1\]"),
+        ({"cka": 3, "step": None}, "row 2: missing or wrong: step = None, cka = 3"),
+        ({"cka": [0.5, "x"]}, r"row 2: missing or wrong: cka = \[0.5, 'x'\]"),
+        ({"reference_layers": [1, 1]}, r"row 2: missing or wrong: 2 values of cka for the reference_layers \[1, 1\]"),
+    ],
+)
+def test_rows_that_can_not_be_read(tmp_path: Path, change: dict, message: str) -> None:
+    rows = curve(4)
+    rows[1] |= change
+    with pytest.raises(InputError, match=message):
+        correlate([make_run(tmp_path / "run", rows)])
+
+
+def test_files_that_can_not_be_read(tmp_path: Path) -> None:
+    rows = curve(4)
+    del rows[3]["reference_layers"]
+    with pytest.raises(InputError, match=r"track\.jsonl, row 4: missing or wrong: reference_layers\. A row"):
+        correlate([make_run(tmp_path / "short", rows)])
+    with pytest.raises(InputError, match=r"row 1: missing or wrong: step, stage, kl, cka, reference_layers\. A row"):
+        correlate([make_run(tmp_path / "list", [], text="[]\n")])
+    with pytest.raises(InputError, match=r"track\.jsonl can't be read: .*; run again with another out"):
+        correlate([make_run(tmp_path / "garbage", [], text="{nothing\n")])
+    damaged = make_run(tmp_path / "damaged", curve(4))
+    (damaged / MANIFEST).write_text("{")
+    with pytest.raises(FileError, match=r"manifest\.json can't be read"):
+        correlate([damaged])
+
+
+def test_bad_settings(three: list[Path]) -> None:
+    with pytest.raises(InputError, match="permutations is 0"):
+        correlate(three, permutations=0)
+    with pytest.raises(InputError, match="seed -1"):
+        correlate(three, seed=-1)

@@ -1,0 +1,158 @@
+"""The loop: one gradient however the step is cut, exact resume, and a stop on what is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from remend.errors import TrainingError
+from remend.files.run_directory import METRICS, RunDirectory
+from remend.recovery import recover
+from remend.training.constraints import Free
+from remend.training.loop import Prepared, Saving, Schedule, StepOutput, train
+
+
+class Quadratic:
+    """Two streams with targets of their own, cut into micro-batches of `size` rows."""
+
+    weights = {"a": 1.0, "b": 0.5}  # noqa: RUF012
+
+    def __init__(self, model: nn.Linear, size: int, poison: int | None = None) -> None:
+        self.model, self.size, self.poison = model, size, poison
+        generator = torch.Generator().manual_seed(7)
+        self.x = torch.randn(8, 3, generator=generator)
+
+    def prepare(self, step: int) -> Prepared:
+        rows = list(range(8))
+        cut = [rows[i : i + self.size] for i in range(0, 8, self.size)]
+        return Prepared([(step, part) for part in cut], {"a": 5, "b": 3}, [f"row-{i}" for i in rows])
+
+    def __call__(self, micro_batch: tuple[int, list[int]]) -> StepOutput:
+        step, rows = micro_batch
+        sums = {}
+        for name, mine in (("a", [r for r in rows if r < 5]), ("b", [r for r in rows if r >= 5])):
+            if mine:
+                loss = (self.model(self.x[mine]) - 1.0).square().sum()
+                sums[name] = (loss * math.nan if step == self.poison else loss, len(mine))
+        return StepOutput(sums)
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+def run_quadratic(path: Path, size: int, steps: int = 5, poison: int | None = None) -> tuple[nn.Linear, list[dict]]:
+    model = linear()
+    directory = RunDirectory.create(path)
+    saving = Saving(directory, every=2, keep=2)
+    objective = Quadratic(model, size, poison)
+    train(objective, Free(model), Accelerator(cpu=True), Schedule(steps, 0.1, 1), saving)
+    return model, directory.rows(METRICS)
+
+
+def test_accumulation_equals_one_batch(tmp_path: Path) -> None:
+    whole, whole_rows = run_quadratic(tmp_path / "whole", 8)
+    single, single_rows = run_quadratic(tmp_path / "single", 1)
+    torch.testing.assert_close(whole.weight, single.weight, rtol=0, atol=1e-6)
+    for a, b in zip(whole_rows, single_rows, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+        assert a["tokens"] == b["tokens"] == 8
+
+
+def test_loss_is_weighted_sum_of_stream_means(tmp_path: Path) -> None:
+    """Against the formula, in float64: each stream divided by its own count, once."""
+    model = linear().double()
+    _, rows = run_quadratic(tmp_path / "run", 3, steps=1)
+    x = Quadratic(linear(), 8).x.double()
+    squares = (model(x) - 1.0).square()[:, 0]
+    expected = squares[:5].mean() + 0.5 * squares[5:].mean()
+    assert rows[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert rows[0]["a/loss"] == pytest.approx(squares[:5].mean().item(), rel=1e-5)
+    weight, bias = torch.autograd.grad(expected, [model.weight, model.bias])
+    assert rows[0]["grad_norm"] == pytest.approx(torch.cat([weight.flatten(), bias]).norm().item(), rel=1e-5)
+
+
+def test_the_device_is_that_of_the_masters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Accelerator built earlier in the process, for another device, settles the device of all that follow."""
+    expected, rows = run_quadratic(tmp_path / "a", 4)
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: torch.device("meta")))
+    model, others = run_quadratic(tmp_path / "b", 4)
+    assert model.weight.equal(expected.weight)
+    assert others == rows
+
+
+def test_schedule_warms_up_and_follows_the_cosine() -> None:
+    schedule = Schedule(steps=10, peak=2.0, warmup=2, final=0.1)
+    assert schedule.at(1) == 1.0
+    assert schedule.at(2) == 2.0
+    assert schedule.at(6) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert schedule.at(10) == pytest.approx(0.2)
+
+
+def test_not_finite_loss_stops_and_names_step_ids_and_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"loss is nan at step 5 .*row-0.*step-000004") as caught:
+        run_quadratic(tmp_path / "run", 4, steps=6, poison=5)
+    assert "learning_rate" in str(caught.value)
+    directory = RunDirectory(tmp_path / "run")
+    assert [r["step"] for r in directory.rows(METRICS)] == [1, 2, 3, 4]
+    assert [c.step for c in directory.checkpoints()] == [2, 4]
+    assert all(t.isfinite().all() for t in directory.checkpoints()[-1].masters().values())
+
+
+def test_two_steps_of_recovery_equal_for_any_accumulation(recipe: dict[str, object], tmp_path: Path) -> None:
+    """8 × 1 equals 1 × 8: rollouts exactly, losses to rounding."""
+    results = []
+    for size, accumulation in ((8, 1), (1, 8), (4, 2)):
+        values = {**recipe, "batch_size": size, "gradient_accumulation": accumulation, "steps": 2, "save_every": 0}
+        results.append(recover(**{**values, "out": str(tmp_path / f"{size}x{accumulation}")}))
+    first = results[0].metrics
+    for other in results[1:]:
+        for a, b in zip(first, other.metrics, strict=True):
+            assert a["tokens"] == b["tokens"]
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_on_step_and_hooks_are_logged(tmp_path: Path) -> None:
+    model, seen = linear(), []
+    directory = RunDirectory.create(tmp_path / "run")
+    train(
+        Quadratic(model, 8), Free(model), Accelerator(cpu=True), Schedule(4, 0.1, 1), Saving(directory, 0, 1),
+        hooks=[lambda step: {"eval/x": float(step)} if step % 2 == 0 else None], on_step=seen.append,
+    )  # fmt: skip
+    assert [row["step"] for row in seen] == [1, 2, 3, 4]
+    assert all(row["seconds"] >= 0 for row in seen)
+    extra = [r for r in directory.rows(METRICS) if "loss" not in r]
+    assert extra == [{"step": 2, "eval/x": 2.0}, {"step": 4, "eval/x": 4.0}]
+    assert directory.checkpoints() == []
+    assert len((directory.path / "timing.jsonl").read_text().splitlines()) == 4
+    assert all("seconds" not in json.loads(line) for line in (directory.path / METRICS).read_text().splitlines())
+
+
+def test_two_processes_equal_one(recipe: dict[str, object], tmp_path: Path) -> None:
+    """4 prompts a process in two processes: the same rollouts and, to rounding, the same losses and weights."""
+    single = recover(**{**recipe, "batch_size": 8, "steps": 3})
+    values = {**recipe, "batch_size": 4, "steps": 3, "out": str(tmp_path / "pair")}
+    worker = str(Path(__file__).parents[1] / "helpers" / "worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, "plain"]
+    done = subprocess.run([*command, json.dumps(values)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pair = RunDirectory(tmp_path / "pair").rows(METRICS)
+    for a, b in zip(single.metrics, pair, strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["clipped_share"] == pytest.approx(b["clipped_share"])
+    summary = json.loads((tmp_path / "pair" / "summary.json").read_text())
+    assert summary["recovered"]["kl"] == pytest.approx(single.summary["recovered"]["kl"], rel=1e-2)
+    assert summary["tokens_trained"] == single.summary["tokens_trained"]
