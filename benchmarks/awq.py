@@ -68,7 +68,7 @@ def scaled(job: Job, fmt: GridFormat) -> Any:
         if sites.names[0].rsplit(".", 1)[-1] in FRONT:
             found.append((sites, best_scale(sites, fmt)))
 
-    walk(model, job.calibration(), visit, pad_id=job.pad_id, title="choosing scales")
+    walk(model, job.calibration(), visit, title="choosing scales")
     modules = dict(model.named_modules())
     for sites, scale_I in found:
         for layer in sites.layers:
@@ -97,7 +97,7 @@ def main() -> None:
         text = completions(reference, job.tokenizer, others, max_new_tokens=TOKENS, seed=SEED + 1)
 
     def kl(model: Any) -> float:
-        return float(pool(compare(scorer(model), scorer(reference), rollouts, pad_id=job.pad_id))["kl"])
+        return float(pool(compare(scorer(model), scorer(reference), rollouts))["kl"])
 
     print(f"{torch.get_num_threads()} threads, repair on {len(text)} answers, KL on {len(prompts)} prompts", flush=True)
     for fmt in map(GridFormat.parse, options.formats):
@@ -110,7 +110,7 @@ def main() -> None:
                 stored = quantize_in_place(student, fmt, method, job=job)
                 line = f"{fmt.name} {name}{method}: KL {kl(student):.3f}"
                 if text:
-                    repair_grid(student, healthy, stored, text, job.pad_id)
+                    repair_grid(student, healthy, stored, text)
                     line += f", after repair {kl(student):.3f}"
                 print(line, flush=True)
 

@@ -31,7 +31,6 @@ from remend.models.find import find_model
 from remend.models.load import load_model, load_tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.scorer import scorer
-from remend.models.tokens import pad_id
 
 
 def activations(student: str, rows: int) -> tuple[Tensor, Tensor]:
@@ -43,10 +42,8 @@ def activations(student: str, rows: int) -> tuple[Tensor, Tensor]:
     rollouts = answer(both[0].requires_grad_(False), tokenizer, prompts, "the reference answers", max_new_tokens=32)
     draws = [derive_seed(0, "row", r.id) / 2**63 for r in rollouts]
     picks = pick_positions([len(r.completion) for r in rollouts], draws)
-    pad = pad_id(tokenizer)
     first, second = (
-        as_layers(capture(scorer(m.requires_grad_(False)), "model", rollouts, picks, pad_id=pad)["residual"], rows)
-        for m in both
+        as_layers(capture(scorer(m.requires_grad_(False)), "model", rollouts, picks)["residual"], rows) for m in both
     )
     return first, second
 

@@ -27,7 +27,6 @@ from remend.models.find import find_model
 from remend.models.load import load_model, load_tokenizer
 from remend.models.sampling import kv_cache, transformers_engine
 from remend.models.sampling.transformers_engine import TransformersSampler
-from remend.models.tokens import pad_id
 
 PACKED, IN_PLACE = transformers_engine.packed_linears, kv_cache.decoding_cache
 
@@ -64,7 +63,7 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     model: Any = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
     order = Order([encode(tokenizer, e) for e in bundled("train")], 0)
-    sampler = TransformersSampler(model, len(tokenizer), (), pad_id(tokenizer), max_rows=max(options.rows))
+    sampler = TransformersSampler(model, len(tokenizer), (), max_rows=max(options.rows))
     print(f"{torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     heads = ("arithmetic", "rows", "plain, tokens/s", "packed", "and in place", "packed over plain", "both over packed")
     print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")

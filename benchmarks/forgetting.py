@@ -47,7 +47,7 @@ from remend.models.sampling.answers import answer, kept
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import scorer
-from remend.models.tokens import eos_ids, pad_id
+from remend.models.tokens import eos_ids
 from remend.studies.demo import write_prompts
 from remend.training.measure import compare, pool
 
@@ -81,13 +81,12 @@ class Measure:
     def __init__(self, folder: Path, task: str, rows: int) -> None:
         self.folder, self.task, self.rows = folder, tasks.get(task), tasks.get(task).rows("held_out", rows, SEED)
         self.tokenizer, self.reference = load_tokenizer(find_model(MODEL)), load(MODEL)
-        self.pad = pad_id(self.tokenizer)
         self.completions = self.answers(self.reference, load_examples(str(folder / "held_out.jsonl")), GENERAL_TOKENS)
 
     def answers(self, model: Any, examples: list[Any], tokens: int) -> list[Rollout]:
         """Greedy answers, all rows at once."""
         prompts, ends = [encode(self.tokenizer, e) for e in examples], eos_ids(model, self.tokenizer)
-        sampler = TransformersSampler(model, len(self.tokenizer), ends, self.pad, max_rows=len(prompts))
+        sampler = TransformersSampler(model, len(self.tokenizer), ends, max_rows=len(prompts))
         return sampler(prompts, max_new_tokens=tokens, temperature=0.0, seeds=[0] * len(prompts))
 
     def general_answers(self) -> dict[str, str]:
@@ -107,7 +106,7 @@ class Measure:
         said = self.answers(model, load_examples(str(self.folder / "task_held_out.jsonl")), TOKENS)
         texts = [self.tokenizer.decode(r.completion, skip_special_tokens=True) for r in said]
         found = tasks.score(self.task, self.rows, texts, mode="paper")
-        sums = compare(scorer(model), scorer(self.reference), self.completions, pad_id=self.pad)
+        sums = compare(scorer(model), scorer(self.reference), self.completions)
         graded = {"score": found["score"], "n": found["n"], "items": found["items"]}
         return {**graded, "kl": pool(sums)["kl"], "kl_sums": [row.kl for row in sums]}
 

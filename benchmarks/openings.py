@@ -36,7 +36,7 @@ def rows(tokenizer: object, tokens: int, opening: int) -> Packed:
     front = draw(opening)
     prompts = [encode(tokenizer, e) for e in bundled("train")[:ROWS]]
     pairs = [([*front, *p.tokens], draw(tokens)) for p in prompts]
-    return pack(pairs, pad_id=0, device=torch.device("cpu"))
+    return pack(pairs, device=torch.device("cpu"))
 
 
 def timed(parts: Scorer, batch: Packed, dtype: torch.dtype, gradients: bool) -> tuple[float, torch.Tensor]:

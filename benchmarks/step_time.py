@@ -60,15 +60,14 @@ def side_remend(model_dir: str, options: argparse.Namespace, work: str) -> list[
     student = load_model(source, dtype=torch.float32, device=cpu)
     teacher = load_model(source, dtype=torch.float32, device=cpu).requires_grad_(False)
     encoded = [encode(tokenizer, Example(str(i), p, {})) for i, p in enumerate(prompts())]
-    pad, accelerator = tokenizer.pad_token_id, Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
     parts = scorer(student, checkpointing=not options.no_checkpointing)
     recipe = {"student": "s", "teacher": "t", "data": "d", "out": "o", "max_new_tokens": options.new_tokens}
     (stream,) = resolve(build(RecoverConfig, recipe, "benchmark"))
     objective = Distillation(
         student=parts,
         lanes=[Lane(stream, scorer(teacher), Order(encoded, 0), rows=options.prompts)],
-        sampler=TransformersSampler(student, parts.shared, (), pad),  # no end: every rollout is full length
-        pad_id=pad,
+        sampler=TransformersSampler(student, parts.shared, ()),  # no end: every rollout is full length
         steps=options.steps + 1,
         micro_rows=options.prompts,
         seed=0,

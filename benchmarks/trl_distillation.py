@@ -26,7 +26,6 @@ from remend.models.load import load_model, load_tokenizer
 from remend.models.sampling.answers import answer, kept
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
-from remend.models.tokens import pad_id
 from remend.training.measure import compare, pool
 
 
@@ -37,7 +36,6 @@ class Held:
         self.options, source = options, find_model(options.reference)
         self.device = torch.device(options.device)
         self.tokenizer = load_tokenizer(source)
-        self.pad_id = pad_id(self.tokenizer)
         self.teacher = self.load(options.reference)
         self.prompts = [encode_prompt(self.tokenizer, e) for e in load_examples(options.held_out)]
         place = RunDirectory(Path(options.answers))
@@ -57,14 +55,14 @@ class Held:
         """On the reference's answers, in float32 also where accelerate has wrapped the forward pass in autocast."""
         wrapped = vars(model).pop("forward", None)
         try:
-            return float(pool(compare(scorer(model), scorer(self.teacher), self.answers, pad_id=self.pad_id))["kl"])
+            return float(pool(compare(scorer(model), scorer(self.teacher), self.answers))["kl"])
         finally:
             if wrapped is not None:
                 model.forward = wrapped
 
     def both(self, model: Any) -> dict[str, float]:
         """On the reference's answers and on the model's own samples."""
-        own = compare(scorer(model), scorer(self.teacher), self._said(model, 1.0), pad_id=self.pad_id)
+        own = compare(scorer(model), scorer(self.teacher), self._said(model, 1.0))
         return {"kl": self.kl(model), "kl_on_policy": float(pool(own)["kl"])}
 
 

@@ -18,7 +18,7 @@ _HOMES = {
     "demo": "studies.demo",
     "diagnose": "diagnosis",
     "divergence": "maths.losses",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.job",
     "export": "exporting",
     "finetune": "degrade.finetune",
     "prune": "degrade.prune",
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from remend.degrade.width import prune_width as prune_width
     from remend.diagnosis import diagnose as diagnose
     from remend.errors import RemendError as RemendError
-    from remend.evaluation import evaluate as evaluate
+    from remend.evaluation.job import evaluate as evaluate
     from remend.exporting import export as export
     from remend.maths.losses import divergence as divergence
     from remend.recovery import RecoverResult as RecoverResult

@@ -305,7 +305,7 @@ def test_what_the_evaluation_writes_can_be_compared() -> None:
 
 
 def test_comparing_does_not_wait_for_torch() -> None:
-    code = "import sys; import remend.compare; print('torch' in sys.modules, 'scipy' in sys.modules)"
+    code = "import sys; import remend.evaluation.compare; print('torch' in sys.modules, 'scipy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

@@ -12,9 +12,9 @@ import pytest
 from helpers.task_rows import letter_rows, tool_rows, write
 from remend.data import tasks
 from remend.errors import CheckError, FileError, InputError
-from remend.evaluation import evaluate
 from remend.evaluation import job as evaluation_job
 from remend.evaluation.compare import compare
+from remend.evaluation.job import evaluate
 from remend.maths.paired import wilson
 from remend.models.sampling import transformers_engine
 
@@ -111,7 +111,7 @@ def test_a_finished_file_is_returned_and_never_overwritten(
     found = tooluse()
     path = tmp_path / "results" / "results.json"
     before = path.read_bytes()
-    monkeypatch.setattr(evaluation_job.models, "load_model", None)  # would fail if it were called
+    monkeypatch.setattr(evaluation_job, "load_model", None)  # would fail if it were called
     assert tooluse() == found
     with pytest.raises(InputError, match="differ in settings; name a new file, or remove it"):
         tooluse(grader="robust")
@@ -235,7 +235,7 @@ def test_a_grader_that_raises_names_the_row_and_goes_on(reference_dir: Path, tmp
 def test_a_model_that_answers_nothing_is_an_error(
     tooluse: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation_job.models, "eos_ids", lambda model, tokenizer: tuple(range(len(tokenizer))))
+    monkeypatch.setattr(evaluation_job, "eos_ids", lambda model, tokenizer: tuple(range(len(tokenizer))))
     monkeypatch.setattr(evaluation_job, "hf_sampler", lambda *a, **k: _Silent())
     with pytest.raises(InputError, match="all 10 answers are empty, so there is nothing to grade"):
         tooluse()

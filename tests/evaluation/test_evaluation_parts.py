@@ -18,9 +18,11 @@ from helpers.tiny import build_model
 from remend.data import tasks
 from remend.data.templates import Encoded
 from remend.errors import CheckError, FileError, InputError
-from remend.evaluation import evaluate, harness, letters, parse_data, parse_tasks
+from remend.evaluation import harness, letters
 from remend.evaluation.generation import batches, token_cap
+from remend.evaluation.job import evaluate
 from remend.evaluation.letters import Choice
+from remend.evaluation.plan import parse_data, parse_tasks
 from remend.evaluation.results import pass_at
 from remend.evaluation.steady import Steady
 from remend.models.find import ModelSource
@@ -52,11 +54,11 @@ def test_log_likelihoods_are_those_of_a_slow_computation() -> None:
         Choice("two, one stem", (8,), {"A": (9, 12), "B": (9, 13)}),
         Choice("unequal", (4, 4, 4, 20, 21), {"A": (9,), "B": (30, 31, 32), "C": (30, 33)}),
     ]
-    together = letters.log_likelihoods(scorer(model), choices, pad_id=0)
+    together = letters.log_likelihoods(scorer(model), choices)
     for c, found in zip(choices, together, strict=True):
         assert list(found) == list(c.endings)
         assert found == pytest.approx({k: slowly(model, c.context, e) for k, e in c.endings.items()}, abs=1e-4)
-        assert letters.log_likelihoods(scorer(model), [c], pad_id=0)[0] == pytest.approx(found, abs=1e-4)
+        assert letters.log_likelihoods(scorer(model), [c])[0] == pytest.approx(found, abs=1e-4)
 
 
 def test_a_shared_first_turn_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,14 +76,14 @@ def test_a_shared_first_turn_is_computed_once(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(type(model.model), "forward", counted)
     turns = letters.FirstTurns(parts)
-    found = [letters.log_likelihoods(parts, [c], pad_id=0, turns=turns)[0] for c in choices]
+    found = [letters.log_likelihoods(parts, [c], turns=turns)[0] for c in choices]
     # the first turn, the rest, the whole of the first row as a check; then the rests alone
     whole = [len(c) for c in choices]
     assert seen == [6, whole[0] - 6, whole[0], *(n - 6 for n in whole[1:6]), 3, whole[6] - 3]
     for c, one in zip(choices, found, strict=True):
         assert one == pytest.approx({k: slowly(model, c.context, e) for k, e in c.endings.items()}, abs=1e-4)
     again = letters.FirstTurns(parts)  # a score does not hang on what was scored before
-    assert letters.log_likelihoods(parts, [choices[4]], pad_id=0, turns=again)[0] == found[4]
+    assert letters.log_likelihoods(parts, [choices[4]], turns=again)[0] == found[4]
 
 
 def test_a_model_whose_cache_gives_something_else_is_computed_whole() -> None:
@@ -91,9 +93,9 @@ def test_a_model_whose_cache_gives_something_else_is_computed_whole() -> None:
     after = turns._after
     turns._after = lambda tokens, turn: after(tokens, turn) + 1.0  # type: ignore[method-assign]
     c = Choice("x", (5, 6, EOS, 8, EOS, 9), {"A": (9,), "B": (10,)}, 3)
-    plain = letters.log_likelihoods(parts, [c], pad_id=0)
-    assert letters.log_likelihoods(parts, [c], pad_id=0, turns=turns) == plain
-    assert letters.log_likelihoods(parts, [c], pad_id=0, turns=turns) == plain
+    plain = letters.log_likelihoods(parts, [c])
+    assert letters.log_likelihoods(parts, [c], turns=turns) == plain
+    assert letters.log_likelihoods(parts, [c], turns=turns) == plain
 
 
 def test_the_first_turn_is_told_where_several_end(tokenizer: Any) -> None:
@@ -125,7 +127,7 @@ def test_damaged_weights_are_named() -> None:
     parts = scorer(model)
     model.model.norm.weight.data[0] = math.nan
     with pytest.raises(InputError, match="not finite"):
-        letters.log_likelihoods(parts, [Choice("x", (5,), {"A": (9,), "B": (10,)})], pad_id=0)
+        letters.log_likelihoods(parts, [Choice("x", (5,), {"A": (9,), "B": (10,)})])
 
 
 def test_a_tie_is_no_choice() -> None:
@@ -205,7 +207,7 @@ def test_near_ties_do_not_hang_on_the_batch() -> None:
     noisy, eos = Noisy(twins(), 1e-5), (EOS, 7, 11, 30)
 
     def decode(policy: Any, max_rows: int) -> list[tuple[int, ...]]:
-        sampler = TransformersSampler(policy, VOCABULARY, eos, 0, max_rows=max_rows)
+        sampler = TransformersSampler(policy, VOCABULARY, eos, max_rows=max_rows)
         found = sampler(rows, max_new_tokens=12, temperature=0.0, seeds=[0] * len(rows))
         return [r.completion for r in found]
 
@@ -223,12 +225,12 @@ def test_where_nothing_is_close_nothing_is_computed_again() -> None:
     steady = Steady(model, (EOS,))
     rows = [Encoded("a", (5, 6, 7), ""), Encoded("b", (9,), "")]
     greedy = {"max_new_tokens": 12, "temperature": 0.0, "seeds": [0, 0]}
-    theirs = TransformersSampler(model, VOCABULARY, (EOS,), 0)(rows, **greedy)
-    assert TransformersSampler(steady, VOCABULARY, (EOS,), 0)(rows, **greedy) == theirs
+    theirs = TransformersSampler(model, VOCABULARY, (EOS,))(rows, **greedy)
+    assert TransformersSampler(steady, VOCABULARY, (EOS,))(rows, **greedy) == theirs
     assert steady.alone == 0
     model.model.norm.weight.data[0] = math.inf
     with pytest.raises(InputError, match="not finite"):
-        TransformersSampler(steady, VOCABULARY, (EOS,), 0)(rows, **greedy)
+        TransformersSampler(steady, VOCABULARY, (EOS,))(rows, **greedy)
 
 
 # Batches and names

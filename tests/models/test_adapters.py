@@ -124,7 +124,7 @@ def test_scorer_sees_the_adapter(reference_dir: Path) -> None:
 def test_sampling_thin_batches_weight_first_gives_the_models_own_greedy_answer(reference_dir: Path) -> None:
     model = adapted(reference_dir)
     prompts = [Encoded(str(i), tuple(range(3 + i, 9 + i)), "") for i in range(3)]
-    rollouts = TransformersSampler(model, 320, (2,), 0)(prompts, max_new_tokens=6, temperature=0.0, seeds=[0] * 3)
+    rollouts = TransformersSampler(model, 320, (2,))(prompts, max_new_tokens=6, temperature=0.0, seeds=[0] * 3)
     plain = build_model(320)
     differs = False
     for rollout in rollouts:

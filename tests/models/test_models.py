@@ -190,7 +190,7 @@ def test_embedded_model_loads_and_talks(smollm2_dir: Path) -> None:
     from remend.models.sampling.transformers_engine import TransformersSampler
 
     tokenizer = load_tokenizer(source)
-    sampler = TransformersSampler(model, 49152, eos_ids(model, tokenizer), tokenizer.pad_token_id)
+    sampler = TransformersSampler(model, 49152, eos_ids(model, tokenizer))
     question = encode(tokenizer, Example("q", "What is the capital of France?", {}))
     (answer,) = sampler([question], max_new_tokens=24, temperature=0.0, seeds=[0])
     assert "Paris" in tokenizer.decode(answer.completion)

@@ -37,7 +37,7 @@ def prompts(count: int = 7) -> list[Encoded]:
 
 
 def sampler(model: LlamaForCausalLM, **changes: object) -> TransformersSampler:
-    return TransformersSampler(**{"model": model, "shared": VOCABULARY, "eos": (EOS,), "pad_id": 0, **changes})
+    return TransformersSampler(**{"model": model, "shared": VOCABULARY, "eos": (EOS,), **changes})
 
 
 def sample(model: LlamaForCausalLM, rows: list[Encoded], seeds: list[int], **changes: object) -> list[Rollout]:

@@ -61,10 +61,9 @@ def slow_states(model: Any, pairs: Any, skip: int = 0) -> tuple[Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2])
-@pytest.mark.parametrize("pad_id", [0, 63])
-def test_packed_states_equal_those_of_single_sequences(model: LlamaForCausalLM, skip: int, pad_id: int) -> None:
+def test_packed_states_equal_those_of_single_sequences(model: LlamaForCausalLM, skip: int) -> None:
     parts = scorer(model)
-    batch = pack(PAIRS, pad_id=pad_id, device=CPU, skip_first=skip)
+    batch = pack(PAIRS, device=CPU, skip_first=skip)
     states, logits, targets = slow_states(model, PAIRS, skip)
     with torch.no_grad():
         ours = batch.gather(parts.hidden(batch.tokens_BT))
@@ -78,7 +77,7 @@ def test_packed_states_equal_those_of_single_sequences(model: LlamaForCausalLM, 
 def test_other_prompts_keep_the_same_completion_tokens_in_order(model: LlamaForCausalLM) -> None:
     """How a teacher that sees a longer prompt is aligned with the student."""
     longer = [([*range(40, 40 + 3 * (i % 2)), *prompt], completion) for i, (prompt, completion) in enumerate(PAIRS)]
-    student, teacher = (pack(pairs, pad_id=0, device=CPU) for pairs in (PAIRS, longer))
+    student, teacher = (pack(pairs, device=CPU) for pairs in (PAIRS, longer))
     assert torch.equal(student.targets_N, teacher.targets_N)
     assert torch.equal(student.rows_N, teacher.rows_N)
     with torch.no_grad():
@@ -87,19 +86,19 @@ def test_other_prompts_keep_the_same_completion_tokens_in_order(model: LlamaForC
 
 
 def test_the_layout_of_a_batch() -> None:
-    batch = pack([([1, 2], [3, 4]), ([5], [6])], pad_id=9, device=CPU)
-    assert batch.tokens_BT.tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]]
+    batch = pack([([1, 2], [3, 4]), ([5], [6])], device=CPU)
+    assert batch.tokens_BT.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0]]
     assert batch.columns_N.tolist() == [1, 2, 0]
     assert all(x.dtype == torch.int64 for x in (batch.tokens_BT, batch.rows_N, batch.columns_N, batch.targets_N))
 
 
 def test_pack_refuses_an_empty_prompt() -> None:
     with pytest.raises(InputError, match="a prompt has no tokens"):
-        pack([([1], [2]), ([], [3])], pad_id=0, device=CPU)
+        pack([([1], [2]), ([], [3])], device=CPU)
 
 
 def test_a_completion_shorter_than_what_is_skipped_gives_no_positions() -> None:
-    batch = pack([([1], [2]), ([1], [2, 3, 4])], pad_id=0, device=CPU, skip_first=2)
+    batch = pack([([1], [2]), ([1], [2, 3, 4])], device=CPU, skip_first=2)
     assert batch.rows_N.tolist() == [1]
     assert batch.targets_N.tolist() == [4]
 
@@ -173,7 +172,7 @@ def test_a_model_without_a_head_is_refused(model: LlamaForCausalLM) -> None:
 def test_gradients_reach_body_and_head() -> None:
     model = build_model(VOCABULARY, tied=False)
     parts: Scorer = scorer(model)
-    batch = pack(PAIRS, pad_id=0, device=CPU)
+    batch = pack(PAIRS, device=CPU)
     parts.head(batch.gather(parts.hidden(batch.tokens_BT))).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -183,7 +182,7 @@ def test_gradients_reach_body_and_head() -> None:
 def test_checkpointing_gives_the_same_gradients_and_leaves_no_trace() -> None:
     """Recomputed layers: equal loss and gradients, fewer saved tensors, and the model stays in evaluation mode."""
     pairs = [([1, 2, 3], [4, 5, 6, 7]), ([8, 9], [10, 11])]
-    batch = pack(pairs, pad_id=0, device=torch.device("cpu"))
+    batch = pack(pairs, device=torch.device("cpu"))
     results = []
     for checkpointing in (False, True):
         model = build_model(VOCABULARY)
@@ -215,7 +214,7 @@ def _batch_with_one_opening(tokens: int) -> Packed:
         return torch.randint(3, 60, (count,), generator=generator).tolist()
 
     opening = draw(tokens)
-    return pack([([*opening, *draw(n)], draw(m)) for n, m in ((3, 9), (1, 4), (5, 7))], pad_id=0, device=CPU)
+    return pack([([*opening, *draw(n)], draw(m)) for n, m in ((3, 9), (1, 4), (5, 7))], device=CPU)
 
 
 def test_what_all_rows_open_with_is_run_once_with_the_same_states_and_gradients() -> None:
@@ -257,7 +256,7 @@ def test_an_opening_ends_before_the_first_position_that_is_asked_for() -> None:
         ([7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22]),
         ([7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 23]),
     ]
-    parts, batch = scorer(build_model(VOCABULARY).double()), pack(rows, pad_id=0, device=CPU)
+    parts, batch = scorer(build_model(VOCABULARY).double()), pack(rows, device=CPU)
     whole_ND = batch.gather(parts.hidden(batch.tokens_BT))
     torch.testing.assert_close(parts.states(batch), whole_ND, rtol=1e-9, atol=1e-9)
 

@@ -19,7 +19,7 @@ PAIRS = [((5, 6, 7), (8, 9, 10, 11, 12)), ((5, 9), (20, 21, 22, 23, 24, 25))]
 
 
 def batch() -> Any:
-    return pack(PAIRS, pad_id=0, device=torch.device("cpu"))
+    return pack(PAIRS, device=torch.device("cpu"))
 
 
 def seen(alignment: Alignment, whose: str, model: Any) -> Seen:
@@ -81,7 +81,7 @@ def test_the_factor_makes_the_gradients_lengths_stand_in_the_given_ratio() -> No
 def test_too_few_tokens_give_no_alignment() -> None:
     model = build_model(64, width=16)
     alignment = Alignment("cka", 1.0, [(0, 0)], model, model)
-    few = pack([((5,), (6, 7))], pad_id=0, device=torch.device("cpu"))
+    few = pack([((5,), (6, 7))], device=torch.device("cpu"))
     assert alignment.loss(Seen([torch.zeros(1, 3, 16)], few), Seen([torch.zeros(1, 3, 16)], few)) is None
 
 

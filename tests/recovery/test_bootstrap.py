@@ -55,10 +55,8 @@ def test_likelihood_gain_is_the_difference_of_two_measurements() -> None:
         Rollout("a", (3, 4), (5, 6, 7), False, (9, 8, 5, 6, 7, 3, 4)),
         Rollout("b", (3,), (8, 9), False, (4, 3)),
     ]
-    gain = likelihood_gain(model, rollouts, pad_id=0, device=model.device)
-    without, shown = (
-        negative_log_likelihoods(model, rollouts, pad_id=0, device=model.device, shown=s) for s in (False, True)
-    )
+    gain = likelihood_gain(model, rollouts, device=model.device)
+    without, shown = (negative_log_likelihoods(model, rollouts, device=model.device, shown=s) for s in (False, True))
     assert gain == pytest.approx([a - b for a, b in zip(without, shown, strict=True)])
     assert gain[0] != 0
 

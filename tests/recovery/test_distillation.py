@@ -65,7 +65,7 @@ def encoded(count: int, shown: bool = False) -> list[Encoded]:
 
 
 def objective(lanes: list[Lane], **rest: Any) -> Distillation:
-    settings: dict[str, Any] = {"steps": 8, "micro_rows": 3, "seed": 0, "precision": nullcontext(), "pad_id": 0}
+    settings: dict[str, Any] = {"steps": 8, "micro_rows": 3, "seed": 0, "precision": nullcontext()}
     settings |= rest
     return Distillation(student=scorer(build_model(320, seed=1)), lanes=lanes, sampler=Counting(), **settings)
 

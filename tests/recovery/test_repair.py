@@ -52,7 +52,7 @@ def test_repair_on_the_grid_keeps_the_grid_and_lowers_the_divergence(teacher: An
     student = copy.deepcopy(teacher)
     stored = put_on_grid(student, "int3-g64")
     before = distance(student, teacher, text)
-    repaired, masters = repair_grid(student, teacher, stored, text, 0)
+    repaired, masters = repair_grid(student, teacher, stored, text)
     assert distance(student, teacher, text) < 0.7 * before
     changed = 0
     for name, (codes, grid) in repaired.matrices.items():
@@ -73,7 +73,7 @@ def test_repair_under_the_mask_keeps_every_zero(teacher: Any, text: list[Rollout
             how = {"pattern": pattern} if pattern else {"sparsity": 0.5}
             module.weight.mul_(keep_mask(module.weight.abs(), **how))
     zeros, before = kept_weights(student), distance(student, teacher, text)
-    repair_mask(student, teacher, text, 0)
+    repair_mask(student, teacher, text)
     assert distance(student, teacher, text) < 0.7 * before
     after = kept_weights(student)
     assert set(zeros) == set(after)
@@ -84,7 +84,7 @@ def test_repair_patches_a_cut(teacher: Any, text: list[Rollout]) -> None:
     student, kept = without_blocks(teacher, [1])
     before = distance(student, teacher, text)
     assert infer_layer_map(student, teacher) == kept == [0, 2, 3]
-    repair_smaller(student, teacher, text, 0, kept)
+    repair_smaller(student, teacher, text, kept)
     assert distance(student, teacher, text) < 0.7 * before
 
 
@@ -106,7 +106,7 @@ def test_walk_gives_each_layers_gram_and_target(teacher: Any, text: list[Rollout
             assert cross is not None
             seen[name] = float((cross - layer.weight @ sites.gram_II).norm() / cross.norm())
 
-    walk.walk(copy.deepcopy(teacher), text, visit, pad_id=0, teacher=teacher)
+    walk.walk(copy.deepcopy(teacher), text, visit, teacher=teacher)
     linear = [n for n, m in teacher.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert sorted(seen) == sorted(linear)
     assert max(seen.values()) < 1e-4
@@ -122,7 +122,7 @@ def test_a_common_opening_counts_once_a_pass_where_a_teacher_asks(teacher: Any, 
 
     text = [Rollout(str(i), (*opening, 30 + i), (opening * 2)[: 3 + i], False) for i in range(4)]
     text.append(Rollout("4", opening, opening, False))  # the shortest prompt ends the opening; completions always count
-    walk.walk(copy.deepcopy(teacher), text, visit, pad_id=0, teacher=teacher if taught else None)
+    walk.walk(copy.deepcopy(teacher), text, visit, teacher=teacher if taught else None)
     everything = sum(len(r.prompt) + len(r.completion) for r in text)
     assert set(rows) == {everything - 4 * 9 * taught}
 
@@ -163,7 +163,7 @@ def test_narrower_layers_are_asked_for_the_outputs_that_they_kept(teacher: Any, 
             assert cross is not None, name
             seen[name] = float((cross - layer.weight @ sites.gram_II).norm() / cross.norm())
 
-    walk.walk(student, text, visit, pad_id=0, teacher=teacher)
+    walk.walk(student, text, visit, teacher=teacher)
     first = {n.rpartition(".")[2]: v for n, v in seen.items() if "layers.0." in n}
     assert max(first["gate_proj"], first["up_proj"]) < 1e-4
     assert first["down_proj"] > 0.01  # channels are missing
@@ -189,7 +189,7 @@ def test_walk_sees_real_tokens_only(teacher: Any, text: list[Rollout]) -> None:
     def visit(sites: walk.Sites) -> None:
         grams[sites.names[0]] = sites.gram_II
 
-    walk.walk(copy.deepcopy(teacher), text, visit, pad_id=0)
+    walk.walk(copy.deepcopy(teacher), text, visit)
     block = teacher.model.layers[0]
     slow = torch.zeros(64, 64, dtype=torch.float64)
     for row in text:
@@ -202,7 +202,7 @@ def test_what_is_settled_in_a_block_runs_once_more_and_is_then_replayed(teacher:
     student, calls = copy.deepcopy(teacher), []
     student.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     seen = []
-    walk.walk(student, text, lambda s: seen.append(s.names), pad_id=0, teacher=teacher)
+    walk.walk(student, text, lambda s: seen.append(s.names), teacher=teacher)
     groups = [names for names in seen if "layers.1." in names[0]]
     assert len(groups) == 4
     # the probe, up to the output matrix's input, and once whole: not for the MLP's two groups and the end again

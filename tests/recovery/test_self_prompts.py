@@ -217,7 +217,7 @@ def fake_sampler(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> SimpleNames
     """The tiny model writes gibberish; texts come from Fake, and what the sampler was built with is shown."""
     built = SimpleNamespace()
 
-    def build(model: Any, shared: int, eos: tuple[int, ...], pad_id: int, **rest: Any) -> Fake:
+    def build(model: Any, shared: int, eos: tuple[int, ...], **rest: Any) -> Fake:
         built.shared, built.eos = shared, eos
         built.made = Fake(tokenizer)
         return built.made

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import remend.recovery.rules
+import remend.recovery.streams
 from remend.errors import InputError
 from remend.files.settings import build
 from remend.recovery.rules import notes, problems, warnings
@@ -135,6 +136,7 @@ def test_settings_without_effect_are_said(values: dict[str, Any], part: str) -> 
 
 def test_what_a_cached_teacher_brings_itself_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remend.recovery.rules, "is_cache", lambda name: name == "cache")
+    monkeypatch.setattr(remend.recovery.streams, "is_cache", lambda name: name == "cache")
     alone = {"streams": {"a": {"teacher": "cache", "policy": "off", "held_out": 3}}, "temperature": 0.5}
     found = warnings(config(**alone), resolve(config(**alone)))
     assert any(line.startswith("held_out, temperature of a changes nothing") for line in found)

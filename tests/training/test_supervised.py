@@ -27,7 +27,7 @@ def rows(tokenizer: Any) -> list[Rollout]:
 
 
 def objective(model: Any, rows: Sequence[Rollout], batch: int, accumulation: int = 1, **turn: int) -> Supervised:
-    return Supervised(scorer(model), Order(rows, 0), 0, batch, accumulation, nullcontext(), **turn)
+    return Supervised(scorer(model), Order(rows, 0), batch, accumulation, nullcontext(), **turn)
 
 
 def slow_loss(model: Any, rows: Sequence[Rollout]) -> torch.Tensor:

@@ -174,7 +174,7 @@ def prune_depth(
 def _points(job: Job) -> Iterator[Tensor]:
     """The reference's residual stream [N, D] on the calibration text, from before the first block to after the last."""
     text = job.calibration()
-    for index, before_ND, after_ND in walk.block_states(job.reference, text, job.pad_id):
+    for index, before_ND, after_ND in walk.block_states(job.reference, text):
         if index == 0:
             yield before_ND
         yield after_ND

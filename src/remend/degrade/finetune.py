@@ -202,7 +202,6 @@ def _train(job: Job, plan: _Plan, rows: Sequence[Rollout], steps: int, scratch: 
     objective = Supervised(
         student=scorer(student),
         order=Order(rows, job.seed),
-        pad_id=job.pad_id,
         batch_size=plan.batch_size,
         accumulation=plan.gradient_accumulation,
         precision=mixed_precision(choose_dtype(plan.dtype, student.device), student.device),

@@ -26,7 +26,6 @@ from remend.models.load import load_model, load_tokenizer, save_model
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
-from remend.models.tokens import pad_id
 from remend.training.measure import compare, pool
 
 PROBE_PROMPTS, PROBE_TOKENS = 32, 48
@@ -74,11 +73,6 @@ class Job:
     calibration_seconds: float = 0.0
     calibration_hash: str | None = None
     _rollouts: list[Rollout] | None = None
-
-    @property
-    def pad_id(self) -> int:
-        """Any valid id."""
-        return pad_id(self.tokenizer)
 
     def calibration(self) -> list[Rollout]:
         """The reference's own completions, sampled once. Raises InputError when there is no prompt."""
@@ -211,10 +205,10 @@ def _load(
 def probe_against(reference: Any, student: Any, tokenizer: Any) -> dict[str, Any]:
     """Forward KL (nats a token) and top-1 agreement on the demo's held-out prompts: the reference's greedy answers."""
     prompts = [encode(tokenizer, e) for e in bundled("held_out")[:PROBE_PROMPTS]]
-    pad, parts = pad_id(tokenizer), scorer(reference)
+    parts = scorer(reference)
     rollouts = answer(reference, tokenizer, prompts, "probing: the reference answers", max_new_tokens=PROBE_TOKENS)
     with stage("probing: comparing", len(prompts)) as advance:
-        figures = pool(compare(scorer(student), parts, rollouts, pad_id=pad, on_rows=advance))
+        figures = pool(compare(scorer(student), parts, rollouts, on_rows=advance))
     return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"], "prompts": len(prompts)}
 
 

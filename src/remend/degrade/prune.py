@@ -142,7 +142,7 @@ def prune_in_place(job: Job, layers: Mapping[str, nn.Linear], sparsity: Sparsity
                     layer.weight.copy_(apply(layer.weight, sites.gram_II, sparsity))
 
         text = job.calibration()
-        walk.walk(job.student, text, visit, pad_id=job.pad_id, title=f"pruning ({method})")
+        walk.walk(job.student, text, visit, title=f"pruning ({method})")
     elif scope == "global":
         zero_smallest([layer.weight for layer in layers.values()], sparsity.share)
     else:

@@ -83,7 +83,7 @@ def quantize_in_place(
 
     if method in CALIBRATED:
         assert job is not None
-        walk.walk(model, job.calibration(), visit, pad_id=job.pad_id, title=f"quantizing ({method})")
+        walk.walk(model, job.calibration(), visit, title=f"quantizing ({method})")
     else:
         for name, layer in layers.items():
             settle(name, layer, None)

@@ -36,7 +36,6 @@ from remend.models.load import load_model, load_tokenizer
 from remend.models.sampling.answers import answer, spoken
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer, scorer
-from remend.models.tokens import pad_id
 from remend.report import write_diagnosis_report
 from remend.training.measure import repetition
 
@@ -200,9 +199,8 @@ class _Diagnosis:
 
         with stage(f"measuring {subject.name}", len(text.rollouts)) as advance:
             turn = (self.state.process_index, self.state.num_processes)
-            pad = pad_id(self.tokenizer)
             options: dict[str, Any] = {"sites": self.plan.sites, "consume": consume, "turn": turn, "on_rows": advance}
-            mine = capture(ours, subject.spec, text.rollouts, text.picks, pad_id=pad, **options)
+            mine = capture(ours, subject.spec, text.rollouts, text.picks, **options)
         count = len(text.rollouts)
         rows = {site: as_layers(gathered(found), count) for site, found in mine.items()}
         by_sequence = gathered(tokens)

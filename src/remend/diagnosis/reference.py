@@ -40,7 +40,6 @@ from remend.models.activations.capture import LEAST_ROWS, Batch, as_layers, capt
 from remend.models.sampling.answers import answer, spoken
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer, scorer
-from remend.models.tokens import pad_id
 
 VERSION = 3
 WHOLE = 128
@@ -104,7 +103,6 @@ def material(
 
     Raises InputError where the reference answers with nothing, or its layers are not finite.
     """
-    pad = pad_id(tokenizer)
     if state.is_main_process and not (folder / "completions.jsonl").is_file():
         _answer(parts, tokenizer, prompts, settings, folder)
     state.wait_for_everyone()
@@ -126,7 +124,7 @@ def material(
         replace(r, completion=r.completion[: pick + 1]) for r, pick in zip(rollouts[whole:], picks[whole:], strict=True)
     ]
     if not (folder / "done.json").is_file():
-        _pass(parts, rollouts, picks, whole, settings, folder, pad, state)
+        _pass(parts, rollouts, picks, whole, settings, folder, state)
     state.wait_for_everyone()
     done = read_json(folder / "done.json")
     kept = load_file(folder / "rows.safetensors") if state.is_main_process else {}
@@ -156,7 +154,6 @@ def _pass(
     whole: int,
     settings: Settings,
     folder: Path,
-    pad: int,
     state: PartialState,
 ) -> None:
     turn = (state.process_index, state.num_processes)
@@ -172,7 +169,6 @@ def _pass(
             "the reference",
             rollouts,
             picks,
-            pad_id=pad,
             sites=settings.sites,
             consume=keep,
             turn=turn,
@@ -181,7 +177,7 @@ def _pass(
     rows = {site: as_layers(gathered(found), len(rollouts)) for site, found in mine.items()}
     state.wait_for_everyone()
     if state.is_main_process:
-        anchors = _anchors(parts, rollouts, picks, rows, settings, pad)
+        anchors = _anchors(parts, rollouts, picks, rows, settings)
         _save(folder / "rows.safetensors", rows)
         write_json(folder / "done.json", {**vars(settings), "sequences": len(rollouts), "anchors": anchors})
 
@@ -209,7 +205,6 @@ def _anchors(
     picks: Sequence[int],
     rows: Mapping[str, Tensor],
     settings: Settings,
-    pad: int,
 ) -> dict[str, list[float]]:
     """CKA of the reference with a re-run of itself, and with the same architecture at random weights."""
     count = min(ANCHOR_ROWS, len(rollouts))
@@ -219,7 +214,7 @@ def _anchors(
         ("random", "anchor: random weights", scorer(random_model(parts.model, settings.seed), settings.shared)),
     ):
         with stage(title, count) as advance:
-            mine = capture(model, title, rollouts[:count], picks[:count], pad_id=pad, on_rows=advance)
+            mine = capture(model, title, rollouts[:count], picks[:count], on_rows=advance)
         other = as_layers(mine["residual"], count)
         keep_S = usable(rows["residual"][:, :count], other)
         found[name] = [

@@ -16,7 +16,7 @@ from remend.evaluation.steady import Steady
 from remend.evaluation.store import Answers
 from remend.models.sampling.rollout import Sampler
 from remend.models.sampling.transformers_engine import TransformersSampler
-from remend.models.tokens import eos_ids, pad_id
+from remend.models.tokens import eos_ids
 
 ROWS = {"cpu": 32}
 GPU_ROWS = 64
@@ -63,7 +63,7 @@ def hf_sampler(model: Any, tokenizer: Any, *, greedy: bool) -> Sampler:
     eos = eos_ids(model, tokenizer)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     policy = Steady(model, eos) if greedy else model
-    return TransformersSampler(policy, vocabulary, eos, pad_id(tokenizer), max_rows=2**31)
+    return TransformersSampler(policy, vocabulary, eos, max_rows=2**31)
 
 
 def token_cap(model: Any) -> int:

@@ -33,7 +33,7 @@ from remend.models.sampling.rollout import Sampler
 from remend.models.sampling.vllm_engine import ROWS as VLLM_ROWS
 from remend.models.sampling.vllm_engine import VllmSampler
 from remend.models.scorer import scorer
-from remend.models.tokens import eos_ids, pad_id
+from remend.models.tokens import eos_ids
 
 GPU_LETTER_ROWS, GPU_LETTER_TOKENS = 32, 16_384
 """Prompts, and tokens, that are scored for letters at once. A CPU takes them one by one: that is not slower, since what
@@ -253,7 +253,7 @@ class _Evaluation:
             if key not in answers
         ]
         if open_:
-            parts, pad = scorer(self.model), pad_id(self.tokenizer)
+            parts = scorer(self.model)
             one_by_one = self.plan.device.type == "cpu"
             if one_by_one and self.plan.batch_rows not in (None, 1):
                 self.warnings.append(f"{name}: batch_rows has no effect, since a CPU scores letters one by one")
@@ -261,7 +261,7 @@ class _Evaluation:
             rows = 1 if one_by_one else self.plan.batch_rows or GPU_LETTER_ROWS
             with stage(f"scoring letters of {name}", len(keys), len(keys) - len(open_)) as advance:
                 for batch in batches([len(c) for _, c in open_], rows=rows, tokens=GPU_LETTER_TOKENS):
-                    found = letters.log_likelihoods(parts, [open_[i][1] for i in batch], pad_id=pad, turns=turns)
+                    found = letters.log_likelihoods(parts, [open_[i][1] for i in batch], turns=turns)
                     answers.add(
                         [
                             {"key": open_[i][0], "task": name, "id": open_[i][1].id, "log_likelihoods": values}

@@ -132,7 +132,7 @@ class FirstTurns:
 
 @torch.no_grad()
 def log_likelihoods(
-    parts: Scorer, choices: Sequence[Choice], *, pad_id: int, turns: FirstTurns | None = None
+    parts: Scorer, choices: Sequence[Choice], *, turns: FirstTurns | None = None
 ) -> list[dict[str, float]]:
     """log p(letter | context) in nats of every letter of every choice, in one forward pass.
 
@@ -144,7 +144,7 @@ def log_likelihoods(
     # letters that differ in their last token alone need one sequence between them
     stems = [(c, stem) for c in choices for stem in dict.fromkeys(e[:-1] for e in c.endings.values())]
     pairs = [(c.context, (*stem, c.context[-1])) for c, stem in stems]
-    batch = pack(pairs, pad_id=pad_id, device=parts.device)
+    batch = pack(pairs, device=parts.device)
     if turns is not None and len(stems) == 1:
         states_BTD, skipped = turns.hidden(batch.tokens_BT, choices[0].turn)
         states_ND = states_BTD[batch.rows_N, batch.columns_N - skipped]

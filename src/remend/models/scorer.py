@@ -159,7 +159,7 @@ def _shares_prefixes(parts: Scorer) -> bool:
     tokens_BT = torch.arange(1, 41, device=parts.device).reshape(2, 20).remainder(parts.shared)
     tokens_BT[1, :12] = tokens_BT[0, :12]
     pairs = [(row[:14], row[14:]) for row in tokens_BT.tolist()]
-    batch = pack(pairs, pad_id=0, device=parts.device)
+    batch = pack(pairs, device=parts.device)
     whole_ND = batch.gather(parts.hidden(batch.tokens_BT)).float()
     try:
         apart_ND = replace(parts, prefixes=True, checkpointing=False).states(batch).float()
@@ -187,10 +187,8 @@ class Packed:
         return states_BTD[self.rows_N, self.columns_N]
 
 
-def pack(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, device: torch.device, skip_first: int = 0
-) -> Packed:
-    """Lay (prompt, completion) pairs out as a right-padded batch.
+def pack(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, device: torch.device, skip_first: int = 0) -> Packed:
+    """Lay (prompt, completion) pairs out as a batch, padded on the right with id 0, which is never read.
 
     The state at position len(prompt) − 1 + t predicts completion token t. Packing the same completions after prompts
     of other lengths therefore gives the same N tokens in the same order: that is how a teacher with another prompt is
@@ -198,12 +196,11 @@ def pack(
 
     Args:
         pairs: token ids; every prompt has at least one token.
-        pad_id: any valid id; padded positions are never read.
         device: where the tensors go.
         skip_first: completion tokens at the start that are left out.
     """
     width = max(len(p) + len(c) for p, c in pairs)
-    tokens_BT = torch.full((len(pairs), width), pad_id, dtype=torch.long)
+    tokens_BT = torch.zeros((len(pairs), width), dtype=torch.long)
     rows, columns, targets = [], [], []
     for row, (prompt, completion) in enumerate(pairs):
         if not prompt:

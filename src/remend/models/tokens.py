@@ -15,9 +15,3 @@ def eos_ids(model_or_config: Any, tokenizer: Any) -> tuple[int, ...]:
         elif value is not None:
             found.update(int(v) for v in value)
     return tuple(sorted(found))
-
-
-def pad_id(tokenizer: Any) -> int:
-    """An id to pad with: any valid one serves, since padded positions are never read."""
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id or 0)

@@ -87,11 +87,9 @@ def judge_demonstrations(name: str, gains: Mapping[str, Sequence[float]], seed: 
     return Verdict(reasons, figures)
 
 
-def likelihood_gain(model: Any, rollouts: Sequence[Rollout], *, pad_id: int, device: Any) -> list[float]:
+def likelihood_gain(model: Any, rollouts: Sequence[Rollout], *, device: Any) -> list[float]:
     """By how many nats a token the negative log-likelihood of each row's answer falls when the teacher sees it."""
-    without, shown = (
-        negative_log_likelihoods(model, rollouts, pad_id=pad_id, device=device, shown=s) for s in (False, True)
-    )
+    without, shown = (negative_log_likelihoods(model, rollouts, device=device, shown=s) for s in (False, True))
     return [a - b for a, b in zip(without, shown, strict=True)]
 
 

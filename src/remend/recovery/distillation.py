@@ -79,7 +79,6 @@ class Distillation:
     student: Scorer
     lanes: Sequence[Lane]
     sampler: Sampler
-    pad_id: int
     steps: int
     micro_rows: int
     seed: int
@@ -170,7 +169,7 @@ class Distillation:
         stale = self.importance_clip is not None and all(r.log_q is not None for r in rollouts)
         skip = 0 if stale else stream.skip_first  # a skipped token's ratio counts for those that follow it
         pairs = [(r.prompt, r.completion) for r in rollouts]
-        batch = pack(pairs, pad_id=self.pad_id, device=device, skip_first=skip)
+        batch = pack(pairs, device=device, skip_first=skip)
         prefix = self._prefix(rollouts, batch, stream.skip_first) if stale else None
         aligned = self.alignment if lane is self.lanes[0] else None
         if aligned and aligned.due(self._step):
@@ -223,7 +222,7 @@ class Distillation:
     ) -> Tensor:
         """[N, E]: the teacher's states at the same completion tokens, after the prompts that it is shown."""
         pairs = [(r.shown or r.prompt, r.completion) for r in rollouts]
-        batch = pack(pairs, pad_id=self.pad_id, device=self.student.device, skip_first=skip)
+        batch = pack(pairs, device=self.student.device, skip_first=skip)
         with seen.by(aligned, "teacher", batch):
             return _states(teacher, batch, aligned)
 

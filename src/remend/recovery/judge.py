@@ -100,10 +100,9 @@ class Judge:
         checked: Preflight,
         config: RecoverConfig,
         directory: RunDirectory,
-        pad_id: int,
     ) -> None:
         self.reference, self.checked, self.config = reference, checked, config
-        self.directory, self.pad_id = directory, pad_id
+        self.directory = directory
         # measured without demonstrations, whatever the main stream's teacher is shown
         self.prompts = [replace(p, shown=None) for p in checked.main.held_out]
         self.examples = checked.main.examples
@@ -139,7 +138,7 @@ class Judge:
     def _compare(self, student: Scorer, rollouts: list[Rollout], title: str) -> list[PromptSums]:
         with stage(title, len(rollouts)) as advance:
             kept = self._kept if rollouts is self.completions else None
-            return compare(student, self.reference, rollouts, pad_id=self.pad_id, on_rows=advance, kept=kept)
+            return compare(student, self.reference, rollouts, on_rows=advance, kept=kept)
 
     def own_answers(self, model: Any, count: int, title: str) -> tuple[list[Rollout], list[PromptSums]]:
         """The model's own seeded samples at temperature 1 to the first prompts, and its divergence on them.
@@ -216,5 +215,5 @@ class Judge:
 
     def quick(self, student: Scorer) -> dict[str, float]:
         """KL and agreement on the reference's completions, during training."""
-        figures = pool(compare(student, self.reference, self.completions, pad_id=self.pad_id, kept=self._kept))
+        figures = pool(compare(student, self.reference, self.completions, kept=self._kept))
         return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"]}

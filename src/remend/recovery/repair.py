@@ -32,7 +32,6 @@ from remend.data.templates import Encoded
 from remend.models.activations.walk import Sites, completions, walk
 from remend.models.layers import infer_layer_map, kept_weights, linear_layers
 from remend.models.sampling.rollout import Rollout
-from remend.models.tokens import pad_id
 
 TOKENS = 64
 """Of a calibration sample, the reference's own completion of a training prompt."""
@@ -91,7 +90,7 @@ def repair(
     smaller = not same and stored is None and not masked and _is_cut_from(student, teacher)
     if not smaller and not (same and (stored is not None or masked)):
         return Repaired(stored)
-    began, pad = time.perf_counter(), pad_id(tokenizer)
+    began = time.perf_counter()
     chosen = _chosen(prompts, samples, seed)
     with precision or nullcontext():
         text = completions(teacher, tokenizer, chosen, max_new_tokens=TOKENS, seed=seed, shared=shared)
@@ -100,12 +99,12 @@ def repair(
         teacher = copy.deepcopy(teacher).float()
     masters = None
     if stored is not None:
-        stored, masters = repair_grid(student, teacher, stored, text, pad, precision)
+        stored, masters = repair_grid(student, teacher, stored, text, precision)
     elif masked:
-        repair_mask(student, teacher, text, pad, precision)
+        repair_mask(student, teacher, text, precision)
     else:
         known = layer_map or infer_layer_map(student, teacher)
-        repair_smaller(student, teacher, text, pad, known, precision)
+        repair_smaller(student, teacher, text, known, precision)
     return Repaired(stored, masters, time.perf_counter() - began, text)
 
 
@@ -166,7 +165,6 @@ def repair_grid(
     teacher: Any,
     stored: StoredGrid,
     rollouts: Sequence[Rollout],
-    pad_id: int,
     precision: AbstractContextManager[Any] | None = None,
 ) -> tuple[StoredGrid, dict[str, Tensor]]:
     """Round the teacher's weights anew onto the student's grid, each layer compensating for those before it.
@@ -190,7 +188,7 @@ def repair_grid(
             matrices[key], masters[key] = (rounded.codes, grid), rounded.weight
 
     title = "repairing on the grid"
-    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, precision=precision, title=title)
+    walk(student, rollouts, visit, teacher=teacher, precision=precision, title=title)
     return StoredGrid(stored.format, matrices), masters
 
 
@@ -199,7 +197,6 @@ def repair_mask(
     student: Any,
     teacher: Any,
     rollouts: Sequence[Rollout],
-    pad_id: int,
     precision: AbstractContextManager[Any] | None = None,
 ) -> None:
     """Refit what the mask left, in place; the zeros stay where they are."""
@@ -214,7 +211,7 @@ def repair_mask(
             layer.weight.copy_(refit_kept(_target(sites, at, healthy[key], gram_II), gram_II, kept[key]))
 
     title = "repairing under the mask"
-    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, precision=precision, title=title)
+    walk(student, rollouts, visit, teacher=teacher, precision=precision, title=title)
 
 
 @torch.no_grad()
@@ -222,7 +219,6 @@ def repair_smaller(
     student: Any,
     teacher: Any,
     rollouts: Sequence[Rollout],
-    pad_id: int,
     layer_map: Sequence[int],
     precision: AbstractContextManager[Any] | None = None,
 ) -> None:
@@ -234,4 +230,4 @@ def repair_smaller(
             layer.weight.copy_(_target(sites, at, layer.weight.detach().float(), gram_II))
 
     how: dict[str, Any] = {"layer_map": layer_map, "precision": precision, "title": "repairing at the cut"}
-    walk(student, rollouts, visit, pad_id=pad_id, teacher=teacher, **how)
+    walk(student, rollouts, visit, teacher=teacher, **how)

@@ -28,7 +28,6 @@ from remend.models.device import choose_dtype, mixed_precision
 from remend.models.find import ModelSource, find_model, hash_files
 from remend.models.load import load_model, save_model
 from remend.models.scorer import Scorer, scorer
-from remend.models.tokens import pad_id
 from remend.recovery.judge import HeldOut, Judge, summarize
 from remend.recovery.pools import repair_answers
 from remend.recovery.preflight import Preflight
@@ -81,7 +80,6 @@ class Recovery:
                 self._create(inputs)
             else:
                 _same_inputs(directory, inputs)
-        self.pad_id = pad_id(checked.tokenizer)
 
     def _inputs(self) -> dict[str, Any]:
         main = self.checked.main.stream.teacher
@@ -135,7 +133,7 @@ class Recovery:
             stored.check(student)  # before repair, which would write the grid's points whatever the weights were
         # one process measures, writes and saves; the others only share the steps
         main = self.accelerator.is_main_process
-        judge = Judge(reference, self.checked, self.config, self.directory, self.pad_id) if main else None
+        judge = Judge(reference, self.checked, self.config, self.directory) if main else None
         baseline = judge.baseline(student) if judge else None
         tracker = self._tracker(reference, judge)
         if baseline:
@@ -189,7 +187,7 @@ class Recovery:
         return self._new_tracker(reference, judge)
 
     def _new_tracker(self, reference: Scorer, judge: Judge) -> Tracker:
-        options: dict[str, Any] = {"pad_id": self.pad_id, "seed": self.config.seed}
+        options: dict[str, Any] = {"seed": self.config.seed}
         return Tracker(reference, judge.completions, self.directory, layer_map=self.checked.layer_map, **options)
 
     def _note(self, tracker: Tracker | None, model: Any, step: int, name: str, figures: Mapping[str, Any]) -> None:
@@ -207,7 +205,7 @@ class Recovery:
         if not isinstance(reference, Scorer):
             kind = "a cache, which has no layers" if isinstance(reference, TeacherCache) else "no model of its own"
             raise InputError(f"the reference of this run is {kind} to compare with")
-        judge = Judge(reference, self.checked, self.config, self.directory, self.pad_id)
+        judge = Judge(reference, self.checked, self.config, self.directory)
         tracker = self._new_tracker(reference, judge)
         parts = scorer(student, self.checked.shared)
         self._note(tracker, student, 0, "degraded", judge.quick(parts))

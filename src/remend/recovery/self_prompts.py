@@ -35,7 +35,7 @@ from remend.models.find import find_model, hash_files
 from remend.models.load import load_model, load_tokenizer
 from remend.models.sampling.rollout import Rollout, Sampler
 from remend.models.sampling.transformers_engine import TransformersSampler
-from remend.models.tokens import eos_ids, pad_id
+from remend.models.tokens import eos_ids
 from remend.recovery.self_prompt_filters import Counts, Sieve, words_of
 
 PROBE = "remendprobe"
@@ -192,7 +192,7 @@ def generate(
     """
     _require(n, temperature, max_new_tokens)
     turn = user_turn(tokenizer, eos_ids(model, tokenizer))
-    sampler = TransformersSampler(model, shared, turn.ends, pad_id(tokenizer), max_rows=ROWS)
+    sampler = TransformersSampler(model, shared, turn.ends, max_rows=ROWS)
     settings: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "on_kept": on_kept}
     return collect(sampler, tokenizer, turn, n=n, seed=seed, **settings)
 

@@ -41,7 +41,6 @@ class SideStreams:
         lanes, checked, config: of the run; teachers are as at the start.
         student: as it is trained.
         directory: the teacher's answers and the measures before training are kept there.
-        pad_id: any valid id.
     """
 
     def __init__(
@@ -51,10 +50,9 @@ class SideStreams:
         config: RecoverConfig,
         student: Scorer,
         directory: RunDirectory,
-        pad_id: int,
     ) -> None:
         self.config, self.tokenizer, self.student = config, checked.tokenizer, student
-        self.directory, self.pad_id, self.main = directory, pad_id, checked.main
+        self.directory, self.main = directory, checked.main
         self.data = {s.stream.name: s for s in checked.streams}
         self.lanes = {lane.stream.name: lane for lane in lanes}
         self._completions = {
@@ -96,7 +94,7 @@ class SideStreams:
         """kl and nll of each stream beside the main one."""
         found = {}
         for name in self._measured:
-            sums = compare(self.student, self.lanes[name].teacher, self._completions[name], pad_id=self.pad_id)
+            sums = compare(self.student, self.lanes[name].teacher, self._completions[name])
             tokens = sum(s.tokens for s in sums)
             found[name] = {"kl": pool(sums)["kl"], "nll": sum(s.nll for s in sums) / tokens}
         return found
@@ -122,7 +120,7 @@ class SideStreams:
             if not data.stream.demonstrations or isinstance(teacher, TeacherCache):
                 continue
             device = self.student.device
-            gains = {"nll": likelihood_gain(teacher, self._completions[name], pad_id=self.pad_id, device=device)}
+            gains = {"nll": likelihood_gain(teacher, self._completions[name], device=device)}
             if data.stream.task:
                 gains["score"] = score_gain(data, teacher, self.student, self.tokenizer)
             found.append(judge_demonstrations(name, gains, self.config.seed))

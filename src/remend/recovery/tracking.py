@@ -29,7 +29,6 @@ class Tracker:
         completions: its answers to the held-out prompts.
         directory: of the run.
         layer_map: for each of the student's layers the reference's; None finds it.
-        pad_id: any valid id.
         seed: settles which token of each answer gives the row.
     """
 
@@ -40,10 +39,9 @@ class Tracker:
         directory: RunDirectory,
         *,
         layer_map: Sequence[int] | None,
-        pad_id: int,
         seed: int,
     ) -> None:
-        self.reference, self.directory, self.pad_id = reference, directory, pad_id
+        self.reference, self.directory = reference, directory
         self.completions = [r for r in completions if r.completion]
         draws = [derive_seed(seed, "row", r.id) / 2**63 for r in self.completions]
         self.picks = pick_positions([len(r.completion) for r in self.completions], draws)
@@ -51,7 +49,7 @@ class Tracker:
         self._theirs: Tensor | None = None
 
     def _rows(self, parts: Scorer, name: str) -> Tensor:
-        found = capture(parts, name, self.completions, self.picks, pad_id=self.pad_id)
+        found = capture(parts, name, self.completions, self.picks)
         return as_layers(found["residual"], len(self.completions))
 
     def measured(self, step: int, stage: str) -> bool:

@@ -18,7 +18,7 @@ from remend.models.layers import infer_layer_map
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import Scorer, scorer
-from remend.models.tokens import eos_ids, pad_id
+from remend.models.tokens import eos_ids
 from remend.recovery.alignment import Alignment, pairs_of
 from remend.recovery.bootstrap import GATE, Gate, Verdict, judge_rollouts
 from remend.recovery.distillation import Distillation, Lane
@@ -93,7 +93,6 @@ class Training:
         self.config, self.checked, self.directory, self.accelerator = config, checked, directory, accelerator
         self.precision, self.student, self.constraint = precision, student, constraint
         self.judge, self.tracker, self.baseline_kl = judge, tracker, baseline_kl
-        self.pad_id = pad_id(checked.tokenizer)
         self.rate = learning_rate(config, checked)
         self.recompute = self._recompute()
         self.parts = scorer(student, checked.shared, checkpointing=self.recompute)
@@ -107,7 +106,7 @@ class Training:
             for name in (METRICS, TIMING, GATE, TRACK):
                 directory.rewind(name, self.done)
         accelerator.wait_for_everyone()  # what is read from these files is read as rewound
-        self.side = SideStreams(self.lanes, checked, config, self.parts, directory, self.pad_id) if judge else None
+        self.side = SideStreams(self.lanes, checked, config, self.parts, directory) if judge else None
         self.selection = Selection(directory, constraint, config.selects == "best", config.patience)
 
     def _recompute(self) -> bool:
@@ -192,8 +191,7 @@ class Training:
         return Distillation(
             student=self.parts,
             lanes=lanes,
-            sampler=TransformersSampler(self.student, checked.shared, ends, self.pad_id, log_q=stale),
-            pad_id=self.pad_id,
+            sampler=TransformersSampler(self.student, checked.shared, ends, log_q=stale),
             steps=config.steps,
             micro_rows=config.batch_size,
             seed=config.seed,

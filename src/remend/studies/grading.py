@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from remend.evaluation import evaluate
+from remend.evaluation.job import evaluate
 from remend.files.atomic import write_json
 
 

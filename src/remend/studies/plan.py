@@ -13,7 +13,8 @@ from remend.data import tasks
 from remend.data.tasks.forms import no_rows
 from remend.degrade import prune, quantize
 from remend.errors import CheckError, FileError, InputError, did_you_mean
-from remend.evaluation import evaluate, harness
+from remend.evaluation import harness
+from remend.evaluation.job import evaluate
 from remend.evaluation.plan import LM_EVAL, make_plan
 from remend.files import recipes
 from remend.files.settings import Settings, build, read_yaml

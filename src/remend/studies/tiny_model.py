@@ -32,7 +32,7 @@ from remend.files.run_directory import RunDirectory
 from remend.models.device import mixed_precision
 from remend.models.load import save_model
 from remend.models.scorer import scorer
-from remend.models.tokens import eos_ids, pad_id
+from remend.models.tokens import eos_ids
 from remend.training.constraints import Free
 from remend.training.loop import Saving, Schedule, train
 from remend.training.supervised import Supervised, encode_pairs
@@ -236,7 +236,6 @@ def _train(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], out: Path
     objective = Supervised(
         student=scorer(model),
         order=Order(encoded, seed),
-        pad_id=pad_id(tokenizer),
         batch_size=ROWS,
         accumulation=1,
         precision=mixed_precision(torch.float32, torch.device("cpu")),

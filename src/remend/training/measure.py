@@ -40,7 +40,6 @@ def compare(
     reference: Teacher | TeacherCache,
     rollouts: Sequence[Rollout],
     *,
-    pad_id: int,
     max_rows: int = 8,
     on_rows: Callable[[int], None] | None = None,
     kept: dict[int, Tensor] | None = None,
@@ -52,7 +51,6 @@ def compare(
     Args:
         student, reference: models as body and head over the same shared ids.
         rollouts: prompts with completions; they need not be either model's own.
-        pad_id: any valid id.
         max_rows: completions a forward pass.
         on_rows: progress callback.
         kept: the reference's hidden states at completion positions, by batch: filled by the first call, and read by
@@ -68,7 +66,7 @@ def compare(
     results: dict[int, PromptSums] = {}
     for start in range(0, len(order), max_rows):
         part = [rollouts[i] for i in order[start : start + max_rows]]
-        batch = pack([(r.prompt, r.completion) for r in part], pad_id=pad_id, device=device)
+        batch = pack([(r.prompt, r.completion) for r in part], device=device)
         ours_ND = student.states(batch)
         against = (
             _cached(reference, part, batch)
@@ -99,7 +97,7 @@ def _live(reference: Teacher, rollouts: Sequence[Rollout], batch: Packed, at: in
         theirs = batch
         if any(r.shown is not None for r in rollouts):
             pairs = [(r.shown or r.prompt, r.completion) for r in rollouts]
-            theirs = pack(pairs, pad_id=0, device=batch.tokens_BT.device)
+            theirs = pack(pairs, device=batch.tokens_BT.device)
         kept[at] = reference.states(theirs).cpu()
     states_NE, head = kept[at].to(batch.tokens_BT.device), reference.head
 
@@ -129,14 +127,14 @@ def _cached(reference: TeacherCache, rollouts: Sequence[Rollout], batch: Packed)
 
 @torch.no_grad()
 def negative_log_likelihoods(
-    model: Teacher, rollouts: Sequence[Rollout], *, pad_id: int, device: torch.device, shown: bool, max_rows: int = 8
+    model: Teacher, rollouts: Sequence[Rollout], *, device: torch.device, shown: bool, max_rows: int = 8
 ) -> list[float]:
     """Of each completion, nats a token, after the prompt or (`shown`) after the teacher's prompt."""
     found = []
     for start in range(0, len(rollouts), max_rows):
         part = rollouts[start : start + max_rows]
         pairs = [((r.shown or r.prompt) if shown else r.prompt, r.completion) for r in part]
-        batch = pack(pairs, pad_id=pad_id, device=device)
+        batch = pack(pairs, device=device)
         states_ND, head = model.states(batch), model.head
         sums = torch.zeros(len(part), dtype=torch.float64, device=device)
         rows = chunk_rows(head.weight_VD.shape[0], states_ND.device)

@@ -76,7 +76,6 @@ class Supervised:
 
     student: Scorer
     order: Order[Rollout]
-    pad_id: int
     batch_size: int
     accumulation: int
     precision: AbstractContextManager[Any]
@@ -94,7 +93,7 @@ class Supervised:
     def __call__(self, micro_batch: Sequence[Rollout]) -> StepOutput:
         """Sum of the cross-entropy at the micro-batch's completion tokens."""
         pairs = [(p.prompt, p.completion) for p in micro_batch]
-        batch = pack(pairs, pad_id=self.pad_id, device=self.student.device)
+        batch = pack(pairs, device=self.student.device)
         with self.precision:
             states_ND = self.student.states(batch)
             total = chunked_cross_entropy_sum(states_ND, self.student.head, batch.targets_N)

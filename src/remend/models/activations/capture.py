@@ -124,7 +124,6 @@ def capture(
     rollouts: Sequence[Rollout],
     picks: Sequence[int],
     *,
-    pad_id: int,
     sites: Sequence[str] = ("residual",),
     consume: Consume | None = None,
     turn: tuple[int, int] = (0, 1),
@@ -137,7 +136,6 @@ def capture(
         name: of the model, for messages.
         rollouts: prompts with the reference's completions.
         picks: for each sequence the completion token whose states are kept.
-        pad_id: any valid id.
         sites: of SITES.
         consume: gets the states that become logits, batch by batch.
         turn: this process's number and how many there are; it runs every so many-th batch.
@@ -153,7 +151,7 @@ def capture(
     with _recording(parts.model, name, sites) as recorder:
         for number, sequences in list(enumerate(plan(rollouts)))[turn[0] :: turn[1]]:
             part = [rollouts[i] for i in sequences]
-            packed = pack([(r.prompt, r.completion) for r in part], pad_id=pad_id, device=parts.device)
+            packed = pack([(r.prompt, r.completion) for r in part], device=parts.device)
             columns = [len(r.prompt) + picks[i] for r, i in zip(part, sequences, strict=True)]
             recorder.places = (
                 torch.arange(len(part), device=parts.device),

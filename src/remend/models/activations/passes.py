@@ -35,24 +35,23 @@ class _Batch:
 
 @torch.no_grad()
 def _batches(
-    model: Any, rollouts: Sequence[Rollout], pad_id: int, precision: AbstractContextManager[Any], once: bool = False
+    model: Any, rollouts: Sequence[Rollout], precision: AbstractContextManager[Any], once: bool = False
 ) -> list[_Batch]:
     blocks, result = decoder_layers(model), []
     order = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.completion))
     rows: list[Rollout] = []
     for rollout in order:
         if rows and (len(rows) + 1) * (len(rollout.prompt) + len(rollout.completion)) > BATCH_TOKENS:
-            result.append(_start(model, blocks, rows, pad_id, precision, once))
+            result.append(_start(model, blocks, rows, precision, once))
             rows = []
         rows.append(rollout)
-    return [*result, _start(model, blocks, rows, pad_id, precision, once)]
+    return [*result, _start(model, blocks, rows, precision, once)]
 
 
 def _start(
     model: Any,
     blocks: nn.ModuleList,
     rows: Sequence[Rollout],
-    pad_id: int,
     precision: AbstractContextManager[Any],
     once: bool = False,
 ) -> _Batch:
@@ -61,7 +60,7 @@ def _start(
     `once`: what all prompts open with (a system prompt) is real in the first row only.
     """
     pairs = [(r.prompt, r.completion) for r in rows]
-    tokens_BT = pack(pairs, pad_id=pad_id, device=model.device).tokens_BT
+    tokens_BT = pack(pairs, device=model.device).tokens_BT
     lengths = torch.tensor([len(p) + len(c) for p, c in pairs], device=model.device)
     real_BT = torch.arange(tokens_BT.shape[1], device=model.device) < lengths[:, None]
     if once:

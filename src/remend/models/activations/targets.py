@@ -25,7 +25,6 @@ class _Teacher:
         self,
         model: Any,
         rollouts: Sequence[Rollout],
-        pad_id: int,
         layer_map: Sequence[int],
         precision: AbstractContextManager[Any],
     ) -> None:
@@ -36,7 +35,7 @@ class _Teacher:
                 "and stay below that number"
             )
         self.map = [*layer_map, len(self.blocks)]
-        self.batches = _batches(model, rollouts, pad_id, precision, once=True)
+        self.batches = _batches(model, rollouts, precision, once=True)
         self._advance(0, self.map[0])
 
     def _advance(self, start: int, stop: int) -> None:

@@ -88,7 +88,6 @@ def walk(
     rollouts: Sequence[Rollout],
     visit: Callable[[Sites], None],
     *,
-    pad_id: int,
     teacher: Any = None,
     layer_map: Sequence[int] | None = None,
     precision: AbstractContextManager[Any] | None = None,
@@ -100,7 +99,6 @@ def walk(
         model: walked, and changed by `visit`, which may write into `layer.weight`.
         rollouts: calibration text; prompts and completions both count.
         visit: called once a group, in order of execution.
-        pad_id: any valid id.
         teacher: a healthy model with the same kinds of blocks; then Sites.cross_OI is given, and what all prompts of a
             forward pass open with counts once in it: repeated, it would outweigh what differs.
         layer_map: for each block of `model` the teacher's block that it is; by default the same numbers.
@@ -114,9 +112,9 @@ def walk(
     names = {m: n for n, m in model.named_modules()}
     healthy, how = None, precision or nullcontext()
     if teacher is not None:
-        healthy = _Teacher(teacher, rollouts, pad_id, layer_map if layer_map is not None else range(len(blocks)), how)
-    probe = _start(model, blocks, rollouts[:1], pad_id, nullcontext())
-    batches = _batches(model, rollouts, pad_id, how, once=healthy is not None)
+        healthy = _Teacher(teacher, rollouts, layer_map if layer_map is not None else range(len(blocks)), how)
+    probe = _start(model, blocks, rollouts[:1], nullcontext())
+    batches = _batches(model, rollouts, how, once=healthy is not None)
     with stage(title, len(blocks)) as advance:
         for index, block in enumerate(blocks):
             anatomy = _anatomy(block, probe, index)
@@ -140,9 +138,9 @@ def walk(
 
 
 @torch.no_grad()
-def block_states(model: Any, rollouts: Sequence[Rollout], pad_id: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def block_states(model: Any, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each block its number, and the residual stream before and after it: float32 [N, D], real tokens only."""
-    batches = _batches(model, rollouts, pad_id, nullcontext())
+    batches = _batches(model, rollouts, nullcontext())
     for index, block in enumerate(decoder_layers(model)):
         before_ND = _real(batches)
         for batch in batches:

@@ -11,7 +11,7 @@ from remend.files.atomic import json_line, write_text
 from remend.files.run_directory import RunDirectory
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
-from remend.models.tokens import eos_ids, pad_id
+from remend.models.tokens import eos_ids
 
 
 def answer(
@@ -39,9 +39,7 @@ def answer(
     """
     ids = model.get_output_embeddings().weight.shape[0] if shared is None else shared
     with stage(title, len(prompts)) as advance:
-        sampler = TransformersSampler(
-            model, ids, eos_ids(model, tokenizer), pad_id(tokenizer), on_rows=advance, shown=shown
-        )
+        sampler = TransformersSampler(model, ids, eos_ids(model, tokenizer), on_rows=advance, shown=shown)
         draws = seeds if seeds is not None else [0] * len(prompts)
         return sampler(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seeds=draws)
 

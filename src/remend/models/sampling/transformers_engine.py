@@ -29,7 +29,6 @@ class TransformersSampler:
         model: a transformers causal language model in evaluation mode.
         shared: only ids below it are sampled (both models must know them).
         eos: ids that end a completion; the ending token belongs to it.
-        pad_id: any valid id.
         max_rows: rows decoded at once.
         on_rows: progress callback.
         log_q: keep the log-probabilities of the sampled tokens.
@@ -39,7 +38,6 @@ class TransformersSampler:
     model: Any
     shared: int
     eos: tuple[int, ...]
-    pad_id: int
     max_rows: int = 64
     on_rows: Callable[[int], None] | None = None
     log_q: bool = False
@@ -81,7 +79,7 @@ class TransformersSampler:
 
         device = self.model.device
         width = max(map(len, prompts))
-        tokens_BT = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+        tokens_BT = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         uniform = uniform.to(device)
         active = torch.arange(len(prompts), device=device)

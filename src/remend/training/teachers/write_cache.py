@@ -36,7 +36,7 @@ from remend.models.load import load_config, load_model, load_tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import Scorer, pack, scorer
-from remend.models.tokens import eos_ids, pad_id
+from remend.models.tokens import eos_ids
 from remend.training.teachers.cache import PROMPTS, RECORD, VERSION, template_hash, vocabulary_hash
 
 SHARD_BYTES = 32 * 2**20
@@ -99,13 +99,13 @@ def cache_teacher(
         teacher: Any = load_model(source, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
         teacher.requires_grad_(False)
         record = _record(plan, source, tokenizer, shared, prompts)
-    parts, pad = scorer(teacher, shared), pad_id(tokenizer)
-    sampler = TransformersSampler(teacher, shared, eos_ids(teacher, tokenizer), pad)
+    parts = scorer(teacher, shared)
+    sampler = TransformersSampler(teacher, shared, eos_ids(teacher, tokenizer))
     rollouts = {
         "train": _answers(plan, sampler, prompts.train, "training", temperature),
         "held_out": _answers(plan, sampler, prompts.held_out, "held-out", 0.0),
     }
-    return _write(out, record, rollouts, parts, k, pad)
+    return _write(out, record, rollouts, parts, k)
 
 
 @dataclass(frozen=True)
@@ -212,13 +212,13 @@ def _answers(
 
 
 def _write(
-    out: Path, record: dict[str, Any], rollouts: dict[str, list[Rollout]], parts: Scorer, k: int, pad: int
+    out: Path, record: dict[str, Any], rollouts: dict[str, list[Rollout]], parts: Scorer, k: int
 ) -> dict[str, Any]:
     everything = [(split, r) for split, found in rollouts.items() for r in found]
     with new_directory(out) as directory:
         shards, errors = _Shards(directory), _Errors()
         with stage(f"scoring: the {k} most likely tokens and the rest", len(everything)) as advance:
-            places = _score(parts, [r for _, r in everything], k, pad, shards, errors, advance)
+            places = _score(parts, [r for _, r in everything], k, shards, errors, advance)
         lines = []
         for (split, rollout), (shard, start) in zip(everything, places, strict=True):
             row = {"id": rollout.id, "split": split, "prompt": rollout.prompt, "completion": rollout.completion}
@@ -240,7 +240,7 @@ def _write(
 
 @torch.no_grad()
 def _score(
-    parts: Scorer, rollouts: Sequence[Rollout], k: int, pad: int, shards: _Shards, errors: _Errors, advance: Advance
+    parts: Scorer, rollouts: Sequence[Rollout], k: int, shards: _Shards, errors: _Errors, advance: Advance
 ) -> list[tuple[int, int]]:
     """Score all completions, like lengths together; (shard, first row) of each, in the order given."""
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion))
@@ -248,7 +248,7 @@ def _score(
     head, rows = parts.head, chunk_rows(parts.shared, parts.device)
     for at in range(0, len(order), ROWS):
         part = order[at : at + ROWS]
-        batch = pack([(rollouts[i].prompt, rollouts[i].completion) for i in part], pad_id=pad, device=parts.device)
+        batch = pack([(rollouts[i].prompt, rollouts[i].completion) for i in part], device=parts.device)
         states_NE = parts.states(batch)
         stored = []
         for start in range(0, states_NE.shape[0], rows):
