@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import ValidationError
 
 from remend.errors import FileError, InputError
-from remend.files.settings import build, merged, parse_overrides, read_yaml
+from remend.files.settings import Gone, Settings, build, merged, parse_overrides, read_yaml
 from remend.recovery.settings import RecoverConfig
 
 NEEDED = {"student": "s", "teacher": "t", "data": "d.jsonl", "out": "o"}
@@ -46,6 +46,25 @@ def test_settings_are_frozen() -> None:
 def test_unknown_key_is_refused_with_the_nearest() -> None:
     text = message(learning_rat=1e-4)
     assert text.startswith('r.yaml: unknown key "learning_rat". Did you mean "learning_rate"? Known: student, teacher,')
+
+
+class Inner(Settings):
+    gone: ClassVar = {"width": Gone(3, "since version 9: it served nobody")}
+
+
+class Outer(Settings):
+    gone: ClassVar = {"speed": Gone(None, "since version 8: it cost too much")}
+    inner: Inner
+
+
+def test_a_key_that_is_gone_is_refused_with_the_reason_unless_it_has_its_old_default() -> None:
+    assert build(Outer, {"speed": None, "inner": {"width": 3}}, "r.yaml") == Outer(inner=Inner())
+    with pytest.raises(InputError) as raised:
+        build(Outer, {"speed": 3, "inner": {"width": None}}, "r.yaml")
+    assert str(raised.value).split("\n") == [
+        'r.yaml: "inner.width" is gone since version 9: it served nobody',
+        'r.yaml: "speed" is gone since version 8: it cost too much',
+    ]
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from remend.errors import FileError, InputError, did_you_mean
 
@@ -22,15 +23,31 @@ def as_number(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+@dataclass(frozen=True)
+class Gone:
+    """A key that used to exist: its default then, and since when and why it is gone, from "since …"."""
+
+    default: object
+    why: str
+
+
 class Settings(BaseModel):
     """Frozen settings of a known type: unknown keys are refused, and values are not converted into another type.
 
-    gone: keys that used to exist, each with the sentence that says since when it is gone and why.
+    gone: keys that used to exist. A directory written by an older version names every key of its time, so one that
+        has its old default is left out without a word. Any other value is refused with the reason.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    gone: ClassVar[Mapping[str, str]] = {}
+    gone: ClassVar[Mapping[str, Gone]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_gone(cls, values: object) -> object:
+        if not isinstance(values, Mapping):
+            return values
+        return {k: v for k, v in values.items() if k not in cls.gone or v != cls.gone[k].default}
 
     @classmethod
     def missing(cls, values: Mapping[str, Any]) -> list[str]:
@@ -67,7 +84,7 @@ def _explain(model: type[Settings], item: Any) -> str:
     if item["type"] == "extra_forbidden":
         settings = _settings_at(model, item["loc"][:-1])
         if last in settings.gone:
-            return f'"{key}" is gone: {settings.gone[last]}'
+            return f'"{key}" is gone {settings.gone[last].why}'
         known = list(settings.model_fields)
         return f'unknown key "{key}".{did_you_mean(last, known)} Known: {", ".join(known)}'
     if item["type"] == "missing":

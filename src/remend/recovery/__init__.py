@@ -117,12 +117,13 @@ def track(path: str | Path) -> list[dict[str, Any]]:
 def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any]) -> tuple[RecoverConfig, RunDirectory]:
     directory = RunDirectory.open(path)
     config = build(RecoverConfig, read_yaml(path / RECIPE), f"recipe {path / RECIPE}")
-    recorded = read_json(path / MANIFEST)["recipe"]
-    given = settings(recipe, merged({} if recipe else recorded, overrides)) if recipe or overrides else config
+    manifest = read_json(path / MANIFEST)["recipe"]
+    recorded = build(RecoverConfig, manifest, f"recipe in {path / MANIFEST}")  # keys that are newer have their defaults
+    given = settings(recipe, merged({} if recipe else manifest, overrides)) if recipe or overrides else config
     for values in (config, given):
-        changed = [k for k, v in values.model_dump().items() if recorded.get(k) != v]
+        changed = [k for k in RecoverConfig.model_fields if getattr(recorded, k) != getattr(values, k)]
         if changed:
-            named = ", ".join(f"{k}: {recorded.get(k)!r} became {getattr(values, k)!r}" for k in changed)
+            named = ", ".join(f"{k}: {getattr(recorded, k)!r} became {getattr(values, k)!r}" for k in changed)
             raise InputError(
                 f"the recipe of {path} changed since the run began ({named}); a resumed run keeps its recipe. "
                 "Undo the change, or start a new run with another out."
