@@ -1,5 +1,6 @@
 # make demo    set up .venv and run the demo on the real model
 # make test    set up .venv and run all tests
+# make golden  run OLD (a commit) and the code here side by side and compare every file that they write
 # Tests run in two workers; make test WORKERS=8 on a larger machine.
 # PIP_ARGS passes your choice of package index to pip, for a CPU-only torch, say:
 #   make demo PIP_ARGS="--extra-index-url URL"
@@ -9,10 +10,11 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
+OLD ?= 13d6498
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test fast check clean
+.PHONY: help demo test fast check golden clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -40,6 +42,9 @@ check: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+golden: .venv/ready-dev
+	$(BIN)/python benchmarks/golden.py --old $(OLD)
 
 clean:
 	rm -rf .venv
