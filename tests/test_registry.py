@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 from remend.errors import InputError
-from remend.registry import Registry
+from remend.registry import Registry, register_all
 
 
 def filled() -> Registry[int]:
@@ -50,3 +53,13 @@ def test_a_name_is_taken_once() -> None:
 def test_registries_are_apart() -> None:
     filled()
     assert Registry[int]("other").names() == []
+
+
+def test_a_folder_registers_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "grown"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from remend.registry import Registry\nGROWN = Registry('tree')\n")
+    (folder / "oak.py").write_text("from grown import GROWN\nGROWN.register('oak', source='acorn')(1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    register_all("grown")
+    assert importlib.import_module("grown").GROWN.names() == ["oak"]
