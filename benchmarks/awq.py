@@ -33,7 +33,9 @@ from remend.models.load import load_model, load_tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
-from remend.recovery.repair import TOKENS, repair_grid
+from remend.recovery.repair import TOKENS
+from remend.training.constraints import Calibration
+from remend.training.constraints.grid import repair_grid
 from remend.training.measure import compare, pool
 
 CPU, SEED = torch.device("cpu"), 0
@@ -110,7 +112,7 @@ def main() -> None:
                 stored = quantize_in_place(student, fmt, method, job=job)
                 line = f"{fmt.name} {name}{method}: KL {kl(student):.3f}"
                 if text:
-                    repair_grid(student, healthy, stored, text)
+                    repair_grid(student, stored, Calibration(healthy, text))
                     line += f", after repair {kl(student):.3f}"
                 print(line, flush=True)
 

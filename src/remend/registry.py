@@ -45,6 +45,10 @@ class Registry(Generic[T]):
             raise InputError(f'unknown {self.kind} "{name}"; known: {known}.{did_you_mean(name, self._entries)}')
         return self._entries[name]
 
+    def entries(self) -> list[T]:
+        """All implementations, in the order in which they were registered."""
+        return list(self._entries.values())
+
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._entries)

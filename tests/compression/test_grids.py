@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.grid_reference import ALL, COLUMNS, any_codes, groups_of, slow_groups, spread, weights
+from helpers.grid_reference import ALL, COLUMNS, any_codes, groups_of, slow_groups, slow_values, spread, weights
 from remend.compression import grids
 from remend.compression.formats import GridFormat
 from remend.compression.grids import (
@@ -23,6 +23,7 @@ from remend.compression.grids import (
     quantize,
     rescale,
     restore,
+    scale_gradient,
     snap,
     store,
     within_cell,
@@ -243,6 +244,45 @@ def test_rescaling_stretches_every_point_about_zero(name: str) -> None:
     torch.testing.assert_close(decode(codes, stretched, fmt), expected, rtol=2**-10, atol=2e-4)
     same = rescale(grid, torch.ones_like(factors), fmt)
     assert torch.equal(decode(codes, same, fmt), decode(codes, grid, fmt))
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if "fp4" not in n])
+def test_the_scales_gradient_is_that_of_straight_through_rounding(name: str) -> None:
+    """LSQ, eq. 3, by automatic differentiation in float64: rounding passes gradients on, clipping stops them."""
+    fmt = GridFormat.parse(name)
+    grid, master, gradient = fit(weights(0), fmt), weights(1, 0.1), weights(2)  # many beyond the grid's ends
+    served = decode(encode(master, grid, fmt), grid, fmt)
+    rows, groups = grid.scales.shape
+    log = torch.zeros(rows, groups, dtype=torch.float64, requires_grad=True)
+    scale = (grid.scales.double() * log.exp()).unsqueeze(-1)
+    zero = 0 if grid.zeros is None else grid.zeros.double().unsqueeze(-1)
+    minimum = zero * log.exp().unsqueeze(-1) if fmt.form == "minimum" else 0
+    shift = zero if fmt.form == "zero" else 0
+    position = (master.double().view(rows, groups, -1) - minimum) / scale + shift
+    point = ((served.double().view(rows, groups, -1) - minimum) / scale + shift).detach()
+    values = torch.tensor([v for v in slow_values(fmt) if v == v], dtype=torch.float64)
+    inside = (position > values.min()) & (position < values.max())
+    assert 0.0 < inside.float().mean() < 1.0
+    rounded = torch.where(inside, position + (point - position).detach(), point)
+    expected = (rounded - shift) * scale + minimum
+    (expected * gradient.double().view(rows, groups, -1)).sum().backward()
+    ours = scale_gradient(gradient, served, master, grid, fmt).double()
+    # a master at the very end of its grid is inside or not by rounding
+    torch.testing.assert_close(ours, log.grad, rtol=1e-3, atol=1e-4 * float(log.grad.abs().max()))
+
+
+def test_following_the_scales_gradient_narrows_a_grid_that_is_too_wide() -> None:
+    fmt, weight = GridFormat.parse("int4-g32-sym"), weights(0)
+    wide = Grid(fit(weight, fmt).scales * 2)
+    log = torch.zeros_like(wide.scales)
+    losses = []
+    for _ in range(20):
+        grid = rescale(wide, log.exp(), fmt)
+        served = decode(encode(weight, grid, fmt), grid, fmt)
+        losses.append(float((served - weight).square().sum()))
+        log -= 0.05 * scale_gradient(2 * (served - weight), served, weight, grid, fmt).sign()
+    assert losses[-1] < 0.5 * losses[0]
+    assert log.mean() < -0.02
 
 
 @pytest.mark.parametrize("name", ["int4-g32-sym", "int3-g64", "gguf:q4_1", "nvfp4"])

@@ -28,12 +28,12 @@ def killed(values: dict[str, object], after: int) -> None:
     remend.recover(**values)
 
 
-def spoil(student: torch.nn.Module, *_: object, **keywords: object) -> Repaired:
+def spoil(student: torch.nn.Module, *_: object) -> Repaired:
     """A repair that makes things worse."""
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.5)
-    return Repaired(keywords["stored"], None, 1.0)  # type: ignore[arg-type]
+    return Repaired(None, 1.0)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_good_recipe_has_no_findings(recipe: dict[str, Any]) -> None:
     result = check(**recipe)
     assert (result.problems, result.warnings) == ([], [])
     assert (len(result.main.train), len(result.main.held_out)) == (34, 6)
-    assert result.grid == "int3-g64-asym"
+    assert result.constraint == "int3-g64-asym"
     assert result.shared == 320
     assert result.parameters == 94_528
     assert not Path(str(recipe["out"])).exists()
@@ -142,15 +142,6 @@ def test_disk_too_small(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     (problem,) = found(recipe).problems
     assert "0.0 GiB are free" in problem
     assert "keep_checkpoints" in problem
-
-
-def test_coarse_scales_are_no_late_error(recipe: dict[str, Any], on_grid: Any) -> None:
-    (problem,) = found(recipe, student=str(on_grid("nvfp4")), scales="learned").problems
-    assert "the scales of nvfp4 are float8_e4m3fn, too coarse to learn; use scales: fixed" in problem
-    beside = found(recipe, student=str(on_grid("mxfp4")), scales="learned", lora={"rank": 2})
-    assert beside.problems == []
-    assert "scales: learned has no effect, since an adapter is trained" in "\n".join(beside.warnings)
-    assert found(recipe, scales="learned").problems == []
 
 
 def test_a_layer_map_must_fit_the_teacher(recipe: dict[str, Any], reference_dir: Path, tmp_path: Path) -> None:

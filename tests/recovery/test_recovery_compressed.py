@@ -112,11 +112,11 @@ def test_a_repair_that_makes_things_worse_is_undone(
     """Training then starts from the very student that came in."""
     plain = recover(**{**recipe, "student": str(sparse), "repair": False, "out": str(tmp_path / "plain")})
 
-    def spoil(student: Any, *_: Any, **keywords: Any) -> Repaired:
+    def spoil(student: Any, *_: Any, **_keywords: Any) -> Repaired:
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.mul_(1.5)
-        return Repaired(keywords["stored"], None, 1.0)
+        return Repaired(None, 1.0)
 
     monkeypatch.setattr(run, "repair", spoil)
     result = recover(**{**recipe, "student": str(sparse), "repair": True, "out": str(tmp_path / "spoiled")})
@@ -196,21 +196,6 @@ def test_a_padded_vocabulary_alone_is_no_cut(
     save_model(padded, tokenizer, tmp_path / "padded")
     result = recover(**{**recipe, "student": str(tmp_path / "padded"), "repair": True, "steps": 0})
     assert result.summary["repair"] is None
-
-
-def test_scales_are_learned_when_asked(recipe: dict[str, Any], tmp_path: Path) -> None:
-    fixed, learned = (
-        recover(**{**recipe, "scales": how, "out": str(tmp_path / how), "steps": 2}) for how in ("fixed", "learned")
-    )
-    grids = [StoredGrid.read(path) for path in (Path(recipe["student"]), fixed.model, learned.model)]
-    start, same, moved = ([grid.scales for _, grid in g.matrices.values()] for g in grids if g)
-    assert all(a.equal(b) for a, b in zip(start, same, strict=True))
-    assert any(not a.equal(b) for a, b in zip(start, moved, strict=True))
-
-
-def test_learned_scales_without_a_grid_are_warned_about(recipe: dict[str, Any], sparse: Path) -> None:
-    found = check(**{**recipe, "student": str(sparse), "scales": "learned"})
-    assert any("scales: learned has no effect" in w for w in found.warnings)
 
 
 def test_trained_embeddings_beside_an_adapter_are_warned_about(recipe: dict[str, Any], sparse: Path) -> None:

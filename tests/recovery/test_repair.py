@@ -20,8 +20,11 @@ from remend.models.activations import walk
 from remend.models.layers import infer_layer_map, infer_rows, kept_weights
 from remend.models.sampling.rollout import Rollout
 from remend.recovery import repair
-from remend.recovery.repair import repair_grid, repair_mask, repair_smaller
-from remend.training.constraints import OnGrid
+from remend.recovery.repair import Questions
+from remend.training.constraints import Calibration, OnGrid, fitting
+from remend.training.constraints.free import repair_smaller
+from remend.training.constraints.grid import repair_grid
+from remend.training.constraints.mask import repair_mask
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +55,17 @@ def test_repair_on_the_grid_keeps_the_grid_and_lowers_the_divergence(teacher: An
     student = copy.deepcopy(teacher)
     stored = put_on_grid(student, "int3-g64")
     before = distance(student, teacher, text)
-    repaired, masters = repair_grid(student, teacher, stored, text)
+    start = repair_grid(student, stored, Calibration(teacher, text))
     assert distance(student, teacher, text) < 0.7 * before
     changed = 0
-    for name, (codes, grid) in repaired.matrices.items():
-        assert student.get_parameter(name).equal(decode(codes, grid, repaired.format))
+    for name, (codes, grid) in start.stored.matrices.items():
+        assert student.get_parameter(name).equal(decode(codes, grid, start.stored.format))
         assert grid.scales.equal(stored.matrices[name][1].scales)
         changed += int((codes != stored.matrices[name][0]).sum())
     assert changed > 100
-    OnGrid(student.requires_grad_(True), repaired, masters=masters)  # refuses masters that round to other codes
+    OnGrid(
+        student.requires_grad_(True), start.stored, masters=start.masters
+    )  # refuses masters that round to other codes
 
 
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
@@ -73,7 +78,7 @@ def test_repair_under_the_mask_keeps_every_zero(teacher: Any, text: list[Rollout
             how = {"pattern": pattern} if pattern else {"sparsity": 0.5}
             module.weight.mul_(keep_mask(module.weight.abs(), **how))
     zeros, before = kept_weights(student), distance(student, teacher, text)
-    repair_mask(student, teacher, text)
+    repair_mask(student, Calibration(teacher, text))
     assert distance(student, teacher, text) < 0.7 * before
     after = kept_weights(student)
     assert set(zeros) == set(after)
@@ -84,7 +89,7 @@ def test_repair_patches_a_cut(teacher: Any, text: list[Rollout]) -> None:
     student, kept = without_blocks(teacher, [1])
     before = distance(student, teacher, text)
     assert infer_layer_map(student, teacher) == kept == [0, 2, 3]
-    repair_smaller(student, teacher, text, kept)
+    repair_smaller(student, Calibration(teacher, text), kept)
     assert distance(student, teacher, text) < 0.7 * before
 
 
@@ -128,7 +133,7 @@ def test_a_common_opening_counts_once_a_pass_where_a_teacher_asks(teacher: Any, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("prior_tokens", "pull"), [(20, 0.4), (1, repair.LEAST_PULL), (10_000, repair.MOST_PULL)])
+@pytest.mark.parametrize(("prior_tokens", "pull"), [(20, 0.4), (1, fitting.LEAST_PULL), (10_000, fitting.MOST_PULL)])
 def test_the_target_stays_near_the_prior_by_each_inputs_energy(
     monkeypatch: pytest.MonkeyPatch, prior_tokens: int, pull: float
 ) -> None:
@@ -138,9 +143,9 @@ def test_the_target_stays_near_the_prior_by_each_inputs_energy(
     y_NO, prior_OI = (torch.randn(n, m, generator=generator, dtype=torch.float64) for n, m in ((50, 4), (4, 6)))
     gram_II, layers = (x_NI.T @ x_NI).float(), (torch.nn.Linear(6, 4, bias=False),)
     sites = walk.Sites(0, ("layer",), layers, gram_II, ((y_NO.T @ x_NI).float(),), 50)
-    monkeypatch.setattr(repair, "PRIOR_TOKENS", prior_tokens)
-    anchored_II = repair._gram(sites)
-    result = repair._target(sites, 0, prior_OI.float(), anchored_II)
+    monkeypatch.setattr(fitting, "PRIOR_TOKENS", prior_tokens)
+    anchored_II = fitting.anchored_gram(sites)
+    result = fitting.target(sites, 0, prior_OI.float(), anchored_II)
 
     energy_I = pull * x_NI.square().sum(0)
     held_I = energy_I + 0.01 * anchored_II.diagonal().mean().double()  # and the solver's own damping
@@ -212,11 +217,15 @@ def test_what_is_settled_in_a_block_runs_once_more_and_is_then_replayed(teacher:
 
 def test_calibration_prompts_are_as_many_as_asked_or_as_rows_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [Encoded(str(i), tuple(range(10)), "") for i in range(5)]
-    assert len({p.id for p in repair._chosen(prompts, 4, 0)}) == 4
-    assert [p.id for p in repair._chosen(prompts, 12, 0)].count("3") >= 2  # answered again, with other draws
+
+    def chosen(samples: int) -> list[str]:
+        return [p.id for p in Questions(build_tokenizer(), prompts, samples, 0).chosen()]
+
+    assert len(set(chosen(4))) == 4
+    assert chosen(12).count("3") >= 2  # answered again, with other draws
     first = {prompt.id for _, prompt in Order(prompts, 0).take(0, 2)}
-    assert not first & {p.id for p in repair._chosen(prompts, 3, 0)}  # training begins with what repair has not seen
+    assert not first & set(chosen(3))  # training begins with what repair has not seen
     monkeypatch.setattr(repair, "MOST_ROWS", 3 * (10 + repair.TOKENS))
-    assert len(repair._chosen(prompts, 5, 0)) == 3
+    assert len(chosen(5)) == 3
     monkeypatch.setattr(repair, "MOST_ROWS", 1)
-    assert len(repair._chosen(prompts, 5, 0)) == 1
+    assert len(chosen(5)) == 1

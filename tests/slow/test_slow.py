@@ -107,7 +107,7 @@ def test_real_task_data_passes_the_checks(
     assert key in json.loads(data.read_text().split("\n")[0])
     found = check(student=str(student), teacher=str(smollm2_dir), data=str(data), out=str(tmp_path / "run"))
     assert len(found.main.train) > 50
-    assert found.grid == "int3-g64-asym"
+    assert found.constraint == "int3-g64-asym"
     if name == "science":
         assert found.problems == []
         assert max(len(p.tokens) for p in found.main.train) <= 1024

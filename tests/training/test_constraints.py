@@ -17,7 +17,7 @@ from remend.compression.grids import Grid, GridFormat, decode, encode
 from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.degrade.quantize import quantize_in_place
 from remend.errors import FileError, InputError
-from remend.training.constraints import Free, OnGrid, constraint_of, freeze_healthy_embeddings
+from remend.training.constraints import Free, OnGrid, freeze_healthy_embeddings
 
 FORMATS += ["mxfp4", "nvfp4", "nf4", "fp8-e4m3"]  # gguf:tq2_0's 256 divides no row of the tiny model
 
@@ -284,22 +284,7 @@ def test_a_grid_file_of_odd_shapes_is_refused(how: str, tmp_path: Path) -> None:
     tampered(tmp_path, how)
     _, student, _ = pair()
     with pytest.raises((FileError, InputError)):
-        constraint_of(student, StoredGrid.read(tmp_path))
-
-
-def test_constraint_of_a_directory(tmp_path: Path) -> None:
-    origin, student, stored = pair()
-    assert isinstance(constraint_of(student, None), Free)
-    assert isinstance(constraint_of(student, StoredGrid.read(tmp_path)), Free)
-    stored.write(tmp_path)
-    found = constraint_of(student, StoredGrid.read(tmp_path), origin=origin)
-    assert isinstance(found, OnGrid)
-    expected = constrained(student, stored, origin).masters()
-    assert all(torch.equal(found.masters()[n], expected[n]) for n in expected)
-    name = next(iter(stored.matrices))
-    on_points = constraint_of(student, StoredGrid.read(tmp_path)).masters()[name]
-    assert torch.equal(on_points, parameters(student)[name])
-    assert not torch.equal(on_points, found.masters()[name])
+        constrained(student, StoredGrid.read(tmp_path))
 
 
 def test_masters_may_start_where_repair_left_them() -> None:
@@ -328,16 +313,6 @@ def test_a_gguf_block_without_a_scale_is_held() -> None:
     OnGrid(student, stored, masters=constraint.masters())
     train(student, constraint, 1)
     assert not parameters(student)[name][3, :32].any()
-
-
-def test_constraint_of_hands_starts_and_scales_on(tmp_path: Path) -> None:
-    _, student, stored = pair()
-    stored.write(tmp_path)
-    name = next(iter(stored.matrices))
-    start = parameters(student)[name].detach() + 1e-5
-    found = constraint_of(student, StoredGrid.read(tmp_path), masters={name: start}, scales="learned").masters()
-    assert torch.equal(found[name], start)
-    assert f"{name}.log_scales" in found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

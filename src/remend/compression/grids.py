@@ -30,7 +30,7 @@ from remend.compression.formats import GridFormat, nearest, round_e2m1, table_of
 from remend.errors import InputError
 
 __all__ = ["Grid", "GridFormat", "decode", "encode", "ends", "fit", "part", "quantize", "rescale", "restore", "snap"]
-__all__ += ["store", "within_cell"]
+__all__ += ["scale_gradient", "store", "within_cell"]
 
 _INSIDE = 0.998
 """Of the way from a point to its cell's border: a weight on the border itself would round to either side."""
@@ -360,3 +360,21 @@ def rescale(grid: Grid, factors_OK: Tensor, fmt: GridFormat) -> Grid:
     if fmt.form == "minimum" and zeros is not None and fmt.zero is not None:
         zeros = (zeros * factors_OK).clamp(kind.min, kind.max).to(fmt.zero).float()
     return Grid(scales, zeros, grid.outer)
+
+
+def scale_gradient(gradient_OI: Tensor, served_OI: Tensor, master_OI: Tensor, grid: Grid, fmt: GridFormat) -> Tensor:
+    """The gradient of a loss by the logarithms of a grid's scales: float32 [O, K], the factors of `rescale` being exp.
+
+    LSQ's (arXiv 1902.08153, eq. 3) times the scale: the sum over a group of g · (served − master) inside the grid's
+    range, and of g · served beyond it. LSQ's gradient scale (section 2.2) is left out: Adam undoes it.
+
+    Args:
+        gradient_OI: g, by the served weights.
+        served_OI: the weights on the grid, as `snap` gives them.
+        master_OI: float32, the weights that were rounded.
+        grid, fmt: as rescaled so far.
+    """
+    low, high = (end.unsqueeze(-1) for end in ends(grid, fmt))
+    master_OKG = _grouped(master_OI, fmt.group)
+    moved_OKG = torch.where((master_OKG > low) & (master_OKG < high), master_OKG, 0)
+    return ((_grouped(served_OI, fmt.group) - moved_OKG) * _grouped(gradient_OI, fmt.group)).sum(-1)

@@ -21,6 +21,7 @@ from remend.compression.grids import (
     store,
 )
 from remend.errors import FileError, InputError
+from remend.models.protocols import CausalLM
 
 GRID_FILE = "grid.safetensors"
 
@@ -43,7 +44,7 @@ class StoredGrid:
         self.format = fmt
         self.matrices = matrices
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module | CausalLM) -> None:
         """Raise InputError when the model lacks a matrix, or its weights are not the ones that this grid describes."""
         parameters = dict(model.named_parameters())
         for name, (codes, grid) in self.matrices.items():

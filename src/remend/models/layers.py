@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from remend.errors import InputError
+from remend.models.protocols import CausalLM
 
 
 def kept_weights(model: Any) -> dict[str, Tensor]:
@@ -92,6 +93,6 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
-def count_parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module | CausalLM) -> int:
     """Number of a model's parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())

@@ -18,6 +18,7 @@ from remend.models import adapters
 from remend.models.find import ModelSource, fetch_model
 from remend.models.gguf_header import forget, parsed_once
 from remend.models.packed_weights import exact_products, packing, require_compressed_tensors, unpacked
+from remend.models.protocols import CausalLM
 
 
 def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
@@ -136,10 +137,10 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
         tokenizer.save_pretrained(directory)
 
 
-def skeleton(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+def skeleton(config: Any, *, trust_remote_code: bool = False) -> CausalLM:
     """A configuration's model without weights: names and shapes, nothing allocated."""
     from transformers import AutoModelForCausalLM
 
     with _quietly(), torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: CausalLM = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model

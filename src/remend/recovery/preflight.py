@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from remend.compression.recognise import PLAIN, RECORD, Recognised, recognise, was_pruned
-from remend.compression.stored_grid import GRID_FILE
+from remend.compression.recognise import PLAIN, RECORD, Recognised, recognise
 from remend.errors import CheckError, InputError, RemendError, did_you_mean
 from remend.files.atomic import read_json
 from remend.files.run_directory import occupied
 from remend.models.adapters import check_targets
 from remend.models.device import choose_device
 from remend.models.find import ModelSource, fetch_model, find_model, origin_note
-from remend.models.layers import count_parameters, linear_layers
+from remend.models.layers import count_parameters
 from remend.models.load import load_config, load_tokenizer, skeleton
 from remend.models.vocabulary import compare_vocabularies, template_warnings
 from remend.recovery.prompts import StreamData, keep_apart, load_stream
 from remend.recovery.rules import notes, problems, warnings
 from remend.recovery.settings import BASE, MOVING, SELF, RecoverConfig
 from remend.recovery.streams import Stream, reference_of, resolve, rows_of
-from remend.training.constraints import check_learnable
+from remend.training.constraints import CONSTRAINTS, StudentFacts, kind_of
+from remend.training.constraints.fitting import shapes as shapes_of
 from remend.training.teachers.cache import TeacherCache, is_cache
 
 
@@ -44,13 +44,10 @@ class Preflight:
     tokenizer: Any = None
     shared: int = 0
     parameters: int = 0
-    grid: str | None = None
-    recognised: Recognised = field(default_factory=lambda: Recognised("plain", None, False, PLAIN))
+    facts: StudentFacts = field(default_factory=lambda: StudentFacts(Recognised("plain", None, False, PLAIN)))
     layers: int = 0
     matrices: dict[str, torch.Size] = field(default_factory=dict)
-    compressed: bool = False
     repairs: bool = False
-    layer_map: list[int] | None = None
     teachers: dict[str, ModelSource] = field(default_factory=dict)
     caches: dict[str, TeacherCache] = field(default_factory=dict)
     streams: list[StreamData] = field(default_factory=list)
@@ -88,10 +85,12 @@ class Preflight:
     @property
     def constraint(self) -> str:
         """What training holds, in words: a grid's name, a mask's share of zeros, or 'none'."""
-        held = self.recognised
-        if held.mask:
-            return f"mask, {held.sparsity:.1%} zeros" + (f" ({held.pattern})" if held.pattern else "")
-        return self.grid or "none"
+        return kind_of(self.facts).describe(self.facts)
+
+    @property
+    def layer_map(self) -> Sequence[int] | None:
+        """For each of the student's layers the teacher's, where it has fewer and they are known."""
+        return self.facts.layer_map
 
     @contextmanager
     def _collect(self) -> Iterator[None]:
@@ -215,7 +214,7 @@ def _student(found: Preflight, config: RecoverConfig, student: ModelSource, *, b
         found.parameters = count_parameters(shapes)
         if config.lora:
             check_targets(shapes, config.lora.targets)
-        found.layers, found.matrices = settings.get_text_config().num_hidden_layers, _matrices(shapes)
+        found.layers, found.matrices = settings.get_text_config().num_hidden_layers, shapes_of(shapes)
         _layer_map(config.layer_map, found.layers)
     if config.lora and student.kind == "adapter":
         found.problems.append(f"student {config.student} is an adapter, which is trained as it is; leave lora out")
@@ -269,7 +268,7 @@ def _compare(
 
 def _reference(found: Preflight, config: RecoverConfig, reference: str) -> None:
     """What of the settings must fit the reference's shapes: the map of layers, and one-shot repair."""
-    wanted = bool(found.layer_map) or (config.repair and found.compressed)
+    wanted = bool(found.layer_map) or (config.repair and found.facts.compressed)
     if not wanted or not found.layers or (found.teacher is None and reference not in found.caches):
         return
     theirs = None
@@ -284,62 +283,27 @@ def _reference(found: Preflight, config: RecoverConfig, reference: str) -> None:
             if config.layer_map:
                 raise InputError(f"{what}: name, below {depth}, one of the teacher's for each of the student's")
             found.warnings.append(f"{what}, and is left aside")
-            found.layer_map = None
-    if config.repair and found.compressed:
-        why = _no_repair(found, config, theirs)
+            found.facts = replace(found.facts, layer_map=None)
+    if config.repair and found.facts.compressed:
+        taught = shapes_of(theirs) if theirs is not None else None
+        why = kind_of(found.facts).no_repair(found.facts, found.matrices, taught)
         found.repairs = why is None
         found.notes += [f"the student is not repaired before training: {why}"] if why else []
 
 
-def _no_repair(found: Preflight, config: RecoverConfig, teacher: Any) -> str | None:
-    """Why one-shot repair has no effect on a compressed student, or None where it has one."""
-    if config.lora or found.recognised.kind == "adapter":
-        return "an adapter is trained, and the weights under it stay"
-    if teacher is None:
-        return "repair needs the teacher's weights, and a cache holds none"
-    if (found.grid or found.recognised.mask) and found.matrices != _matrices(teacher):
-        return "its matrices and the teacher's have other shapes"
-    return None
-
-
-def _matrices(model: Any) -> dict[str, torch.Size]:
-    return {name: layer.weight.shape for name, layer in linear_layers(model).items()}
-
-
 def _constraint(found: Preflight, config: RecoverConfig, student: ModelSource) -> None:
-    path = student.path if student.kind == "directory" else None
-    declared = path / RECORD if path else None
+    directory = student.path if student.kind == "directory" else None
+    adapted = bool(config.lora) or student.kind == "adapter"
     with found._collect():
-        degradation = read_json(declared) if declared and declared.is_file() else {}
-        held = recognise(student, as_dense=config.as_dense)
-        found.recognised = held
-        found.grid = held.stored.format.name if held.stored else None
-        found.compressed = bool(held.stored or held.mask or degradation.get("kind") == "pruning")
-        if path and was_pruned(path) and not held.mask and not config.as_dense:
-            found.problems.append(
-                f"{declared} says that {degradation['sparsity']:.1%} of the weights are zero, and the files hold no "
-                "zeros: they are another model's. Put the pruned weights back, or say --as dense"
-            )
-        found.layer_map = config.layer_map or degradation.get("layer_map")
+        record = read_json(directory / RECORD) if directory and (directory / RECORD).is_file() else {}
+        held, dense = recognise(student, as_dense=config.as_dense), config.as_dense
+        layer_map = config.layer_map or record.get("layer_map")
+        found.facts = StudentFacts(held, directory, record, adapted=adapted, as_dense=dense, layer_map=layer_map)
+        found.problems += [what for kind in CONSTRAINTS.entries() if (what := kind.lost(found.facts))]
         if held.kind != "remend" and held.why != PLAIN:
             found.notes.append(f"student {config.student}: {held.why}")
-        if degradation.get("kind") == "quantization" and held.stored is None and not config.as_dense:
-            found.problems.append(
-                f"{declared} says that the student lies on the grid {degradation.get('format')}, and "
-                f"{GRID_FILE} is missing beside it"
-            )
-        if config.scales == "learned":
-            _learned(found, held, adapted=bool(config.lora) or held.kind == "adapter")
-        if config.train_embeddings and (config.lora or held.kind == "adapter"):
+        if config.train_embeddings and adapted:
             found.warnings.append("train_embeddings has no effect, since an adapter is trained")
-
-
-def _learned(found: Preflight, held: Recognised, *, adapted: bool) -> None:
-    if held.stored and not adapted:
-        check_learnable(held.stored.format)
-    else:
-        why = "an adapter is trained, and the grid under it stays" if held.stored else "the student lies on no grid"
-        found.warnings.append(f"scales: learned has no effect, since {why}")
 
 
 def _ending(tokenizer: Any, source: ModelSource) -> list[str]:

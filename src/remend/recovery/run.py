@@ -32,21 +32,17 @@ from remend.recovery.judge import HeldOut, Judge, summarize
 from remend.recovery.pools import repair_answers
 from remend.recovery.preflight import Preflight
 from remend.recovery.prompts import keep_apart, prepare
-from remend.recovery.repair import Repaired, repair
+from remend.recovery.repair import Questions, Repaired, repair
 from remend.recovery.self_prompts import generate
 from remend.recovery.settings import BASE, SELF, RecoverConfig
 from remend.recovery.streams import SELF_PROMPTS, reference_of
 from remend.recovery.tracking import Tracker, figures_of
 from remend.recovery.training import Training, learning_rate
 from remend.report import write_report
-from remend.training.constraints import Constraint, constraint_of, freeze_healthy_embeddings
+from remend.training.constraints import Constraint, freeze_healthy_embeddings, kind_of
 from remend.training.loop import restore_masters
 from remend.training.teachers.cache import TeacherCache
 from remend.training.teachers.views import AdapterOff, Teacher, policy_of
-
-BORDER_UPDATES = 8
-"""A repaired grid's masters start at least so many full updates inside their cells. With it, 28 steps at 1e-4 took GGUF
-q4_0 of SmolLM2 0.4 to 3.7% (95%) below its repaired KL; without it, at 5e-5, the interval was -4 to 3%."""
 
 
 class Recovery:
@@ -128,9 +124,8 @@ class Recovery:
         known = self._teachers(student)
         reference = known[reference_of(self.config)]
         self._write_prompts(reference)
-        stored = self.checked.recognised.stored
-        if stored and not is_adapted(student):
-            stored.check(student)  # before repair, which would write the grid's points whatever the weights were
+        facts = self.checked.facts
+        kind_of(facts).check(student, facts)
         # one process measures, writes and saves; the others only share the steps
         main = self.accelerator.is_main_process
         judge = Judge(reference, self.checked, self.config, self.directory) if main else None
@@ -146,7 +141,7 @@ class Recovery:
             after = judge.after_repair(student, repaired.seconds, repaired.answers)
         if repaired.seconds and not self._repair_helped():
             self._take_back(student)
-            repaired = Repaired(stored)
+            repaired = Repaired()
         elif judge and repaired.seconds:
             if self.config.bootstrap == "repair":
                 repair_answers(self.directory, self.checked.main, self.checked.tokenizer, repaired.answers)
@@ -211,7 +206,7 @@ class Recovery:
         self._note(tracker, student, 0, "degraded", judge.quick(parts))
         saved = [c for c in self.directory.checkpoints() if not tracker.measured(c.step, "training")]
         if saved:
-            constraint = self._constraint(student, reference, Repaired(self.checked.recognised.stored))
+            constraint = self._constraint(student, reference, Repaired())
             for checkpoint in saved:
                 restore_masters(checkpoint, constraint)
                 self._note(tracker, student, checkpoint.step, "training", judge.quick(parts))
@@ -304,38 +299,22 @@ class Recovery:
             settings = self.config.lora.model_dump()
             add_lora(student, **settings, seed=derive_seed(self.config.seed, "lora"), base=self.config.student)
         origin = reference.model if isinstance(reference, Scorer) else None
-        if self.checked.compressed and not self.config.train_embeddings:
+        facts = self.checked.facts
+        if facts.compressed and not self.config.train_embeddings:
             freeze_healthy_embeddings(student, origin)
-        return constraint_of(
-            student,
-            repaired.stored,
-            masked=self.checked.recognised.mask,
-            origin=origin,
-            masters=repaired.masters,
-            margin=BORDER_UPDATES * learning_rate(self.config, self.checked),
-            scales=self.config.scales,
-        )
+        rate = learning_rate(self.config, self.checked)
+        return kind_of(facts).hold(student, facts, origin=origin, start=repaired.start, rate=rate)
 
     def _repair(self, student: Any, reference: Teacher | TeacherCache) -> Repaired:
-        held = self.checked.recognised
         # a checkpoint holds what came of repair, so a resumed run need not do it again
         done = bool(self.directory.checkpoints()) or isinstance(reference, TeacherCache)
         if done or not self.config.repair or self.config.lora is not None or is_adapted(student):
-            return Repaired(held.stored)
+            return Repaired()
         assert isinstance(reference, Scorer)
-        return repair(
-            student,
-            reference.model,
-            self.checked.tokenizer,
-            self.checked.main.train,
-            stored=held.stored,
-            masked=held.mask,
-            layer_map=self.checked.layer_map,
-            samples=self.config.repair_samples,
-            seed=self.config.seed,
-            shared=self.checked.shared,
-            precision=mixed_precision(self.dtype, self.accelerator.device),
-        )
+        checked, config = self.checked, self.config
+        questions = Questions(checked.tokenizer, checked.main.train, config.repair_samples, config.seed, checked.shared)
+        precision = mixed_precision(self.dtype, self.accelerator.device)
+        return repair(student, reference.model, checked.facts, questions, precision)
 
     def _repair_helped(self) -> bool:
         """What the main process found on the held-out prompts; all processes follow it."""
@@ -364,7 +343,7 @@ class Recovery:
                 merge(student)
             save_model(student, self.checked.tokenizer, target)
             constraint.save(target)
-            record = record_to_keep(self.student_source, self.checked.recognised)
+            record = record_to_keep(self.student_source, self.checked.facts.recognised)
             if record and not is_adapted(student):
                 write_json(target / RECORD, record)
 

@@ -6,11 +6,11 @@ Every default is documented with its source; docs/recipe.md is the page for user
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, PlainValidator, field_validator
 
-from remend.files.settings import Settings, as_number, build
+from remend.files.settings import Gone, Settings, as_number, build
 from remend.models.lora import LoraConfig
 
 SELF = "self"
@@ -103,6 +103,12 @@ class StreamConfig(Settings):
 
 class RecoverConfig(Settings):
     """What `remend recover` and `remend check` read. Paths are relative to the working directory."""
+
+    gone: ClassVar[Mapping[str, Gone]] = {
+        "scales": Gone(
+            "fixed", "since version 0.2: scales learned beside the weights won next to nothing; they stay as stored"
+        ),
+    }
 
     student: str = Field(
         min_length=1, description="the damaged model: directory, GGUF file, hub id[@revision], smollm2"
@@ -201,9 +207,6 @@ class RecoverConfig(Settings):
     )
     train_embeddings: bool = Field(
         False, description="of a compressed student: train embeddings and head even where they are the teacher's still"
-    )
-    scales: Literal["fixed", "learned"] = Field(
-        "fixed", description="of a grid: as stored, or trained along (learned step size, 1902.08153)"
     )
     as_dense: bool = Field(False, description="train weights freely that lie on a grid which can't be held")
     layer_map: list[int] | None = Field(

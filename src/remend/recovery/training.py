@@ -31,7 +31,7 @@ from remend.recovery.settings import RecoverConfig
 from remend.recovery.side_streams import SideStreams
 from remend.recovery.streams import bootstrap_budget, repair_budget, reuses_repair
 from remend.recovery.tracking import Tracker
-from remend.training.constraints import Constraint
+from remend.training.constraints import Constraint, kind_of
 from remend.training.loop import Hook, Saving, Schedule, train
 from remend.training.teachers.cache import TeacherCache
 from remend.training.teachers.views import Teacher
@@ -39,26 +39,12 @@ from remend.training.teachers.views import Teacher
 GATE_PROMPTS = 16
 """Held-out prompts that the gate lets the student answer."""
 
-RATE, REPAIRED_RATE, FINE_GRID_RATE, ADAPTER_RATE = 2e-4, 1e-4, 5e-5, 2e-3
-"""AdamW's peak where the recipe names none. The last is that of `degrade finetune`, the others served SmolLM2
-(docs/degradations.md). A repaired student is near its goal, where large steps add more noise than they win; under a
-mask or with layers gone it is still far. A repaired grid of 4 bits and more wants still less: its cells are narrow, and
-what GPTQ compensated for is lost when weights cross their borders by noise."""
-
-COARSE_LEVELS = 8
-"""Codes of a grid of up to 3 bits."""
-
 
 def learning_rate(config: RecoverConfig, checked: Preflight) -> float:
     """The recipe's learning rate, or the one for what is trained."""
     if config.learning_rate is not None:
         return config.learning_rate
-    if config.lora or (checked.student and checked.student.kind == "adapter"):
-        return ADAPTER_RATE
-    stored, mask = checked.recognised.stored, checked.recognised.mask
-    if not checked.repairs or checked.layer_map or mask:
-        return RATE
-    return FINE_GRID_RATE if stored and stored.format.levels > COARSE_LEVELS else REPAIRED_RATE
+    return kind_of(checked.facts).learning_rate(checked.facts, repaired=checked.repairs)
 
 
 class Training:

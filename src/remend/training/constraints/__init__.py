@@ -8,53 +8,38 @@ anew. So a weight is quantized once per update, and sampling, scoring and saving
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
-from torch import Tensor, nn
-
-from remend.compression.stored_grid import GRID_FILE, StoredGrid
-from remend.models.adapters import is_adapted
-from remend.training.constraints.adapter import Adapter
-from remend.training.constraints.free import Constraint, Free
-from remend.training.constraints.grid import OnGrid, check_learnable
+from remend.training.constraints.adapter import Adapter, AdapterKind
+from remend.training.constraints.free import Free, FreeKind
+from remend.training.constraints.grid import GridKind, OnGrid
 from remend.training.constraints.healthy import freeze_healthy_embeddings
-from remend.training.constraints.mask import Masked
+from remend.training.constraints.kind import (
+    CONSTRAINTS,
+    Calibration,
+    Constraint,
+    ConstraintKind,
+    Start,
+    StudentFacts,
+    kind_of,
+)
+from remend.training.constraints.mask import Masked, MaskKind
 
 __all__ = [
-    "GRID_FILE",
+    "CONSTRAINTS",
     "Adapter",
+    "Calibration",
     "Constraint",
+    "ConstraintKind",
     "Free",
     "Masked",
     "OnGrid",
-    "StoredGrid",
-    "check_learnable",
-    "constraint_of",
+    "Start",
+    "StudentFacts",
     "freeze_healthy_embeddings",
+    "kind_of",
 ]
 
-
-def constraint_of(
-    model: nn.Module,
-    stored: StoredGrid | None,
-    *,
-    masked: bool = False,
-    origin: Any = None,
-    masters: Mapping[str, Tensor] | None = None,
-    margin: float = 0.0,
-    scales: Literal["fixed", "learned"] = "fixed",
-) -> Free | OnGrid | Masked | Adapter:
-    """The constraint of a student as it was recognised (remend.compression.recognise).
-
-    Where the model carries an adapter, that alone is trained. `stored` is its grid and `masked` says that its zeros
-    stay; `origin` is the teacher's model, or None; for the rest see OnGrid.
-    """
-    if is_adapted(model):
-        return Adapter(model)
-    if masked:
-        return Masked(model)
-    if stored is None:
-        return Free(model)
-    originals = dict(origin.named_parameters()) if origin is not None else None
-    return OnGrid(model, stored, origin=originals, masters=masters, margin=margin, scales=scales)
+# the last of them is asked first, so this is the order from the most general to the most particular
+CONSTRAINTS.register("free", source="every weight moves")(FreeKind())
+CONSTRAINTS.register("grid", source="straight-through estimator, arXiv 1308.3432")(GridKind())
+CONSTRAINTS.register("mask", source="SparseGPT's zeros, arXiv 2301.00774")(MaskKind())
+CONSTRAINTS.register("adapter", source="LoRA, arXiv 2106.09685")(AdapterKind())

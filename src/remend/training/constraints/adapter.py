@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from remend.errors import InputError
 from remend.models.adapters import is_adapted
+from remend.models.protocols import CausalLM
+from remend.training.constraints.kind import Constraint, ConstraintKind, Shapes, Start, StudentFacts, kind_of
+
+ADAPTER_RATE = 2e-3
+"""As in `degrade finetune`."""
 
 
 class Adapter:
@@ -22,8 +28,8 @@ class Adapter:
         InputError: the model has no trainable adapter.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, model: CausalLM) -> None:
+        self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not is_adapted(model) or not self._parameters:
             raise InputError("the model carries no adapter to train; add one with lora, or name an adapter's directory")
 
@@ -39,3 +45,36 @@ class Adapter:
 
     def save(self, directory: Path) -> None:
         """See Constraint. Nothing: models.save_model writes the adapter itself."""
+
+
+class AdapterKind(ConstraintKind):
+    """Students beside which an adapter is trained."""
+
+    def holds(self, facts: StudentFacts) -> bool:
+        """See ConstraintKind."""
+        return facts.adapted
+
+    def describe(self, facts: StudentFacts) -> str:
+        """See ConstraintKind: what the base keeps."""
+        base = replace(facts, adapted=False)
+        return kind_of(base).describe(base)
+
+    def check(self, model: CausalLM, facts: StudentFacts) -> None:
+        """See ConstraintKind: a base under which the adapter is still to be put is what its files promise."""
+        if not is_adapted(model):
+            base = replace(facts, adapted=False)
+            kind_of(base).check(model, base)
+
+    def hold(
+        self, model: CausalLM, facts: StudentFacts, *, origin: CausalLM | None, start: Start | None, rate: float
+    ) -> Constraint:
+        """See ConstraintKind."""
+        return Adapter(model)
+
+    def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
+        """See ConstraintKind."""
+        return "an adapter is trained, and the weights under it stay"
+
+    def learning_rate(self, facts: StudentFacts, *, repaired: bool) -> float:
+        """See ConstraintKind."""
+        return ADAPTER_RATE

@@ -1,38 +1,33 @@
-"""The contract of a constraint, and the constraint of a student that has none."""
+"""A student that is held to nothing: every weight moves. One with fewer or narrower layers is repaired at the cut."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
-
-class Constraint(Protocol):
-    """What the loop needs to know of a constraint."""
-
-    def masters(self) -> dict[str, Tensor]:
-        """The float32 tensors that the optimizer moves, by parameter name; a checkpoint holds these."""
-        ...
-
-    def take_gradients(self) -> None:
-        """After the last backward pass of a step: make every master's `.grad` hold its gradient."""
-        ...
-
-    def project(self) -> None:
-        """After an update, or after masters were loaded: write the weights as served, on the constraint."""
-        ...
-
-    def save(self, directory: Path) -> None:
-        """Write what describes the constraint beside a saved model."""
-        ...
+from remend.models.activations.walk import Sites
+from remend.models.layers import infer_layer_map
+from remend.models.protocols import CausalLM
+from remend.training.constraints.fitting import anchored_gram, shapes, target
+from remend.training.constraints.kind import (
+    NO_WEIGHTS,
+    Calibration,
+    Constraint,
+    ConstraintKind,
+    Shapes,
+    Start,
+    StudentFacts,
+)
 
 
 class Free:
     """No constraint: every trainable parameter is its own master."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, model: CausalLM | nn.Module) -> None:
+        self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def masters(self) -> dict[str, Tensor]:
         """See Constraint."""
@@ -46,3 +41,59 @@ class Free:
 
     def save(self, directory: Path) -> None:
         """See Constraint."""
+
+
+class FreeKind(ConstraintKind):
+    """Every student that no other kind holds."""
+
+    def holds(self, facts: StudentFacts) -> bool:
+        """See ConstraintKind."""
+        return True
+
+    def describe(self, facts: StudentFacts) -> str:
+        """See ConstraintKind."""
+        return "none"
+
+    def hold(
+        self, model: CausalLM, facts: StudentFacts, *, origin: CausalLM | None, start: Start | None, rate: float
+    ) -> Constraint:
+        """See ConstraintKind."""
+        return Free(model)
+
+    def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
+        """See ConstraintKind."""
+        return NO_WEIGHTS if theirs is None else None
+
+    def repairs(self, model: CausalLM, teacher: CausalLM) -> bool:
+        """See ConstraintKind: of one architecture and one residual stream, but fewer or narrower layers."""
+        ours, theirs = model.config.get_text_config(), teacher.config.get_text_config()
+        alike = ours.model_type == theirs.model_type and ours.hidden_size == theirs.hidden_size
+        return bool(alike) and _linear_size(model) < _linear_size(teacher)
+
+    def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
+        """See ConstraintKind: the layers are refitted to the teacher's streams."""
+        layer_map = facts.layer_map or infer_layer_map(model, calibration.teacher)
+        repair_smaller(model, calibration, layer_map)
+        return Start()
+
+
+def _linear_size(model: CausalLM) -> int:
+    return sum(shape.numel() for shape in shapes(model).values())
+
+
+@torch.no_grad()
+def repair_smaller(student: CausalLM, calibration: Calibration, layer_map: Sequence[int]) -> None:
+    """Refit the layers of a student with fewer or narrower layers to the teacher's streams, in place.
+
+    Args:
+        student: changed.
+        calibration: what it is fitted to.
+        layer_map: for each of the student's layers the teacher's.
+    """
+
+    def visit(sites: Sites) -> None:
+        gram_II = anchored_gram(sites)
+        for at, layer in enumerate(sites.layers):
+            layer.weight.copy_(target(sites, at, layer.weight.detach().float(), gram_II))
+
+    calibration.walk(student, visit, "repairing at the cut", layer_map=layer_map)

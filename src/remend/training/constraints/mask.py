@@ -6,13 +6,27 @@ Legend: O rows (outputs), I columns (inputs).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from remend.compression.recognise import RECORD, was_pruned
+from remend.compression.solvers import refit_kept
 from remend.errors import InputError
+from remend.models.activations.walk import Sites
 from remend.models.layers import kept_weights
+from remend.models.protocols import CausalLM
+from remend.training.constraints.fitting import anchored_gram, float_weights, shapes, target
+from remend.training.constraints.kind import (
+    RATE,
+    Calibration,
+    Constraint,
+    ConstraintKind,
+    Shapes,
+    Start,
+    StudentFacts,
+    other_shapes,
+)
 
 
 class Masked:
@@ -28,8 +42,8 @@ class Masked:
         InputError: no linear layer holds a zero.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, model: CausalLM) -> None:
+        self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._kept = kept_weights(model)
         if not self._kept:
             raise InputError("no linear layer of the student holds zeros: there is no sparsity mask to keep")
@@ -54,3 +68,65 @@ class Masked:
 
     def save(self, directory: Path) -> None:
         """See Constraint. Nothing: the zeros are in the weights."""
+
+
+class MaskKind(ConstraintKind):
+    """Students with more exact zeros than chance gives, or whose record names them."""
+
+    def holds(self, facts: StudentFacts) -> bool:
+        """See ConstraintKind."""
+        return facts.recognised.mask
+
+    def describe(self, facts: StudentFacts) -> str:
+        """See ConstraintKind: the share of zeros and their pattern."""
+        zeros, pattern = facts.recognised.sparsity, facts.recognised.pattern
+        return f"mask, {zeros:.1%} zeros" + (f" ({pattern})" if pattern else "")
+
+    def lost(self, facts: StudentFacts) -> str | None:
+        """See ConstraintKind."""
+        directory, gone = facts.directory, not facts.recognised.mask and not facts.as_dense
+        if not directory or not gone or not was_pruned(directory):
+            return None
+        return (
+            f"{directory / RECORD} says that {facts.record['sparsity']:.1%} of the weights are zero, and the files "
+            "hold no zeros: they are another model's. Put the pruned weights back, or say --as dense"
+        )
+
+    def hold(
+        self, model: CausalLM, facts: StudentFacts, *, origin: CausalLM | None, start: Start | None, rate: float
+    ) -> Constraint:
+        """See ConstraintKind."""
+        return Masked(model)
+
+    def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
+        """See ConstraintKind."""
+        return other_shapes(ours, theirs)
+
+    def repairs(self, model: CausalLM, teacher: CausalLM) -> bool:
+        """See ConstraintKind."""
+        return shapes(model) == shapes(teacher)
+
+    def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
+        """See ConstraintKind: what the mask left is refitted."""
+        repair_mask(model, calibration)
+        return Start()
+
+    def learning_rate(self, facts: StudentFacts, *, repaired: bool) -> float:
+        """See ConstraintKind: under a mask even a repaired student is still far from its goal."""
+        return RATE
+
+
+@torch.no_grad()
+def repair_mask(student: CausalLM, calibration: Calibration) -> None:
+    """Refit what the mask left, in place; the zeros stay where they are."""
+    healthy, kept = float_weights(calibration.teacher), kept_weights(student)
+
+    def visit(sites: Sites) -> None:
+        gram_II = anchored_gram(sites)
+        for at, (name, layer) in enumerate(zip(sites.names, sites.layers, strict=True)):
+            key = f"{name}.weight"
+            if key not in kept or key not in healthy or healthy[key].shape != layer.weight.shape:
+                continue
+            layer.weight.copy_(refit_kept(target(sites, at, healthy[key], gram_II), gram_II, kept[key]))
+
+    calibration.walk(student, visit, "repairing under the mask")

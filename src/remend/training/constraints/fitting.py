@@ -1,0 +1,69 @@
+"""Which weights a layer ought to have: least squares to what the teacher gives, with given weights as prior.
+
+The student's calibration inputs and the teacher's outputs say what every layer ought to give (`activations.walk`).
+The answer to that, with the teacher's weight as prior, is then put under the student's constraint:
+
+    grid        GPTQ onto the very grid that the student came on (arXiv 2210.17323)
+    mask        least squares over the weights that the student's zeros leave; SparseGPT's sweep (arXiv 2301.00774)
+                solves the same problem approximately
+    smaller     the answer itself, in the layers that write into the residual stream: a cut is patched by the layer
+                before it, a narrowed layer by its own output matrix
+
+Legend: O rows (outputs), I columns (inputs).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from remend.compression.solvers import least_squares
+from remend.models.activations.walk import Sites
+from remend.models.layers import linear_layers
+from remend.models.protocols import CausalLM
+
+PRIOR_TOKENS = 7_500
+"""Pull of every weight to the teacher's: that of a text of this many tokens, each input with its own mean energy (what
+dropout of the inputs would do, Wager et al., arXiv 1307.1493). Without it, a few thousand tokens would be fitted at the
+cost of all other text. The prior of a smaller student is its own weights."""
+
+LEAST_PULL, MOST_PULL = 0.3, 3.0
+"""Bounds of the prior's tokens, as multiples of those that are there: with much text a weaker prior served a grid of 3
+bits worse (docs/degradations.md), and a handful of answers still says something."""
+
+
+def anchored_gram(sites: Sites) -> Tensor:
+    """[I, I], of Σ‖y − W x‖² + Σ_i a_i‖W_i − P_i‖², P the prior and a its strength for each input.
+
+    What rounding and masks lose is weighed by the prior's strength too, so that target and constraint are one problem.
+    """
+    return sites.gram_II + torch.diag(_strength(sites))
+
+
+def target(sites: Sites, at: int, prior_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """The weights [O, I] that solve `anchored_gram`'s problem where nothing constrains them.
+
+    Args:
+        sites: layers that read one input, with what each should give.
+        at: the layer's number among them.
+        prior_OI: P, in float32.
+        gram_II: what `anchored_gram` gave.
+    """
+    cross_OI = sites.cross_OI[at] if sites.cross_OI else None
+    if cross_OI is None:
+        return prior_OI
+    return least_squares(gram_II, (cross_OI + prior_OI * _strength(sites)).T, prior_OI=prior_OI)
+
+
+def _strength(sites: Sites) -> Tensor:
+    return min(max(PRIOR_TOKENS / sites.rows, LEAST_PULL), MOST_PULL) * sites.gram_II.diagonal()
+
+
+def float_weights(model: CausalLM) -> dict[str, Tensor]:
+    """All parameters by name, detached, in float32."""
+    return {name: p.detach().float() for name, p in model.named_parameters()}
+
+
+def shapes(model: CausalLM) -> dict[str, torch.Size]:
+    """Shapes of the decoder's linear weights, by layer name."""
+    return {name: layer.weight.shape for name, layer in linear_layers(model).items()}
