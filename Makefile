@@ -1,6 +1,7 @@
 # make demo    set up .venv and run the demo on the real model
 # make test    set up .venv and run all tests
 # make golden  run OLD (a commit) and the code here side by side and compare every file that they write
+# make count   how large is the code, and how much of what was to leave is left
 # Tests run in two workers; make test WORKERS=8 on a larger machine.
 # PIP_ARGS passes your choice of package index to pip, for a CPU-only torch, say:
 #   make demo PIP_ARGS="--extra-index-url URL"
@@ -14,7 +15,7 @@ OLD ?= 13d6498
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test fast check golden clean
+.PHONY: help demo test fast check golden count clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -45,6 +46,9 @@ check: .venv/ready-dev
 
 golden: .venv/ready-dev
 	$(BIN)/python benchmarks/golden.py --old $(OLD)
+
+count: .venv/ready-dev
+	$(BIN)/python benchmarks/count.py --old $(OLD)
 
 clean:
 	rm -rf .venv
