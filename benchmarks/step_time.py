@@ -53,7 +53,7 @@ def side_remend(model_dir: str, options: argparse.Namespace, work: str) -> list[
     from remend.recovery.settings import RecoverConfig
     from remend.recovery.streams import resolve
     from remend.training.constraints import Free
-    from remend.training.loop import Saving, Schedule, train
+    from remend.training.loop import Optimization, Saving, Watch, train
 
     source, cpu = find_model(model_dir), torch.device("cpu")
     tokenizer = load_tokenizer(source)
@@ -75,8 +75,9 @@ def side_remend(model_dir: str, options: argparse.Namespace, work: str) -> list[
     )
     seconds: list[float] = []
     saving = Saving(RunDirectory.create(Path(work) / "run"), 0, 1)
-    schedule = Schedule(options.steps + 1, LEARNING_RATE, 0)
-    train(objective, Free(student), accelerator, schedule, saving, on_step=lambda row: seconds.append(row["seconds"]))
+    optimization = Optimization(options.steps + 1, LEARNING_RATE, 0)
+    watch = Watch(on_step=lambda row: seconds.append(row["seconds"]))
+    train(objective, Free(student), accelerator, optimization, saving, watch=watch)
     return seconds
 
 

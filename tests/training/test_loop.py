@@ -17,7 +17,7 @@ from remend.errors import TrainingError
 from remend.files.run_directory import METRICS, RunDirectory
 from remend.recovery import recover
 from remend.training.constraints import Free
-from remend.training.loop import Prepared, Saving, Schedule, StepOutput, train
+from remend.training.loop import Optimization, Prepared, Saving, StepOutput, Watch, train
 
 
 class Quadratic:
@@ -30,7 +30,7 @@ class Quadratic:
         generator = torch.Generator().manual_seed(7)
         self.x = torch.randn(8, 3, generator=generator)
 
-    def prepare(self, step: int) -> Prepared:
+    def prepare(self, step: int) -> Prepared[tuple[int, list[int]]]:
         rows = list(range(8))
         cut = [rows[i : i + self.size] for i in range(0, 8, self.size)]
         return Prepared([(step, part) for part in cut], {"a": 5, "b": 3}, [f"row-{i}" for i in rows])
@@ -55,7 +55,7 @@ def run_quadratic(path: Path, size: int, steps: int = 5, poison: int | None = No
     directory = RunDirectory.create(path)
     saving = Saving(directory, every=2, keep=2)
     objective = Quadratic(model, size, poison)
-    train(objective, Free(model), Accelerator(cpu=True), Schedule(steps, 0.1, 1), saving)
+    train(objective, Free(model), Accelerator(cpu=True), Optimization(steps, 0.1, 1), saving)
     return model, directory.rows(METRICS)
 
 
@@ -92,11 +92,11 @@ def test_the_device_is_that_of_the_masters(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_schedule_warms_up_and_follows_the_cosine() -> None:
-    schedule = Schedule(steps=10, peak=2.0, warmup=2, final=0.1)
-    assert schedule.at(1) == 1.0
-    assert schedule.at(2) == 2.0
-    assert schedule.at(6) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert schedule.at(10) == pytest.approx(0.2)
+    optimization = Optimization(steps=10, peak=2.0, warmup=2, final=0.1)
+    assert optimization.rate_at(1) == 1.0
+    assert optimization.rate_at(2) == 2.0
+    assert optimization.rate_at(6) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert optimization.rate_at(10) == pytest.approx(0.2)
 
 
 def test_not_finite_loss_stops_and_names_step_ids_and_checkpoint(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_on_step_and_hooks_are_logged(tmp_path: Path) -> None:
     model, seen = linear(), []
     directory = RunDirectory.create(tmp_path / "run")
     train(
-        Quadratic(model, 8), Free(model), Accelerator(cpu=True), Schedule(4, 0.1, 1), Saving(directory, 0, 1),
-        hooks=[lambda step: {"eval/x": float(step)} if step % 2 == 0 else None], on_step=seen.append,
+        Quadratic(model, 8), Free(model), Accelerator(cpu=True), Optimization(4, 0.1, 1), Saving(directory, 0, 1),
+        watch=Watch([lambda step: {"eval/x": float(step)} if step % 2 == 0 else None], on_step=seen.append),
     )  # fmt: skip
     assert [row["step"] for row in seen] == [1, 2, 3, 4]
     assert all(row["seconds"] >= 0 for row in seen)

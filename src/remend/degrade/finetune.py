@@ -35,7 +35,7 @@ from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
 from remend.models.tokens import eos_ids
 from remend.training.constraints import Adapter, Free
-from remend.training.loop import Saving, Schedule, train
+from remend.training.loop import Optimization, Saving, Watch, train
 from remend.training.supervised import Supervised, encode_pairs
 
 FULL_RATE, LORA_RATE = 2e-4, 2e-3
@@ -207,13 +207,14 @@ def _train(job: Job, plan: _Plan, rows: Sequence[Rollout], steps: int, scratch: 
         precision=mixed_precision(choose_dtype(plan.dtype, student.device), student.device),
     )
     constraint = Adapter(student) if plan.lora else Free(student)
-    schedule = Schedule(steps, plan.learning_rate, warmup=math.ceil(WARMUP_SHARE * steps))
+    optimization = Optimization(steps, plan.learning_rate, warmup=math.ceil(WARMUP_SHARE * steps))
     with stage("training (cross-entropy of the completions)", steps) as advance:
 
         def on_step(row: Mapping[str, float]) -> None:
             advance(1, f"loss {row['loss']:.3f}")
 
-        train(objective, constraint, accelerator, schedule, Saving(scratch, every=0, keep=1), on_step=on_step)
+        saving = Saving(scratch, every=0, keep=1)
+        train(objective, constraint, accelerator, optimization, saving, watch=Watch(on_step=on_step))
     return sum(p.numel() for p in constraint.masters().values())
 
 

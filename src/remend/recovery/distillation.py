@@ -95,7 +95,7 @@ class Distillation:
         self.weights: Mapping[str, float] = {lane.stream.name: lane.stream.weight for lane in self.lanes}
         self._rounds: dict[int, list[list[Rollout]]] = {}
 
-    def prepare(self, step: int) -> Prepared:
+    def prepare(self, step: int) -> Prepared[tuple[Lane, Sequence[Rollout]]]:
         """This step's completions, cut into micro-batches."""
         if step not in self._rounds:
             self._rounds = self._sample(step, min(step + self.updates_per_rollout, self.steps + 1))

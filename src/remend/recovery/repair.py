@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -82,7 +81,7 @@ def repair(
     teacher: CausalLM,
     facts: StudentFacts,
     questions: Questions,
-    precision: AbstractContextManager[Any] | None = None,
+    precision: AbstractContextManager[object] | None = None,
 ) -> Repaired:
     """Repair a compressed student in place. One that is not compressed, or not cut from the teacher, is left as it is.
 

@@ -32,7 +32,7 @@ from remend.recovery.side_streams import SideStreams
 from remend.recovery.streams import bootstrap_budget, repair_budget, reuses_repair
 from remend.recovery.tracking import Tracker
 from remend.training.constraints import Constraint, kind_of
-from remend.training.loop import Hook, Saving, Schedule, train
+from remend.training.loop import Hook, Optimization, Saving, Watch, train
 from remend.training.teachers.cache import TeacherCache
 from remend.training.teachers.views import Teacher
 
@@ -213,15 +213,17 @@ class Training:
                 objective,
                 self.constraint,
                 accelerator,
-                Schedule(config.steps, self.rate, config.warmup_steps, config.final_learning_rate),
-                Saving(self.directory, config.save_every, config.keep_checkpoints),
-                weight_decay=config.weight_decay,
-                max_grad_norm=config.max_grad_norm,
-                resume=self.resume,
-                hooks=self._hooks(),
-                on_step=on_step,
+                Optimization(
+                    config.steps,
+                    self.rate,
+                    config.warmup_steps,
+                    config.final_learning_rate,
+                    config.weight_decay,
+                    config.max_grad_norm,
+                ),
+                Saving(self.directory, config.save_every, config.keep_checkpoints, self.resume),
+                watch=Watch(self._hooks(), on_step, self.selection.stop),
                 follower=objective,
-                stop=self.selection.stop,
             )
         if config.report_to:
             accelerator.end_training()

@@ -34,7 +34,7 @@ from remend.models.load import save_model
 from remend.models.scorer import scorer
 from remend.models.tokens import eos_ids
 from remend.training.constraints import Free
-from remend.training.loop import Saving, Schedule, train
+from remend.training.loop import Optimization, Saving, Watch, train
 from remend.training.supervised import Supervised, encode_pairs
 
 WIDTH, INNER, LAYERS, HEADS, VOCABULARY = 64, 192, 5, 4, 512
@@ -242,13 +242,13 @@ def _train(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], out: Path
     )
     shutil.rmtree(out / "training", ignore_errors=True)
     directory = RunDirectory.create(out / "training")
-    schedule = Schedule(steps, RATE, warmup=max(1, steps // 20), final=0.02)
+    optimization = Optimization(steps, RATE, warmup=max(1, steps // 20), final=0.02)
     with stage("training the tiny model", steps) as advance:
         train(
             objective,
             Free(model),
             Accelerator(cpu=True),
-            schedule,
+            optimization,
             Saving(directory, every=0, keep=1),
-            on_step=lambda row: advance(1, f"loss {row['loss']:.3f}"),
+            watch=Watch(on_step=lambda row: advance(1, f"loss {row['loss']:.3f}")),
         )

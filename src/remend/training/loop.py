@@ -6,7 +6,7 @@ accumulates, clips, steps, logs and saves:
 
     gradient = Σ_streams weight_s · ( Σ micro-batches, processes  ∇ loss_sum_s ) / N_s
 
-with N_s the stream's completion tokens in the whole step (arXiv 2604.15794's objective; method.md). So 8 prompts in
+with N_s the stream's completion tokens in the whole step (arXiv 2604.15794's objective). So 8 prompts in
 one micro-batch, 8 micro-batches of one prompt and 2 processes of 4 give one gradient, to rounding.
 """
 
@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +25,9 @@ from torch import Tensor
 from remend.errors import InputError, TrainingError
 from remend.files.run_directory import METRICS, TIMING, Checkpoint, RunDirectory
 from remend.training.constraints import Constraint
+
+M = TypeVar("M")
+"""A micro-batch: whatever the objective cuts a step into."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +39,31 @@ class StepOutput:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Generic[M]):
     """A step's micro-batches with, for each stream, the positions they hold together; ids for error messages.
 
     `means` are figures to log, each as (sum, number): processes may hold unequal numbers.
     """
 
-    micro_batches: Sequence[Any]
+    micro_batches: Sequence[M]
     tokens: Mapping[str, int]
     ids: Sequence[str]
     means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
-class Objective(Protocol):
+class Objective(Protocol[M]):
     """A step function with its preparation."""
 
-    weights: Mapping[str, float]
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Of each stream's mean loss in the sum."""
+        ...
 
-    def prepare(self, step: int) -> Prepared:
+    def prepare(self, step: int) -> Prepared[M]:
         """Sample everything that step `step` (from 1) trains on."""
         ...
 
-    def __call__(self, micro_batch: Any) -> StepOutput:
+    def __call__(self, micro_batch: M) -> StepOutput:
         """Sums of the losses of one micro-batch, with gradients attached."""
         ...
 
@@ -79,15 +85,21 @@ class Follower(Protocol):
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up to `peak`, then a cosine to `final` · peak at the last step."""
+class Optimization:
+    """AdamW for `steps` steps. Its rate warms up on a line to `peak`, then a cosine takes it to `final` · peak.
+
+    weight_decay: of matrices; vectors have none.
+    max_grad_norm: the limit of the gradients' norm, over all of them.
+    """
 
     steps: int
     peak: float
     warmup: int
     final: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
 
-    def at(self, step: int) -> float:
+    def rate_at(self, step: int) -> float:
         """Learning rate of step `step`, counted from 1."""
         if step <= self.warmup:
             return self.peak * step / self.warmup
@@ -97,77 +109,89 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Saving:
-    """When and where to save; `every` 0 saves nothing."""
+    """Where rows and checkpoints go, and where to go on.
+
+    every, keep: a checkpoint every so many steps (0: none), of which the last `keep` stay.
+    resume: continue from this checkpoint; the trajectory is the uninterrupted one.
+    """
 
     run: RunDirectory
     every: int
     keep: int
+    resume: Checkpoint | None = None
 
 
 Hook = Callable[[int], Mapping[str, float] | None]
 """Called with the number of steps done; what it returns is logged as a row of its own."""
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on.
+
+    hooks: called after every step (a hook decides itself whether it is its turn).
+    on_step: gets each training row with `seconds`, for progress bars.
+    stop: asked in the main process after each step's hooks.
+    """
+
+    hooks: Sequence[Hook] = ()
+    on_step: Callable[[Mapping[str, float]], None] = lambda row: None
+    stop: Callable[[], bool] = lambda: False
+
+
 def train(
-    objective: Objective,
+    objective: Objective[M],
     constraint: Constraint,
     accelerator: Accelerator,
-    schedule: Schedule,
+    optimization: Optimization,
     saving: Saving,
     *,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    resume: Checkpoint | None = None,
-    hooks: Sequence[Hook] = (),
-    on_step: Callable[[Mapping[str, float]], None] = lambda row: None,
+    watch: Watch | None = None,
     follower: Follower | None = None,
-    stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Run the loop to `schedule.steps`; returns the number of steps done, fewer where `stop` said so.
+    """Run the loop to `optimization.steps`; returns the number of steps done, fewer where `watch.stop` said so.
 
     Args:
         objective: what is trained on.
         constraint: what is held; it owns the master weights.
         accelerator: processes, trackers; its own device may be another (precision is the objective's own matter).
-        schedule: learning rates and the number of steps.
+        optimization: learning rates and the number of steps.
         saving: where rows and checkpoints go.
-        weight_decay, max_grad_norm: AdamW's decay on matrices; the gradients' norm limit.
-        resume: continue from this checkpoint; the trajectory is the uninterrupted one.
-        hooks: called after every step (a hook decides itself whether it is its turn).
-        on_step: gets each training row with `seconds`, for progress bars.
+        watch: hooks, progress and an early end.
         follower: what moves along with the weights and is saved with them.
-        stop: asked in the main process after each step's hooks.
 
     Raises:
         TrainingError: loss or gradient is NaN or infinite; weights and files stay as the last good step left them.
     """
-    optimizer = _optimizer(constraint.masters(), schedule.peak, weight_decay)
+    watch, resume = watch or Watch(), saving.resume
+    optimizer = _optimizer(constraint.masters(), optimization)
     device, start = next(iter(constraint.masters().values())).device, resume.step if resume else 0
     if resume is not None:
         _restore(resume, constraint, optimizer, follower)
-        if _said(stop, accelerator, device):
+        if _asked_to_stop(watch, accelerator, device):
             return start
-    for step in range(start + 1, schedule.steps + 1):
+    for step in range(start + 1, optimization.steps + 1):
         began = time.perf_counter()
         torch.manual_seed(step)  # whatever still draws from the global stream draws the same after a resume
+        rate = optimization.rate_at(step)
         row = _gradients(objective, accelerator, device, step, saving)
-        norm = _update(constraint, optimizer, schedule.at(step), max_grad_norm, accelerator)
+        norm = _update(constraint, optimizer, rate, optimization.max_grad_norm, accelerator)
         if not math.isfinite(norm):
             raise TrainingError(_not_finite("gradient norm", norm, step, row.ids, saving))
         if follower:
             follower.updated(step)
         seconds = time.perf_counter() - began
-        values = {**row.values, "learning_rate": schedule.at(step), "grad_norm": norm}
+        values = {**row.values, "learning_rate": rate, "grad_norm": norm}
         _log(saving, accelerator, step, values)
         _time(saving, accelerator, step, seconds)
-        on_step({"step": step, **values, "seconds": seconds})
-        for hook in hooks:
+        watch.on_step({"step": step, **values, "seconds": seconds})
+        for hook in watch.hooks:
             _log(saving, accelerator, step, hook(step) or {})
         if saving.every and step % saving.every == 0 and accelerator.is_main_process:
             _save(saving, step, constraint, optimizer, follower)
-        if _said(stop, accelerator, device):
+        if _asked_to_stop(watch, accelerator, device):
             return step
-    return schedule.steps
+    return optimization.steps
 
 
 def _update(
@@ -185,8 +209,9 @@ def _update(
     return norm
 
 
-def _said(stop: Callable[[], bool], accelerator: Accelerator, device: torch.device) -> bool:
-    said = torch.tensor([float(accelerator.is_main_process and stop())], device=device)
+def _asked_to_stop(watch: Watch, accelerator: Accelerator, device: torch.device) -> bool:
+    """What the main process says; all follow it."""
+    said = torch.tensor([float(accelerator.is_main_process and watch.stop())], device=device)
     return bool(_over_processes(accelerator, said))
 
 
@@ -207,7 +232,9 @@ class _Row:
     ids: Sequence[str]
 
 
-def _gradients(objective: Objective, accelerator: Accelerator, device: torch.device, step: int, saving: Saving) -> _Row:
+def _gradients(
+    objective: Objective[M], accelerator: Accelerator, device: torch.device, step: int, saving: Saving
+) -> _Row:
     """Backward passes of one step, summed over micro-batches and processes, divided once."""
     prepared = objective.prepare(step)
     streams = sorted(objective.weights)
@@ -259,12 +286,12 @@ def _clip(masters: Mapping[str, Tensor], limit: float, accelerator: Accelerator)
     return float(torch.nn.utils.clip_grad_norm_(with_grad, limit, foreach=True))
 
 
-def _optimizer(masters: Mapping[str, Tensor], rate: float, weight_decay: float) -> torch.optim.AdamW:
+def _optimizer(masters: Mapping[str, Tensor], optimization: Optimization) -> torch.optim.AdamW:
     groups = [
-        {"params": [t for t in masters.values() if t.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [t for t in masters.values() if t.ndim >= 2], "weight_decay": optimization.weight_decay},
         {"params": [t for t in masters.values() if t.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optimization.peak, betas=(0.9, 0.999), fused=True)
 
 
 def _not_finite(what: str, value: float, step: int, ids: Sequence[str], saving: Saving) -> str:

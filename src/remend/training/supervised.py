@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 from remend.data.examples import Example
 from remend.data.order import Order
 from remend.data.templates import encode
 from remend.maths.losses.chunked import chunked_cross_entropy_sum
+from remend.models.protocols import Tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer, pack
 from remend.training.loop import Prepared, StepOutput
@@ -21,7 +21,7 @@ from remend.training.loop import Prepared, StepOutput
 STREAM = "supervised"
 
 
-def ending(tokenizer: Any, eos: Sequence[int]) -> tuple[int, ...]:
+def ending(tokenizer: Tokenizer, eos: Sequence[int]) -> tuple[int, ...]:
     """The token that closes an answer: what the chat template writes after one, else the tokenizer's own.
 
     Args:
@@ -31,14 +31,14 @@ def ending(tokenizer: Any, eos: Sequence[int]) -> tuple[int, ...]:
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qq"}]
         _, _, rest = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("qq")
-        found = [t for t in tokenizer(rest, add_special_tokens=False)["input_ids"] if t in eos]
-        if found:
-            return (int(found[0]),)
+        closing = next((t for t in tokenizer.encode(rest, add_special_tokens=False) if t in eos), None)
+        if closing is not None:
+            return (int(closing),)
     return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
 
 def encode_pairs(
-    tokenizer: Any, pairs: Iterable[tuple[Example, str]], *, max_tokens: int, eos: Sequence[int]
+    tokenizer: Tokenizer, pairs: Iterable[tuple[Example, str]], *, max_tokens: int, eos: Sequence[int]
 ) -> tuple[list[Rollout], list[str]]:
     """Tokenize prompts with their completions: (those that fit, ids of the ones that don't). None is cut.
 
@@ -54,7 +54,7 @@ def encode_pairs(
         prompt = encode(tokenizer, example).tokens
         # where no template parts question from answer, a space does, unless either brings its own
         joint = " " if plain and not (str(example.prompt)[-1:].isspace() or text[:1].isspace()) else ""
-        completion = (*tokenizer(joint + text, add_special_tokens=False)["input_ids"], *close)
+        completion = (*tokenizer.encode(joint + text, add_special_tokens=False), *close)
         if len(prompt) + len(completion) > max_tokens:
             dropped.append(example.id)
         else:
@@ -78,12 +78,12 @@ class Supervised:
     order: Order[Rollout]
     batch_size: int
     accumulation: int
-    precision: AbstractContextManager[Any]
+    precision: AbstractContextManager[object]
     process: int = 0
     processes: int = 1
     weights: Mapping[str, float] = field(default_factory=lambda: {STREAM: 1.0})
 
-    def prepare(self, step: int) -> Prepared:
+    def prepare(self, step: int) -> Prepared[Sequence[Rollout]]:
         """This step's pairs, cut into micro-batches."""
         size = self.batch_size * self.accumulation * self.processes
         mine = [pair for _, pair in self.order.take((step - 1) * size, size)][self.process :: self.processes]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from remend.models.protocols import CausalLM
 
-def freeze_healthy_embeddings(model: Any, origin: Any) -> list[str]:
+
+def freeze_healthy_embeddings(model: CausalLM, origin: CausalLM | None) -> list[str]:
     """Stop training token embeddings and head where they are the teacher's still, bit for bit.
 
     Of a step on a small model they are the dearest part: their gradient is a product of the size of the vocabulary, and

@@ -91,7 +91,7 @@ class Calibration:
 
     teacher: CausalLM
     text: Sequence[Rollout]
-    precision: AbstractContextManager[Any] | None = None
+    precision: AbstractContextManager[object] | None = None
 
     def walk(
         self, student: CausalLM, visit: Callable[[Sites], None], title: str, layer_map: Sequence[int] | None = None
