@@ -67,7 +67,6 @@ LINES = (
     Line("TRL, 4e-4", side="trl"),
     *(line for degradation in DEGRADE for line in short_lines(degradation)),
     options("2 updates a rollout", **TWO),
-    options("2 updates, weighted", **TWO, importance_clip=5),
     # the longer length is also that of the held-out answers
     options("short rollouts first", max_new_tokens=[16, TOKENS]),
     options("gradient checkpointing", gradient_checkpointing=True),

@@ -45,14 +45,7 @@ class Counting:
     def __call__(self, prompts: Any, *, max_new_tokens: int, temperature: float, seeds: Any) -> list[Rollout]:
         self.calls.append([p.id for p in prompts])
         return [
-            Rollout(
-                p.id,
-                p.tokens,
-                tuple((s + i) % 300 + 3 for i in range(max_new_tokens)),
-                True,
-                p.shown,
-                tuple(-1.0 - i for i in range(max_new_tokens)),
-            )
+            Rollout(p.id, p.tokens, tuple((s + i) % 300 + 3 for i in range(max_new_tokens)), True, p.shown)
             for p, s in zip(prompts, seeds, strict=True)
         ]
 
@@ -118,17 +111,6 @@ def test_a_round_of_sampling_has_one_length() -> None:
     ]
     assert lengths == [{2}] * 4 + [{6}] * 4  # where the line is at the rounds' first steps, 1 and 5
     assert [len(call) for call in made.sampler.calls] == [16, 16]
-
-
-def test_nothing_is_stale_at_the_first_step_of_a_round() -> None:
-    lane = Lane(BASE, scorer(build_model(320, seed=2)), Order(encoded(12), 0), rows=4)
-    made = objective([lane], updates_per_rollout=2, importance_clip=2.0)
-    plain = objective([lane], updates_per_rollout=2)
-    for step, equal in ((1, True), (2, False), (3, True), (4, False)):
-        sums = [
-            sum(float(o(micro).sums["recover"][0]) for micro in o.prepare(step).micro_batches) for o in (made, plain)
-        ]
-        assert (sums[0] == sums[1]) == equal
 
 
 def test_processes_share_a_step() -> None:

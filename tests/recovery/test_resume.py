@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,16 @@ def test_resuming_a_complete_run_changes_nothing(recipe: dict[str, object]) -> N
     again = recover(resume=first.out)
     assert again.summary == first.summary
     assert {p: p.stat().st_mtime_ns for p in first.out.rglob("*")} == before
+
+
+def test_a_run_of_an_older_version_resumes(recipe: dict[str, object]) -> None:
+    """Version 0.1 wrote keys that are gone, each with its default, and lacked those that are newer."""
+    first = recover(**recipe)
+    manifest = json.loads((first.out / "manifest.json").read_text())
+    manifest["recipe"]["importance_clip"] = None
+    (first.out / "manifest.json").write_text(json.dumps(manifest))
+    (first.out / "recipe.yaml").write_text(yaml.safe_dump(manifest["recipe"]))
+    assert recover(resume=first.out).summary == first.summary
 
 
 def test_resume_on_something_that_is_no_run(tmp_path: Path) -> None:

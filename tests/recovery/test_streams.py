@@ -81,7 +81,6 @@ def test_more_streams_than_prompts() -> None:
         ({"streams": {"../a": {"data": "d", "teacher": "t"}}}, "a stream's name is part of file names"),
         ({"streams": two(task="chess")}, 'unknown task "chess"; known: general, science, science-short'),
         ({"streams": two(data="self", teacher="t", held_out=9), "self_prompts": 9}, "leaves no self-written prompt"),
-        ({"streams": two(temperature=0.5), "importance_clip": 2.0}, "likelihood at temperature 1"),
         ({"streams": two(), "bootstrap": "on", "bootstrap_steps": 99}, "nothing would be on-policy"),
         ({"streams": two(), "select": "best", "eval_every": 99}, "select: best would never look"),
         (
@@ -115,17 +114,12 @@ def test_what_a_cached_teacher_cannot_do(stream: dict[str, Any], part: str) -> N
     [
         ({"demonstration_template": "{prompt} {demonstration}"}, "demonstration_template has no effect"),
         ({"ema": {"rate": 0.1}, "streams": None, "teacher": "t", "data": "d"}, "ema has no effect"),
-        ({"importance_clip": 2.0, "updates_per_rollout": 1}, "importance_clip has no effect"),
         ({"self_prompts": 5}, "self_prompts has no effect"),
         ({"bootstrap_steps": 5}, "bootstrap_steps has no effect"),
         ({"steps": 48, "updates_per_rollout": 60, "save_every": 0}, "updates_per_rollout 60 is above steps 48"),
         ({"off_policy_passes": 3}, "off_policy_passes has no effect"),
         ({"steps": 48, "patience": 6, "eval_every": 8}, "patience 6 has no effect: 48 steps have 6 evaluations"),
         ({"streams": {"a": {"data": "d", "teacher": "t", "share": 2}}}, "share of a has no effect"),
-        (
-            {"streams": {"a": {"data": "d", "teacher": "t", "policy": "off"}}, "importance_clip": 2.0},
-            "importance_clip has no effect: every stream is off-policy",
-        ),
     ],
 )
 def test_settings_without_effect_are_said(values: dict[str, Any], part: str) -> None:

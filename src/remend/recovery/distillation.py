@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from remend.data.templates import Encoded
 from remend.maths.losses.chunked import chunked_divergence_sum, chunked_truncated_sum
 from remend.models.sampling.rollout import Rollout, Sampler
 from remend.models.scorer import Packed, Scorer, pack
-from remend.prefix import PrefixWeights
 from remend.recovery.alignment import Alignment, Seen
 from remend.recovery.streams import RECOVER, Stream
 from remend.training.loop import Prepared, StepOutput
@@ -69,7 +68,6 @@ class Distillation:
         seed: see docs/recipe.md.
         precision: context of the forward passes (mixed precision over float32 weights); entered many times.
         updates_per_rollout: steps that one round of sampling feeds.
-        importance_clip: weigh stale tokens by their prefix's likelihood ratio, kept within 1/c and c.
         on_policy: says before each round, given its first step, whether the student's own completions are used yet
             (bootstrap); until then all streams take their pool's.
         process, processes: this process's turn when several share a step.
@@ -84,7 +82,6 @@ class Distillation:
     seed: int
     precision: AbstractContextManager[Any]
     updates_per_rollout: int = 1
-    importance_clip: float | None = None
     on_policy: Callable[[int], bool] = lambda step: True
     process: int = 0
     processes: int = 1
@@ -100,7 +97,9 @@ class Distillation:
         if step not in self._rounds:
             self._rounds = self._sample(step, min(step + self.updates_per_rollout, self.steps + 1))
         each, self._step = self._rounds.pop(step), step
-        cut = [(lane, part) for lane, rows in zip(self.lanes, each, strict=True) for part in self._parts(rows)]
+        cut = [
+            (lane, part) for lane, rows in zip(self.lanes, each, strict=True) for part in _cut(rows, self.micro_rows)
+        ]
         tokens = {lane.stream.name: sum(map(lane.kept, rows)) for lane, rows in zip(self.lanes, each, strict=True)}
         means: dict[str, tuple[float, float]] = {}
         for lane, rows in zip(self.lanes, each, strict=True):
@@ -139,20 +138,12 @@ class Distillation:
                     seeds=[seed for *_, seed in wanted],
                 )
             for (key, *_), rollout in zip(wanted, rollouts, strict=True):
-                # nothing is stale at the round's first step: its weights are 1, and not 1 to rounding
-                found[key] = replace(rollout, log_q=None) if key[0] == first else rollout
+                found[key] = rollout
         keys = sorted(found)
         return {
             step: [[found[k] for k in keys if k[:2] == (step, i)] for i in range(len(self.lanes))]
             for step in range(first, end)
         }
-
-    def _parts(self, rows: list[Rollout]) -> Iterator[Sequence[Rollout]]:
-        if self.importance_clip is None:
-            return _cut(rows, self.micro_rows)
-        # a teacher's completion is never stale, and has no weights
-        groups = ([r for r in rows if r.off_policy == off] for off in (False, True))
-        return (part for group in groups for part in _cut(group, self.micro_rows))
 
     def _own(self, lane: Lane, at: int) -> bool:
         """Whether the completion at this position is the student's: settled by seed and position (GKD's λ)."""
@@ -162,33 +153,24 @@ class Distillation:
     def __call__(self, micro_batch: tuple[Lane, Sequence[Rollout]]) -> StepOutput:
         """Sum of the divergences at the micro-batch's completion tokens."""
         lane, rollouts = micro_batch
-        device, stream = self.student.device, lane.stream
+        stream = lane.stream
         trained = sum(map(lane.kept, rollouts))
         if not trained:
             return StepOutput({})
-        stale = self.importance_clip is not None and all(r.log_q is not None for r in rollouts)
-        skip = 0 if stale else stream.skip_first  # a skipped token's ratio counts for those that follow it
         pairs = [(r.prompt, r.completion) for r in rollouts]
-        batch = pack(pairs, device=device, skip_first=skip)
-        prefix = self._prefix(rollouts, batch, stream.skip_first) if stale else None
+        batch = pack(pairs, device=self.student.device, skip_first=stream.skip_first)
         aligned = self.alignment if lane is self.lanes[0] else None
         if aligned and aligned.due(self._step):
             # a pass of its own: the divergence's gradient can be taken once only
-            total, ours, theirs = self._divergence(lane, rollouts, batch, skip, prefix, aligned)
+            total, ours, theirs = self._divergence(lane, rollouts, batch, aligned)
             aligned.balance(self._step, total / trained, ours, theirs)
-        total, ours, theirs = self._divergence(lane, rollouts, batch, skip, prefix, aligned)
+        total, ours, theirs = self._divergence(lane, rollouts, batch, aligned)
         if aligned and (loss := aligned.loss(ours, theirs)) is not None:
             total = total + aligned.scale * trained * loss  # weighted as if it were a mean a token too
         return StepOutput({stream.name: (total, trained)})
 
     def _divergence(
-        self,
-        lane: Lane,
-        rollouts: Sequence[Rollout],
-        batch: Packed,
-        skip: int,
-        prefix: PrefixWeights | None,
-        aligned: Alignment | None,
+        self, lane: Lane, rollouts: Sequence[Rollout], batch: Packed, aligned: Alignment | None
     ) -> tuple[Tensor, Seen, Seen]:
         """Sum over the completion tokens, and what an alignment sees of the student's and the teacher's pass."""
         stream, taught, ours, theirs = lane.stream, None, Seen(), Seen()
@@ -196,13 +178,13 @@ class Distillation:
             # in a context of its own: autocast keeps casts of a parameter, and a view of the student puts other values
             # behind the same parameters
             with self.precision:
-                taught = self._taught(lane.teacher, rollouts, skip, theirs, aligned), lane.teacher.head
+                taught = self._taught(lane.teacher, rollouts, stream.skip_first, theirs, aligned), lane.teacher.head
         with self.precision:
             with ours.by(aligned, "student", batch):
                 student_ND = _states(self.student, batch, aligned)
             if isinstance(lane.teacher, TeacherCache):
-                target = lane.teacher.targets(rollouts, skip_first=skip).to(batch.tokens_BT.device)
-                total = chunked_truncated_sum(student_ND, self.student.head, target, beta=stream.beta, prefix=prefix)
+                target = lane.teacher.targets(rollouts, skip_first=stream.skip_first).to(batch.tokens_BT.device)
+                total = chunked_truncated_sum(student_ND, self.student.head, target, beta=stream.beta)
             else:
                 assert taught is not None
                 total = chunked_divergence_sum(
@@ -212,7 +194,6 @@ class Distillation:
                     taught[1],
                     beta=stream.beta,
                     top_k=stream.top_k,
-                    prefix=prefix,
                 )
         return total, ours, theirs
 
@@ -225,11 +206,6 @@ class Distillation:
         batch = pack(pairs, device=self.student.device, skip_first=skip)
         with seen.by(aligned, "teacher", batch):
             return _states(teacher, batch, aligned)
-
-    def _prefix(self, rollouts: Sequence[Rollout], batch: Packed, skip: int) -> PrefixWeights:
-        assert self.importance_clip is not None
-        old_N = torch.tensor([value for r in rollouts for value in r.log_q or ()], device=self.student.device)
-        return PrefixWeights(batch.targets_N, batch.rows_N, old_N, self.importance_clip, skip)
 
     def updated(self, step: int) -> None:
         """After the update of step `step`: moving teachers follow."""

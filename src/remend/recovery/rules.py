@@ -32,8 +32,6 @@ def problems(config: RecoverConfig, streams: Sequence[Stream], caches: Mapping[s
         )
     if config.select == "best" and config.eval_every > config.steps > 0:
         found.append(f"select: best would never look: eval_every {config.eval_every} is above steps {config.steps}")
-    if config.importance_clip and any(s.temperature != 1.0 for s in streams):
-        found.append("importance_clip weighs by the likelihood at temperature 1; set temperature: 1, or leave it out")
     if config.bootstrap_steps and config.bootstrap_steps > config.steps:
         found.append(
             f"bootstrap_steps {config.bootstrap_steps} is above steps {config.steps}: nothing would be on-policy"
@@ -130,8 +128,6 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
         found.append("demonstration_template has no effect, since no stream uses demonstrations")
     if (config.ema.rate, config.ema.every) != (EMA_RATE, 1) and not any(s.teacher == "ema" for s in streams):
         found.append("ema has no effect, since no stream has teacher: ema")
-    if config.importance_clip and config.updates_a_round == 1:
-        found.append("importance_clip has no effect with updates_per_rollout 1: no token is stale")
     if config.self_prompts and not any(s.data == SELF for s in streams):
         found.append("self_prompts has no effect, since no stream has data: self")
     asked = config.updates_per_rollout or 1
@@ -141,8 +137,6 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
         found.append(
             f"updates_per_rollout {asked} is above steps {config.steps}: one round of sampling feeds the whole run"
         )
-    if config.importance_clip and not any(s.on_policy for s in streams):
-        found.append("importance_clip has no effect: every stream is off-policy, and no token is stale")
     found += [*_unused_counts(config, streams), *_unused_of_caches(config, streams)]
     for stream in streams:
         if stream.task and not (stream.demonstrations and config.bootstrap == "auto"):

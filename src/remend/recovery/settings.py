@@ -108,6 +108,11 @@ class RecoverConfig(Settings):
         "scales": Gone(
             "fixed", "since version 0.2: scales learned beside the weights won next to nothing; they stay as stored"
         ),
+        "importance_clip": Gone(
+            None,
+            "since version 0.2: likelihood ratios for the tokens of an older student brought no gain (docs/speed.md). "
+            "Leave it out; stale tokens count like fresh ones",
+        ),
     }
 
     student: str = Field(
@@ -174,9 +179,6 @@ class RecoverConfig(Settings):
         ge=1,
         description="steps that one round of sampling feeds, each completion once; by default 2 (1 where save_every "
         "or bootstrap_steps is odd)",
-    )
-    importance_clip: float | None = Field(
-        None, gt=1, description="c: weigh a stale token by its prefix's likelihood ratio, kept within 1/c and c"
     )
     ema: EmaConfig = Field(
         default_factory=lambda: build(EmaConfig, {}, "ema"),
@@ -278,7 +280,6 @@ class RecoverConfig(Settings):
         "max_grad_norm",
         "weight_decay",
         "final_learning_rate",
-        "importance_clip",
         mode="before",
     )(as_number)
     _switch = field_validator("bootstrap", mode="before")(_on_off)

@@ -173,17 +173,15 @@ class Training:
     def _objective(self, lanes: Sequence[Lane], gate: Gate) -> Distillation:
         config, checked = self.config, self.checked
         ends = eos_ids(self.student, checked.tokenizer)
-        stale = config.updates_a_round > 1 and config.importance_clip is not None
         return Distillation(
             student=self.parts,
             lanes=lanes,
-            sampler=TransformersSampler(self.student, checked.shared, ends, log_q=stale),
+            sampler=TransformersSampler(self.student, checked.shared, ends),
             steps=config.steps,
             micro_rows=config.batch_size,
             seed=config.seed,
             precision=self.precision,
             updates_per_rollout=config.updates_a_round,
-            importance_clip=config.importance_clip if stale else None,
             on_policy=gate,
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,

@@ -26,7 +26,6 @@ from remend.maths.losses.divergences import (
 from remend.maths.topk import TopK, check_k
 from remend.maths.topk import top_k as largest
 from remend.models.device import free_bytes
-from remend.prefix import PrefixWeights
 
 
 @dataclass(frozen=True)
@@ -139,27 +138,10 @@ def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
 
 
-def _chunked_sum(
-    student_ND: Tensor, head: Head, rows: int | None, loss: _Loss, prefix: PrefixWeights | None = None
-) -> Tensor:
-    if prefix is not None:
-        if len(prefix) != student_ND.shape[0]:
-            raise ValueError(f"{student_ND.shape[0]} hidden states and {len(prefix)} prefix weights differ in number")
-        loss = _weighted(loss, prefix)
+def _chunked_sum(student_ND: Tensor, head: Head, rows: int | None, loss: _Loss) -> Tensor:
     rest = (head, rows or chunk_rows(head.weight_VD.shape[0], student_ND.device), loss)
     total = _ChunkedSum.apply(student_ND, head.weight_VD, head.bias_V, rest)  # type: ignore[no-untyped-call]
     return cast(Tensor, total)
-
-
-def _weighted(loss: _Loss, prefix: PrefixWeights) -> _Loss:
-    weights = prefix.start()
-
-    def weighted(part: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        weight_N = weights(part, logits_NV)
-        values_N, grad_NV = loss(part, logits_NV)
-        return values_N * weight_N, grad_NV.mul_(weight_N.unsqueeze(1))
-
-    return weighted
 
 
 def chunked_divergence_sum(
@@ -170,7 +152,6 @@ def chunked_divergence_sum(
     *,
     beta: float = 0.0,
     top_k: int | None = None,
-    prefix: PrefixWeights | None = None,
     rows: int | None = None,
 ) -> Tensor:
     """Sum over positions of `divergence`, from hidden states, with no [N, V] tensor alive at any time.
@@ -184,7 +165,6 @@ def chunked_divergence_sum(
             hidden states, weight and bias, where they need one.
         beta: see `divergence`.
         top_k: fold both distributions to the teacher's k most likely tokens and a tail; None keeps all.
-        prefix: weigh each position's value and gradient (remend.prefix); None weighs all alike.
         rows: positions a chunk; by default see `chunk_rows`.
 
     Returns:
@@ -212,7 +192,7 @@ def chunked_divergence_sum(
             return _with_gradient(logits_NV, teacher_NV, beta)
         return _truncated_with_gradient(logits_NV, largest(teacher_NV, top_k), beta)
 
-    return _chunked_sum(student_ND, student_head, rows, loss, prefix)
+    return _chunked_sum(student_ND, student_head, rows, loss)
 
 
 def chunked_truncated_sum(
@@ -221,7 +201,6 @@ def chunked_truncated_sum(
     target: TopK,
     *,
     beta: float = 0.0,
-    prefix: PrefixWeights | None = None,
     rows: int | None = None,
 ) -> Tensor:
     """Sum over positions of `truncated_divergence` from stored teacher distributions; see `chunked_divergence_sum`.
@@ -238,7 +217,7 @@ def chunked_truncated_sum(
     def loss(part: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         return _truncated_with_gradient(logits_NV, target[part].to(logits_NV.device), beta)
 
-    return _chunked_sum(student_ND, student_head, rows, loss, prefix)
+    return _chunked_sum(student_ND, student_head, rows, loss)
 
 
 def chunked_cross_entropy_sum(student_ND: Tensor, head: Head, targets_N: Tensor, *, rows: int | None = None) -> Tensor:

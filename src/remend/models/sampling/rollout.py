@@ -13,8 +13,7 @@ from remend.data.templates import Encoded
 class Rollout:
     """A prompt with one sampled completion. `clipped` says that it met the length limit before it ended.
 
-    `shown` is the teacher's prompt where that one sees more; `log_q` each token's log-probability under the policy
-    that sampled it (at temperature 1), where they were asked for. `off_policy` marks the teacher's own completions.
+    `shown` is the teacher's prompt where that one sees more. `off_policy` marks the teacher's own completions.
     """
 
     id: str
@@ -22,7 +21,6 @@ class Rollout:
     completion: tuple[int, ...]
     clipped: bool
     shown: tuple[int, ...] | None = None
-    log_q: tuple[float, ...] | None = None
     off_policy: bool = False
 
 

@@ -31,7 +31,6 @@ class TransformersSampler:
         eos: ids that end a completion; the ending token belongs to it.
         max_rows: rows decoded at once.
         on_rows: progress callback.
-        log_q: keep the log-probabilities of the sampled tokens.
         shown: answer the teacher's prompts instead, where there are any.
     """
 
@@ -40,7 +39,6 @@ class TransformersSampler:
     eos: tuple[int, ...]
     max_rows: int = 64
     on_rows: Callable[[int], None] | None = None
-    log_q: bool = False
     shown: bool = False
 
     @torch.no_grad()
@@ -57,24 +55,15 @@ class TransformersSampler:
         with packed_linears(self.model):
             for start in range(0, len(order), self.max_rows):
                 rows = order[start : start + self.max_rows]
-                completions, log_q = self._decode([asked[i] for i in rows], uniform[rows], temperature)
-                for i, tokens, given in zip(rows, completions, log_q, strict=True):
+                completions = self._decode([asked[i] for i in rows], uniform[rows], temperature)
+                for i, tokens in zip(rows, completions, strict=True):
                     clipped = not tokens or tokens[-1] not in self.eos
-                    results[i] = Rollout(
-                        prompts[i].id,
-                        prompts[i].tokens,
-                        tuple(tokens),
-                        clipped,
-                        prompts[i].shown,
-                        tuple(given) if self.log_q else None,
-                    )
+                    results[i] = Rollout(prompts[i].id, prompts[i].tokens, tuple(tokens), clipped, prompts[i].shown)
                 if self.on_rows:
                     self.on_rows(len(rows))
         return [results[i] for i in range(len(prompts))]
 
-    def _decode(
-        self, prompts: list[tuple[int, ...]], uniform: Tensor, temperature: float
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    def _decode(self, prompts: list[tuple[int, ...]], uniform: Tensor, temperature: float) -> list[list[int]]:
         from remend.models.sampling.kv_cache import decoding_cache
 
         device = self.model.device
@@ -87,7 +76,6 @@ class TransformersSampler:
         position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
         cache = decoding_cache(self.model.config)
         completions: list[list[int]] = [[] for _ in prompts]
-        log_q: list[list[float]] = [[] for _ in prompts]
         for t in range(uniform.shape[1]):
             logits_BV = self.model(
                 input_ids=tokens_BT,
@@ -98,13 +86,8 @@ class TransformersSampler:
                 logits_to_keep=1,
             ).logits[:, -1, : self.shared]
             tokens_BT = choose(logits_BV, uniform[active, t], temperature).unsqueeze(1)
-            rows = active.tolist()
-            for row, token in zip(rows, tokens_BT[:, 0].tolist(), strict=True):
+            for row, token in zip(active.tolist(), tokens_BT[:, 0].tolist(), strict=True):
                 completions[row].append(token)
-            if self.log_q:
-                of_token_B = torch.log_softmax(logits_BV.float(), -1).gather(1, tokens_BT)[:, 0]
-                for row, value in zip(rows, of_token_B.tolist(), strict=True):
-                    log_q[row].append(value)
             open_B = ~torch.isin(tokens_BT[:, 0], ends)
             if not open_B.any():
                 break
@@ -119,7 +102,7 @@ class TransformersSampler:
                 cache.batch_select_indices(keep)
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
             position_BT = position_BT[:, -1:] + 1
-        return completions, log_q
+        return completions
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
