@@ -34,22 +34,15 @@ def test_gap_closed_of_a_score(reference: float, degraded: float, recovered: flo
     assert gap_closed_score(reference, degraded, recovered) == pytest.approx(expected)
 
 
-def slow_quantile(ordered: list[float], share: float) -> float:
-    at = share * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
-@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
 def test_interval_equals_the_enumeration_of_all_resamples(confidence: float) -> None:
     """Six prompts have 46,656 resamples: the interval is that of all of them, to sampling error."""
     before = [3.1, 0.7, 2.2, 5.9, 1.4, 4.3]
     after = [1.0, 0.9, 0.4, 2.5, 0.1, 1.9]
-    ratios = sorted(
+    ratios = [
         1 - sum(after[i] for i in pick) / sum(before[i] for i in pick) for pick in itertools.product(range(6), repeat=6)
-    )
-    expected = [slow_quantile(ratios, (1 - confidence) / 2), slow_quantile(ratios, (1 + confidence) / 2)]
+    ]
+    expected = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
     interval = bootstrap_gap_closed(before, after, confidence=confidence, resamples=40_000)
     # a quantile of 40,000 draws errs by about sqrt(0.25 / 40000) / density = 0.0025 / 4
     assert interval == pytest.approx(expected, abs=0.004)

@@ -6,7 +6,6 @@ import itertools
 import math
 import random
 import re
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,25 +14,16 @@ from scipy import stats
 
 from remend.errors import InputError
 from remend.maths import paired
-from remend.maths.gap import student_t
 
 
-@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
-@pytest.mark.parametrize("n", [1, 2, 7, 48, 254, 10_042])
+@pytest.mark.parametrize("level", [0.5, 0.95])
+@pytest.mark.parametrize("n", [1, 7, 254])
 def test_wilson_is_scipys(n: int, level: float) -> None:
     for correct in {0, 1, n // 3, n - 1, n}:
         expected = stats.binomtest(correct, n).proportion_ci(level, method="wilson")
         assert paired.wilson(correct, n, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert paired.wilson(0, n)[0] == 0.0
     assert paired.wilson(n, n)[1] == 1.0
-
-
-@pytest.mark.parametrize(("n", "share"), [(48, 0.5), (48, 0.9), (254, 0.25), (254, 0.97)])
-def test_wilson_covers_as_often_as_it_says(n: int, share: float) -> None:
-    """2,000 experiments: standard error 0.5 points, and Wilson's own coverage swings by about 2 around 95%."""
-    drawn = np.random.default_rng(0).binomial(n, share, size=2000)
-    intervals = [paired.wilson(int(k), n) for k in drawn]
-    assert 0.95 - 0.035 <= np.mean([low <= share <= high for low, high in intervals]) <= 0.95 + 0.035
 
 
 def slow_error(scores: list[float], clusters: list[Any]) -> float:
@@ -56,17 +46,10 @@ def test_standard_error() -> None:
     assert paired.standard_error(scores, names) == pytest.approx(slow_error(scores.tolist(), names))
 
 
-@pytest.mark.parametrize("level", [0.8, 0.95])
-def test_t_interval(level: float) -> None:
+def test_t_interval() -> None:
     scores = np.random.default_rng(0).random(30)
-    alone = stats.ttest_1samp(scores, 0).confidence_interval(level)
-    assert paired.t_interval(scores, level) == pytest.approx((alone.low, alone.high), abs=1e-10)
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 3, 10, 100, 10_000])
-@pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
-def test_students_quantile(degrees: int, level: float) -> None:
-    assert student_t(level, degrees) == pytest.approx(stats.t.ppf((1 + level) / 2, degrees), rel=1e-8)
+    expected = stats.ttest_1samp(scores, 0).confidence_interval(0.8)
+    assert paired.t_interval(scores, 0.8) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_copies_of_an_item_teach_nothing() -> None:
@@ -78,14 +61,11 @@ def test_copies_of_an_item_teach_nothing() -> None:
     assert paired.paired_bootstrap(copied, copied[::-1], clusters=names) == pytest.approx(apart, abs=0.02)
 
 
-def test_mcnemar_is_scipys_binomial_test() -> None:
-    for b, c in itertools.product(range(15), repeat=2):
-        expected = stats.binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
-        assert paired.mcnemar_exact(b, c) == pytest.approx(expected, rel=1e-12)
-    for b, c in ((60, 40), (1400, 1290), (2000, 0)):
-        assert paired.mcnemar_exact(b, c) == pytest.approx(stats.binomtest(b, b + c, 0.5).pvalue, rel=1e-9)
-        assert paired.mcnemar_exact(b, c) == paired.mcnemar_exact(c, b)
-    assert paired.mcnemar_exact(7, 7) == 1.0
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 6), (7, 7), (3, 9), (120, 213), (1400, 1290)])
+def test_mcnemar_is_the_binomial_test_in_whole_numbers(b: int, c: int) -> None:
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
+    assert paired.mcnemar_exact(b, c) == pytest.approx(min(1.0, 2 * tail / 2 ** (b + c)), rel=1e-11)
+    assert paired.mcnemar_exact(b, c) == paired.mcnemar_exact(c, b)
 
 
 def test_difference_of_paired_shares() -> None:
@@ -110,10 +90,9 @@ def draw(rng: np.random.Generator, n: int, shares: tuple[float, ...]) -> tuple[n
     )
 
 
-@pytest.mark.parametrize("n", [48, 254])
-def test_difference_of_paired_shares_covers(n: int) -> None:
+def test_difference_of_paired_shares_covers() -> None:
     """2,000 experiments: standard error 0.5 points."""
-    rng = np.random.default_rng(2)
+    rng, n = np.random.default_rng(2), 48
     covered = 0
     for _ in range(2000):
         a, b = draw(rng, n, (0.7, 0.5))
@@ -122,10 +101,9 @@ def test_difference_of_paired_shares_covers(n: int) -> None:
     assert abs(covered / 2000 - 0.95) <= 0.02
 
 
-@pytest.mark.parametrize("n", [48, 254])
-def test_paired_bootstrap_covers(n: int) -> None:
+def test_paired_bootstrap_covers() -> None:
     """1,000 experiments with shares of 4 answers: standard error 0.7 points; a percentile interval is a bit narrow."""
-    rng = np.random.default_rng(5)
+    rng, n = np.random.default_rng(5), 48
     covered = 0
     for _ in range(1000):
         skill = rng.normal(size=n)
@@ -177,8 +155,7 @@ def test_clustered_interval_inverts_its_test(level: float) -> None:
         assert gap == pytest.approx(stats.t.ppf((1 + level) / 2, 3), rel=1e-9)
 
 
-@pytest.mark.parametrize("level", [0.8, 0.95])
-def test_paired_bootstrap_is_scipys(level: float) -> None:
+def test_paired_bootstrap_is_scipys() -> None:
     rng = np.random.default_rng(3)
     a, b = rng.random(40), rng.random(40)
     expected = stats.bootstrap(
@@ -188,12 +165,12 @@ def test_paired_bootstrap_is_scipys(level: float) -> None:
         vectorized=True,
         n_resamples=40_000,
         method="percentile",
-        confidence_level=level,
+        confidence_level=0.8,
         rng=np.random.default_rng(4),
     ).confidence_interval
-    found = paired.paired_bootstrap(a, b, 0, 40_000, level=level)
-    # a quantile of 40,000 draws with spread 0.065 errs by about 0.065 · sqrt(0.025 · 0.975 / 40000) / 0.058 = 0.0009
-    assert found == pytest.approx((expected.low, expected.high), abs=0.004)
+    interval = paired.paired_bootstrap(a, b, 0, 40_000, level=0.8)
+    # a quantile of 40,000 draws with spread 0.065 errs by about 0.065 · sqrt(0.1 · 0.9 / 40000) / 0.18 = 0.0005
+    assert interval == pytest.approx((expected.low, expected.high), abs=0.002)
 
 
 def test_bootstrap_of_clusters_is_the_enumeration_of_all_resamples() -> None:
@@ -206,8 +183,8 @@ def test_bootstrap_of_clusters_is_the_enumeration_of_all_resamples() -> None:
         items = [i for group in pick for i in group]
         means.append(sum(b[i] - a[i] for i in items) / len(items))
     means.sort()
-    found = paired.paired_bootstrap(a, b, 0, 50_000, level=0.8, clusters=clusters)
-    assert found == pytest.approx((means[312], means[-313]), abs=0.02)
+    interval = paired.paired_bootstrap(a, b, 0, 50_000, level=0.8, clusters=clusters)
+    assert interval == pytest.approx((means[312], means[-313]), abs=0.02)
 
 
 @pytest.mark.parametrize("clusters", [None, [i // 3 for i in range(60)]])
@@ -230,7 +207,7 @@ def test_seed_resamples_and_level_have_their_effect() -> None:
 def test_chunks_of_resamples_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = np.random.default_rng(6).random((2, 30))
     interval, p = paired.paired_bootstrap(a, b), paired.sign_flip(a - b)
-    monkeypatch.setattr(paired, "CELLS", 7_000)
+    monkeypatch.setattr("remend.maths.intervals.CELLS", 7_000)
     assert paired.paired_bootstrap(a, b) == pytest.approx(interval)
     assert paired.sign_flip(a - b) == pytest.approx(p, abs=0.02)
 
@@ -292,11 +269,10 @@ def slow_power(n: int, discordant: float, difference: float) -> float:
     return total
 
 
-@pytest.mark.parametrize(("n", "discordant"), [(20, 0.5), (30, 0.25)])
-def test_minimum_detectable_effect_against_every_outcome(n: int, discordant: float) -> None:
-    effect = paired.minimum_detectable_effect(n, discordant)
+def test_minimum_detectable_effect_against_every_outcome() -> None:
+    effect = paired.minimum_detectable_effect(30, 0.25)
     assert effect is not None
-    assert slow_power(n, max(discordant, effect), effect) == pytest.approx(0.8, abs=1e-4)
+    assert slow_power(30, max(0.25, effect), effect) == pytest.approx(0.8, abs=1e-4)
 
 
 @pytest.mark.parametrize(("n", "discordant", "power"), [(48, 0.3, 0.8), (254, 0.2, 0.9), (254, 0.0, 0.8)])
@@ -306,8 +282,8 @@ def test_minimum_detectable_effect_by_simulation(n: int, discordant: float, powe
     assert effect is not None
     flip = max(discordant, effect)
     drawn = np.random.default_rng(8).multinomial(n, [(flip + effect) / 2, (flip - effect) / 2, 1 - flip], size=4000)
-    found = np.mean([paired.mcnemar_exact(b, c) < 0.05 for b, c, _ in drawn.tolist()])
-    assert found == pytest.approx(power, abs=3 * math.sqrt(power * (1 - power) / 4000))
+    rejected = np.mean([paired.mcnemar_exact(b, c) < 0.05 for b, c, _ in drawn.tolist()])
+    assert rejected == pytest.approx(power, abs=3 * math.sqrt(power * (1 - power) / 4000))
 
 
 def test_minimum_detectable_effect_of_many_items_is_connors() -> None:
@@ -336,13 +312,13 @@ def test_gap_closed_of_known_scores() -> None:
     reference = np.array([1.0] * 40 + [0.0] * 20)
     degraded = np.array([0.0] * 40 + [0.0] * 20)
     recovered = np.array([1.0] * 30 + [0.0] * 30)
-    found = paired.gap_closed(reference, degraded, recovered)
-    assert (found.value, found.reason) == (0.75, None)
-    assert found.gap == pytest.approx(2 / 3)
-    assert found.interval is not None
+    closed = paired.gap_closed(reference, degraded, recovered)
+    assert (closed.value, closed.reason) == (0.75, None)
+    assert closed.gap == pytest.approx(2 / 3)
+    assert closed.interval is not None
     # given the 40 lost items, those won back are a share of them: Wald's interval of 30 of 40, to the bootstrap's grain
     half = 1.96 * math.sqrt(0.75 * 0.25 / 40)
-    assert found.interval == pytest.approx((0.75 - half, 0.75 + half), abs=0.02)
+    assert closed.interval == pytest.approx((0.75 - half, 0.75 + half), abs=0.02)
     same = paired.gap_closed(reference, degraded, reference)
     assert (same.value, same.interval) == (1.0, (1.0, 1.0))
     none = paired.gap_closed(reference, degraded, degraded)
@@ -357,9 +333,9 @@ def test_gap_closed_is_the_enumeration_of_all_resamples() -> None:
         sum(recovered[i] - degraded[i] for i in pick) / sum(reference[i] - degraded[i] for i in pick)
         for pick in itertools.product(range(6), repeat=6)
     )
-    found = paired.gap_closed(reference, degraded, recovered, 0, 40_000, level=0.9)
-    assert found.interval == pytest.approx((ratios[2332], ratios[-2333]), abs=0.01)
-    assert found.value == pytest.approx(2.1 / 4.1)
+    closed = paired.gap_closed(reference, degraded, recovered, 0, 40_000, level=0.9)
+    assert closed.interval == pytest.approx((ratios[2332], ratios[-2333]), abs=0.01)
+    assert closed.value == pytest.approx(2.1 / 4.1)
 
 
 @pytest.mark.parametrize("n", [100, 254])
@@ -368,19 +344,19 @@ def test_gap_closed_covers_the_truth(n: int) -> None:
     rng = np.random.default_rng(9)
     covered = 0
     for trial in range(400):
-        found = paired.gap_closed(*draw(rng, n, (0.8, 0.4, 0.6)), trial, 1000)
-        assert found.interval is not None
-        covered += found.interval[0] <= 0.5 <= found.interval[1]
+        closed = paired.gap_closed(*draw(rng, n, (0.8, 0.4, 0.6)), trial, 1000)
+        assert closed.interval is not None
+        covered += closed.interval[0] <= 0.5 <= closed.interval[1]
     assert abs(covered / 400 - 0.95) <= 3 * math.sqrt(0.95 * 0.05 / 400)
 
 
 def test_without_a_loss_no_ratio() -> None:
     rng = np.random.default_rng(10)
     a, b, c = draw(rng, 50, (0.7, 0.68, 0.75))
-    found = paired.gap_closed(a, b, c)
-    assert (found.value, found.interval) == (None, None)
-    assert re.match(r"the loss of \S+ points \(95% \S+ to \S+; p \S+\) is not distinguishable from zero", found.reason)
-    assert found.gap_interval[0] <= 0 <= found.gap_interval[1]
+    closed = paired.gap_closed(a, b, c)
+    assert (closed.value, closed.interval) == (None, None)
+    assert re.match(r"the loss of \S+ points \(95% \S+ to \S+; p \S+\) is not distinguishable from zero", closed.reason)
+    assert closed.gap_interval[0] <= 0 <= closed.gap_interval[1]
     gain = paired.gap_closed(np.zeros(50), np.ones(50), a)
     assert gain.reason is not None
     assert gain.reason.startswith("there is no loss to win back")
@@ -394,10 +370,10 @@ def test_resamples_without_a_loss_widen() -> None:
     """A loss just large enough to count: some of its resamples show none, and the interval stays finite."""
     reference, degraded = np.array([1.0] * 7 + [0.0] * 93), np.array([0.0] * 7 + [1.0] + [0.0] * 92)
     recovered = np.array([1.0] * 3 + [0.0] * 97)
-    found = paired.gap_closed(reference, degraded, recovered, level=0.92)
-    assert found.interval is not None
-    assert all(map(math.isfinite, found.interval))
-    assert found.interval[0] < found.value < found.interval[1]
+    closed = paired.gap_closed(reference, degraded, recovered, level=0.92)
+    assert closed.interval is not None
+    assert all(map(math.isfinite, closed.interval))
+    assert closed.interval[0] < closed.value < closed.interval[1]
 
 
 @pytest.mark.parametrize(
@@ -428,9 +404,3 @@ def test_resamples_without_a_loss_widen() -> None:
 def test_bad_input(call: Any, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         call()
-
-
-def test_mcnemar_in_whole_numbers() -> None:
-    """By fractions, where a sum of floats would round."""
-    tail = sum(Fraction(math.comb(333, k), 2**333) for k in range(121))
-    assert paired.mcnemar_exact(120, 213) == float(2 * tail)

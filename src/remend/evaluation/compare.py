@@ -25,7 +25,7 @@ from rich.text import Text
 from remend.errors import InputError
 from remend.evaluation.results_files import Graded, Key, Source, load, require_pairs
 from remend.maths import paired
-from remend.maths.paired import Array
+from remend.maths.intervals import Array
 
 Grid = tuple[list[str], list[list[str]]]  # header and rows of cells
 FEW = 20

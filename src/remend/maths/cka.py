@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from remend.errors import InputError
-from remend.maths.gap import student_t
+from remend.maths.intervals import student_t
 
 _NOISE = 1e-13
 """Share of a mean up to which a distance from it is rounding noise of float64."""
@@ -38,8 +38,8 @@ _NIL = 1e-12
 
 
 @dataclass(frozen=True)
-class Interval:
-    """An estimate and its confidence interval."""
+class Estimate:
+    """A value and the ends of its confidence interval."""
 
     value: float
     low: float
@@ -54,7 +54,8 @@ def debiased_cka(x_ND: Tensor, y_NE: Tensor) -> float:
     """
     _check_shapes(4, x=x_ND, y=y_NE)
     if len(x_ND) < max(x_ND.shape[1], y_NE.shape[1]):
-        return cka_of_grams(*_grams(x=x_ND, y=y_NE))
+        k_NN, l_NN = _grams(x=x_ND, y=y_NE)
+        return float(_ratio((k_NN * l_NN).sum(), k_NN.square().sum(), l_NN.square().sum()))
     sums = StreamingCKA()
     sums.update(x_ND, y_NE)
     return sums.value()
@@ -86,7 +87,7 @@ class StreamingCKA:
     def merge(self, other: StreamingCKA) -> None:
         """Add the rows of `other`, its sums moved to this one's shifts. Raises InputError when the widths differ."""
         if not self._tensors or not other._tensors:
-            self.load(self._tensors or other._tensors)
+            self._tensors = {name: tensor.clone() for name, tensor in (self._tensors or other._tensors).items()}
             return
         x_D, y_E = self._shifts(len(other._tensors["shift_x"]), len(other._tensors["shift_y"]))
         its = {name: tensor.to(x_D.device) for name, tensor in other._tensors.items()}
@@ -99,17 +100,6 @@ class StreamingCKA:
         _check_rows(int(self._tensors["xx"][-2, -2]) if self._tensors else 0, 4)
         own = [_unless_noise(_hsic_of_sums(sums), sums[-1, -2]) for sums in (self._tensors["xx"], self._tensors["yy"])]
         return float(_ratio(_hsic_of_sums(self._tensors["xy"]), *own))
-
-    def state(self) -> dict[str, Tensor]:
-        """All that it knows, as named float64 tensors for another process to `load`; empty before the first row."""
-        return {name: tensor.clone() for name, tensor in self._tensors.items()}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Become what `state()` of another was; rows seen before are forgotten. Raises InputError for other names."""
-        names = {"shift_x", "shift_y", "xy", "xx", "yy"}
-        if state and set(state) != names:
-            raise InputError(f"the state holds {sorted(state)}, not {sorted(names)}; give what state() returned")
-        self._tensors = {name: tensor.clone() for name, tensor in state.items()}
 
     def _shifts(self, *widths: int) -> tuple[Tensor, Tensor]:
         x_D, y_E = self._tensors["shift_x"], self._tensors["shift_y"]
@@ -140,21 +130,6 @@ def _hsic_of_sums(sums: Tensor) -> Tensor:
     return total
 
 
-def centred_gram(x_ND: Tensor) -> Tensor:
-    """The U-centred Gram of one side; two of them, multiplied entry by entry, sum to n(n − 3) · HSIC₁.
-
-    float64 [N, N] with a zero diagonal, rows summing to 0; all zeros where `debiased_cka` is NaN. Errors: see there.
-    """
-    return _grams(x=x_ND)[0]
-
-
-def cka_of_grams(k_NN: Tensor, l_NN: Tensor) -> float:
-    """Debiased CKA from two `centred_gram`s, NaN where one is all zeros. Raises InputError when they don't fit."""
-    if k_NN.ndim != 2 or k_NN.shape != l_NN.shape or k_NN.shape[0] != k_NN.shape[1]:
-        raise InputError(f"the Grams are {tuple(k_NN.shape)} and {tuple(l_NN.shape)}; allowed is [N, N] for both")
-    return float(_ratio((k_NN * l_NN).sum(), k_NN.square().sum(), l_NN.square().sum()))
-
-
 def cka_grid(x_LND: Sequence[Tensor], y_MNE: Sequence[Tensor]) -> Tensor:
     """Debiased CKA of every layer of one model with every layer of another, from flattened Grams.
 
@@ -168,7 +143,7 @@ def cka_grid(x_LND: Sequence[Tensor], y_MNE: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.stack([x_P.dot(y_P) for x_P in xs]) for y_P in ys], dim=1)
 
 
-def jackknife(x_ND: Tensor, y_NE: Tensor, *, groups: int = 20, seed: int = 0, level: float = 0.95) -> Interval:
+def jackknife(x_ND: Tensor, y_NE: Tensor, *, groups: int = 20, seed: int = 0, level: float = 0.95) -> Estimate:
     """Debiased CKA with a delete-group jackknife interval (Kott 2001, Journal of Official Statistics 17).
 
     Rows are dealt into G groups by chance (`seed`); each is left out once. With θ_g the CKA of the rest, variance is
@@ -184,7 +159,7 @@ def jackknife(x_ND: Tensor, y_NE: Tensor, *, groups: int = 20, seed: int = 0, le
 
 def jackknife_difference(
     x_ND: Tensor, a_ND: Tensor, b_ND: Tensor, *, groups: int = 20, seed: int = 0, level: float = 0.95
-) -> Interval:
+) -> Estimate:
     """CKA(x, b) − CKA(x, a) with its delete-group jackknife interval, both on the same rows and the same groups.
 
     With x a reference, a the degraded and b the recovered model: how much nearer to the reference recovery came. Widths
@@ -320,7 +295,10 @@ def _check_layers(x_LND: Sequence[Tensor], y_MNE: Sequence[Tensor]) -> None:
 
 
 def _grams(**sides: Tensor) -> list[Tensor]:
-    """`centred_gram` of each side, on one device."""
+    """The U-centred Gram of each side, float64 [N, N] on one device; all zeros where `debiased_cka` is NaN.
+
+    Two of them, multiplied entry by entry, sum to n(n − 3) · HSIC₁.
+    """
     grams = []
     for x_ND in _checked(4, **sides):
         x_ND = _minus(x_ND, x_ND.mean(0))
@@ -383,11 +361,11 @@ def _cka_of_subsets(k_NN: Tensor, l_NN: Tensor, keep_NS: Tensor) -> Tensor:
     return _ratio(hsic(k_NN, l_NN), *(torch.where(own_S > _NIL * own_S[0], own_S, 0.0) for own_S in own))
 
 
-def _interval(estimate_S: Tensor, level: float) -> Interval:
+def _interval(estimate_S: Tensor, level: float) -> Estimate:
     """From the estimate of all rows, followed by those with a group left out."""
     if not 0 < level < 1:
         raise InputError(f"level is {level}; allowed is above 0 and below 1, e.g. 0.95")
     value, left_G = float(estimate_S[0]), estimate_S[1:]
     deviation = math.sqrt((len(left_G) - 1) / len(left_G) * float((left_G - left_G.mean()).square().sum()))
     half = student_t(level, len(left_G) - 1) * deviation
-    return Interval(value, value - half, value + half)
+    return Estimate(value, value - half, value + half)

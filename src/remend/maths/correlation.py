@@ -21,14 +21,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from remend.errors import InputError
+from remend.maths.intervals import Array, Interval, percentile_interval, resampled
 
-Array = NDArray[np.float64]
 Block = NDArray[np.intp]
 Level = Literal["pooled", "within", "between"]
 
@@ -44,9 +44,6 @@ RESAMPLES = 2_000
 """Bootstrap samples of an interval."""
 
 CONFIDENCE = 0.95
-
-CELLS = 2_000_000
-"""Numbers drawn at once: 16 MB."""
 
 TIE = 1e-9
 """Rearrangements whose coefficient is so near to the observed one are as extreme as it, rounding aside."""
@@ -97,7 +94,7 @@ def spearman(
     x: ArrayLike,
     y: ArrayLike,
     *,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[object] | None = None,
     level: Level = "pooled",
     permutations: int = 10_000,
     seed: int = 0,
@@ -116,7 +113,7 @@ def pearson(
     x: ArrayLike,
     y: ArrayLike,
     *,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[object] | None = None,
     level: Level = "pooled",
     permutations: int = 10_000,
     seed: int = 0,
@@ -161,7 +158,7 @@ def pearson(
 
 
 def _sample(
-    x: ArrayLike, y: ArrayLike, groups: Sequence[Any] | None, level: str, permutations: int, seed: int
+    x: ArrayLike, y: ArrayLike, groups: Sequence[object] | None, level: str, permutations: int, seed: int
 ) -> _Sample:
     x_N, y_N = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x_N.ndim != 1 or x_N.shape != y_N.shape:
@@ -233,8 +230,8 @@ def _ranks(values_K: Array, weights_RK: Array) -> Array:
     starts = np.flatnonzero(np.diff(place_K[order], prepend=-1))
     counts = np.add.reduceat(weights_RK[:, order], starts, axis=1)
     ranks = np.cumsum(counts, axis=1) - counts + (counts + 1) / 2
-    found: Array = ranks[:, place_K] / np.maximum(weights_RK.sum(axis=1, keepdims=True), 1)
-    return found
+    shares: Array = ranks[:, place_K] / np.maximum(weights_RK.sum(axis=1, keepdims=True), 1)
+    return shares
 
 
 def _unit(values_N: Array, blocks: Sequence[Block], ranked: bool) -> Array:
@@ -255,14 +252,17 @@ def _shuffle_p(x_N: Array, y_N: Array, blocks: Sequence[Block], permutations: in
     def every() -> list[Array]:
         return [np.array(list(itertools.permutations(y_N[block]))) @ x_N[block] for block in blocks]
 
+    def of_block(block: Block) -> Array:
+        x_K, y_K = x_N[block], y_N[block]
+        return resampled(
+            lambda shuffled_RK: shuffled_RK @ x_K,
+            lambda rows: rng.permuted(np.tile(y_K, (rows, 1)), axis=1),
+            permutations,
+            units=block.size,
+        )
+
     def drawn() -> Array:
-        totals_R = np.zeros(permutations)
-        for block in blocks:
-            rows = max(1, CELLS // block.size)
-            for start in range(0, permutations, rows):
-                part = totals_R[start : start + rows]
-                part += rng.permuted(np.tile(y_N[block], (part.size, 1)), axis=1) @ x_N[block]
-        return totals_R
+        return reduce(np.add, map(of_block, blocks))
 
     return _p_value(float(x_N @ y_N), [math.factorial(b.size) for b in blocks], permutations, every, drawn)
 
@@ -295,23 +295,19 @@ def _p_value(
     return (1 + int(np.sum(np.abs(drawn()) >= bar))) / (1 + permutations)
 
 
-def _interval(sample: _Sample, ranked: bool, whole: bool, rng: np.random.Generator) -> tuple[float, float] | None:
+def _interval(sample: _Sample, ranked: bool, whole: bool, rng: np.random.Generator) -> Interval | None:
     """Percentile bootstrap interval; None when most resamples are constant."""
     x_N, y_N = sample.x_N, sample.y_N
     if not ranked:  # on one scale, so that a resample without spread can be told
         x_N, y_N = (_unit(values, sample.blocks, False) for values in (x_N, y_N))
-    rows = max(1, CELLS // x_N.size)
-    values_R = np.concatenate(
-        [
-            _coefficients(x_N, y_N, _weights(sample, whole, min(rows, RESAMPLES - start), rng), sample.blocks, ranked)
-            for start in range(0, RESAMPLES, rows)
-        ]
+    values_R = resampled(
+        lambda weights_RN: _coefficients(x_N, y_N, weights_RN, sample.blocks, ranked),
+        lambda count: _weights(sample, whole, count, rng),
+        RESAMPLES,
+        units=x_N.size,
     )
-    known = values_R[np.isfinite(values_R)]
-    if known.size < RESAMPLES / 2:
-        return None
-    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    known_R = values_R[np.isfinite(values_R)]
+    return percentile_interval(known_R, CONFIDENCE) if known_R.size >= RESAMPLES / 2 else None
 
 
 def _weights(sample: _Sample, whole: bool, count: int, rng: np.random.Generator) -> Array:

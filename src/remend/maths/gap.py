@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
+
+from remend.maths.intervals import Array, Interval, Picks, percentile_interval, resampled, with_replacement
 
 MEASURABLE_KL = 0.001
 """A degraded KL below this (nats a token) is no measurable damage, and no gap is there to close."""
@@ -32,7 +32,7 @@ def bootstrap_gap_closed(
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
-) -> tuple[float, float] | None:
+) -> Interval | None:
     """Percentile interval of gap closed, resampling prompts in pairs (arXiv 2411.00640: the prompt is the unit).
 
     Args:
@@ -50,41 +50,24 @@ def bootstrap_gap_closed(
         raise ValueError(f"{before.shape[0]} degraded and {after.shape[0]} recovered prompts are not pairs")
     if before.size < 2 or before.sum() <= 0:
         return None
-    picks = np.random.default_rng(seed).integers(0, before.size, size=(resamples, before.size))
-    total = before[picks].sum(axis=1)
-    ratios = 1.0 - after[picks].sum(axis=1)[total > 0] / total[total > 0]  # a resample may hold no damage at all
-    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+
+    def gap_closed(picks_RN: Picks) -> Array:
+        total_R = before[picks_RN].sum(axis=1)
+        damaged_R = total_R > 0  # a resample may hold no damage at all
+        ratios_R: Array = 1.0 - after[picks_RN].sum(axis=1)[damaged_R] / total_R[damaged_R]
+        return ratios_R
+
+    draw = with_replacement(before.size, seed)
+    return percentile_interval(resampled(gap_closed, draw, resamples, units=before.size), confidence)
 
 
 def bootstrap_mean(
     values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float] | None:
+) -> Interval | None:
     """Percentile interval of a mean, e.g. of paired differences, resampling its items; None with fewer than 2."""
     items = np.asarray(values, dtype=np.float64)
     if items.size < 2:
         return None
-    picks = np.random.default_rng(seed).integers(0, items.size, size=(resamples, items.size))
-    low, high = np.quantile(items[picks].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
-def student_t(level: float, degrees: int) -> float:
-    """Two-sided quantile of Student's t by bisection; t = √degrees · tan(angle) makes its density a power of cosine.
-
-    `level` lies between 0 and 1: 0.95 gives the t that |T| is below with that chance.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(64)
-    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
-
-    def within(t: float) -> float:
-        half = math.atan(t / math.sqrt(degrees)) / 2
-        return float(2 * constant * half * (weights @ np.cos(half * (1 + nodes)) ** (degrees - 1)))
-
-    low = high = NormalDist().inv_cdf((1 + level) / 2)
-    while within(high) < level:
-        low, high = high, 2 * high
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < level else (low, middle)
-    return high
+    draw = with_replacement(items.size, seed)
+    means_R = resampled(lambda picks_RN: items[picks_RN].mean(axis=1), draw, resamples, units=items.size)
+    return percentile_interval(means_R, confidence)

@@ -1,4 +1,4 @@
-"""Paired statistics of models on the same items: intervals, tests, and what n items can show. numpy only.
+"""Paired statistics of models on the same items: intervals, tests, and what n items can show.
 
 Scores lie in [0, 1], one an item, and two models' scores are given in the same order of items. A difference is always
 the later minus the earlier, so that exchanging the two changes signs and nothing else, to the last bit.
@@ -13,27 +13,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from remend.errors import InputError
-from remend.maths.gap import student_t
+from remend.maths.intervals import Array, Interval, resampled, student_t
 
-Array = NDArray[np.float64]
-Interval = tuple[float, float]
-Clusters = Sequence[Any] | NDArray[Any] | None
+Clusters = Sequence[object] | NDArray[np.generic] | None
 """The name of each item's cluster, or None where every item stands alone."""
-
-CELLS = 2_000_000
-"""Numbers drawn at once, so that 10,000 resamples of 10,000 items need 16 MB and not 800."""
 
 EXACT_FLIPS = 1_000
 """Expected flips up to which power is counted out; beyond, the usual formula is short of it by 1.1% or less."""
 
 TINY = 1e-12
 """A spread below it is rounding."""
+
+
+class Score(TypedDict):
+    """A mean of scores, its interval, and the name of the method that gave the interval."""
+
+    score: float
+    interval: Interval
+    method: str
 
 
 def wilson(correct: float, n: int, level: float = 0.95) -> Interval:
@@ -49,6 +52,7 @@ def wilson(correct: float, n: int, level: float = 0.95) -> Interval:
 
 
 def _wilson(share: float, n: float, z: float) -> Interval:
+    """For any number of items: scipy has it for whole ones, and clusters are worth a fraction of their items."""
     scale = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / scale
     half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / scale
@@ -90,7 +94,7 @@ def clustered_interval(scores: ArrayLike, clusters: Clusters, level: float = 0.9
     return _wilson(mean, alone, _t(level, len(_units(scores_N, clusters)) - 1))
 
 
-def score_interval(scores: ArrayLike, clusters: Clusters = None, level: float = 0.95) -> dict[str, Any]:
+def score_interval(scores: ArrayLike, clusters: Clusters = None, level: float = 0.95) -> Score:
     """{score, interval, method} of a mean: Wilson's where all are 0 or 1 or in clusters, else Student's t.
 
     Without any spread there is no standard error to go by; then a cluster counts as one item of Wilson's.
@@ -110,15 +114,13 @@ def score_interval(scores: ArrayLike, clusters: Clusters = None, level: float = 
 def mcnemar_exact(b: int, c: int) -> float:
     """Two-sided exact p-value of b items that flipped one way and c the other: twice the tail of Binomial(b + c, ½).
 
-    McNemar 1947, Psychometrika 12:153, in its exact form. In whole numbers, so it holds for any count.
+    McNemar 1947, Psychometrika 12:153, in its exact form.
     """
+    from scipy.special import bdtr  # a fifth of a second
+
     if b < 0 or c < 0:
         raise InputError(f"got {b} and {c} flips; allowed are counts, 0 or more")
-    n, tail, term = int(b) + int(c), 0, 1
-    for k in range(min(b, c) + 1):
-        tail += term
-        term = term * (n - k) // (k + 1)
-    return min(1.0, 2 * tail / (1 << n))
+    return min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5)))
 
 
 def paired_share_interval(gained: int, lost: int, n: int, level: float = 0.95) -> Interval:
@@ -169,10 +171,13 @@ def sign_flip(differences: ArrayLike, seed: int = 0, resamples: int = 10_000, *,
         codes_R = np.arange(2**totals_G.size)[:, None]
         signs_RG = 1.0 - 2.0 * ((codes_R >> np.arange(totals_G.size)) & 1)
         return float(np.mean(np.abs(signs_RG @ totals_G) >= limit))
-    generator, hits = np.random.default_rng(seed), 0
-    for rows in _chunks(resamples, totals_G.size):
-        signs_RG = 1.0 - 2.0 * generator.integers(0, 2, size=(rows, totals_G.size), dtype=np.int8)
-        hits += int(np.count_nonzero(np.abs(signs_RG @ totals_G) >= limit))
+    generator = np.random.default_rng(seed)
+
+    def signs(rows: int) -> Array:
+        return 1.0 - 2.0 * generator.integers(0, 2, size=(rows, totals_G.size), dtype=np.int8).astype(np.float64)
+
+    sums_R = resampled(lambda signs_RG: signs_RG @ totals_G, signs, resamples, units=totals_G.size)
+    hits = int(np.count_nonzero(np.abs(sums_R) >= limit))
     return (hits + 1) / (resamples + 1)
 
 
@@ -327,19 +332,14 @@ def _resampled_means(columns: Array, clusters: Clusters, seed: int, resamples: i
     order_K = np.argsort(first_K)
     distinct_KC, shares_K = distinct_KC[order_K], counts_K[order_K] / len(units_GC)
     generator = np.random.default_rng(seed)
-    totals_RC = np.concatenate(
-        [
-            generator.multinomial(len(units_GC), shares_K, size=rows) @ distinct_KC
-            for rows in _chunks(resamples, len(distinct_KC))
-        ]
+    totals_RC = resampled(
+        lambda times_RK: times_RK @ distinct_KC,
+        lambda rows: generator.multinomial(len(units_GC), shares_K, size=rows),
+        resamples,
+        units=len(distinct_KC),
     )
     means_RC: Array = totals_RC[:, :-1] / totals_RC[:, -1:]
     return means_RC
-
-
-def _chunks(resamples: int, width: int) -> list[int]:
-    size = max(1, CELLS // width)
-    return [min(size, resamples - start) for start in range(0, resamples, size)]
 
 
 def _percentiles(values_R: Array, level: float) -> Interval:
@@ -373,24 +373,14 @@ def _t(level: float, degrees: int) -> float:
 
 def _power(n: int, discordant: float, difference: float, alpha: float) -> float:
     """Chance that exact McNemar rejects at `alpha`, of n items that flip with `discordant` and net `difference`."""
+    from scipy.stats import binom  # half a second
+
     if n * discordant > EXACT_FLIPS:
         spread = math.sqrt(max(discordant - difference**2, 1e-12))
         z = NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(discordant)
         return NormalDist().cdf((difference * math.sqrt(n) - z) / spread)
-    flip = min(max(discordant, 1e-12), 1 - 1e-12)
-    up = min((1 + difference / flip) / 2, 1 - 1e-12)  # of the flips, the share that goes the way of the difference
-    spread = 8 * math.sqrt(n * flip * (1 - flip)) + 8
-    first, last = max(0, math.floor(n * flip - spread)), min(n, math.ceil(n * flip + spread))
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])  # of factorials
-    flips_M, against_J = np.arange(first, last + 1), np.arange(last // 2 + 1)
-    chance_M = np.exp(
-        logs[n] - logs[flips_M] - logs[n - flips_M] + flips_M * math.log(flip) + (n - flips_M) * math.log1p(-flip)
-    )
-    rest_MJ = flips_M[:, None] - against_J
-    ways_MJ = logs[flips_M][:, None] - logs[against_J] - logs[np.maximum(rest_MJ, 0)]
-    ways_MJ = np.where(rest_MJ >= against_J, ways_MJ, -np.inf)
-    tail_MJ = np.cumsum(np.exp(ways_MJ - flips_M[:, None] * math.log(2)), axis=1)
-    rejected_MJ = 2 * tail_MJ < alpha
-    with_MJ = np.exp(ways_MJ + rest_MJ * math.log(up) + against_J * math.log1p(-up))
-    other_MJ = np.exp(ways_MJ + against_J * math.log(up) + rest_MJ * math.log1p(-up))
-    return float(chance_M @ np.where(rejected_MJ, with_MJ + other_MJ, 0.0).sum(axis=1))
+    up = min(1.0, (1 + difference / discordant) / 2)  # of the flips, the share that goes the way of the difference
+    flips_M = np.arange(n + 1)
+    most_M = binom.ppf(alpha / 2, flips_M, 0.5) - 1  # against the larger side, for the test to reject
+    rejects_M = binom.cdf(most_M, flips_M, 1 - up) + binom.cdf(most_M, flips_M, up)
+    return float(binom.pmf(flips_M, n, discordant) @ rejects_M)
