@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from helpers.tiny import build_model, put_on_grid
-from remend.compression import recognise
+from remend.compression.containers.dense import ZEROS
 from remend.compression.grids import decode
+from remend.compression.recognise import recognise
 from remend.compression.stored_grid import StoredGrid
 from remend.errors import InputError
 from remend.models.find import find_model
@@ -86,7 +87,7 @@ def assert_lies_on(stored: StoredGrid, model: Any) -> None:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
 def test_a_gguf_file_of_one_type_is_its_grid_in_transformers_row_order(tmp_path: Path, kind: str) -> None:
     write_gguf(tmp_path / "m.gguf", build_model(320), {"*": kind})
-    found = recognise.recognise(tmp_path / "m.gguf")
+    found = recognise(tmp_path / "m.gguf")
     assert found.stored is not None
     assert (found.kind, found.stored.format.name) == ("gguf", f"gguf:{kind.lower()}")
     assert len(found.stored.matrices) == 14
@@ -96,7 +97,7 @@ def test_a_gguf_file_of_one_type_is_its_grid_in_transformers_row_order(tmp_path:
 
 def test_floating_point_matrices_stay_off_a_gguf_grid(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", build_model(320), {"*": "Q4_0", "mlp.down_proj": "F16"})
-    found = recognise.recognise(tmp_path / "m.gguf")
+    found = recognise(tmp_path / "m.gguf")
     assert found.stored is not None
     assert not any("down_proj" in name for name in found.stored.matrices)
     assert len(found.stored.matrices) == 12
@@ -107,8 +108,8 @@ def test_two_types_that_could_each_be_held_are_refused_unless_taken_as_dense(tmp
     with pytest.raises(
         InputError, match=r"12 Q4_0 and 2 Q8_0 linear matrices, and one grid a model is held.*--as dense"
     ):
-        recognise.recognise(tmp_path / "m.gguf")
-    found = recognise.recognise(tmp_path / "m.gguf", as_dense=True)
+        recognise(tmp_path / "m.gguf")
+    found = recognise(tmp_path / "m.gguf", as_dense=True)
     assert (found.stored, found.why) == (None, "held as dense: m.gguf has 12 Q4_0 and 2 Q8_0 linear matrices")
 
 
@@ -122,7 +123,7 @@ def test_two_types_that_could_each_be_held_are_refused_unless_taken_as_dense(tmp
 )
 def test_k_quants_are_held_as_dense_and_it_is_said(tmp_path: Path, kinds: dict[str, str], said: str) -> None:
     write_gguf(tmp_path / "m.gguf", build_model(320, width=256), kinds)
-    found = recognise.recognise(tmp_path / "m.gguf")
+    found = recognise(tmp_path / "m.gguf")
     assert found.stored is None
     assert found.why.startswith("held as dense")
     assert said in found.why
@@ -177,7 +178,7 @@ def test_a_compressed_tensors_directory_is_loaded_exactly_on_its_grid(
     tmp_path: Path, tokenizer: Any, name: str, dtype: torch.dtype
 ) -> None:
     compress(tmp_path / "m", dtype, SCHEMES[name], tokenizer)
-    found = recognise.recognise(tmp_path / "m")
+    found = recognise(tmp_path / "m")
     assert found.stored is not None
     assert (found.kind, found.stored.format.name) == ("compressed-tensors", name.partition(" ")[0])
     assert len(found.stored.matrices) == 14
@@ -200,7 +201,7 @@ def test_a_loaded_compressed_model_saves_as_a_plain_one(tmp_path: Path, tokenize
 def test_quantized_activations_are_left_out_and_it_is_said(tmp_path: Path, tokenizer: Any) -> None:
     activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
     compress(tmp_path / "m", torch.bfloat16, SCHEMES["fp8-e4m3"], tokenizer, input_activations=activations)
-    found = recognise.recognise(tmp_path / "m")
+    found = recognise(tmp_path / "m")
     assert found.stored is not None
     assert "float-quantized" in found.why
     assert "activations is not held" in found.why
@@ -220,8 +221,8 @@ def test_a_compressed_scheme_without_a_grid_is_refused_unless_taken_as_dense(
 ) -> None:
     compress(tmp_path / "m", torch.bfloat16, args, tokenizer)
     with pytest.raises(InputError, match=rf"{reason}.*--as dense"):
-        recognise.recognise(tmp_path / "m")
-    found = recognise.recognise(tmp_path / "m", as_dense=True)
+        recognise(tmp_path / "m")
+    found = recognise(tmp_path / "m", as_dense=True)
     assert found.stored is None
     assert reason in found.why
 
@@ -240,15 +241,15 @@ def test_sparse_compressed_tensors_say_what_to_do(tmp_path: Path, tokenizer: Any
     (tmp_path / "m" / "config.json").write_text(json.dumps(changed))
     for as_dense in (False, True):
         with pytest.raises(InputError, match=said):
-            recognise.recognise(tmp_path / "m", as_dense=as_dense)
+            recognise(tmp_path / "m", as_dense=as_dense)
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    assert recognise.recognise(tmp_path / "m").pattern == "2:4"
+    assert recognise(tmp_path / "m").pattern == "2:4"
 
 
 def test_float32_scales_that_float16_would_round_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     compress(tmp_path / "m", torch.float32, SCHEMES["int4-g32-sym"], tokenizer)
     with pytest.raises(InputError, match=r"float32.*not all exact in float16"):
-        recognise.recognise(tmp_path / "m")
+        recognise(tmp_path / "m")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -264,7 +265,7 @@ def test_bitsandbytes_nf4_is_held(
         reference_dir, dtype=dtype, quantization_config=packing, device_map="cpu"
     )
     save_model(model, tokenizer, tmp_path / "m")
-    found = recognise.recognise(tmp_path / "m")
+    found = recognise(tmp_path / "m")
     assert found.stored is not None
     assert found.stored.format.name == "nf4"
     assert len(found.stored.matrices) == 14
@@ -286,7 +287,7 @@ def test_a_packing_that_transformers_can_not_open_here_is_refused_with_its_reaso
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     for as_dense in (False, True):
         with pytest.raises(InputError, match=f"packed by {method}, which transformers can't open here"):
-            recognise.recognise(tmp_path / "m", as_dense=as_dense)
+            recognise(tmp_path / "m", as_dense=as_dense)
 
 
 def prune(model: Any, keep: int, of: int) -> None:
@@ -304,7 +305,7 @@ def test_exact_zeros_are_a_mask_with_share_and_pattern(
     model = build_model(len(tokenizer)).to(dtype)
     prune(model, keep, of)
     save_model(model, tokenizer, tmp_path / "m")
-    found = recognise.recognise(tmp_path / "m")
+    found = recognise(tmp_path / "m")
     assert found.mask
     assert found.sparsity == pytest.approx(0.5)
     assert found.pattern == pattern
@@ -312,7 +313,7 @@ def test_exact_zeros_are_a_mask_with_share_and_pattern(
 
 
 def test_a_healthy_model_has_no_mask(reference_dir: Path) -> None:
-    found = recognise.recognise(reference_dir)
+    found = recognise(reference_dir)
     assert (found.kind, found.mask, found.stored) == ("plain", False, None)
 
 
@@ -320,15 +321,15 @@ def test_zeros_of_a_dequantized_grid_are_no_mask(tmp_path: Path, tokenizer: Any)
     model = build_model(len(tokenizer))
     put_on_grid(model, "gguf:q4_0")
     save_model(model, tokenizer, tmp_path / "m")
-    found = recognise.recognise(tmp_path / "m")
+    found = recognise(tmp_path / "m")
     assert found.sparsity is not None
-    assert found.sparsity > recognise.ZEROS
+    assert found.sparsity > ZEROS
     assert not found.mask
     assert "quantized, not pruned" in found.why
 
 
 def test_remend_s_own_grid_goes_first(student_dir: Path) -> None:
-    found = recognise.recognise(student_dir)
+    found = recognise(student_dir)
     assert (found.kind, found.mask) == ("remend", False)
     assert found.stored is not None
     assert found.stored.format.name == "int3-g64-asym"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.patching import replace_everywhere
 from helpers.tiny import build_model
+from remend.compression.containers import CONTAINERS, Container
 from remend.compression.stored_grid import StoredGrid
 from remend.errors import FileError, InputError
-from remend.exporting import CONTAINERS, check, export, verify
+from remend.exporting import check, export, verify
 from remend.exporting.card import escape
 from remend.files.atomic import write_json
 from remend.models.load import save_model
+from remend.registry import Registry
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -108,14 +112,16 @@ def test_weights_off_their_grid_are_refused(on_grid: Any, tmp_path: Path, tokeni
 def test_a_writer_that_changes_a_weight_is_an_error_and_leaves_nothing(
     reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def careless(measured: Any, target: Path, kind: str) -> dict[str, Any]:
+    def careless(measured: Any, target: Path, kind: str) -> dict[str, str]:
         measured.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-6
         save_model(measured.model, measured.tokenizer, target)
         return {"container": "careless"}
 
-    monkeypatch.setitem(CONTAINERS._entries, "careless", careless)
+    registry: Registry[Container] = Registry("container")
+    registry.register("dense", source="this test")(replace(CONTAINERS.get("dense"), write=careless))
+    replace_everywhere(monkeypatch, CONTAINERS, registry)
     with pytest.raises(FileError, match=r"not what was measured.*mlp\.up_proj"):
-        export(str(reference_dir), tmp_path / "out", format="careless")
+        export(str(reference_dir), tmp_path / "out", format="dense")
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -174,27 +179,32 @@ def test_pre_tokenizers_get_llama_cpp_s_name_or_are_refused(tokenizer: Any) -> N
             named(*unknown)
 
 
-def test_what_gguf_or_its_readers_would_lose_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    scaled = build_model(len(tokenizer))
-    scaled.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    gelu = build_model(len(tokenizer))
-    gelu.config.hidden_act = "gelu"
-    biased = build_model(len(tokenizer))
-    biased.config.mlp_bias = True
-    narrow: Any = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), head_dim=16, **SIZES))
-    other = build_model(len(tokenizer))
-    other.config.model_type = "olmo"
-    from remend.compression.containers.gguf import _architecture
+def llama(changes: dict[str, Any], size: int) -> Any:
+    model = build_model(size)
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    return model
 
-    for model, reason in [
-        (scaled, "rope is scaled"),
-        (gelu, "activation is gelu"),
-        (biased, "has biases"),
-        (narrow, "heads are 16 wide"),
-        (other, "allowed are llama, qwen2, qwen3"),
-    ]:
-        with pytest.raises(InputError, match=reason):
-            _architecture(model.config)
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (
+            partial(llama, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+            "rope is scaled",
+        ),
+        (partial(llama, {"hidden_act": "gelu"}), "activation is gelu"),
+        (lambda size: LlamaForCausalLM(LlamaConfig(vocab_size=size, mlp_bias=True, **SIZES)), "has biases"),
+        (lambda size: Qwen3ForCausalLM(Qwen3Config(vocab_size=size, head_dim=16, **SIZES)), "heads are 16 wide"),
+        (lambda size: OlmoForCausalLM(OlmoConfig(vocab_size=size, **SIZES)), "allowed are llama, qwen2, qwen3"),
+    ],
+)
+def test_what_gguf_or_its_readers_would_lose_is_refused(
+    tmp_path: Path, tokenizer: Any, build: Any, reason: str
+) -> None:
+    save_model(build(len(tokenizer)), tokenizer, tmp_path / "m")
+    with pytest.raises(InputError, match=reason):
+        export(str(tmp_path / "m"), tmp_path / "out", format="gguf")
 
 
 def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path: Path) -> None:

@@ -11,20 +11,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from remend.compression.grids import (
-    Grid,
-    GridFormat,
-    decode,
-    restore,
-    store,
-)
+from remend.compression.grids import Grid, GridFormat, decode, restore, store
 from remend.errors import FileError, InputError
 from remend.models.protocols import CausalLM
 
 GRID_FILE = "grid.safetensors"
-
 
 _FORMULAS = {
     "scaled": "w = scales * value of a code",
@@ -44,7 +37,7 @@ class StoredGrid:
         self.format = fmt
         self.matrices = matrices
 
-    def check(self, model: nn.Module | CausalLM) -> None:
+    def check(self, model: CausalLM) -> None:
         """Raise InputError when the model lacks a matrix, or its weights are not the ones that this grid describes."""
         parameters = dict(model.named_parameters())
         for name, (codes, grid) in self.matrices.items():

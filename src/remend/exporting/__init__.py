@@ -6,16 +6,16 @@ remend export runs/mine --format gguf:q4_0 --out mine-gguf
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from remend.compression.containers import compressed_tensors_writer, dense, gguf  # noqa: F401  (they register)
-from remend.compression.containers.measured import CONTAINERS, open_measured
+from remend.compression.containers import CONTAINERS, Container
+from remend.compression.record import RECORD
 from remend.compression.stored_grid import GRID_FILE
 from remend.console import stage
-from remend.errors import InputError
+from remend.errors import InputError, did_you_mean
 from remend.exporting.card import write_card
 from remend.exporting.check import compare_file, verify
-from remend.files.atomic import new_directory, write_json, write_text
+from remend.exporting.measured import open_measured
+from remend.files.atomic import JsonObject, new_directory, write_json, write_text
 from remend.files.run_directory import occupied
 
 __all__ = ["CONTAINERS", "export", "verify"]
@@ -23,7 +23,7 @@ __all__ = ["CONTAINERS", "export", "verify"]
 EXPORT_FILE = "export.json"
 
 
-def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool = False) -> dict[str, Any]:
+def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool = False) -> JsonObject:
     """Write a model as it was measured, read it back and compare.
 
     Args:
@@ -40,18 +40,23 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
         FileError: the model can't be read, or what was written is not what was measured.
     """
     name, _, kind = format.partition(":")
-    write, out = CONTAINERS.get(name), Path(out)
+    container = _writable(name)
+    out = Path(out)
     problem = occupied(out)
     if problem:
         raise InputError(problem)
     measured = open_measured(source, trust_remote_code=trust_remote_code)
+    assert container.write is not None
+    reason = container.fits(measured.grid, kind)
+    if reason:
+        raise InputError(reason)
     with new_directory(out) as target:
         with stage(f"writing {format}"):
-            facts = write(measured, target, kind)
+            facts = container.write(measured, target, kind)
         with stage("reading it back"):
             check = compare_file(target, measured, trust_remote_code=trust_remote_code)
         if measured.degradation is not None:
-            write_json(target / "degradation.json", measured.degradation)
+            write_json(target / RECORD, measured.degradation)
         write_text(target / "README.md", write_card(measured, facts["container"], check))
         result = {
             "source": source,
@@ -68,3 +73,10 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
         }
         write_json(target / EXPORT_FILE, result)
     return result
+
+
+def _writable(name: str) -> Container:
+    known = [other for other in CONTAINERS.names() if CONTAINERS.get(other).write]
+    if name not in known:
+        raise InputError(f'unknown container "{name}"; known: {", ".join(known)}.{did_you_mean(name, known)}')
+    return CONTAINERS.get(name)

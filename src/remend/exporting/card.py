@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from typing import Any
 
-from remend.compression.containers.measured import Measured
-from remend.files.atomic import read_json
+from remend.compression.containers import Measured
+from remend.files.atomic import JsonObject, read_json
 from remend.files.run_directory import MANIFEST, SUMMARY
 
 _SETTINGS = ("student", "teacher", "steps", "batch_size", "learning_rate", "beta", "seed")
 
 
-def write_card(measured: Measured, container: str, check: dict[str, Any]) -> str:
+def write_card(measured: Measured, container: str, check: JsonObject) -> str:
     """Markdown with a YAML head. Text that comes from files is escaped: it can't become markup."""
     summary = _json(measured, SUMMARY)
     recipe = _json(measured, MANIFEST).get("recipe", {})
@@ -33,14 +32,14 @@ def write_card(measured: Measured, container: str, check: dict[str, Any]) -> str
     return "\n".join(lines)
 
 
-def escape(value: Any) -> str:
+def escape(value: object) -> str:
     """One line of plain text in Markdown: no markup, no HTML, no link."""
     text = " ".join(str(value).split())[:200]
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]{}|#!~])", r"\\\1", text)
 
 
-def _json(measured: Measured, name: str) -> dict[str, Any]:
+def _json(measured: Measured, name: str) -> JsonObject:
     path = measured.run / name if measured.run else None
     content = read_json(path) if path and path.is_file() else {}
     return content if isinstance(content, dict) else {}
@@ -51,11 +50,11 @@ def _title(measured: Measured) -> str:
     return where.name if where else measured.source.spec
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: object) -> bool:
     return isinstance(value, (str, int, float))
 
 
-def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _figures(summary: JsonObject) -> list[tuple[str, str]]:
     """Numbers of summary.json, one level deep: 'recovered.kl' and the like, six at most a group."""
     rows = []
     for key, value in summary.items():
@@ -66,11 +65,11 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _checked(check: dict[str, Any]) -> str:
+def _checked(check: JsonObject) -> str:
     return (
         "Read back and compared with the model that was measured: "
         f"{'all weights equal bit for bit' if check['weights_equal'] else 'weights differ'}, "

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from remend.compression.containers.gguf import differing_tensors
-from remend.compression.containers.measured import Measured
+from remend.compression.containers import Measured, container_of
 from remend.errors import FileError
+from remend.files.atomic import JsonObject
 from remend.models.find import ModelSource, find_model
 from remend.models.load import load_model
+from remend.models.protocols import CausalLM
 
 SEQUENCES, LENGTH = 4, 48
 
 
-def verify(exported: str | Path, measured_dir: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def verify(exported: str | Path, measured_dir: str | Path, *, trust_remote_code: bool = False) -> JsonObject:
     """Load both in float32 on the CPU and compare.
 
     Args:
@@ -33,7 +33,7 @@ def verify(exported: str | Path, measured_dir: str | Path, *, trust_remote_code:
     return _compare(Path(exported), _load(find_model(str(measured_dir)), trust_remote_code), trust_remote_code)
 
 
-def compare_file(target: Path, measured: Measured, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def compare_file(target: Path, measured: Measured, *, trust_remote_code: bool = False) -> JsonObject:
     """`verify` against the measured model's own files. Raises FileError when anything differs."""
     old = _load(measured.source, trust_remote_code)  # anew: a writer may have packed the loaded one in place
     check = _compare(target, old, trust_remote_code)
@@ -47,27 +47,28 @@ def compare_file(target: Path, measured: Measured, *, trust_remote_code: bool = 
     return check
 
 
-def _load(source: ModelSource, trust_remote_code: bool) -> Any:
+def _load(source: ModelSource, trust_remote_code: bool) -> CausalLM:
     return load_model(source, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
 
 
-def _compare(exported: Path, old: Any, trust_remote_code: bool) -> dict[str, Any]:
+def _compare(exported: Path, old: CausalLM, trust_remote_code: bool) -> JsonObject:
     files = sorted(exported.glob("*.gguf")) if exported.is_dir() else [exported]
-    file = files[0] if files else None
-    check = compare(_load(find_model(str(file or exported)), trust_remote_code), old)
-    if file is None:
+    source = find_model(str(files[0] if files else exported))
+    check = compare(_load(source, trust_remote_code), old)
+    container = container_of(source)
+    if container is None or container.differing is None or source.path is None:
         return {**check, "read_by": "transformers"}
-    different = differing_tensors(file, old)
+    different = container.differing(source.path, old)
     return {
         **check,
         "weights_equal": check["weights_equal"] and not different,
         "different": (check["different"] or different)[:10],
-        "read_by": "the gguf package, and transformers",
+        "read_by": f"{container.reader}, and transformers",
     }
 
 
 @torch.no_grad()
-def compare(new: Any, old: Any) -> dict[str, Any]:
+def compare(new: CausalLM, old: CausalLM) -> JsonObject:
     """Compare the parameters and logits of two models of one architecture."""
     ours, theirs = dict(new.named_parameters()), dict(old.named_parameters())
     shared = [n for n in ours if n in theirs and ours[n].shape == theirs[n].shape]

@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 
 from remend.errors import FileError
 
+JsonObject = dict[str, Any]
+"""An object of a JSON file, by its keys."""
+
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:

@@ -5,8 +5,6 @@ Legend: O rows (outputs) of a student's matrix, P rows of the reference's, I col
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,21 +12,20 @@ from remend.errors import InputError
 from remend.models.protocols import CausalLM
 
 
-def kept_weights(model: Any) -> dict[str, Tensor]:
+def kept_weights(model: CausalLM) -> dict[str, Tensor]:
     """For every linear weight of the decoder that holds a zero a bool [O, I]: True where it is not zero."""
     kept = {f"{name}.weight": layer.weight.detach() != 0 for name, layer in linear_layers(model).items()}
     return {name: kept_OI for name, kept_OI in kept.items() if not bool(kept_OI.all())}
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
+def decoder_layers(model: CausalLM) -> nn.ModuleList:
     """The decoder's blocks. Raises InputError for a model that does not keep them in one list."""
-    base = model.base_model
     for path in ("layers", "h", "decoder.layers", "language_model.layers"):
-        found = base
+        blocks: object = model.base_model
         for part in path.split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, nn.ModuleList) and len(found):
-            return found
+            blocks = getattr(blocks, part, None)
+        if isinstance(blocks, nn.ModuleList) and len(blocks):
+            return blocks
     raise InputError(
         f"{type(model).__name__} does not keep its blocks in a list that remend knows (layers, h, decoder.layers), so "
         "methods that go through it block by block can't be used; round to nearest and magnitude need no such walk"
@@ -36,7 +33,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 @torch.no_grad()
-def infer_layer_map(student: Any, teacher: Any) -> list[int]:
+def infer_layer_map(student: CausalLM, teacher: CausalLM) -> list[int]:
     """Which of the teacher's blocks each of the student's is: the rising assignment whose weights differ least.
 
     Raises InputError when the student has more blocks than the teacher.
@@ -87,12 +84,12 @@ def infer_rows(ours_OI: Tensor, theirs_PI: Tensor) -> Tensor | None:
     return nearest_O if len(set(nearest_O.tolist())) == len(nearest_O) else None
 
 
-def linear_layers(model: Any) -> dict[str, nn.Linear]:
+def linear_layers(model: CausalLM) -> dict[str, nn.Linear]:
     """Every linear layer of the decoder by name: not the head, not embeddings."""
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
-def count_parameters(model: nn.Module | CausalLM) -> int:
+def count_parameters(model: CausalLM) -> int:
     """Number of a model's parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())

@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from remend.errors import FileError
 from remend.models import adapters
 from remend.models.find import ModelSource, fetch_model
 from remend.models.gguf_header import forget, parsed_once
 from remend.models.packed_weights import exact_products, packing, require_compressed_tensors, unpacked
-from remend.models.protocols import CausalLM
+from remend.models.protocols import CausalLM, Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
-def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
+def _location(source: ModelSource) -> tuple[str, dict[str, object]]:
     assert source.path is not None, "fetch_model() comes first"
     if source.kind == "gguf":
         return str(source.path.parent), {"gguf_file": source.path.name}
@@ -58,17 +60,18 @@ def _explained(source: ModelSource, what: str) -> Iterator[None]:
         raise FileError(f"the {what} of {source.spec} can't be read: {type(error).__name__}: {reason}") from error
 
 
-def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's transformers configuration."""
     from transformers import AutoConfig
 
     source = fetch_model(source, weights=False)
     where, extra = _location(source.base or source)
     with _quietly(), parsed_once(), _explained(source, "configuration"):
-        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+    return config
 
 
-def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Tokenizer:
     """The model's tokenizer."""
     from transformers import AutoTokenizer
 
@@ -76,12 +79,13 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     own = source.base is None or bool(source.path and (source.path / "tokenizer_config.json").is_file())
     where, extra = _location(source if own or source.base is None else source.base)
     with _quietly(), parsed_once(), _explained(source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+    return tokenizer
 
 
 def load_model(
     source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
-) -> nn.Module:
+) -> CausalLM:
     """The model, in evaluation mode.
 
     Packed tensors (GGUF, compressed-tensors, bitsandbytes) are dequantized, so that the model can be trained and
@@ -121,10 +125,11 @@ def load_model(
         raise FileError(
             f"the model of {source.spec} is incomplete: {len(info['missing_keys'])} tensors are missing ({names}, …)"
         )
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    ready: CausalLM = model.to(device).eval()
+    return ready
 
 
-def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path) -> None:
     """Write a plain transformers directory (safetensors, tokenizer, chat template, generation config).
 
     Of a model with an adapter only the adapter is written, as peft does: it stays apart from its base.
@@ -137,7 +142,7 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
         tokenizer.save_pretrained(directory)
 
 
-def skeleton(config: Any, *, trust_remote_code: bool = False) -> CausalLM:
+def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> CausalLM:
     """A configuration's model without weights: names and shapes, nothing allocated."""
     from transformers import AutoModelForCausalLM
 

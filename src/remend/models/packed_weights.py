@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,18 +12,34 @@ from typing import Any
 
 import torch
 
-from remend.errors import FileError
+from remend.errors import FileError, InputError
+from remend.files.atomic import JsonObject, read_json
 
 
-def packing(directory: Path | None) -> dict[str, Any]:
+def packing(directory: Path | None) -> JsonObject:
     """`quantization_config` of a model directory's config.json; empty for plain weights."""
-    if directory is None:
-        return {}
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(directory / "config.json") if directory else None
+    except FileError:
         return {}
     return dict(config.get("quantization_config") or {}) if isinstance(config, dict) else {}
+
+
+def require_openable(directory: Path) -> None:
+    """Raises InputError with transformers' reason when it can't open a directory's packed weights here."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = packing(directory)
+    try:
+        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+        quantizer.validate_environment(device_map=None)
+    except Exception as error:  # each method has its own way to say what is missing
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{directory} is packed by {config.get('quant_method', 'unknown')}, which transformers can't open here "
+            f"({type(error).__name__}: {reason}); give the model before packing, or a GGUF or compressed-tensors "
+            "version"
+        ) from None
 
 
 def require_compressed_tensors(what: str) -> None:

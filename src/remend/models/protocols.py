@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+
+from remend.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig
+
+__all__ = ["CausalLM", "Scored", "Tokenizer"]
+
+
+class Scored(Protocol):
+    """What a forward pass gives."""
+
+    logits: Tensor  # [B, T, V]
 
 
 class CausalLM(Protocol):
     """A causal language model of transformers (PreTrainedModel with a head over the vocabulary)."""
 
-    config: Any
-    generation_config: Any
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
     name_or_path: str
 
     @property
@@ -27,16 +40,16 @@ class CausalLM(Protocol):
         """Where the model is."""
         ...
 
-    def __call__(self, *args: Any, **inputs: Any) -> Any:
-        """A forward pass; the output has `logits` [B, T, V]."""
+    def __call__(self, *, input_ids: Tensor, **inputs: object) -> Scored:
+        """A forward pass over token ids [B, T]."""
         ...
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The embedding of tokens, with `weight` [V, D]."""
         ...
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The head, with `weight` [V, D]; None for a model that has none."""
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head, with `weight` [V, D]. `scorer` refuses a model for which transformers gives None."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -55,7 +68,19 @@ class CausalLM(Protocol):
         """See torch.nn.Module."""
         ...
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """See torch.nn.Module."""
+        ...
+
+    def set_submodule(self, target: str, module: nn.Module) -> None:
+        """See torch.nn.Module."""
+        ...
+
     def state_dict(self) -> dict[str, Tensor]:
+        """See torch.nn.Module."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object:
         """See torch.nn.Module."""
         ...
 
@@ -63,43 +88,26 @@ class CausalLM(Protocol):
         """See torch.nn.Module."""
         ...
 
+    def train(self, mode: bool = True) -> Self:
+        """See torch.nn.Module."""
+        ...
+
     def eval(self) -> Self:
         """See torch.nn.Module."""
         ...
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self, device: torch.device | torch.dtype, /) -> Self:
         """See torch.nn.Module."""
+        ...
+
+    def tie_weights(self) -> None:
+        """Let the head be the embedding again, where the configuration ties them."""
+        ...
+
+    def activation_checkpointing_enable(self, *, activation_checkpointing_kwargs: Mapping[str, object]) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations."""
         ...
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write safetensors and configuration into a directory."""
-        ...
-
-
-class Tokenizer(Protocol):
-    """A tokenizer of transformers (PreTrainedTokenizerBase)."""
-
-    eos_token_id: int | None
-    chat_template: Any
-
-    def __len__(self) -> int: ...
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        ...
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of token ids."""
-        ...
-
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **how: Any) -> Any:
-        """Chat messages as text or token ids."""
-        ...
-
-    def get_vocab(self) -> dict[str, int]:
-        """Every token with its id."""
-        ...
-
-    def save_pretrained(self, save_directory: str | Path) -> Any:
-        """Write the tokenizer's files into a directory."""
         ...

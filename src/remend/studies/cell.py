@@ -176,7 +176,7 @@ def completion_tokens(recipe: Mapping[str, Any], idle: Path | None, task_rows: s
     if task_rows is not None:
         tokenizer = load_tokenizer(find_model(recipe["student"]))
         limit = longest(build(RecoverConfig, merged(recipe, {"out": "-"}), "recipe"))
-        close = len(ending(tokenizer, (tokenizer.eos_token_id,)))
+        close = len(ending(tokenizer, [end for end in (tokenizer.eos_token_id,) if end is not None]))
         texts = [demonstration_of(e.row, f'row "{e.id}"') for e in load_examples(task_rows)]
         lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + close for text in texts]
         found["task"] = sum(min(limit, length) for length in lengths) / len(lengths)

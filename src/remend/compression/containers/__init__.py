@@ -1,1 +1,130 @@
-"""Containers of weights: one file reads and writes each."""
+"""Containers of weights: each file here reads one, writes it, or both, and registers what it can do.
+
+To add one, write its functions, register a `Container` of them and import the file; see `dense` for the least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from remend.compression.stored_grid import GRID_FILE, StoredGrid
+from remend.errors import InputError
+from remend.files.atomic import JsonObject
+from remend.models.find import ModelSource
+from remend.models.packed_weights import packing
+from remend.models.protocols import CausalLM, Tokenizer
+from remend.registry import Registry, register_all
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a model's files say of its constraint.
+
+    Attributes:
+        kind: 'remend', 'gguf', 'compressed-tensors', 'plain', 'adapter' (the rest is its base's), or the packing's own
+            name.
+        stored: the grid that the linear weights lie on, or None.
+        mask: whether exact zeros are to be kept.
+        why: one sentence for the reader: what was found, or why it is held as dense.
+        sparsity: share of exact zeros in the linear weights, where it was counted.
+        pattern: '2:4' or '4:8' where every group of a row keeps that few, else None.
+    """
+
+    kind: str
+    stored: StoredGrid | None
+    mask: bool
+    why: str
+    sparsity: float | None = None
+    pattern: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model that is written: loaded as it was measured, and what is known of it.
+
+    `mask` says in one sentence which zeros it keeps, `degradation` is its degradation.json. `run` is the run's
+    directory, or None for a model alone.
+    """
+
+    source: ModelSource
+    model: CausalLM
+    tokenizer: Tokenizer
+    stored: StoredGrid | None
+    mask: str | None
+    degradation: JsonObject | None
+    run: Path | None
+
+    @property
+    def grid(self) -> str:
+        """The grid's name, or 'none'."""
+        return self.stored.format.name if self.stored else "none"
+
+
+class Write(Protocol):
+    """Writes a model into an empty directory."""
+
+    def __call__(self, measured: Measured, target: Path, kind: str) -> dict[str, str]:
+        """Facts for export.json: 'container', and 'file' where the model is one file. The kind is one that fits.
+
+        Raises InputError for a model that can't be written exactly.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Container:
+    """One way to keep a model in files that transformers opens.
+
+    Attributes:
+        reads: whether these files are such a container, by names and configuration; `source` is local.
+        recognise: the constraint that the files carry. Raises InputError for what can't be held, unless `as_dense`.
+        fits: (the grid's name or 'none', what follows the colon in --format) → None, or why it can't be written.
+        write: None for a container that is only read; then `fits` is never asked.
+        differing: names of parameters that the container's own reader does not read back from the files bit for bit;
+            None where transformers is the only reader.
+        reader: that reader's name.
+    """
+
+    reads: Callable[[ModelSource], bool]
+    recognise: Callable[[ModelSource, bool], Recognised]
+    fits: Callable[[str, str], str | None] = lambda grid, kind: None
+    write: Write | None = None
+    differing: Callable[[Path, CausalLM], list[str]] | None = None
+    reader: str = ""
+
+
+CONTAINERS: Registry[Container] = Registry("container")
+
+
+def container_of(source: ModelSource) -> Container | None:
+    """The container of a local model's files; None for weights that another tool packed in a way unknown here.
+
+    What was registered last is asked first.
+    """
+    return next((container for container in reversed(CONTAINERS.entries()) if container.reads(source)), None)
+
+
+def packed_by(source: ModelSource) -> str | None:
+    """The tool that packed a directory's weights, as its config.json names it.
+
+    None for weights that are not packed, and for a directory with remend's own description of its grid.
+    """
+    if source.kind != "directory" or source.path is None or (source.path / GRID_FILE).is_file():
+        return None
+    config = packing(source.path)
+    return str(config.get("quant_method", "unknown")) if config else None
+
+
+def held_as_dense(kind: str, source: ModelSource, reason: object, as_dense: bool) -> Recognised:
+    """A model whose grid can't be held: taken as plain weights where that was asked for, else an InputError."""
+    if as_dense:
+        return Recognised(kind, None, False, f"held as dense: {reason}")
+    raise InputError(
+        f"{source.spec}: {reason}; say --as dense (as_dense: true in a recipe) to train its weights freely"
+    ) from None
+
+
+register_all(__name__)

@@ -1,35 +1,54 @@
-"""Read the grid of weights that compressed-tensors packed: codes, scales and zeros as in its files."""
+"""compressed-tensors, the directory of vLLM and llm-compressor: packed weights beside plain ones.
+
+Codes, scales and zeros are read as they lie in its files. The library that reads them writes them: its own compressor
+packs the codes and describes them in config.json.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from remend.compression.containers import CONTAINERS, Container, Measured, Recognised, held_as_dense, packed_by
 from remend.compression.grids import Grid, GridFormat, restore
 from remend.compression.stored_grid import StoredGrid
 from remend.errors import InputError
-from remend.models.packed_weights import require_compressed_tensors
+from remend.files.atomic import JsonObject
+from remend.models.find import ModelSource
+from remend.models.load import save_model
+from remend.models.packed_weights import packing, require_compressed_tensors
+
+_INT = re.compile(r"int(\d)-g(\d+)-(sym|zp)")
 
 
-def grid_of_compressed(directory: Path, config: dict[str, Any]) -> tuple[StoredGrid, str]:
-    """Read the grid, and say in one sentence what it is.
+def _reads(source: ModelSource) -> bool:
+    return packed_by(source) == "compressed-tensors"
 
-    Args:
-        directory: holds the packed safetensors.
-        config: its `quantization_config`.
 
-    Raises:
-        InputError: a scheme that no grid here describes, with the reason.
-    """
+def _recognise(source: ModelSource, as_dense: bool) -> Recognised:
+    assert source.path is not None
+    config = packing(source.path)
+    _refuse_sparse(config, source.spec)
+    try:
+        stored, why = _grid_of(source.path, config)
+    except InputError as reason:
+        return held_as_dense("compressed-tensors", source, reason, as_dense)
+    return Recognised("compressed-tensors", stored, False, why)
+
+
+def _grid_of(directory: Path, config: JsonObject) -> tuple[StoredGrid, str]:
+    """The grid, and in one sentence what it is. Raises InputError for a scheme that no grid here describes."""
     require_compressed_tensors(str(directory))
     groups = list(config.get("config_groups", {}).values())
     if len(groups) != 1:
         raise InputError(f"it mixes {len(groups)} quantization schemes, and one grid a model is held")
-    args, packing = groups[0].get("weights"), groups[0].get("format") or config.get("format")
+    args, form = groups[0].get("weights"), groups[0].get("format") or config.get("format")
     if not args:
         raise InputError("its weights are not quantized, only its activations")
     modules = _modules(directory)
@@ -42,10 +61,10 @@ def grid_of_compressed(directory: Path, config: dict[str, Any]) -> tuple[StoredG
         fmt = _float_format(args)
         matrices = {f"{n}.weight": _float(m, fmt) for n, m in modules.items()}
     also = "; the quantization of its activations is not held" if groups[0].get("input_activations") else ""
-    return StoredGrid(fmt, matrices), f"compressed-tensors ({packing}): the grid {fmt.name}{also}"
+    return StoredGrid(fmt, matrices), f"compressed-tensors ({form}): the grid {fmt.name}{also}"
 
 
-def refuse_sparse(config: dict[str, Any], what: str) -> None:
+def _refuse_sparse(config: JsonObject, what: str) -> None:
     """Raise InputError for weights whose zeros compressed-tensors left out: what is installed can't put them back.
 
     Zeros of plain weights that a config only tells of (format dense) are found once it is quiet about them.
@@ -75,7 +94,7 @@ def _modules(directory: Path) -> dict[str, dict[str, Tensor]]:
     return {n: m for n, m in modules.items() if "weight_scale" in m}
 
 
-def _integer_format(args: dict[str, Any], modules: dict[str, dict[str, Tensor]]) -> tuple[GridFormat, dict[str, int]]:
+def _integer_format(args: JsonObject, modules: dict[str, dict[str, Tensor]]) -> tuple[GridFormat, dict[str, int]]:
     """The grid, and how often each module's scale is repeated to fill it: a whole row's scale serves its groups."""
     bits, strategy = args["num_bits"], args["strategy"]
     if bits not in (4, 8):
@@ -100,7 +119,7 @@ def _shape(module: dict[str, Tensor]) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _integer(module: dict[str, Tensor], fmt: GridFormat, args: dict[str, Any], repeat: int) -> tuple[Tensor, Grid]:
+def _integer(module: dict[str, Tensor], fmt: GridFormat, args: JsonObject, repeat: int) -> tuple[Tensor, Grid]:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     half, scale = 2 ** (fmt.bits - 1), module["weight_scale"]
@@ -122,7 +141,7 @@ def _integer(module: dict[str, Tensor], fmt: GridFormat, args: dict[str, Any], r
     return codes, Grid(stored.float().repeat_interleave(repeat, 1).contiguous(), zeros)
 
 
-def _float_format(args: dict[str, Any]) -> GridFormat:
+def _float_format(args: JsonObject) -> GridFormat:
     kind = (args["num_bits"], args["strategy"], args.get("group_size"))
     if kind[:2] in ((8, "channel"), (8, "tensor")):
         return GridFormat.parse("fp8-e4m3")
@@ -146,3 +165,87 @@ def _float(module: dict[str, Tensor], fmt: GridFormat) -> tuple[Tensor, Grid]:
     if "weight_global_scale" in module:
         stored["outer"] = module["weight_global_scale"].float().reshape(())
     return codes, restore(stored, fmt)
+
+
+def _scheme_of(grid: str) -> JsonObject | None:
+    """The library's QuantizationArgs for a grid, or None."""
+    match = _INT.fullmatch(grid)
+    if match and match[1] in "48":
+        return {
+            "num_bits": int(match[1]),
+            "type": "int",
+            "strategy": "group",
+            "group_size": int(match[2]),
+            "symmetric": match[3] == "sym",
+        }
+    if grid == "fp8-e4m3":
+        return {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    if grid == "nvfp4":
+        return {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True,
+                "scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn}  # fmt: skip
+    if grid in ("mxfp4", "gguf:mxfp4"):
+        return {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True,
+                "scale_dtype": torch.uint8, "zp_dtype": torch.uint8}  # fmt: skip
+    return None
+
+
+def _fits(grid: str, kind: str) -> str | None:
+    if kind:
+        return f'format "compressed-tensors:{kind}" is unknown; the grid decides, write compressed-tensors'
+    if _scheme_of(grid):
+        return None
+    return f"{_why_not(grid)}; use --format dense"
+
+
+def _why_not(grid: str) -> str:
+    if grid == "none":
+        return "the model lies on no grid, so there is nothing to pack"
+    if grid.endswith("-asym"):
+        return f"{grid} fits no compressed-tensors format: its zero is a real number, and theirs is an integer"
+    if re.match("int[23]-", grid):
+        return f"{grid} fits no compressed-tensors format that engines read: pack-quantized holds 4 or 8 bits there"
+    return f"{grid} fits no compressed-tensors format: none has its values and groups"
+
+
+def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
+    """Packed safetensors, and `quantization_config` in config.json."""
+    require_compressed_tensors("--format compressed-tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    model, stored = measured.model, measured.stored
+    assert stored is not None
+    matrices = {name.removesuffix(".weight"): matrix for name, matrix in stored.matrices.items()}
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    config = QuantizationConfig(
+        config_groups={"group_0": {"targets": ["Linear"], "weights": _scheme_of(measured.grid)}},
+        ignore=[n for n in linear if n not in matrices],
+        quantization_status="frozen",
+    )
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        apply_quantization_config(model, config, show_progress=False)
+        for name, (_, grid) in matrices.items():
+            _set_parameters(model.get_submodule(name), grid, stored.format)
+        compressor = ModelCompressor.from_pretrained_model(model)
+        compressor.compress_model(model)
+        save_model(model, measured.tokenizer, target)
+        compressor.update_config(str(target))
+    return {"container": f"compressed-tensors ({compressor.quantization_config.format.value})"}
+
+
+def _set_parameters(module: nn.Module, grid: Grid, fmt: GridFormat) -> None:
+    """Hand scales and zeros to the library. Scales stay float32: it multiplies in their dtype; float16 would round."""
+    parameters: dict[str, Tensor] = {"weight_scale": grid.scales}
+    if fmt.name.endswith("-zp"):
+        assert grid.zeros is not None
+        bits = int(fmt.name[3])
+        parameters["weight_zero_point"] = (grid.zeros - 2 ** (bits - 1)).to(torch.int8)
+    if grid.outer is not None:
+        parameters["weight_global_scale"] = grid.outer.reshape(1)
+    for name, value in parameters.items():
+        setattr(module, name, nn.Parameter(value.contiguous(), requires_grad=False))
+
+
+CONTAINERS.register("compressed-tensors", source="https://github.com/vllm-project/compressed-tensors")(
+    Container(_reads, _recognise, _fits, _write)
+)

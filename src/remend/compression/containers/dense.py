@@ -1,23 +1,102 @@
-"""Dense: a plain transformers directory. Every model fits, and every reader of transformers models opens it."""
+"""Dense: a plain transformers directory. Every model fits, and every reader of transformers models opens it.
+
+A grid lies beside the weights in grid.safetensors. Without one, weights with many exact zeros were pruned.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from remend.compression.containers.measured import CONTAINERS, Measured
-from remend.errors import InputError
+from safetensors import safe_open
+from torch import Tensor
+
+from remend.compression.containers import CONTAINERS, Container, Measured, Recognised, packed_by
+from remend.compression.record import was_pruned
+from remend.compression.stored_grid import StoredGrid
+from remend.models.find import ModelSource
 from remend.models.load import save_model
 
+ZEROS = 0.05
+"""A plain directory with a larger share of exact zeros in its linear weights counts as pruned."""
 
-@CONTAINERS.register("dense", source="safetensors, one float32 tensor a weight")
-def write_dense(measured: Measured, target: Path, kind: str) -> dict[str, Any]:
-    """Write float32 safetensors, the grid beside them where there is one. Raises InputError for 'dense:KIND'."""
-    if kind:
-        raise InputError(f'format "dense:{kind}" is unknown; dense has no kinds, write --format dense')
+PLAIN = "plain weights, no constraint"
+SAMPLE_ROWS = 64
+"""Rows of a matrix that tell whether its values repeat."""
+
+_NO_LINEAR = re.compile(r"embed|lm_head|norm|wte|wpe|rotary")
+
+
+def _reads(source: ModelSource) -> bool:
+    return source.kind == "directory" and packed_by(source) is None
+
+
+def _recognise(source: ModelSource, as_dense: bool) -> Recognised:
+    assert source.path is not None
+    stored = StoredGrid.read(source.path)
+    if stored is not None:
+        return Recognised("remend", stored, False, f"its weights lie on the grid {stored.format.name}")
+    return _zeros(source.path)
+
+
+def _zeros(directory: Path) -> Recognised:
+    declared = was_pruned(directory)
+    zeros = total = repeated = sampled = 0
+    patterns = {"2:4": (2, 4), "4:8": (4, 8)}
+    for weight in _linear_weights(directory):
+        is_zero = weight == 0
+        zeros, total = zeros + int(is_zero.sum()), total + weight.numel()
+        some = weight[:SAMPLE_ROWS]
+        repeated, sampled = repeated + _repeats(some), sampled + some.numel()
+        patterns = {name: nm for name, nm in patterns.items() if _follows(is_zero, *nm)}
+    if not total or (zeros / total <= ZEROS and not (patterns and zeros) and not (declared and zeros)):
+        return Recognised("plain", None, False, PLAIN, zeros / total if total else None)
+    share, pattern = zeros / total, next(iter(patterns), None)
+    if repeated / sampled > 0.25 and not declared:
+        why = f"{share:.1%} exact zeros, but the weights repeat a few values: they were quantized, not pruned; no mask"
+        return Recognised("plain", None, False, why, share)
+    why = f"{share:.1%} of the linear weights are exactly zero" + (f", in the pattern {pattern}" if pattern else "")
+    return Recognised("plain", None, True, why, share, pattern)
+
+
+def _linear_weights(directory: Path) -> Iterator[Tensor]:
+    """Every two-dimensional weight of a directory that is no embedding, head or norm, one at a time."""
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                if name.endswith(".weight") and not _NO_LINEAR.search(name):
+                    tensor: Tensor = tensors.get_tensor(name)
+                    if tensor.ndim == 2 and tensor.is_floating_point():
+                        yield tensor
+
+
+def _follows(is_zero_OI: Tensor, keep: int, of: int) -> bool:
+    rows, columns = is_zero_OI.shape
+    return columns % of == 0 and bool((is_zero_OI.view(rows, -1, of).sum(-1) >= of - keep).all())
+
+
+def _repeats(weight_OI: Tensor) -> int:
+    """How many weights equal a neighbour, zeros aside, in sorted windows of 32: many on a grid of few levels."""
+    rows, columns = weight_OI.shape
+    window = weight_OI[:, : columns // 32 * 32].reshape(rows, -1, 32).sort(-1).values
+    return int(((window[..., 1:] == window[..., :-1]) & (window[..., 1:] != 0)).sum())
+
+
+def _fits(grid: str, kind: str) -> str | None:
+    return f'format "dense:{kind}" is unknown; dense has no kinds, write --format dense' if kind else None
+
+
+def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
+    """Float32 safetensors, and the grid beside them where there is one."""
     save_model(measured.model, measured.tokenizer, target)
     if measured.stored:
         measured.stored.write(target)
     if measured.mask:
         return {"container": f"dense with zeros ({measured.mask}); the zeros are stored like any other weight"}
     return {"container": "dense"}
+
+
+CONTAINERS.register("dense", source="safetensors, one float32 tensor a weight")(
+    Container(_reads, _recognise, _fits, _write)
+)

@@ -6,19 +6,27 @@ convert_hf_to_gguf.py; the file is written and read back by the `gguf` package.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
 
-from remend.compression.containers.gguf_blocks import to_gguf_blocks
+from remend.compression.containers import CONTAINERS, Container, Measured, Recognised
+from remend.compression.containers.gguf_blocks import from_gguf_blocks, to_gguf_blocks
 from remend.compression.containers.gguf_tokenizer import add_vocabulary
-from remend.compression.containers.measured import CONTAINERS, Measured
 from remend.compression.grids import Grid, GridFormat
-from remend.errors import InputError
+from remend.compression.stored_grid import StoredGrid
+from remend.errors import FileError, InputError
+from remend.models.find import ModelSource
+from remend.models.protocols import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 FILE_NAME = "model.gguf"
@@ -26,29 +34,103 @@ FILE_NAME = "model.gguf"
 SAME_VALUES = {"int4-g32-sym": "gguf:q4_0", "int8-g32-sym": "gguf:q8_0", "mxfp4": "gguf:mxfp4"}
 """Grids that are a GGUF type under another name: scale * (code - 8) is q4_0, scale * (code - 128) is q8_0."""
 
+_GRIDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "TQ2_0")
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_LINEAR = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
-def gguf_type_of(measured: Measured, wanted: str = "") -> str:
-    """The GGUF type of a model's matrices, e.g. 'q4_0'; 'f32' for a model on no grid.
 
-    Raises InputError with the reason when the grid is no GGUF type, or not the one that is wanted.
-    """
-    grid = measured.grid
-    if wanted not in ("", "f32"):
-        GridFormat.parse(f"gguf:{wanted}")  # raises for an unknown type, and lists the known
-    if grid == "none":
-        found = "f32"
-    else:
-        name = SAME_VALUES.get(grid, grid)
-        if not name.startswith("gguf:"):
-            raise InputError(f"{_why_not(grid)}; use --format dense")
-        found = name.removeprefix("gguf:")
-    if wanted and wanted != found:
+def _reads(source: ModelSource) -> bool:
+    return source.kind == "gguf"
+
+
+def _recognise(source: ModelSource, as_dense: bool) -> Recognised:
+    path = source.path
+    assert path is not None
+    try:
+        reader = gguf.GGUFReader(path)
+    except ValueError as error:  # how it says that a file was cut short
+        raise FileError(f"{path}: its weights can't be read: {' '.join(str(error).split())[:200]}") from None
+    architecture = str(reader.fields["general.architecture"].contents())
+    linear = {t.name: t for t in reader.tensors if _BLOCK.fullmatch(t.name) and len(t.shape) == 2}
+    types = Counter(t.tensor_type.name for t in linear.values() if t.tensor_type.name not in ("F32", "F16", "BF16"))
+    described = " and ".join(f"{n} {name}" for name, n in types.most_common()) or "only floating-point"
+    if len(types) > 1 and types.keys() <= set(_GRIDS) and not as_dense:
         raise InputError(
-            f"the model lies on {'no grid' if grid == 'none' else grid}, so writing it as gguf:{wanted} would change "
-            f"its weights after they were measured; use --format gguf:{found} or dense, or quantize to gguf:{wanted} "
+            f"{source.spec}: it has {described} linear matrices, and one grid a model is held. Give a file of one type "
+            "(llama-quantize --pure writes those), or say --as dense (as_dense: true in a recipe) to train its weights "
+            "freely"
+        )
+    if len(types) != 1 or next(iter(types)) not in _GRIDS:
+        return Recognised("gguf", None, False, f"held as dense: {path.name} has {described} linear matrices")
+    if architecture not in ARCHITECTURES or any(_name(n) is None for n in linear):
+        return Recognised("gguf", None, False, f"held as dense: the matrices of a {architecture} file can't be named")
+    fmt = GridFormat.parse(f"gguf:{next(iter(types)).lower()}")
+    heads = _heads(reader, architecture)
+    matrices = {
+        str(_name(name)): _matrix(tensor, fmt, heads.get(name.split(".")[2]))
+        for name, tensor in linear.items()
+        if tensor.tensor_type.name in types
+    }
+    return Recognised("gguf", StoredGrid(fmt, matrices), False, f"{described} matrices: the grid {fmt.name}")
+
+
+def _name(gguf_name: str) -> str | None:
+    match = _BLOCK.fullmatch(gguf_name)
+    part = _LINEAR.get(match[2]) if match else None
+    return f"model.layers.{match[1]}.{part}.weight" if match and part else None
+
+
+def _heads(reader: gguf.GGUFReader, architecture: str) -> dict[str, int]:
+    """Of the matrices whose rows llama.cpp reorders, how many heads they have."""
+    if architecture != "llama":
+        return {}
+    count = reader.fields["llama.attention.head_count"]
+    of_keys = reader.fields.get("llama.attention.head_count_kv") or count
+    return {"attn_q": int(count.contents()), "attn_k": int(of_keys.contents())}
+
+
+def _matrix(tensor: gguf.ReaderTensor, fmt: GridFormat, heads: int | None) -> tuple[Tensor, Grid]:
+    """Codes and grid, rows in transformers' order."""
+    columns, rows = (int(n) for n in tensor.shape)
+    codes, grid = from_gguf_blocks(tensor.data, fmt, (rows, columns))
+    if heads is None:
+        return codes, grid
+    order = _interleaved(rows, heads).argsort()
+    return codes[order], _rows(grid, order)
+
+
+def _fits(grid: str, kind: str) -> str | None:
+    if kind not in ("", "f32"):
+        try:
+            GridFormat.parse(f"gguf:{kind}")
+        except InputError as unknown:
+            return str(unknown)
+    own = _type_of(grid)
+    if own is None:
+        return f"{_why_not(grid)}; use --format dense"
+    if kind and kind != own:
+        return (
+            f"the model lies on {'no grid' if grid == 'none' else grid}, so writing it as gguf:{kind} would change "
+            f"its weights after they were measured; use --format gguf:{own} or dense, or quantize to gguf:{kind} "
             "first: remend degrade quantize"
         )
-    return found
+    return None
+
+
+def _type_of(grid: str) -> str | None:
+    """The GGUF type of matrices on a grid, e.g. 'q4_0'; 'f32' on no grid, None where there is none."""
+    if grid == "none":
+        return "f32"
+    name = SAME_VALUES.get(grid, grid)
+    return name.removeprefix("gguf:") if name.startswith("gguf:") else None
 
 
 def _why_not(grid: str) -> str:
@@ -62,10 +144,9 @@ def _why_not(grid: str) -> str:
     return f"{grid} fits no GGUF type: none has its values and groups"
 
 
-@CONTAINERS.register("gguf", source="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md")
-def write_gguf(measured: Measured, target: Path, kind: str) -> dict[str, Any]:
-    """Write `model.gguf`. Raises InputError for an architecture, tokenizer or grid that can't be written exactly."""
-    type_name = gguf_type_of(measured, kind)
+def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
+    """`model.gguf`. Raises InputError for an architecture or tokenizer that can't be written exactly."""
+    type_name = str(_type_of(measured.grid))
     config = measured.model.config
     architecture = _architecture(config)
     writer = gguf.GGUFWriter(target / FILE_NAME, gguf.MODEL_ARCH_NAMES[architecture])
@@ -81,7 +162,7 @@ def write_gguf(measured: Measured, target: Path, kind: str) -> dict[str, Any]:
     return {"container": f"gguf:{type_name}", "file": FILE_NAME}
 
 
-def _architecture(config: Any) -> Any:
+def _architecture(config: PreTrainedConfig) -> gguf.MODEL_ARCH:
     """Raises InputError for a model whose configuration GGUF or its readers would not reproduce."""
     kind = config.model_type
     if kind not in ARCHITECTURES:
@@ -104,7 +185,7 @@ def _architecture(config: Any) -> Any:
     return ARCHITECTURES[kind]
 
 
-def _add_hyperparameters(writer: Any, config: Any, name: str, type_name: str) -> None:
+def _add_hyperparameters(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str, type_name: str) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -126,14 +207,14 @@ def _add_hyperparameters(writer: Any, config: Any, name: str, type_name: str) ->
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tensors(writer: Any, measured: Measured, names: Any, type_name: str) -> None:
+def _add_tensors(writer: gguf.GGUFWriter, measured: Measured, names: gguf.TensorNameMap, type_name: str) -> None:
     matrices = measured.stored.matrices if measured.stored else {}
     fmt = GridFormat.parse(f"gguf:{type_name}") if matrices else None
     for name, parameter in measured.model.named_parameters():
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if mapped is None:
             raise InputError(f"the tensor {name} has no name in GGUF; use --format dense")
-        order = row_order(name, measured.model.config, parameter.shape[0])
+        order = _row_order(name, measured.model.config, parameter.shape[0])
         if name in matrices and fmt is not None:
             codes, grid = matrices[name]  # under either name the same codes and scales
             codes, grid = (codes, grid) if order is None else (codes[order], _rows(grid, order))
@@ -149,21 +230,24 @@ def _rows(grid: Grid, order: Tensor) -> Grid:
     return grid._replace(scales=grid.scales[order], zeros=zeros)
 
 
-def row_order(name: str, config: Any, rows: int) -> Tensor | None:
-    """The order in which llama.cpp stores the rows of llama's queries and keys, or None where it keeps them.
-
-    transformers rotates the two halves of a head against each other, llama.cpp's llama neighbouring rows, so
-    convert_hf_to_gguf interleaves the halves. Whole rows move, and their scales with them.
-    """
+def _row_order(name: str, config: PreTrainedConfig, rows: int) -> Tensor | None:
+    """The order in which llama.cpp stores the rows of llama's queries and keys, or None where it keeps them."""
     if config.model_type != "llama":
         return None
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None:
-        return None
+    return None if heads is None else _interleaved(rows, heads)
+
+
+def _interleaved(rows: int, heads: int) -> Tensor:
+    """llama.cpp's order of llama's rows. Whole rows move, and their scales with them.
+
+    transformers rotates the two halves of a head against each other, llama.cpp's llama neighbouring rows, so
+    convert_hf_to_gguf interleaves the halves.
+    """
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def differing_tensors(file: Path, model: Any) -> list[str]:
+def _differing(file: Path, model: CausalLM) -> list[str]:
     """Names of parameters that the `gguf` package does not read back bit for bit from `file`."""
     config = model.config
     architecture = ARCHITECTURES[config.model_type]
@@ -176,8 +260,13 @@ def differing_tensors(file: Path, model: Any) -> list[str]:
             different.append(name)
             continue
         values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
-        order = row_order(name, config, parameter.shape[0])
+        order = _row_order(name, config, parameter.shape[0])
         expected = parameter.detach().float() if order is None else parameter.detach().float()[order]
         if not torch.equal(values.reshape(expected.shape), expected):
             different.append(name)
     return different
+
+
+CONTAINERS.register("gguf", source="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md")(
+    Container(_reads, _recognise, _fits, _write, _differing, reader="the gguf package")
+)

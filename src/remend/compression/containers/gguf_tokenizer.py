@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from typing import Any
 
 import gguf
 
 from remend.errors import InputError
+from remend.files.atomic import JsonObject
+from remend.models.protocols import CausalLM, Tokenizer
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -19,7 +20,7 @@ SPLITS = {
 """Regular expressions that cut text before merging, and what llama.cpp calls them (llama-vocab.cpp)."""
 
 
-def pre_tokenizer_name(tokenizer: Any) -> str:
+def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
     """llama.cpp's name for how a tokenizer cuts text. Raises InputError for one that it has no name for here."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     layout = json.loads(core.to_str()) if core is not None else {}
@@ -38,7 +39,7 @@ def pre_tokenizer_name(tokenizer: Any) -> str:
     return name
 
 
-def _name_of(steps: list[dict[str, Any]]) -> str | None:
+def _name_of(steps: list[JsonObject]) -> str | None:
     kinds = [s.get("type") for s in steps]
     if not kinds or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
@@ -51,7 +52,7 @@ def _name_of(steps: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def add_vocabulary(writer: Any, model: Any, tokenizer: Any) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, model: CausalLM, tokenizer: Tokenizer) -> None:
     """Write the tokenizer and its chat template into a GGUFWriter. Raises InputError for one that can't be written."""
     name = pre_tokenizer_name(tokenizer)
     size = model.get_input_embeddings().num_embeddings

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remend.models.activations.walk import Sites
 from remend.models.layers import infer_layer_map
@@ -26,7 +26,7 @@ from remend.training.constraints.kind import (
 class Free:
     """No constraint: every trainable parameter is its own master."""
 
-    def __init__(self, model: CausalLM | nn.Module) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def masters(self) -> dict[str, Tensor]:

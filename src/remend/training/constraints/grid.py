@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remend.compression.grids import Grid, decode, encode, off_borders, snap, within_cell
 from remend.compression.recognise import RECORD
@@ -75,7 +75,7 @@ class OnGrid:
 
     def __init__(
         self,
-        model: CausalLM | nn.Module,
+        model: CausalLM,
         stored: StoredGrid,
         *,
         origin: Mapping[str, Tensor] | None = None,

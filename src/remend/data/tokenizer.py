@@ -1,0 +1,66 @@
+"""What remend asks of a tokenizer: those of transformers have it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+
+class AddedToken(Protocol):
+    """A token beside the trained vocabulary; a special one steers and is no text."""
+
+    special: bool
+
+
+class Tokenizer(Protocol):
+    """A tokenizer of transformers (PreTrainedTokenizerBase)."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the special tokens."""
+        ...
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The special tokens as text."""
+        ...
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """Tokens beside the trained vocabulary, by id."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
+        """Token ids of a text, under 'input_ids'."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        ...
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, object]],
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+    ) -> object:
+        """Chat messages as text, or as token ids."""
+        ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token with its id."""
+        ...
+
+    def save_pretrained(self, save_directory: str | Path) -> object:
+        """Write the tokenizer's files into a directory."""
+        ...
