@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import datasets
 import pytest
 
 from remend.data import tasks
-from remend.data.tasks.public import CONVERTERS, load_rows
+from remend.data.examples import Row
 from remend.errors import InputError
 from remend.evaluation.rows import read
 
@@ -29,6 +30,12 @@ def question(**changes: Any) -> dict[str, Any]:
     }
 
 
+def converted(name: str, row: dict[str, Any]) -> Sequence[Row]:
+    convert = tasks.get(name).convert
+    assert convert is not None
+    return convert(row)
+
+
 API: dict[str, Any] = {
     "Name": "Tea",
     "Description": "Kinds of tea",
@@ -43,7 +50,7 @@ API: dict[str, Any] = {
 
 
 def test_a_question_of_sciknoweval() -> None:
-    (row,) = CONVERTERS["science"](question())
+    (row,) = converted("science", question())
     system, user = row["prompt"]
     assert system["content"].startswith(
         "\nGiven a question and four options, please select the right answer. Respond in"
@@ -68,11 +75,11 @@ def test_a_question_of_sciknoweval() -> None:
     ],
 )
 def test_other_questions_are_left_out(changes: dict[str, Any]) -> None:
-    assert CONVERTERS["science"](question(**changes)) == []
+    assert converted("science", question(**changes)) == []
 
 
 def test_an_api_of_toolalpaca_gives_a_row_a_request() -> None:
-    first, second = CONVERTERS["tooluse"](API)
+    first, second = converted("tooluse", API)
     assert first["prompt"][0]["content"] == (
         "Your task is to answer the user's question using available tools. \n"
         "You have access to the following tools:\nName: Tea\nDescription: Kinds of tea\nDocumentation:\n"
@@ -85,7 +92,7 @@ def test_an_api_of_toolalpaca_gives_a_row_a_request() -> None:
     assert first["golden_answer"] == [{"Action": "getTea", "Action_Input": '{"name": "sencha"}'}]
     assert tasks.get("tooluse").grade('Action: getTea\nAction Input: {"name": "oolong"}', second).correct
     with pytest.raises(InputError, match="the API Tea has 3 Instructions and 1 Golden_Answers"):
-        CONVERTERS["tooluse"]({**API, "Golden_Answers": [[]]})
+        converted("tooluse", {**API, "Golden_Answers": [[]]})
 
 
 def test_files_and_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +102,7 @@ def test_files_and_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     own = {"prompt": "q\nA: x\nB: y\nC: z\nD: w", "answer": "A"}
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("".join(json.dumps(row) + "\n" for row in (question(), own, question(domain="Physics"))))
-    assert [e.row["answer"] for e in load_rows("science", str(mixed))] == ["C", "A"]
+    assert [e.row["answer"] for e in tasks.get("science").load(str(mixed))] == ["C", "A"]
     asked = []
 
     def load_dataset(name: str, *, revision: str | None, split: str) -> list[dict[str, Any]]:
@@ -108,4 +115,4 @@ def test_files_and_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     none = tmp_path / "none.jsonl"
     none.write_text(json.dumps(question(domain="Physics")) + "\n")
     with pytest.raises(InputError, match="has no rows"):
-        load_rows("science", str(none))
+        tasks.get("science").load(str(none))

@@ -16,7 +16,10 @@ from remend.errors import FileError, InputError
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 
-Convert = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
+Row = Mapping[str, Any]
+"""One row of a data file: columns of any kind that JSON has."""
+
+Convert = Callable[[Row], Sequence[Row]]
 
 _DATASET_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>\w+))?")
 
@@ -27,7 +30,7 @@ class Example:
 
     id: str
     prompt: Prompt
-    row: Mapping[str, Any]
+    row: Row
 
 
 def prompt_key(prompt: Prompt) -> str:
@@ -77,17 +80,21 @@ def _load(source: str, convert: Convert | None = None) -> list[tuple[str, Exampl
     if not rows:
         raise InputError(f"data {source} has no rows; it needs some with a prompt")
     examples: dict[str, tuple[str, Example]] = {}
-    found = []
+    placed = []
     for where, row in rows:
         example = example_of(row, where)
         before, same = examples.setdefault(example.id, (where, example))
         if prompt_key(same.prompt) != prompt_key(example.prompt):
             raise InputError(f'{where}: the id "{example.id}" stands for another prompt already ({before})')
-        found.append((where, example))
-    return found
+        placed.append((where, example))
+    return placed
 
 
-def read_lines(path: Path, what: str = "data") -> list[tuple[str, Any]]:
+Placed = tuple[str, Any]
+"""Where a value stands ('file:line'), and the value as JSON gave it."""
+
+
+def read_lines(path: Path, what: str = "data") -> list[Placed]:
     """('file:line', parsed value) for every non-empty line of a JSON lines file."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -106,14 +113,14 @@ def read_lines(path: Path, what: str = "data") -> list[tuple[str, Any]]:
     return rows
 
 
-def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
+def _read_jsonl(path: Path) -> list[Placed]:
     rows = _whole_list(path) or read_lines(path)
     if not rows:
         raise InputError(f"data file {path} is empty; it needs one JSON object a line with a prompt")
     return rows
 
 
-def _whole_list(path: Path) -> list[tuple[str, Any]]:
+def _whole_list(path: Path) -> list[Placed]:
     """The objects of a .json file that is one list of them; [] for anything else."""
     if path.suffix != ".json":
         return []
@@ -124,7 +131,7 @@ def _whole_list(path: Path) -> list[tuple[str, Any]]:
     return [(f"{path}, {i}", value) for i, value in enumerate(values, start=1)] if isinstance(values, list) else []
 
 
-def _read_dataset(source: str, name: str, revision: str | None, split: str) -> list[tuple[str, Any]]:
+def _read_dataset(source: str, name: str, revision: str | None, split: str) -> list[Placed]:
     from datasets import load_dataset
 
     try:
@@ -138,7 +145,7 @@ def _read_dataset(source: str, name: str, revision: str | None, split: str) -> l
     return [(f"{source}:{i}", dict(row)) for i, row in enumerate(rows)]
 
 
-def example_of(row: Any, where: str) -> Example:
+def example_of(row: object, where: str) -> Example:
     """Validate one row. Raises InputError that starts with `where`."""
     if not isinstance(row, Mapping):
         raise InputError(f'{where}: a row must be an object like {{"prompt": "…"}}, got {type(row).__name__}')
@@ -168,7 +175,7 @@ DEMONSTRATION_KEYS = ("demonstration", "privileged_context", *(k for k in COMPLE
 """Where a worked answer may stand that only the teacher sees; privileged_context is TRL's name for it."""
 
 
-def completion_of(row: Mapping[str, Any], where: str) -> str:
+def completion_of(row: Row, where: str) -> str:
     """The answer to train on: a text under one of COMPLETION_KEYS, or the last message where the assistant gives it.
 
     A key may also hold one assistant message in a list, as TRL's prompt-completion rows do.
@@ -178,7 +185,7 @@ def completion_of(row: Mapping[str, Any], where: str) -> str:
     return _answer(row, where, "completion", COMPLETION_KEYS)
 
 
-def demonstration_of(row: Mapping[str, Any], where: str) -> str:
+def demonstration_of(row: Row, where: str) -> str:
     """The row's worked answer: a text under one of DEMONSTRATION_KEYS, or as `completion_of` finds it.
 
     Raises InputError that starts with `where`.
@@ -186,7 +193,7 @@ def demonstration_of(row: Mapping[str, Any], where: str) -> str:
     return _answer(row, where, "demonstration", DEMONSTRATION_KEYS)
 
 
-def _answer(row: Mapping[str, Any], where: str, what: str, keys: Sequence[str]) -> str:
+def _answer(row: Row, where: str, what: str, keys: Sequence[str]) -> str:
     key = next((k for k in keys if row.get(k) is not None), None)
     value = row[key] if key else None
     if key is None and _chat(row) is not None:
@@ -211,7 +218,7 @@ def _answer(row: Mapping[str, Any], where: str, what: str, keys: Sequence[str]) 
     return value
 
 
-def _chat(row: Mapping[str, Any]) -> list[Any] | None:
+def _chat(row: Row) -> list[Message] | None:
     """The prompt of a row that is a whole conversation (GKD's form): all messages but the assistant's last."""
     messages = row.get("messages")
     if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], Mapping):
@@ -219,7 +226,7 @@ def _chat(row: Mapping[str, Any]) -> list[Any] | None:
     return messages[:-1] if messages[-1].get("role") == "assistant" else None
 
 
-def _validate_messages(messages: Sequence[Any], where: str) -> None:
+def _validate_messages(messages: Sequence[Message], where: str) -> None:
     if not messages:
         raise InputError(f"{where}: the prompt is an empty list of messages")
     for number, message in enumerate(messages, start=1):

@@ -74,7 +74,7 @@ def evaluate(
         grader: paper, the default, grades as the authors do; robust what was meant; both gives two results.
         how: generate answers, or choices: compare the log-likelihoods of the answer letters (see letters.py).
         samples: answers a row. 1 is greedy; more are drawn at temperature 1 and give pass@k.
-        max_new_tokens: of an answer; by default by task, see plan.MAX_NEW_TOKENS.
+        max_new_tokens: of an answer; by default the task's own.
         limit: rows a task, the first ones; by default all of `data`, 200 made ones, the 360 prompts of general.
         seed: of the sampled answers, and of the deals that tell letters from chance. Rows don't depend on it.
         batch_rows: rows at once, at most; memory limits them too. Greedy answers in float32 don't depend on it, and
@@ -113,7 +113,7 @@ class _Evaluation:
         if plan.how == "choices":
             for table in self.tables:
                 for row in table.rows.values():
-                    table.form.gold(row)
+                    table.task.gold(row)
         self.tasks = harness.Tasks(plan.include) if plan.harness else None
         if self.tasks:
             self.tasks.check(plan.harness, allow_code=plan.allow_code)
@@ -244,11 +244,12 @@ class _Evaluation:
                 self.warnings.append(results.raised_note(part))
 
     def _letters(self, material: Material, answers: Answers) -> list[dict[str, Any]]:
-        name, form = material.table.task.name, material.table.form
+        task = material.table.task
+        name = task.name
         keys = self._keys(material)
         ends = (self.tokenizer.eos_token_id,)
         open_ = [
-            (key, letters.choice(self.tokenizer, prompt.id, prompt.tokens, form.choices(row), ends=ends))
+            (key, letters.choice(self.tokenizer, prompt.id, prompt.tokens, task.choices(row), ends=ends))
             for key, prompt, row in zip(keys, material.prompts, material.rows, strict=True)
             if key not in answers
         ]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from remend.data import tasks
-from remend.data.tasks.forms import no_rows
 from remend.errors import CheckError, InputError, did_you_mean
 from remend.evaluation.letters import LEAD
 from remend.models.device import choose_device, choose_dtype
@@ -22,11 +21,6 @@ ENGINES = ("hf", "vllm")
 HOW = ("generate", "choices")
 GRADERS = (*tasks.MODES, "both")
 DTYPES = ("auto", "float32", "bfloat16")
-
-MAX_NEW_TOKENS = {"tooluse": 256, "science": 512, "tooluse-short": 128, "science-short": 256, "general": 400}
-"""Tokens an answer by task: the longest golden answers with room for a thought. Others get OTHER_TOKENS."""
-
-OTHER_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Plan:
 
     def tokens(self, task: str) -> int:
         """Tokens an answer to a task may have."""
-        return self.max_new_tokens or MAX_NEW_TOKENS.get(task, OTHER_TOKENS)
+        return self.max_new_tokens or tasks.get(task).max_new_tokens
 
     def settles(self, task: str) -> dict[str, Any]:
         """What an answer depends on beside the model's files and the prompt."""
@@ -126,8 +120,8 @@ def _task_problems(names: Sequence[str], how: str) -> Iterator[str]:
                 yield f"{LM_EVAL} needs a name after it, e.g. {LM_EVAL}hellaswag"
         elif name not in known:
             yield f'unknown task "{name}"; known: {", ".join(known)}, and {LM_EVAL}NAME.{did_you_mean(name, known)}'
-        elif how == "choices" and not tasks.form(name).letters:
-            letters = [other for other in known if tasks.form(other).letters]
+        elif how == "choices" and not tasks.get(name).letters:
+            letters = [other for other in known if tasks.get(other).letters]
             yield (
                 f"task {name} is no choice between letters, so how: choices can't score it; "
                 f"tasks with letters are {', '.join(letters)}. Use how: generate"
@@ -163,7 +157,7 @@ def _setting_problems(names: Sequence[str], settings: Mapping[str, Any]) -> Iter
 
 def _data_by_task(data: str | Mapping[str, str] | None, own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """(rows by task, what is unclear)."""
-    needing = [name for name in own if tasks.get(name).make is no_rows]
+    needing = [name for name in own if tasks.get(name).make is None]
     found: dict[str, str] = {}
     problems = []
     if isinstance(data, str):

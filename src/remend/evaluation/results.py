@@ -111,9 +111,9 @@ def _cluster(material: Material, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def chosen(material: Material, answers: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     """Grade letters by their log-likelihoods; see `letters.item` and `letters.summary`."""
-    form = material.table.form
+    task = material.table.task
     items = [
-        letters.item(prompt.id, form.gold(row), answer["log_likelihoods"]) | _cluster(material, row)
+        letters.item(prompt.id, task.gold(row), answer["log_likelihoods"]) | _cluster(material, row)
         for prompt, row, answer in zip(material.prompts, material.rows, answers, strict=True)
     ]
     about = {"task": material.table.task.name, "grader": letters.GRADER, "how": "choices", "lead": letters.LEAD}

@@ -9,16 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from remend.data import tasks
-from remend.data.examples import example_of
-from remend.data.tasks import Form, Task, general
-from remend.data.tasks.public import load_rows
+from remend.data.examples import Row, example_of
+from remend.data.tasks import Task
 from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.errors import InputError
-
-OWN_ROWS = 200
-"""Held-out rows of a task that makes its own, where no limit says otherwise: ±7 points at a score of 50%."""
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,6 @@ class Table:
     """
 
     task: Task
-    form: Form
     rows: Mapping[str, Row]
     origin: str
     repeated: int
@@ -64,27 +57,27 @@ def read(name: str, data: str | None, limit: int | None) -> Table:
     Args:
         name: of the task.
         data: a JSON lines file or a datasets id.
-        limit: so many rows, the first ones; None is all of a file, and OWN_ROWS made ones (general: its 360 prompts).
+        limit: so many rows, the first ones; None is all of a file, and the task's `graded_rows` made ones.
 
     Raises:
         FileError: the data can't be read.
         InputError: there are no rows, one lacks a column, or one id stands for two rows.
     """
-    task, form = tasks.get(name), tasks.form(name)
+    task = tasks.get(name)
     if data is None:
-        count = limit or (general.PROMPTS if name == "general" else OWN_ROWS)
+        count = limit or task.graded_rows
         given: list[Row] = list(task.rows("held_out", count))
         origin = f"the first {count} held-out rows of {name}"
     else:
-        given, origin = [example.row for example in load_rows(name, data)][:limit], data
+        given, origin = [example.row for example in task.load(data)][:limit], data
     found: dict[str, Row] = {}
     for number, row in enumerate(given, start=1):
         where = f"{origin}, row {number}"
-        form.check(row, where)
-        key = form.id(row)
+        task.check(row, where)
+        key = task.id(row)
         if found.setdefault(key, row) != row:
             raise InputError(f'{where}: the id "{key}" stands for another row already; give each an id of its own')
-    return Table(task, form, found, origin, len(given) - len(found))
+    return Table(task, found, origin, len(given) - len(found))
 
 
 def encode(table: Table, tokenizer: Any, context: int | None, reserve: int) -> Material:

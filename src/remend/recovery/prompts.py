@@ -108,10 +108,10 @@ def _gradable(data: StreamData, held_out: Sequence[Example]) -> None:
     """A task grades the held-out rows, so each needs the answer that it is graded by."""
     if data.stream.task not in tasks.names():
         return  # none, or one that the settings' checks have refused
-    form, source = tasks.form(data.stream.task), data.stream.eval_data or data.stream.data
+    task, source = tasks.get(data.stream.task), data.stream.eval_data or data.stream.data
     for example in held_out:
         try:
-            form.check(example.row, f'task {data.stream.task} of {data.stream.name}, {source}, row "{example.id}"')
+            task.check(example.row, f'task {data.stream.task} of {data.stream.name}, {source}, row "{example.id}"')
         except InputError as error:
             data.problems.append(str(error))
             return

@@ -12,7 +12,6 @@ from typing import Any
 
 from remend.data import tasks
 from remend.data.examples import DEMONSTRATION_KEYS, Example, bundled, choose, load_examples, split_held_out, without
-from remend.data.tasks.public import load_rows
 from remend.degrade.depth import prune_depth
 from remend.degrade.finetune import finetune
 from remend.degrade.prune import prune
@@ -151,7 +150,7 @@ def _tagged(name: str, example: Example) -> Example:
     The SDFT authors' science rows are so; trained on as they are they would teach a form that their prompts forbid.
     """
     row = example.row
-    if not tasks.form(name).letters or any(row.get(key) is not None for key in (*WORKED, "messages")):
+    if not tasks.get(name).letters or any(row.get(key) is not None for key in (*WORKED, "messages")):
         return example
     return replace(example, row={**row, "demonstration": f"<answer>\n{row['answer']}\n</answer>"})
 
@@ -160,9 +159,9 @@ def _rows(name: str, split: str, source: str | None, count: int | None, tiny: Ma
     if source is None:
         made = tasks.get(name).rows(split, count or (TRAIN_ROWS if split == "train" else ROWS), seed=0)
         return [Example(row["id"], row["prompt"], row) for row in made]
-    found = load_rows(name, tiny[f"task_{split}"] if source == TINY else source)
+    found = tasks.get(name).load(tiny[f"task_{split}"] if source == TINY else source)
     for number, example in enumerate(found, start=1):
-        tasks.form(name).check(example.row, f"{source}, row {number}")
+        tasks.get(name).check(example.row, f"{source}, row {number}")
     return choose(found, count, 0) if count else found
 
 

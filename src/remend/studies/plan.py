@@ -10,7 +10,6 @@ from typing import Any
 
 from remend.compression.grids import GridFormat
 from remend.data import tasks
-from remend.data.tasks.forms import no_rows
 from remend.degrade import prune, quantize
 from remend.errors import CheckError, FileError, InputError, did_you_mean
 from remend.evaluation import harness
@@ -216,7 +215,7 @@ class _Reader:
             )
             return None
         spec = self._spec(place, name, value)
-        if spec and tasks.get(name).make is no_rows:
+        if spec and tasks.get(name).make is None:
             self.problems += [
                 f"{self.origin}: {place}: {name} makes no rows of its own; give {key}: a file of JSON lines"
                 for key in ("train", "held_out")
@@ -255,7 +254,7 @@ class _Reader:
                 return None
             return self._spec(place, name, value)
         spec = self._spec(place, name, value)
-        if spec and spec.held_out is None and tasks.get(name).make is no_rows:
+        if spec and spec.held_out is None and tasks.get(name).make is None:
             self.problems.append(f"{self.origin}: {place}: {name} makes no rows of its own; give held_out: a file")
         return spec
 

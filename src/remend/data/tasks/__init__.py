@@ -5,36 +5,21 @@ task = remend.tasks.get("tooluse-short")
 row = task.rows("train", 1, seed=0)[0]
 task.grade(row["demonstration"], row, mode="robust")  # Grade(correct=True, reason='correct')
 
-tooluse and science read their rows from a file; the others make their own. `form(name)` tells how a row is read:
+tooluse and science read their rows from a file; the others make their own.
 
-form = remend.tasks.form("science")
-form.check(row), form.messages(row), form.id(row), form.choices(row), form.gold(row)
-
-A task is one short file that ends in `TASKS.register(...)(Task(...))`; importing it below makes it known.
+A task is one short file in this folder that ends in `TASKS.register(...)(Task(...))`; the folder is scanned. A task of
+one's own registers itself in the same way from anywhere, as soon as its module is imported.
 """
 
-from remend.data.tasks import general, science, science_short, tooluse, tooluse_short
-from remend.data.tasks.forms import FORMS, Form
-from remend.data.tasks.score import RAISED, score
-from remend.data.tasks.task import MODES, SPLITS, TASKS, Grade, Task, row_id
-from remend.data.tasks.write import write
+from pathlib import Path
 
-__all__ = [
-    "FORMS",
-    "MODES",
-    "RAISED",
-    "SPLITS",
-    "TASKS",
-    "Form",
-    "Grade",
-    "Task",
-    "form",
-    "get",
-    "names",
-    "row_id",
-    "score",
-]
-__all__ += ["general", "science", "science_short", "tooluse", "tooluse_short", "write"]
+from remend.data.tasks.grading import RAISED, score
+from remend.data.tasks.task import MODES, SPLITS, TASKS, Grade, Task, row_id
+from remend.errors import InputError
+from remend.files.atomic import json_line, write_text
+from remend.registry import register_all
+
+__all__ = ["MODES", "RAISED", "SPLITS", "TASKS", "Grade", "Task", "form", "get", "names", "row_id", "score", "write"]
 
 
 def get(name: str) -> Task:
@@ -42,11 +27,30 @@ def get(name: str) -> Task:
     return TASKS.get(name)
 
 
-def form(name: str) -> Form:
-    """How the rows of the task called `name` are read. Raises InputError that lists the known ones."""
-    return FORMS.get(name)
+form = get
+"""How the rows of a task are read: the task itself knows that."""
 
 
 def names() -> list[str]:
     """The names of all tasks, sorted."""
     return TASKS.names()
+
+
+def write(name: str, out: str | Path, *, split: str, n: int, seed: int = 0) -> Path:
+    """Make `n` rows of the task `name` and write them to the new file `out`, one JSON object a line.
+
+    `remend degrade finetune --data` and a recipe's `data` read them.
+
+    Raises:
+        InputError: as Task.rows; the name is unknown; `out` exists.
+        FileError: `out` can't be written, or a package is missing; see Task.rows.
+    """
+    target = Path(out)
+    task = TASKS.get(name)
+    if target.exists():
+        raise InputError(f"out {target} exists; name a new file")
+    write_text(target, "".join(json_line(row) for row in task.rows(split, n, seed)))
+    return target
+
+
+register_all(__name__)

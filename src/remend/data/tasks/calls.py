@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
+from remend.data.examples import Row
 from remend.data.tasks.task import Grade, Mode, shorten
 from remend.errors import InputError
+from remend.files.atomic import JsonObject
 
 _PAPER_ACTION = re.compile(r"Action:\s*(\w+)")
 _PAPER_INPUT = re.compile(r"Action Input:\s*({.*?})", re.DOTALL)
@@ -29,7 +30,7 @@ _OBJECT = re.compile(r"\s*(?:```\w*\s*|`)?(?=\{)")
 _NAME = re.compile(r"[^\s`'\"*()]+")
 
 
-def grade_calls(response: str, row: Mapping[str, Any], mode: Mode) -> Grade:
+def grade_calls(response: str, row: Row, mode: Mode) -> Grade:
     """Grade tool calls in the form `Action: name` / `Action Input: {…}` against row["golden_answer"].
 
     paper: the multiset of actions is equal, and so is the union of all inputs (of an equal key the last value counts).
@@ -55,7 +56,7 @@ def grade_calls(response: str, row: Mapping[str, Any], mode: Mode) -> Grade:
     return _compare(*parse_calls(response), wanted)
 
 
-def _paper_calls(response: str, golden: Sequence[Mapping[str, Any]]) -> Grade:
+def _paper_calls(response: str, golden: Sequence[Row]) -> Grade:
     got, wanted = _PAPER_ACTION.findall(response), [call["Action"] for call in golden]
     if Counter(got) != Counter(wanted):
         return Grade(False, f"actions are {shorten(got)}, wanted {shorten(wanted)}")
@@ -65,9 +66,9 @@ def _paper_calls(response: str, golden: Sequence[Mapping[str, Any]]) -> Grade:
     return Grade(True, "correct")
 
 
-def _merged(blocks: Any) -> dict[str, Any]:
+def _merged(blocks: Iterable[str | Row]) -> JsonObject:
     """The union of all blocks that are JSON objects; the others are passed over."""
-    merged: dict[str, Any] = {}
+    merged: JsonObject = {}
     for block in blocks:
         try:
             merged.update(json.loads(block) if isinstance(block, str) else block)
@@ -76,7 +77,7 @@ def _merged(blocks: Any) -> dict[str, Any]:
     return merged
 
 
-def _golden_input(call: Mapping[str, Any]) -> dict[str, Any]:
+def _golden_input(call: Row) -> JsonObject:
     value = call["Action_Input"]
     try:
         value = json.loads(value) if isinstance(value, str) else value
@@ -87,14 +88,14 @@ def _golden_input(call: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
-def parse_calls(response: str) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+def parse_calls(response: str) -> tuple[list[tuple[str, JsonObject]], list[str]]:
     """All calls in a response, in order, with their inputs: (calls, problems).
 
     Labels may be in any case and in bold, inputs in a code fence and over several lines; an action without input has
     the input {}. What stands before the last `</think>` is not read. An input that is no JSON object is a problem.
     """
     text = response.rpartition("</think>")[2]
-    calls: list[tuple[str, dict[str, Any]]] = []
+    calls: list[tuple[str, JsonObject]] = []
     problems: list[str] = []
     at = 0
     while match := _ACTION.search(text, at):
@@ -102,8 +103,8 @@ def parse_calls(response: str) -> tuple[list[tuple[str, dict[str, Any]]], list[s
         limit = following.start() if following else len(text)
         label = _INPUT.search(text, match.end(), limit)
         line = text[match.end() : label.start() if label else limit].strip().partition("\n")[0]
-        found = _NAME.search(line)
-        name = found[0].rstrip(".,;:") if found else ""
+        word = _NAME.search(line)
+        name = word[0].rstrip(".,;:") if word else ""
         value, problem, at = _decode(text, label.end(), limit) if label else ({}, None, limit)
         calls.append((name, value))
         if problem:
@@ -111,7 +112,7 @@ def parse_calls(response: str) -> tuple[list[tuple[str, dict[str, Any]]], list[s
     return calls, problems
 
 
-def _decode(text: str, at: int, limit: int) -> tuple[dict[str, Any], str | None, int]:
+def _decode(text: str, at: int, limit: int) -> tuple[JsonObject, str | None, int]:
     """The JSON object at `at`: (value, problem, where it ends). Nothing at all is an empty object."""
     opening = _OBJECT.match(text, at)
     if not opening:
@@ -127,9 +128,7 @@ def _decode(text: str, at: int, limit: int) -> tuple[dict[str, Any], str | None,
     return value, None, end
 
 
-def _compare(
-    calls: list[tuple[str, dict[str, Any]]], problems: list[str], wanted: list[tuple[str, dict[str, Any]]]
-) -> Grade:
+def _compare(calls: list[tuple[str, JsonObject]], problems: list[str], wanted: list[tuple[str, JsonObject]]) -> Grade:
     got, want = [name for name, _ in calls], [name for name, _ in wanted]
     if Counter(got) != Counter(want):
         return Grade(False, f"actions are {shorten(got)}, wanted {shorten(want)}")
@@ -145,10 +144,10 @@ def _compare(
     )
 
 
-def _canonical(value: Any) -> str:
+def _canonical(value: object) -> str:
     """Text that is equal for equal JSON: 5.0 is 5, true is not 1."""
 
-    def plain(x: Any) -> Any:
+    def plain(x: object) -> object:
         if isinstance(x, dict):
             return {key: plain(item) for key, item in x.items()}
         if isinstance(x, list):

@@ -17,15 +17,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from remend.errors import InputError
+from remend.files.atomic import JsonObject
 from remend.registry import Registry
 
 IFEVAL = "arXiv 2311.07911"
 OWN = "remend"
 
-Draw = Callable[[Random, Sequence[str]], dict[str, Any]]
+Draw = Callable[[Random, Sequence[str]], JsonObject]
+Check = Mapping[str, object]
+"""An item of a row's `checks`: its kind and that kind's arguments."""
+
 F = TypeVar("F", bound=Callable[..., bool])
 
 
@@ -49,7 +53,7 @@ class Kind:
     group: str
     clashes: frozenset[str]
 
-    def describe(self, arguments: Mapping[str, Any]) -> str:
+    def describe(self, arguments: Mapping[str, object]) -> str:
         """The instruction in words; lists are quoted and joined."""
         return self.template.format(**{key: _in_words(value) for key, value in arguments.items()})
 
@@ -57,7 +61,7 @@ class Kind:
 CHECKS: Registry[Kind] = Registry("check")
 
 
-def one_of(**options: Sequence[Any]) -> Draw:
+def one_of(**options: Sequence[object]) -> Draw:
     """A draw that chooses each argument among its options."""
     return lambda rng, words: {name: rng.choice(values) for name, values in options.items()}
 
@@ -92,7 +96,7 @@ def _clash(a: Kind, b: Kind) -> bool:
     return a.group == b.group or bool(a.clashes & {b.name, b.group}) or bool(b.clashes & {a.name, a.group})
 
 
-def read_check(item: Any) -> tuple[Kind, dict[str, Any]]:
+def read_check(item: object) -> tuple[Kind, dict[str, object]]:
     """(kind, arguments) of one item of a row's `checks`.
 
     Raises InputError when it is no {"kind": …} with that kind's arguments.
@@ -112,13 +116,13 @@ def _takes(kind: Kind) -> str:
     return ", ".join(list(inspect.signature(kind.test).parameters)[1:])
 
 
-def describe(item: Mapping[str, Any]) -> str:
+def describe(item: Check) -> str:
     """The instruction of one check in words. Raises InputError as `read_check`."""
     kind, arguments = read_check(item)
     return kind.describe(arguments)
 
 
-def holds(response: str, item: Mapping[str, Any]) -> bool:
+def holds(response: str, item: Check) -> bool:
     """Whether the response, as it is, follows one check; an empty response follows none.
 
     Raises InputError as `read_check`, or when an argument has a type that the check can't use.
@@ -132,7 +136,7 @@ def holds(response: str, item: Mapping[str, Any]) -> bool:
         raise InputError(f"the check {kind.name} can't use {arguments}: {error}") from None
 
 
-def holds_loosely(response: str, item: Mapping[str, Any]) -> bool:
+def holds_loosely(response: str, item: Check) -> bool:
     """Whether any of the response's variants follows one check (IFEval's loose criterion)."""
     return any(holds(variant, item) for variant in variants(response))
 
@@ -144,7 +148,7 @@ def variants(response: str) -> list[str]:
     return list(dict.fromkeys([*cut, *(text.replace("*", "") for text in cut)]))
 
 
-def _in_words(value: Any) -> Any:
+def _in_words(value: object) -> object:
     if not isinstance(value, list | tuple):
         return value
     quoted = [f'"{item}"' for item in value]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from remend.data.tasks.checks import OWN, check, one_of
 
@@ -119,8 +119,8 @@ def numbered(response: str, n: int) -> bool:
        clashes=("title", "postscript"), draw=one_of(n=range(4, 9)))  # fmt: skip
 def lines(response: str, n: int) -> bool:
     """Exactly n lines, none of them blank."""
-    found = response.strip().split("\n")
-    return len(found) == n and all(line.strip() for line in found)
+    written = response.strip().split("\n")
+    return len(written) == n and all(line.strip() for line in written)
 
 
 @check("sections", "Split your answer into {n} sections, each under a line that reads Section 1, Section 2 and so on.",
@@ -155,7 +155,7 @@ def json_list(response: str, n: int) -> bool:
     return isinstance(value, list) and len(value) == n and all(isinstance(item, str) for item in value)
 
 
-def _json(response: str) -> Any:
+def _json(response: str) -> object:
     """The response as JSON, or None."""
     text = response.strip()
     if text.startswith("```") and text.endswith("```") and "\n" in text:

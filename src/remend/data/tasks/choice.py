@@ -7,9 +7,8 @@ is, so "(B)" or "b" is wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
+from remend.data.examples import Row
 from remend.data.tasks.task import Grade, Mode, shorten
 from remend.errors import InputError
 
@@ -34,7 +33,7 @@ _BOXED = re.compile(r"\\boxed\{\s?(?:\\text\{)?\s?\(?([A-D])[)}\s]", re.IGNORECA
 _BLANKS = re.compile(r"\s+")
 
 
-def grade_letter(response: str, row: Mapping[str, Any], mode: Mode) -> Grade:
+def grade_letter(response: str, row: Row, mode: Mode) -> Grade:
     """Grade a multiple choice (A to D) against the letter in row["answer"].
 
     paper: the text between the last `<answer>` and the next `</answer>`, stripped, is the letter; without a tag the
@@ -70,7 +69,7 @@ def read_letter(response: str) -> str | None:
     else:
         text = _CLOSE.split(text)[0].strip()  # a tag that is closed and never opened: a prompt may end in the open one
         said = [*_IN_PROSE.finditer(text), *_BOXED.finditer(text)]
-        last = max(said, key=lambda found: found.start(), default=None)
+        last = max(said, key=re.Match.start, default=None)
         match = _ALONE.fullmatch(text) or last or _before_its_text(text)
     return next(group for group in match.groups() if group).upper() if match else None
 

@@ -14,25 +14,20 @@ the last `</think>` is not read. Only the form is graded: nothing here tells whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from random import Random
-from typing import Any
 
-from remend.data.tasks import checks_shape, checks_words
-from remend.data.tasks.checks import CHECKS, compatible, describe, holds, holds_loosely, read_check
-from remend.data.tasks.forms import FORMS, Form, name_of, require
-from remend.data.tasks.task import TASKS, Draw, Grade, Mode, Task
+from remend.data.examples import Row
+from remend.data.tasks.checks import CHECKS, Check, compatible, describe, holds, holds_loosely, read_check
+from remend.data.tasks.task import TASKS, Draw, Grade, Mode, Task, name_of, require
 from remend.data.tasks.topics import TOPICS, Topic
 from remend.errors import InputError
+from remend.files.atomic import JsonObject
 
 PROMPTS = 360
-"""So many bundled prompts of the held-out split."""
-
-SOURCES = (checks_shape, checks_words)
-"""Modules that register kinds of checks when they are imported."""
+"""How many prompts of the held-out split an evaluation takes by default."""
 
 
-def prompts(n: int = PROMPTS, seed: int = 0) -> list[dict[str, Any]]:
+def prompts(n: int = PROMPTS, seed: int = 0) -> list[JsonObject]:
     """The bundled prompts: the first `n` rows of `general`'s held-out split, the same ones everywhere.
 
     Raises InputError when n is below 1, or more than there are distinct prompts.
@@ -40,7 +35,7 @@ def prompts(n: int = PROMPTS, seed: int = 0) -> list[dict[str, Any]]:
     return TASKS.get("general").rows("held_out", n, seed)
 
 
-def make(draw: Draw) -> dict[str, Any]:
+def make(draw: Draw) -> JsonObject:
     """One row: a topic and one to three checks; topics, kinds of the first check and counts take turns."""
     rng = draw.random()
     topics = TOPICS[draw.split]
@@ -60,12 +55,12 @@ def make(draw: Draw) -> dict[str, Any]:
     }
 
 
-def draw_check(name: str, rng: Random, topic: Topic) -> dict[str, Any]:
+def draw_check(name: str, rng: Random, topic: Topic) -> Check:
     """A check of a kind with arguments that fit a topic. Raises InputError that lists the known kinds."""
     return {"kind": name, **CHECKS.get(name).draw(rng, topic.words)}
 
 
-def checks_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def checks_of(row: Row) -> list[Check]:
     """The row's checks, validated. Raises InputError that names the row and what is wrong with it."""
     where = name_of(row)
     require(row, ("checks",), where)
@@ -80,7 +75,7 @@ def checks_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return items
 
 
-def outcomes(response: str, row: Mapping[str, Any]) -> dict[str, list[bool]]:
+def outcomes(response: str, row: Row) -> dict[str, list[bool]]:
     """Whether each check is followed, in order: {"strict": […], "loose": […]}, for IFEval's score per instruction.
 
     Raises InputError as `checks_of`.
@@ -93,24 +88,30 @@ def outcomes(response: str, row: Mapping[str, Any]) -> dict[str, list[bool]]:
     }
 
 
-def grade_general(response: str, row: Mapping[str, Any], mode: Mode) -> Grade:
+def grade_general(response: str, row: Row, mode: Mode) -> Grade:
     """Right when all of row["checks"] are followed: strictly (paper) or loosely (robust); see the module.
 
     Raises InputError as `checks_of`.
     """
     items = checks_of(row)
-    found = outcomes(response, row)
-    followed = found["strict" if mode == "paper" else "loose"]
+    by_criterion = outcomes(response, row)
+    followed = by_criterion["strict" if mode == "paper" else "loose"]
     if all(followed):
-        return Grade(True, "correct" if all(found["strict"]) else "correct; only by the loose criterion")
+        return Grade(True, "correct" if all(by_criterion["strict"]) else "correct; only by the loose criterion")
     if not response.strip():
         return Grade(False, "the response is empty")
     missed = " ".join(describe(item) for item, ok in zip(items, followed, strict=True) if not ok)
     return Grade(False, f"{len(items) - sum(followed)} of {len(items)} not followed: {missed}")
 
 
-FORMS.register("general", source="checks after IFEval, arXiv 2311.07911")(Form(("prompt", "checks")))
-
 TASKS.register("general", source="checks after IFEval, arXiv 2311.07911; prompts are invented")(
-    Task("general", "follow instructions that a program can verify", make, grade_general)
+    Task(
+        "general",
+        "follow instructions that a program can verify",
+        make,
+        grade_general,
+        columns=("prompt", "checks"),
+        max_new_tokens=400,
+        graded_rows=PROMPTS,
+    )
 )

@@ -32,11 +32,11 @@ from functools import cache
 from importlib.util import find_spec
 from math import lcm
 from random import Random
-from typing import Any
 
 from remend.data.tasks.choice import LETTERS, grade_letter
 from remend.data.tasks.task import TASKS, Draw, Task
 from remend.errors import FileError
+from remend.files.atomic import JsonObject
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ def table() -> tuple[Element, ...]:
         )
     from molmass import ELEMENTS
 
-    found = []
+    elements_by_number = []
     for number in range(1, 93):
         entry = ELEMENTS[number]
         stable = number not in UNSTABLE
         common = max(entry.isotopes.values(), key=lambda isotope: isotope.abundance)
-        found.append(
+        elements_by_number.append(
             Element(
                 number=number,
                 symbol=entry.symbol,
@@ -90,7 +90,7 @@ def table() -> tuple[Element, ...]:
                 charge=CHARGES[entry.group] if entry.symbol in IONS else None,
             )
         )
-    return tuple(found)
+    return tuple(elements_by_number)
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ the letter only
 {options}"""
 
 
-def make(draw: Draw) -> dict[str, Any]:
+def make(draw: Draw) -> JsonObject:
     """One row; kinds take turns, and so do the letters of the right answer."""
     rng = draw.random()
     kind = draw.turn(tuple(KINDS), "kind")
@@ -320,4 +320,13 @@ def make(draw: Draw) -> dict[str, Any]:
 
 TASKS.register(
     "science-short", source="form: SciKnowEval, arXiv 2406.09098, as in arXiv 2601.19897; facts from molmass"
-)(Task("science-short", "four-choice questions about the periodic table", make, grade_letter))
+)(
+    Task(
+        "science-short",
+        "four-choice questions about the periodic table",
+        make,
+        grade_letter,
+        columns=("prompt", "answer"),
+        letters=True,
+    )
+)

@@ -1,16 +1,25 @@
-"""What a task is: seeded rows of two splits, and a grader in two modes."""
+"""What a task is: how its rows are read, made and asked, and a grader in two modes.
+
+task = remend.tasks.get("science")
+for number, row in enumerate(rows, start=1):
+    task.check(row, f"data.jsonl:{number}")
+task.messages(rows[0]), task.id(rows[0]), task.options(rows[0])  # [{role, content}, …], "0c33…", {"A": "147.2", …}
+task.grade("<answer>A</answer>", rows[0])  # Grade(correct=True, reason='correct')
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
-from remend.data.examples import example_of, prompt_key
+from remend.data.examples import Convert, Example, Row, example_of, load_examples, prompt_key
 from remend.errors import InputError, did_you_mean
+from remend.files.atomic import JsonObject
 from remend.registry import Registry
 
 Mode = Literal["paper", "robust"]
@@ -19,6 +28,9 @@ MODES: tuple[str, ...] = get_args(Mode)
 SPLITS: tuple[str, ...] = get_args(Split)
 TRIES = 200
 """Draws for a row before its split counts as used up."""
+
+# A blank after the label: "C.CCO" at the start of a line is a molecule, not an option.
+_LABEL = re.compile(r"^\(?([A-Z])[:.)][ \t]+(?=\S)", re.MULTILINE)
 
 T = TypeVar("T")
 
@@ -54,6 +66,10 @@ class Draw:
         return options[order[place]]
 
 
+Make = Callable[[Draw], JsonObject]
+Grader = Callable[[str, Row, Mode], Grade]
+
+
 @dataclass(frozen=True)
 class Task:
     """A task under its name.
@@ -61,17 +77,28 @@ class Task:
     Args:
         name: as in the registry.
         about: one line for `remend tasks ls`.
-        make: one row from a Draw, without `id`: prompt, demonstration, and answer or golden_answer.
-            Splits share no item.
+        make: one row from a Draw, without `id`: prompt, demonstration, and answer or golden_answer. Splits share no
+            item. None for a task whose rows come from a file or a data set.
         grader: (response, row, mode) → Grade.
+        columns: what a row must have to be asked and graded.
+        letters: whether the row is a choice whose options stand at the end of its prompt, as lines "A: …", "B: …".
+        max_new_tokens: tokens an answer by default: the longest golden answers with room for a thought.
+        graded_rows: held-out rows that are made for an evaluation by default; 200 give ±7 points at a score of 50%.
+        convert: the rows of this task that a row of its public data set gives; a row in the task's own columns is
+            given back as it is.
     """
 
     name: str
     about: str
-    make: Callable[[Draw], dict[str, Any]]
-    grader: Callable[[str, Mapping[str, Any], Mode], Grade]
+    make: Make | None
+    grader: Grader
+    columns: tuple[str, ...] = ("prompt",)
+    letters: bool = False
+    max_new_tokens: int = 256
+    graded_rows: int = 200
+    convert: Convert | None = None
 
-    def rows(self, split: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    def rows(self, split: str, n: int, seed: int = 0) -> list[JsonObject]:
         """`n` rows with distinct prompts; the first rows are the same for every n.
 
         Args:
@@ -83,25 +110,92 @@ class Task:
             Rows with `id`, `prompt` (a text), `demonstration`, `answer` or `golden_answer`, as remend.data reads them.
 
         Raises:
-            InputError: split or n is not allowed, or the split has no n distinct rows.
+            InputError: split or n is not allowed, the task makes no rows, or the split has no n distinct rows.
             FileError: a package that the task computes its facts from is not installed.
         """
         if split not in SPLITS:
             raise InputError(f'split is "{split}"; allowed: {", ".join(SPLITS)}.{did_you_mean(split, SPLITS)}')
         if n < 1:
             raise InputError(f"n is {n}; allowed is 1 or more rows")
-        found: dict[str, dict[str, Any]] = {}
+        if self.make is None:
+            other = f". A task that makes rows is {self.name}-short" if f"{self.name}-short" in TASKS.names() else ""
+            raise InputError(
+                f"{self.name} makes no rows of its own: its rows are lines of a data file, or a data set of the "
+                f"hub{other}"
+            )
+        made: dict[str, JsonObject] = {}
         for index in range(n):
             for attempt in range(TRIES):
                 row = self.make(Draw(self.name, split, seed, index, attempt))
-                if row["prompt"] not in found:
+                if row["prompt"] not in made:
                     break
             else:
                 raise InputError(f"{self.name} has no {n} distinct rows of {split}: after {index} it found no new one")
-            found[row["prompt"]] = {"id": row_id(row), **row}
-        return list(found.values())
+            made[row["prompt"]] = {"id": row_id(row), **row}
+        return list(made.values())
 
-    def grade(self, response: str, row: Mapping[str, Any], mode: str = "paper") -> Grade:
+    def load(self, source: str) -> list[Example]:
+        """Rows from a file or data set, in the task's own columns or in those of its public data set.
+
+        Raises InputError and FileError as remend.data.load_examples does.
+        """
+        return load_examples(source, self.convert)
+
+    def check(self, row: object, where: str | None = None) -> None:
+        """Raises InputError that starts with `where` (else the row's id) when a column or a usable prompt is missing.
+
+        What stands in the answer's column is the grader's to judge; for scoring by letters, call `gold` beforehand.
+        """
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where or 'the row'}: a row must be an object, got {type(row).__name__}")
+        where = where or name_of(row)
+        require(row, self.columns, where)
+        example_of(row, where)
+
+    def messages(self, row: Row) -> list[dict[str, str]]:
+        """The prompt as chat messages, just as the row has them; a text is one user's message.
+
+        Raises InputError when the row has no usable prompt.
+        """
+        prompt = example_of(row, name_of(row)).prompt
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+
+    def id(self, row: Row) -> str:
+        """The row's own id, else `row_id`: 12 hex digits of the SHA-256 of its canonical prompt and answer."""
+        return str(row["id"]) if row.get("id") is not None else row_id(row)
+
+    def options(self, row: Row) -> dict[str, str]:
+        """Letter → text of each option, in order.
+
+        Raises InputError when this is no choice, or fewer than two options can be read from the prompt.
+        """
+        where = name_of(row)
+        if not self.letters:
+            raise InputError(f"{where}: this task is no choice between letters; score it by generation")
+        prompt = example_of(row, where).prompt
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        options = _options_of(text)
+        if len(options) < 2:
+            raise InputError(f'{where}: the prompt has no options as lines "A: …", "B: …": {shorten(text[-160:])}')
+        return options
+
+    def choices(self, row: Row) -> list[str]:
+        """The letters that a row lets one choose from, in order: what answer-letter log-likelihood compares.
+
+        Raises InputError as `options`.
+        """
+        return list(self.options(row))
+
+    def gold(self, row: Row) -> str:
+        """The right letter. Raises InputError as `options`, or when the answer is none of the row's letters."""
+        where, options = name_of(row), self.options(row)
+        require(row, self.columns, where)
+        answer = row["answer"]
+        if not isinstance(answer, str) or answer not in options:
+            raise InputError(f"{where}: the answer is {shorten(answer)}; the prompt's options are {', '.join(options)}")
+        return answer
+
+    def grade(self, response: str, row: Row, mode: str = "paper") -> Grade:
         """Whether `response` solves `row`.
 
         Args:
@@ -127,7 +221,7 @@ def require_mode(mode: str) -> None:
         raise InputError(f'mode is "{mode}"; allowed: {", ".join(MODES)}.{did_you_mean(mode, MODES)}')
 
 
-def row_id(row: Mapping[str, Any]) -> str:
+def row_id(row: Row) -> str:
     """12 hex digits of the SHA-256 of the canonical prompt and answer (golden_answer where there is one).
 
     Raises InputError when the row has no usable prompt.
@@ -138,8 +232,44 @@ def row_id(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def shorten(value: Any) -> str:
+def name_of(row: Row) -> str:
+    """'row 0c33…' by the row's id, or 'the row' where it has none and none can be made."""
+    if row.get("id") is not None:
+        return f"row {row['id']}"
+    try:
+        return f"row {row_id(row)}"
+    except (InputError, TypeError, ValueError):
+        return "the row"
+
+
+def require(row: Row, columns: Sequence[str], where: str) -> None:
+    """Raises InputError that starts with `where` and names the first column that is missing or null."""
+    for column in columns:
+        if row.get(column) is None:
+            raise InputError(
+                f'{where}: the column "{column}" is missing (it has: {", ".join(map(str, row)) or "nothing"}); '
+                f"rows of this task need {', '.join(columns)}"
+            )
+
+
+def shorten(value: object) -> str:
     """One line of at most 160 characters for a reason; what is no text is written as JSON."""
     text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).split())
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair could not be stored
     return text if len(text) <= 160 else f"{text[:159]}…"
+
+
+def _options_of(text: str) -> dict[str, str]:
+    """The last run of options from A on; a text goes to the next label, or to an empty line."""
+    labels = list(_LABEL.finditer(text))
+    start = max((i for i, label in enumerate(labels) if label[1] == "A"), default=len(labels))
+    run: list[re.Match[str]] = []
+    for label in labels[start:]:
+        if label[1] == chr(ord("A") + len(run)):
+            run.append(label)
+    if not run:
+        return {}
+    ends = [label.start() for label in run[1:]] + [len(text)]
+    return {
+        label[1]: text[label.end() : end].partition("\n\n")[0].strip() for label, end in zip(run, ends, strict=True)
+    }

@@ -20,6 +20,11 @@ brace, and those with an action whose name is no single word.
 - A golden action marked "[Optional]" may be left out or made, with its input then compared; the mark is no part of
   its name.
 - A golden input that is no JSON itself (the published data have some) must be met to the letter.
+
+Rows of ToolAlpaca itself are read too (columns Name, Description, NLDocumentation, Instructions, Golden_Answers, as in
+its data/eval_simulated.json): an API with several requests gives a row for each.
+
+remend eval MODEL --task tooluse --data eval_simulated.json --out tools.json
 """
 
 from __future__ import annotations
@@ -28,19 +33,34 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from remend.data.examples import Row
 from remend.data.tasks.calls import grade_calls, parse_calls
-from remend.data.tasks.forms import FORMS, Form, name_of, no_rows, require
-from remend.data.tasks.task import TASKS, Grade, Mode, Task
+from remend.data.tasks.task import TASKS, Grade, Mode, Task, name_of, require
 from remend.errors import InputError
+
+PROMPT = """Your task is to answer the user's question using available tools. 
+You have access to the following tools:
+Name: {name}
+Description: {description}
+Documentation:
+{documentation}
+
+Use the following format:
+Thought: you should always think about what to do
+Action: the action to take, should be one of the tool names.
+Action Input: the input to the action, must be in JSON format. All of the action input must be realistic and from the \
+user.
+
+Begin!
+Question: {question}"""
 
 OPTIONAL = "[Optional]"
 
 _MARKED = re.compile(r"(action[*_`]{0,4}[ \t]{0,4}:[*_` \t]{0,8})\[optional\][ \t]{0,4}", re.IGNORECASE)
 
 
-def grade_tooluse(response: str, row: Mapping[str, Any], mode: Mode) -> Grade:
+def grade_tooluse(response: str, row: Row, mode: Mode) -> Grade:
     """Grade tool calls; see the module for the two modes.
 
     Args:
@@ -65,7 +85,7 @@ def grade_tooluse(response: str, row: Mapping[str, Any], mode: Mode) -> Grade:
     return grade
 
 
-def _readable(response: str, golden: Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
+def _readable(response: str, golden: Sequence[Row]) -> tuple[str, list[Row]]:
     """The same with golden inputs that are no JSON put into JSON, here and in the response: equal if equal as text."""
     calls = []
     for call in golden:
@@ -73,7 +93,7 @@ def _readable(response: str, golden: Sequence[Mapping[str, Any]]) -> tuple[str, 
         if isinstance(text, str) and text.strip() and not _is_json(text):
             stand_in = json.dumps({"no JSON": text})
             written = re.compile(rf"(Action Input:[ \t]*){re.escape(text)}(?=[ \t]*(?:\n|\Z))")
-            response = written.sub(lambda found, new=stand_in: found[1] + new, response)  # type: ignore[misc]
+            response = written.sub(lambda match, new=stand_in: match[1] + new, response)  # type: ignore[misc]
             call = {**call, "Action_Input": stand_in}
         calls.append(call)
     return response, calls
@@ -87,7 +107,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _without_options(response: str, golden: Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
+def _without_options(response: str, golden: Sequence[Row]) -> tuple[str, list[Row]]:
     """The same with the marks taken off, and with those optional calls only that the response makes."""
     if not any(_is_optional(call) for call in golden):
         return response, list(golden)
@@ -106,13 +126,47 @@ def _without_options(response: str, golden: Sequence[Mapping[str, Any]]) -> tupl
     return response, calls
 
 
-def _is_optional(call: Mapping[str, Any]) -> bool:
+def _is_optional(call: Row) -> bool:
     return str(call.get("Action")).lower().startswith(OPTIONAL.lower())
 
 
-for _name in ("tooluse", "tooluse-short"):
-    FORMS.register(_name, source="arXiv 2601.19897")(Form(("prompt", "golden_answer")))
+def from_toolalpaca(row: Row) -> Sequence[Row]:
+    """A row of tooluse for each request of an API of ToolAlpaca; those without a golden answer are left out.
+
+    Raises InputError when there are not as many golden answers as requests.
+    """
+    public = ("NLDocumentation", "Instructions", "Golden_Answers")
+    if not isinstance(row, Mapping) or not all(key in row for key in public):
+        return [row]
+    requests, golden = row.get("Instructions") or [], row["Golden_Answers"]
+    if len(requests) != len(golden):
+        raise InputError(
+            f"the API {row.get('Name')} has {len(requests)} Instructions and {len(golden)} Golden_Answers; "
+            "ToolAlpaca has one for each"
+        )
+    about = {
+        "name": row["Name"],
+        "description": row["Description"],
+        "documentation": row["NLDocumentation"].strip("\n"),
+    }
+    return [
+        {
+            "prompt": [{"role": "user", "content": PROMPT.format(question=request, **about)}],
+            "golden_answer": [{key: call[key] for key in ("Action", "Action_Input")} for call in calls],
+            "tool": row["Name"],
+        }
+        for request, calls in zip(requests, golden, strict=True)
+        if calls
+    ]
+
 
 TASKS.register("tooluse", source="ToolAlpaca, arXiv 2306.05301, as prompted and graded beside arXiv 2601.19897")(
-    Task("tooluse", "call the right tools of a documented API (ToolAlpaca; rows from a file)", no_rows, grade_tooluse)
+    Task(
+        "tooluse",
+        "call the right tools of a documented API (ToolAlpaca; rows from a file)",
+        None,
+        grade_tooluse,
+        columns=("prompt", "golden_answer"),
+        convert=from_toolalpaca,
+    )
 )

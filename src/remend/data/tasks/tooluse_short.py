@@ -27,10 +27,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 from remend.data.tasks.calls import grade_calls
 from remend.data.tasks.task import TASKS, Draw, Task
+from remend.files.atomic import JsonObject
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class Slot:
 
     names: tuple[str, ...]
     type: str
-    values: tuple[Any, ...]
+    values: tuple[str | int, ...]
 
 
 SLOTS = {
@@ -208,7 +208,7 @@ def choose_kinds(rng: Random, count: int, calls: int) -> list[Kind]:
     return kinds
 
 
-def request(kind: Kind, rng: Random, *, may_add: bool) -> tuple[str, dict[str, Any]]:
+def request(kind: Kind, rng: Random, *, may_add: bool) -> tuple[str, dict[str, str | int]]:
     """(what is asked for, with {thing} still open; the value of each slot that is named)."""
     values = {slot: rng.choice(SLOTS[slot].values) for slot in kind.slots}
     ask = rng.choice(kind.asks)
@@ -218,7 +218,7 @@ def request(kind: Kind, rng: Random, *, may_add: bool) -> tuple[str, dict[str, A
     return ask.format(thing="{thing}", things="{things}", **values), values
 
 
-def make(draw: Draw) -> dict[str, Any]:
+def make(draw: Draw) -> JsonObject:
     """One row: an API of one to three actions, a request for one of them (in every eighth row two), and the calls."""
     rng = draw.random()
     calls = draw.turn((1, 1, 1, 1, 1, 1, 1, 2), "calls")
@@ -259,5 +259,12 @@ def make(draw: Draw) -> dict[str, Any]:
 
 
 TASKS.register("tooluse-short", source="form: ToolAlpaca, arXiv 2306.05301, as in arXiv 2601.19897; rows are invented")(
-    Task("tooluse-short", "call the right action of a small invented API, with its parameters", make, grade_calls)
+    Task(
+        "tooluse-short",
+        "call the right action of a small invented API, with its parameters",
+        make,
+        grade_calls,
+        columns=("prompt", "golden_answer"),
+        max_new_tokens=128,
+    )
 )

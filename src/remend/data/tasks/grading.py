@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
+from remend.data.examples import Row
 from remend.data.tasks.task import Grade, Task, require_mode, row_id
 from remend.errors import InputError
 
@@ -12,9 +13,26 @@ RAISED = "the grader raised on row "
 """How the reason begins where no grade could be given."""
 
 
-def score(
-    task: Task, rows: Sequence[Mapping[str, Any]], answers: Sequence[str], *, mode: str = "paper"
-) -> dict[str, Any]:
+class Item(TypedDict):
+    """A graded response."""
+
+    id: str
+    correct: bool
+    reason: str
+
+
+class Scored(TypedDict):
+    """What `score` gives."""
+
+    task: str
+    grader: str
+    n: int
+    score: float
+    raised: int
+    items: list[Item]
+
+
+def score(task: Task, rows: Sequence[Row], answers: Sequence[str], *, mode: str = "paper") -> Scored:
     """The share of correct answers, with every grade and its reason.
 
     A row whose grader raises is named in its item's reason, counts as wrong, and is counted in `raised`.
@@ -37,7 +55,7 @@ def score(
         raise InputError(f"there are {len(answers)} answers for {len(rows)} rows; give one answer a row, in order")
     if not rows:
         raise InputError("there are no rows to score")
-    items: list[dict[str, Any]] = []
+    items: list[Item] = []
     raised = 0
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True), start=1):
         name = _name(row, number)
@@ -58,7 +76,7 @@ def score(
     }
 
 
-def _name(row: Mapping[str, Any], number: int) -> str:
+def _name(row: Row, number: int) -> str:
     if row.get("id") is not None:
         return str(row["id"])
     try:
