@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
         """Token ids of a text, under 'input_ids'."""
         ...
 
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        ...
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
         ...
