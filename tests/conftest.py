@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from helpers.tiny import build_model, build_tokenizer, prompts, put_on_grid
+from helpers.tiny import build_model, build_tokenizer, prompts, put_on_grid, small_recipe
 
 
 @pytest.fixture(scope="session")
@@ -68,23 +68,7 @@ def prompt_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(reference_dir: Path, student_dir: Path, prompt_file: Path, tmp_path: Path) -> dict[str, object]:
-    """Settings of a small, quick recovery."""
-    return {
-        "student": str(student_dir),
-        "teacher": str(reference_dir),
-        "data": str(prompt_file),
-        "out": str(tmp_path / "run"),
-        "steps": 4,
-        "batch_size": 4,
-        "learning_rate": 1e-3,
-        "warmup_steps": 1,
-        "max_new_tokens": 8,
-        "held_out": 6,
-        "save_every": 2,
-        "device": "cpu",
-        "dtype": "float32",
-        "repair": False,
-    }
+    return small_recipe(student_dir, reference_dir, prompt_file, tmp_path / "run")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,3 +80,23 @@ def put_on_grid(model: Any, name: str) -> Any:
             layer.weight.data.copy_(decode(codes, grid, fmt))
             matrices[f"{layer_name}.weight"] = (codes, grid)
     return StoredGrid(fmt, matrices)
+
+
+def small_recipe(student: Path, teacher: Path, data: Path, out: Path) -> dict[str, Any]:
+    """Settings of a small, quick recovery."""
+    return {
+        "student": str(student),
+        "teacher": str(teacher),
+        "data": str(data),
+        "out": str(out),
+        "steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "max_new_tokens": 8,
+        "held_out": 6,
+        "save_every": 2,
+        "device": "cpu",
+        "dtype": "float32",
+        "repair": False,
+    }

@@ -11,8 +11,8 @@ import torch
 
 import remend
 import remend.training.loop
-from remend.recovery import run
-from remend.recovery.repair import Repaired
+from remend.training.constraints import Calibration, ConstraintKind, Start, StudentFacts
+from remend.training.constraints.grid import GridKind
 
 
 def killed(values: dict[str, object], after: int) -> None:
@@ -28,19 +28,19 @@ def killed(values: dict[str, object], after: int) -> None:
     remend.recover(**values)
 
 
-def spoil(student: torch.nn.Module, *_: object) -> Repaired:
-    """A repair that makes things worse."""
+def spoil(kind: ConstraintKind, model: torch.nn.Module, facts: StudentFacts, calibration: Calibration) -> Start:
+    """In the place of a kind's repair: one that makes things worse."""
     with torch.no_grad():
-        for parameter in student.parameters():
+        for parameter in model.parameters():
             parameter.mul_(1.5)
-    return Repaired(None, 1.0)
+    return Start()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "kill":
         killed(json.loads(sys.argv[2]), int(sys.argv[3]))
     elif sys.argv[1] == "spoil":
-        run.repair = spoil  # type: ignore[assignment]
+        GridKind.repair = spoil  # type: ignore[assignment]
         remend.recover(**json.loads(sys.argv[2]))
     elif sys.argv[1] == "diagnose":
         remend.diagnose(**json.loads(sys.argv[2]))

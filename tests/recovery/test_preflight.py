@@ -144,7 +144,16 @@ def test_disk_too_small(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     assert "keep_checkpoints" in problem
 
 
+def test_an_unknown_tracker_is_named_with_the_known_ones(recipe: dict[str, Any]) -> None:
+    (problem,) = found(recipe, report_to="tensorbord").problems
+    assert 'unknown report_to "tensorbord"' in problem
+    assert "tensorboard" in problem
+
+
 def test_a_layer_map_must_fit_the_teacher(recipe: dict[str, Any], reference_dir: Path, tmp_path: Path) -> None:
+    for given in ([0], [1, 0], [-1, 1]):
+        problems = found(recipe, layer_map=given).problems
+        assert any(f"layer_map {given} must name, rising from 0, one of the teacher's" in text for text in problems)
     (problem,) = found(recipe, layer_map=[0, 2]).problems
     assert "layer_map, [0, 2], does not fit a student of 2 layers and a teacher of 2" in problem
     prune_depth(str(reference_dir), tmp_path / "cut", layers=[0], method="list", probe=False)

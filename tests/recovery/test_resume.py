@@ -102,3 +102,11 @@ def test_a_checkpoint_that_holds_more_than_is_trained_is_refused(recipe: dict[st
     model.model.norm.weight.requires_grad_(False)
     with pytest.raises(InputError, match=r"not trained here \(model\.norm\.weight\)"):
         restore_masters(checkpoint, Free(model))
+
+
+def test_changed_inputs_are_not_resumed(recipe: dict[str, object], tmp_path: Path) -> None:
+    kill_at({**recipe, "out": str(tmp_path / "torn")}, 3)
+    data = Path(str(recipe["data"]))
+    data.write_text(data.read_text().replace("number 1.", "number one."))
+    with pytest.raises(InputError, match=r"the files of data changed.*start a new run"):
+        recover(resume=str(tmp_path / "torn"))

@@ -1,0 +1,123 @@
+"""The walk through a decoder: what each layer sees and ought to give; which blocks and rows a smaller student kept."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.random_text import random_text
+from helpers.tiny import build_model, build_tokenizer
+from remend.degrade.depth import without_blocks
+from remend.degrade.width import narrowed
+from remend.errors import InputError
+from remend.models.activations.walk import Sites, walk
+from remend.models.layers import infer_layer_map, infer_rows
+from remend.models.sampling.rollout import Rollout
+
+
+@pytest.fixture(scope="module")
+def text() -> list[Rollout]:
+    return random_text()
+
+
+@pytest.fixture
+def teacher() -> Any:
+    return build_model(len(build_tokenizer()), layers=4).requires_grad_(False)
+
+
+@torch.no_grad()
+def test_walk_gives_each_layers_gram_and_target(teacher: Any, text: list[Rollout]) -> None:
+    """With the teacher as its own student, what a layer should give is what it gives: Σ y xᵀ = W Σ x xᵀ."""
+    seen: dict[str, float] = {}
+    rows = sum(len(r.prompt) + len(r.completion) for r in text)
+
+    def visit(sites: Sites) -> None:
+        assert sites.rows == rows
+        for name, layer, cross in zip(sites.names, sites.layers, sites.cross_OI or (), strict=True):
+            assert cross is not None
+            seen[name] = float((cross - layer.weight @ sites.gram_II).norm() / cross.norm())
+
+    walk(copy.deepcopy(teacher), text, visit, teacher=teacher)
+    linear = [n for n, m in teacher.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert sorted(seen) == sorted(linear)
+    assert max(seen.values()) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_common_opening_counts_once_a_pass_where_a_teacher_asks(teacher: Any, taught: bool) -> None:
+    opening, rows = tuple(range(10, 19)), []
+
+    def visit(sites: Sites) -> None:
+        rows.append(sites.rows)
+
+    text = [Rollout(str(i), (*opening, 30 + i), (opening * 2)[: 3 + i], False) for i in range(4)]
+    text.append(Rollout("4", opening, opening, False))  # the shortest prompt ends the opening; completions always count
+    walk(copy.deepcopy(teacher), text, visit, teacher=teacher if taught else None)
+    everything = sum(len(r.prompt) + len(r.completion) for r in text)
+    assert set(rows) == {everything - 4 * 9 * taught}
+
+
+@torch.no_grad()
+def test_narrower_layers_are_asked_for_the_outputs_that_they_kept(teacher: Any, text: list[Rollout]) -> None:
+    """Nothing is lost before the first block's MLP but channels, so those that are left ought to give what they do."""
+    channels = [torch.arange(i % 2, 128, 2) for i in range(4)]
+    student = narrowed(teacher, channels, None)
+    seen: dict[str, float] = {}
+
+    def visit(sites: Sites) -> None:
+        for name, layer, cross in zip(sites.names, sites.layers, sites.cross_OI or (), strict=True):
+            assert cross is not None, name
+            seen[name] = float((cross - layer.weight @ sites.gram_II).norm() / cross.norm())
+
+    walk(student, text, visit, teacher=teacher)
+    first = {n.rpartition(".")[2]: v for n, v in seen.items() if "layers.0." in n}
+    assert max(first["gate_proj"], first["up_proj"]) < 1e-4
+    assert first["down_proj"] > 0.01  # channels are missing
+    assert seen["model.layers.1.mlp.gate_proj"] > 1e-3  # its input has changed
+
+
+@torch.no_grad()
+def test_walk_sees_real_tokens_only(teacher: Any, text: list[Rollout]) -> None:
+    """The gram of the first layer equals a slow one, sequence by sequence without padding."""
+    grams: dict[str, torch.Tensor] = {}
+
+    def visit(sites: Sites) -> None:
+        grams[sites.names[0]] = sites.gram_II
+
+    walk(copy.deepcopy(teacher), text, visit)
+    block = teacher.model.layers[0]
+    slow = torch.zeros(64, 64, dtype=torch.float64)
+    for row in text:
+        x = block.input_layernorm(teacher.model.embed_tokens(torch.tensor([*row.prompt, *row.completion]))).double()
+        slow += x.T @ x
+    assert torch.allclose(grams["model.layers.0.self_attn.q_proj"].double(), slow, rtol=1e-4, atol=1e-2)
+
+
+def test_what_is_settled_in_a_block_runs_once_more_and_is_then_replayed(teacher: Any, text: list[Rollout]) -> None:
+    student, calls, seen = copy.deepcopy(teacher), [], []
+    student.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    walk(student, text[:2], lambda s: seen.append(s.names), teacher=teacher)  # one batch
+    assert len([names for names in seen if "layers.1." in names[0]]) == 4
+    # the probe, up to the output matrix's input, and once whole: not for the MLP's two groups and the end again
+    assert len(calls) == 3
+
+
+def test_more_layers_than_the_teacher_are_refused(teacher: Any) -> None:
+    student, _ = without_blocks(teacher, [3])
+    with pytest.raises(InputError, match=r"4 layers and the teacher 3.*repair: false"):
+        infer_layer_map(teacher, student)
+
+
+def test_rows_are_found_among_a_wider_layers() -> None:
+    wide = torch.randn(12, 5, generator=torch.Generator().manual_seed(2))
+    chosen = torch.tensor([1, 4, 6, 11])
+    found = infer_rows(wide[chosen] + 0.01, wide)
+    assert found is not None
+    assert found.equal(chosen)
+    assert infer_rows(wide[[3, 3]], wide) is None
+    assert infer_rows(wide[:, :4], wide) is None
+    assert infer_rows(wide, wide[:8]) is None
