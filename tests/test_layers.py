@@ -14,7 +14,7 @@ import remend
 
 SOURCE = Path(remend.__file__).parent
 FLOORS: list[set[str]] = [
-    {"errors", "registry", "console"},
+    {"errors", "registry", "console", "plugins"},
     {"files", "maths"},
     {"data"},
     {"models"},
@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
 """From the ground up. A room imports rooms of lower floors and itself."""
 
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-REPORT_KNOWS = {"errors", "registry", "console", "files", "maths", "report"}
+REPORT_KNOWS = {"errors", "registry", "console", "plugins", "files", "maths", "report"}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -11,12 +11,15 @@ from rich.console import Console
 
 import remend
 from remend.cli import grading, measuring, studying
+from remend.cli.imports import taken_out
 from remend.cli.show import print_line, show, show_cache, show_damage
 from remend.errors import InputError, RemendError
 from remend.files import recipes
+from remend.plugins import import_installed, import_modules
 
 app = typer.Typer(
     help="Bring a degraded language model back, with its own healthy past as the teacher.",
+    epilog="--import MODULE, anywhere: import a module of yours that registers a loss, a teacher, a task, …",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -335,7 +338,10 @@ def _arguments(
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit code 2."""
     try:
-        app()
+        words, modules = taken_out(sys.argv[1:])
+        import_installed()
+        import_modules(modules)
+        app(args=words)
     except RemendError as error:
         for line in str(error).split("\n"):
             sys.stderr.write(f"error: {line}\n")

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from remend.plugins import asked_for
+
 
 def peak_rss_mib() -> float:
     """Largest resident memory of this process so far, MiB."""
@@ -18,7 +20,7 @@ def peak_rss_mib() -> float:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for the manifest."""
+    """Versions and hardware, for the manifest; and the modules that the command named with --import."""
     import importlib.metadata
     import platform
     import sys
@@ -46,6 +48,7 @@ def environment() -> dict[str, Any]:
         "hardware": hardware,
         "git_commit": _git_commit(),
         "command": sys.argv,
+        **({"imports": asked_for()} if asked_for() else {}),
     }
 
 

@@ -13,6 +13,7 @@ from remend.errors import InputError
 from remend.files.atomic import read_json
 from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory
 from remend.files.settings import build, merged, read_yaml
+from remend.plugins import asked_for, import_modules
 from remend.recovery.preflight import Preflight, preflight
 from remend.recovery.run import Recovery
 from remend.recovery.settings import RecoverConfig
@@ -108,6 +109,7 @@ def track(path: str | Path) -> list[dict[str, Any]]:
     """
     began = time.monotonic()
     directory = RunDirectory.open(Path(path))
+    import_again(directory)
     config = build(RecoverConfig, read_yaml(directory.path / RECIPE), f"recipe {directory.path / RECIPE}")
     checked = preflight(config, resuming=True)
     checked.raise_problems()
@@ -116,6 +118,7 @@ def track(path: str | Path) -> list[dict[str, Any]]:
 
 def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any]) -> tuple[RecoverConfig, RunDirectory]:
     directory = RunDirectory.open(path)
+    import_again(directory)
     config = build(RecoverConfig, read_yaml(path / RECIPE), f"recipe {path / RECIPE}")
     manifest = read_json(path / MANIFEST)["recipe"]
     recorded = build(RecoverConfig, manifest, f"recipe in {path / MANIFEST}")  # keys that are newer have their defaults
@@ -129,6 +132,14 @@ def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any])
                 "Undo the change, or start a new run with another out."
             )
     return config, directory
+
+
+def import_again(directory: RunDirectory) -> None:
+    """Import the modules that a run's command named. Raises InputError where one is missing."""
+    for name in read_json(directory.path / MANIFEST).get("imports", []):
+        if name not in asked_for():
+            console.print(f"importing {name}, which the command of this run named", markup=False)
+            import_modules([name])
 
 
 def result_of(directory: RunDirectory) -> RecoverResult:

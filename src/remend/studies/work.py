@@ -19,6 +19,7 @@ from typing import Any
 from remend.console import console
 from remend.errors import RemendError
 from remend.files.atomic import write_json, write_text
+from remend.plugins import asked_for, import_installed, import_modules
 
 JOBS = {
     "degrade": "remend.studies.made.degrade",
@@ -99,7 +100,7 @@ def _here(job: Job) -> str | None:
 def _apart(out: Path, job: Job, threads: int) -> str | None:
     given, log, failed = paths_of(out, job.name)
     failed.unlink(missing_ok=True)
-    write_json(given, {"do": job.do, "arguments": dict(job.arguments)})
+    write_json(given, {"do": job.do, "arguments": dict(job.arguments), "imports": asked_for()})
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     command = [sys.executable, "-m", "remend.studies.worker", str(given), str(failed)]
     with log.open("w", encoding="utf-8") as stream:
@@ -128,6 +129,8 @@ def main(words: Sequence[str]) -> int:
     given, failed = map(Path, words)
     job = json.loads(given.read_text(encoding="utf-8"))
     try:
+        import_installed()
+        import_modules(job.get("imports", []))
         do(job["do"], job["arguments"])
     except Exception as error:
         write_text(failed, explained(error) + "\n")

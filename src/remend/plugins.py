@@ -1,0 +1,60 @@
+"""Code from outside the package that registers something here: a loss, a teacher, a task and so on.
+
+Two ways lead in. An installed package names a module under the entry point `remend.plugins`; whoever installs it has
+asked for it. A module that is not installed is named on the command line, `remend --import MODULE …`; a recipe can't
+name one. A run's manifest keeps the names, so that a resumed run and a study's workers import them again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+
+from remend.errors import InputError
+
+GROUP = "remend.plugins"
+"""Of entry points; each names a module."""
+
+_asked_for: list[str] = []
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules that a user named; a module in the working directory is found too.
+
+    Raises InputError for a module that is not there, or that fails.
+    """
+    if "" not in sys.path:
+        sys.path.append("")  # last, so that no file here hides an installed module
+    for name in names:
+        _import(name, f"--import {name}")
+        if name not in _asked_for:
+            _asked_for.append(name)
+
+
+def import_installed() -> None:
+    """Import what installed packages name. Raises InputError for a module that fails."""
+    for entry in entry_points(group=GROUP):
+        _import(entry.value, f"the installed plugin {entry.name}")
+
+
+def asked_for() -> list[str]:
+    """Modules that were imported because a user named them, in order."""
+    return list(_asked_for)
+
+
+def forget() -> None:
+    """Begin anew, as in another process: no module was asked for."""
+    _asked_for.clear()
+
+
+def _import(name: str, whose: str) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a plugin may fail in any way, and the user must hear which one did
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{whose} can't be imported: {type(error).__name__}: {reason}. A module is named as Python names it "
+            "(my_losses for my_losses.py), from the working directory or from what is installed"
+        ) from error
