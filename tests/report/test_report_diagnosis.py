@@ -120,13 +120,13 @@ def test_markdown_and_json_have_the_figures(tmp_path: Path) -> None:
 
 def tables(text: str) -> list[list[list[str]]]:
     """The cells of each Markdown table."""
-    found: list[list[list[str]]] = [[]]
+    blocks: list[list[list[str]]] = [[]]
     for line in text.split("\n"):
         if line.startswith("|"):
-            found[-1].append(re.split(r"(?<!\\)\|", line))
-        elif found[-1]:
-            found.append([])
-    return [table for table in found if table]
+            blocks[-1].append(re.split(r"(?<!\\)\|", line))
+        elif blocks[-1]:
+            blocks.append([])
+    return [table for table in blocks if table]
 
 
 def test_numbers_that_are_not_there() -> None:

@@ -25,8 +25,8 @@ def summary_of(path: Path) -> dict[str, Any]:
 
 def charts(path: Path) -> dict[str, Any]:
     page = recovery_page(path, summary_of(path))
-    found = [b for section in page.sections for b in section.blocks if isinstance(b, Figure)]
-    return {chart.title: chart for figure in found for chart in figure.charts}
+    figures = [b for section in page.sections for b in section.blocks if isinstance(b, Figure)]
+    return {chart.title: chart for figure in figures for chart in figure.charts}
 
 
 def test_all_content_is_there(tmp_path: Path) -> None:
@@ -71,8 +71,8 @@ def test_gap_closed_has_the_interval_of_repair_from_the_sums_by_prompt(tmp_path:
 def test_the_reference_has_a_column(tmp_path: Path) -> None:
     path = made_run(tmp_path / "run")
     blocks = recovery_page(path, summary_of(path)).sections[0].blocks
-    (found,) = [block for block in blocks if isinstance(block, Table)]
-    by_label = {row[0]: row for row in found.rows}
+    (shown,) = [block for block in blocks if isinstance(block, Table)]
+    by_label = {row[0]: row for row in shown.rows}
     assert by_label["perplexity of the reference's answers"][3:] == ["2.08", "–"]
     assert by_label["top-1 agreement with the reference"][3:] == ["100%", "37%"]
 
@@ -85,8 +85,8 @@ def test_no_damage_draws_no_gap(tmp_path: Path) -> None:
 
 
 def test_one_stream_and_its_speed(tmp_path: Path) -> None:
-    found = charts(made_run(tmp_path / "run"))
-    loss, speed = found["Loss and held-out KL"], found["Tokens a second"]
+    figures = charts(made_run(tmp_path / "run"))
+    loss, speed = figures["Loss and held-out KL"], figures["Tokens a second"]
     assert isinstance(loss, Lines)
     assert [len(s.points) for s in loss.series] == [24, 24, 3, 1]
     held_out = loss.series[2]
@@ -95,16 +95,18 @@ def test_one_stream_and_its_speed(tmp_path: Path) -> None:
     assert [s.name for s in speed.series] == ["completion tokens"]
     assert speed.series[0].points[0] == (2.0, (301 + 302) / 16)  # a round of sampling feeds two steps
     assert len(speed.series[0].points) == 12
+    odd = charts(made_run(tmp_path / "odd", save_every=5))["Tokens a second"]  # rounds end at checkpoints
+    assert len(odd.series[0].points) == 24
 
 
 def test_several_streams_have_a_figure_each(tmp_path: Path) -> None:
-    found = charts(made_run(tmp_path / "run", streams=("recover", "keep")))
-    main, side = found["Loss and held-out KL: recover"], found["Loss and held-out KL: keep"]
+    figures = charts(made_run(tmp_path / "run", streams=("recover", "keep")))
+    main, side = figures["Loss and held-out KL: recover"], figures["Loss and held-out KL: keep"]
     assert [s.name for s in main.series][2] == "held-out KL (on the reference's answers)"
     assert side.series[2].points == [(0.0, 0.0), (24.0, 0.01)]
     assert not side.series[2].joined
-    assert [s.name for s in found["Tokens a second"].series] == ["all streams", "recover", "keep"]
-    assert list(found) == [
+    assert [s.name for s in figures["Tokens a second"].series] == ["all streams", "recover", "keep"]
+    assert list(figures) == [
         "Gap closed, with 95% intervals",
         "Loss and held-out KL: recover",
         "Loss and held-out KL: keep",
@@ -122,12 +124,12 @@ def test_without_steps(tmp_path: Path) -> None:
 
 def test_a_track_is_drawn(tmp_path: Path) -> None:
     path = made_run(tmp_path / "run", track=True)
-    found = charts(path)
-    (group,) = found["Recovery against alignment"].groups
+    figures = charts(path)
+    (group,) = figures["Recovery against alignment"].groups
     assert len(group.points) == 5
     assert group.points[0][0] == pytest.approx(0.85)
     assert group.points[0][1] == 2.5
-    grid_ = found["CKA by layer and step"]
+    grid_ = figures["CKA by layer and step"]
     assert (len(grid_.values), list(grid_.columns)) == (6, ["start", "6", "12", "18", "end"])
     check_page(html(recovery_page(path, summary_of(path))))
 

@@ -19,6 +19,9 @@ from remend.errors import FileError
 JsonObject = dict[str, Any]
 """An object of a JSON file, by its keys."""
 
+JsonRow = Mapping[str, Any]
+"""The same where it is only read."""
+
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
@@ -67,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def json_line(row: Mapping[str, Any]) -> str:
+def json_line(row: JsonRow) -> str:
     """One line of a JSON lines file. NaN and infinities are refused."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -21,14 +21,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from remend.errors import FileError, InputError
-from remend.files.atomic import json_line, new_directory, write_text, writing
+from remend.files.atomic import JsonObject, JsonRow, json_line, new_directory, write_text, writing
 
 INPUTS = "inputs"
 """A run's directory may hold this folder before the run begins: what a flow made for it."""
@@ -101,12 +100,12 @@ class RunDirectory:
             )
         return RunDirectory(path)
 
-    def append(self, name: str, row: Mapping[str, Any]) -> None:
+    def append(self, name: str, row: JsonRow) -> None:
         """Add one JSON line."""
         with writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as stream:
             stream.write(json_line(row))
 
-    def rows(self, name: str) -> list[dict[str, Any]]:
+    def rows(self, name: str) -> list[JsonObject]:
         """All complete JSON lines of a file; a last line cut short by a killed process is left out."""
         path = self.path / name
         if not path.is_file():
@@ -164,6 +163,15 @@ class RunDirectory:
         """Complete checkpoints, oldest first."""
         found = sorted((self.path / "checkpoints").glob("step-*"))
         return [Checkpoint(int(p.name.removeprefix("step-")), p) for p in found if (p / "state.json").is_file()]
+
+
+def updates_a_round(recipe: JsonRow) -> int:
+    """Steps that one round of sampling feeds: `updates_per_rollout`, or without it 2 where no round would be cut.
+
+    Rounds end where checkpoints are written and where bootstrap ends, so an odd number of steps to either means 1.
+    """
+    odd = (recipe.get("save_every") or 0) % 2 or (recipe.get("bootstrap_steps") or 0) % 2
+    return recipe.get("updates_per_rollout") or (1 if odd or recipe["steps"] < 2 else 2)
 
 
 def occupied(path: Path, *, inputs: bool = False) -> str | None:

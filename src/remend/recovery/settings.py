@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, PlainValidator, field_validator
 
+from remend.files.run_directory import updates_a_round
 from remend.files.settings import Gone, Settings, as_number, build
 from remend.models.lora import LoraConfig
 
@@ -263,10 +264,8 @@ class RecoverConfig(Settings):
 
     @property
     def updates_a_round(self) -> int:
-        """`updates_per_rollout`, or without it 2: a CPU samples 16 rows hardly slower than 8 (docs/speed.md). Rounds
-        end where checkpoints are written and where bootstrap ends."""
-        odd = self.save_every % 2 or (self.bootstrap_steps or 0) % 2
-        return self.updates_per_rollout or (1 if odd or self.steps < 2 else 2)
+        """`updates_per_rollout`, or without it mostly 2: a CPU samples 16 rows hardly slower than 8 (docs/speed.md)."""
+        return updates_a_round(self.model_dump())
 
     @property
     def selects(self) -> Literal["last", "best"]:

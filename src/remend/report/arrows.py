@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from remend.report.page import Scatter
-from remend.report.svg import TOP, WIDTH, Frame, Key, legend, marker, style, text
+from remend.report.svg import TOP, WIDTH, Frame, Key, legend, marker, padded, style, text
 
 HEAD = 9.0
 """Length of an arrow's head, in viewBox units."""
@@ -27,7 +27,7 @@ class Arrows(Scatter):
         if not known:
             return Markup("<p>nothing was measured</p>")
         ends = known + ([self.goal[:2]] if self.goal else [])
-        frame = Frame(*_range([x for x, _ in ends]), *_range([y for _, y in ends]))
+        frame = Frame(*padded(x for x, _ in ends), *padded(y for _, y in ends))
         parts = frame.axes(self.x_label, self.y_label, self.title)
         keys = []
         for index, group in enumerate(self.groups):
@@ -38,18 +38,9 @@ class Arrows(Scatter):
             across, up = frame.place(*self.goal[:2])
             parts.append(marker(across, up, "null", self.goal[2], 6))
             edge = across > WIDTH - 140
-            parts.append(text(across - 10 if edge else across + 10, max(TOP + 10, up - 9), "reference", _side(edge)))
+            beside, anchor = (across - 10, "end") if edge else (across + 10, "start")
+            parts.append(text(beside, max(TOP + 10, up - 9), "reference", anchor))
         return Markup("".join(parts) + "</svg>") + legend(keys)
-
-
-def _side(edge: bool) -> str:
-    return "end" if edge else "start"
-
-
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    pad = 0.08 * (high - low) or 0.05 * abs(high) or 0.5
-    return low - pad, high + pad
 
 
 def _arrow(placed: Sequence[tuple[tuple[float, float], str]], css: str, name: str) -> list[str]:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from remend.report.diagnosis import students_of
+from remend.files.atomic import JsonObject, JsonRow
+from remend.report.diagnosis import gaps_closed, students_of
 from remend.report.layers import anchors, cka_series, null_level
 from remend.report.page import Block, Code, Facts, Figure, Forest, Lines, Page, Section, Table, Text, number
-from remend.report.plots import Interval
+from remend.report.plots import Share
 from remend.report.svg import Series
 from remend.report.tracks import against, student_groups, track_group
 
@@ -23,9 +23,9 @@ class Run:
 
     name: str
     path: Path
-    summary: Mapping[str, Any]
-    manifest: Mapping[str, Any]
-    track: Sequence[Mapping[str, Any]]
+    summary: JsonRow
+    manifest: JsonRow
+    track: Sequence[JsonRow]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Diagnosis:
 
     name: str
     path: Path
-    found: Mapping[str, Any]
+    content: JsonRow
 
 
 Compared = Run | Diagnosis
@@ -63,23 +63,18 @@ def comparison_page(compared: Sequence[Compared]) -> Page:
     )
 
 
-def _intervals(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> list[Interval]:
+def _shares(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> list[Share]:
     rows = []
     for run in runs:
         gap, ends = run.summary["gap_closed"] or {}, run.summary["gap_closed_kl_95"] or (None, None)
-        rows.append(Interval(run.name, gap.get("kl"), *ends))
+        rows.append(Share(run.name, gap.get("kl"), *ends))
     for diagnosis in diagnoses:
-        for student in students_of(diagnosis.found):
-            pair = student.get("compared_with")
-            if pair:
-                ends = pair.get("gap_closed_kl_95") or (None, None)
-                name = f"{diagnosis.name}: {student['name']}, from {pair['name']}"
-                rows.append(Interval(name, pair.get("gap_closed_kl"), *ends))
+        rows += gaps_closed(students_of(diagnosis.content), f"{diagnosis.name}: ")
     return rows
 
 
 def _verdict(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> str:
-    known = [row for row in _intervals(runs, diagnoses) if row.value is not None]
+    known = [row for row in _shares(runs, diagnoses) if row.value is not None]
     if not known:
         return "No gap closed is known of any."
     best = max(known, key=lambda row: row.value or 0.0)
@@ -87,7 +82,7 @@ def _verdict(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> str:
 
 
 def _gaps(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> list[Section]:
-    rows = _intervals(runs, diagnoses)
+    rows = _shares(runs, diagnoses)
     if not any(row.value is not None for row in rows):
         return []
     figure = Figure(
@@ -110,7 +105,7 @@ def _runs(runs: Sequence[Run]) -> Table:
                 run.name,
                 str(run.summary["constraint"]),
                 f"{number(before['kl'])} → {number(after['kl'])}",
-                Interval("", gap.get("kl"), *ends).words(),
+                Share("", gap.get("kl"), *ends).words(),
                 f"{number(before['top1_agreement'], '.1%')} → {number(after['top1_agreement'], '.1%')}",
                 str(run.summary["steps"]),
                 str(run.summary["tokens_trained"]),
@@ -138,11 +133,11 @@ def _diagnosed(diagnoses: Sequence[Diagnosis]) -> list[Section]:
     series: list[Series] = []
     for diagnosis in diagnoses:
         prefix = f"{diagnosis.name}: " if several else ""
-        students = students_of(diagnosis.found)
+        students = students_of(diagnosis.content)
         series += cka_series(students, prefix, first=len(series))
         rows += [_student_row(prefix, student) for student in students]
-    every = [student for d in diagnoses for student in students_of(d.found)]
-    estimator = diagnoses[0].found["estimator"]
+    every = [student for d in diagnoses for student in students_of(d.content)]
+    estimator = diagnoses[0].content["estimator"]
     chart = Lines(
         "CKA with the reference, by layer",
         [*series, *anchors(every)],
@@ -162,7 +157,7 @@ def _diagnosed(diagnoses: Sequence[Diagnosis]) -> list[Section]:
     return [Section("Diagnosed models", "layers", [table, figure])]
 
 
-def _student_row(prefix: str, student: Mapping[str, Any]) -> list[str]:
+def _student_row(prefix: str, student: JsonRow) -> list[str]:
     layers, behaviour = student["layers"], student["behaviour"]
     known = [layer["cka"] for layer in layers if layer["cka"] is not None]
     worst = layers[student["ranking"][0]]
@@ -179,22 +174,22 @@ def _student_row(prefix: str, student: Mapping[str, Any]) -> list[str]:
 def _alignment(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> list[Section]:
     groups = [track_group(run.name, run.track) for run in runs if run.track]
     for diagnosis in diagnoses:
-        groups += student_groups(diagnosis.found, f"{diagnosis.name}: " if len(diagnoses) > 1 else "")
+        groups += student_groups(diagnosis.content, f"{diagnosis.name}: " if len(diagnoses) > 1 else "")
     if not groups:
         return []
     figure = against(groups, "a checkpoint of a run or a diagnosed model; a line joins those of one run")
     return [Section("Recovery against alignment", "alignment", [figure])]
 
 
-def flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(recipe: JsonRow, prefix: str = "") -> JsonObject:
     """Settings by dotted name: {'lora': {'rank': 8}} is {'lora.rank': 8}."""
-    found: dict[str, Any] = {}
+    settings: JsonObject = {}
     for key, value in recipe.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            settings |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            settings[f"{prefix}{key}"] = value
+    return settings
 
 
 def _recipes(runs: Sequence[Run]) -> list[Section]:
@@ -213,7 +208,7 @@ def _recipes(runs: Sequence[Run]) -> list[Section]:
     return [Section("How the recipes differ", "recipes", [block])]
 
 
-def _setting(recipe: Mapping[str, Any], key: str) -> str:
+def _setting(recipe: JsonRow, key: str) -> str:
     if key not in recipe:
         return "–"
     return "none" if recipe[key] is None else str(recipe[key])
@@ -221,7 +216,7 @@ def _setting(recipe: Mapping[str, Any], key: str) -> str:
 
 def _unlike_runs(runs: Sequence[Run]) -> list[str]:
     """What makes figures of runs hard to compare."""
-    checks: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    checks: dict[str, Callable[[JsonRow], object]] = {
         "held-out prompts": lambda m: m.get("data", {}).get("held_out", m.get("data")),
         "references": lambda m: m.get("models", {}).get("teacher", m["reference"]),
     }
@@ -237,7 +232,7 @@ def _unlike_diagnoses(diagnoses: Sequence[Diagnosis]) -> list[str]:
     return [
         f"the diagnoses have different {what}: their lines are not measured on the same rows"
         for key, what in checks.items()
-        if any(d.found[key] != diagnoses[0].found[key] for d in diagnoses)
+        if any(d.content[key] != diagnoses[0].content[key] for d in diagnoses)
     ]
 
 

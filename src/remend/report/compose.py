@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from remend.errors import InputError
-from remend.files.atomic import read_json
+from remend.files.atomic import JsonObject, read_json
 from remend.files.run_directory import MANIFEST, RECIPE, SUMMARY, TRACK, RunDirectory, occupied
 from remend.report.comparison import Compared, Diagnosis, Run, comparison_page
 from remend.report.diagnosis import diagnosis_page
@@ -57,21 +56,21 @@ def report(paths: Sequence[str | Path], out: Path | None = None) -> Path:
     try:
         if len(places) == 1 and (places[0] / STUDY).is_file():
             return write_page(out or places[0], study_page(_object(places[0] / STUDY)))
-        found = [_read(place, name) for place, name in zip(places, names, strict=True)]
-        page = _page(found)
+        compared = [_read(place, name) for place, name in zip(places, names, strict=True)]
+        page = _page(compared)
     except KeyError as error:
         raise InputError(
             f"{' or '.join(map(str, places))} lacks {error}: its files are of another version of remend, "
             "or were changed by hand; make it anew with this version"
         ) from error
-    return write_page(out or found[0].path, page)
+    return write_page(out or compared[0].path, page)
 
 
-def _page(found: Sequence[Compared]) -> Page:
-    if len(found) > 1:
-        return comparison_page(found)
-    (one,) = found
-    return recovery_page(one.path, one.summary) if isinstance(one, Run) else diagnosis_page(one.found)
+def _page(compared: Sequence[Compared]) -> Page:
+    if len(compared) > 1:
+        return comparison_page(compared)
+    (one,) = compared
+    return recovery_page(one.path, one.summary) if isinstance(one, Run) else diagnosis_page(one.content)
 
 
 def _filled(out: Path) -> str | None:
@@ -111,7 +110,7 @@ def _read(place: Path, name: str) -> Compared:
     return Run(name, place, summary, manifest, RunDirectory(place).rows(TRACK))
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path) -> JsonObject:
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {type(content).__name__}, not an object; write it anew with the run")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from remend.files.atomic import JsonRow
 from remend.report import samples
 from remend.report.layers import changes, grids, layer_figures, layer_tables, norms, sites, student_style
 from remend.report.page import (
@@ -25,16 +25,16 @@ from remend.report.page import (
     Text,
     number,
 )
-from remend.report.plots import Interval, percent
+from remend.report.plots import Share, percent
 from remend.report.pointers import traced
 from remend.report.svg import Series
 from remend.report.tracks import against, student_groups
 from remend.report.writing import write_page
 
-Students = Sequence[Mapping[str, Any]]
+Students = Sequence[JsonRow]
 
 
-def write_diagnosis_report(directory: Path, diagnosis: Mapping[str, Any]) -> Path:
+def write_diagnosis_report(directory: Path, diagnosis: JsonRow) -> Path:
     """Write report.html, report.md and report.json beside diagnosis.json.
 
     Args:
@@ -47,12 +47,12 @@ def write_diagnosis_report(directory: Path, diagnosis: Mapping[str, Any]) -> Pat
     return write_page(directory, diagnosis_page(diagnosis))
 
 
-def students_of(diagnosis: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def students_of(diagnosis: JsonRow) -> list[JsonRow]:
     """The first student, whose figures are at the top, and the others."""
     return [diagnosis, *diagnosis.get("others", [])]
 
 
-def diagnosis_page(diagnosis: Mapping[str, Any]) -> Page:
+def diagnosis_page(diagnosis: JsonRow) -> Page:
     """The page as data."""
     students = students_of(diagnosis)
     where: list[Block] = [*layer_figures(students, diagnosis["estimator"]), *changes(students)]
@@ -87,23 +87,30 @@ def short(spec: str) -> str:
 
 
 def _findings(students: Students) -> list[Block]:
-    found: list[Block] = []
+    findings: list[Block] = []
     for i, student in enumerate(students):
         prefix = f"/others/{i - 1}" if i else ""
         said = [traced(sentence, student, prefix) for sentence in student["sentences"]]
         advice = traced(student["recommendation"], student, prefix)
-        found.append(Finding(student["name"], student["severity"], said, advice))
-    return found
+        findings.append(Finding(student["name"], student["severity"], said, advice))
+    return findings
+
+
+def gaps_closed(students: Students, prefix: str = "") -> list[Share]:
+    """What each student won back of the one that it is compared with."""
+    pairs = [(student["name"], student["compared_with"]) for student in students if student.get("compared_with")]
+    return [
+        Share(
+            f"{prefix}{name}, from {pair['name']}",
+            pair.get("gap_closed_kl"),
+            *(pair.get("gap_closed_kl_95") or (None, None)),
+        )
+        for name, pair in pairs
+    ]
 
 
 def _gap(students: Students) -> list[Section]:
-    rows = []
-    for student in students:
-        pair = student.get("compared_with")
-        if pair:
-            ends = pair.get("gap_closed_kl_95") or (None, None)
-            name = f"{student['name']}, from {pair['name']}"
-            rows.append(Interval(name, pair.get("gap_closed_kl"), *ends))
+    rows = gaps_closed(students)
     if not any(row.value is not None for row in rows):
         return []
     figure = Figure(
@@ -117,10 +124,10 @@ def _gap(students: Students) -> list[Section]:
 
 
 def _behaviour(students: Students) -> Table:
-    def row(label: str, cell: Any, reference: str = "–") -> list[str]:
+    def row(label: str, cell: Callable[[JsonRow], str], reference: str = "–") -> list[str]:
         return [label, reference, *(cell(student) for student in students)]
 
-    def plain(key: str, form: str = ".3f") -> Any:
+    def plain(key: str, form: str = ".3f") -> Callable[[JsonRow], str]:
         return lambda s: number(s["behaviour"][key], form)
 
     first = students[0]
@@ -148,12 +155,12 @@ def _behaviour(students: Students) -> Table:
     )
 
 
-def _interval(student: Mapping[str, Any]) -> str:
+def _interval(student: JsonRow) -> str:
     ends = student["behaviour"]["kl_95"]
     return f"{number(ends[0])} to {number(ends[1])}" if ends else "–"
 
 
-def _own(key: str) -> Any:
+def _own(key: str) -> Callable[[JsonRow], str]:
     return lambda student: percent(student["own_answers"][key])
 
 
@@ -231,14 +238,14 @@ def _samples(students: Students) -> Samples:
     )
 
 
-def _alignment(diagnosis: Mapping[str, Any]) -> list[Section]:
+def _alignment(diagnosis: JsonRow) -> list[Section]:
     if not diagnosis.get("others"):
         return []
     figure = against(student_groups(diagnosis), "a model; a line leads from a damaged one to what was made of it")
     return [Section("Recovery against alignment", "alignment", [figure])]
 
 
-def _measured(diagnosis: Mapping[str, Any]) -> list[Block]:
+def _measured(diagnosis: JsonRow) -> list[Block]:
     estimator, kl, agreement = diagnosis["estimator"], *(diagnosis["limits"][k] for k in ("kl", "top1_agreement"))
     students = students_of(diagnosis)
     rows = "; ".join(f"{s['name']} {s['rows']} ({s['rows_left_out']} left out)" for s in students)
@@ -268,7 +275,7 @@ def _measured(diagnosis: Mapping[str, Any]) -> list[Block]:
     return [Text(diagnosis["disclaimer"]), Facts([(name, str(value)) for name, value in facts])]
 
 
-def _rerun(diagnosis: Mapping[str, Any]) -> list[Block]:
+def _rerun(diagnosis: JsonRow) -> list[Block]:
     about = diagnosis["environment"]
     hardware = about.get("hardware", {})
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items() if version)
@@ -288,7 +295,7 @@ def _rerun(diagnosis: Mapping[str, Any]) -> list[Block]:
     return [Code(command(diagnosis)), Facts(facts), Facts(hashes, folded="SHA-256 of the reference's files")]
 
 
-def command(diagnosis: Mapping[str, Any]) -> str:
+def command(diagnosis: JsonRow) -> str:
     """The command line that makes this diagnosis again, into a new directory."""
     ran = [str(word) for word in diagnosis["environment"].get("command", [])]
     if "diagnose" in ran and any(word.partition("=")[0] == "--out" for word in ran):
@@ -306,9 +313,9 @@ def command(diagnosis: Mapping[str, Any]) -> str:
 
 def _elsewhere(words: Sequence[str]) -> list[str]:
     """The words of a command with a new directory for --out."""
-    found, after = [], False
+    moved, after = [], False
     for word in words:
         named = word.startswith("--out=")
-        found.append("--out=NEW_DIRECTORY" if named else "NEW_DIRECTORY" if after else word)
+        moved.append("--out=NEW_DIRECTORY" if named else "NEW_DIRECTORY" if after else word)
         after = word == "--out"
-    return found
+    return moved

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from remend.files.atomic import JsonRow
 from remend.report.page import Block, Figure, Heatmap, Lines, Table, number
 from remend.report.plots import percent
 from remend.report.svg import Level, Point, Series, style
@@ -12,7 +12,7 @@ from remend.report.svg import Level, Point, Series, style
 MOST_CELLS = 5000
 """Heatmaps of more cells, all together, say no values when hovered: the page would grow beyond 2 MB."""
 
-Students = Sequence[Mapping[str, Any]]
+Students = Sequence[JsonRow]
 
 
 def student_style(number: int) -> str:
@@ -34,7 +34,7 @@ def _series(name: str, css: str, layers: Students) -> Series:
     return Series(name, css, points, dots=True, band=band, titles=[_said(name, layer) for layer in layers])
 
 
-def _said(name: str, layer: Mapping[str, Any]) -> str:
+def _said(name: str, layer: JsonRow) -> str:
     place = f"layer {layer['layer']}"
     if layer["reference_layer"] != layer["layer"]:
         place += f" (the reference's {layer['reference_layer']})"
@@ -45,7 +45,7 @@ def _said(name: str, layer: Mapping[str, Any]) -> str:
 def anchors(students: Students) -> list[Series]:
     """The reference on a re-run and at random weights, by its layer."""
     names = {"rerun": "the reference, run again", "random": "random weights"}
-    found = []
+    lines = []
     for key, name in names.items():
         values = {
             float(layer["reference_layer"]): layer[key]
@@ -54,8 +54,8 @@ def anchors(students: Students) -> list[Series]:
             if layer.get(key) is not None
         }
         if values:
-            found.append(Series(name, key, sorted(values.items())))
-    return found
+            lines.append(Series(name, key, sorted(values.items())))
+    return lines
 
 
 def null_level(students: Students) -> list[Level]:
@@ -64,7 +64,7 @@ def null_level(students: Students) -> list[Level]:
     return [Level("most that shuffled rows reach", "null", max(values))] if values else []
 
 
-def layer_figures(students: Students, estimator: Mapping[str, Any]) -> list[Block]:
+def layer_figures(students: Students, estimator: JsonRow) -> list[Block]:
     """CKA by layer of all students in one chart."""
     rows = ", ".join(f"{student['rows']} rows for {student['name']}" for student in students)
     chart = Lines(
@@ -153,7 +153,7 @@ def _layer_rows(layers: Students) -> list[list[str]]:
     ]
 
 
-def grids(students: Students, estimator: Mapping[str, Any]) -> Figure:
+def grids(students: Students, estimator: JsonRow) -> Figure:
     """Every layer of each student against every layer of the reference."""
     cells = sum(len(row) for student in students for row in student["grid"])
     charts = [
@@ -181,7 +181,7 @@ def sites(students: Students) -> list[Block]:
     charts = []
     for site in names:
         there = [(i, student["sites"][site]) for i, student in enumerate(students) if site in student["sites"]]
-        series = [_series(students[i]["name"], student_style(i), found["layers"]) for i, found in there]
+        series = [_series(students[i]["name"], student_style(i), site_of["layers"]) for i, site_of in there]
         charts.append(
             Lines(
                 f"CKA of the {site} outputs",
@@ -189,7 +189,7 @@ def sites(students: Students) -> list[Block]:
                 x_label="layer of the reference",
                 y_label="CKA",
                 high=1.0,
-                levels=null_level([found for _, found in there]),
+                levels=null_level([site_of for _, site_of in there]),
             )
         )
     if not charts:

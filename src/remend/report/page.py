@@ -9,17 +9,18 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from markupsafe import Markup
 
-from remend.report.plots import Group, Interval, forest_plot, heatmap, percent, scatter
+from remend.files.atomic import JsonObject
+from remend.report.plots import Group, Share, forest_plot, heatmap, percent, scatter
 from remend.report.svg import Level, Series, line_chart
 
 MOST_ROWS = 40
 """A chart of more points is thinned for the table that stands in its place in Markdown."""
 
-Grid = tuple[list[str], list[list[str]]]
+Cells = tuple[list[str], list[list[str]]]
 """Columns and rows of a chart's numbers."""
 
 
@@ -44,9 +45,18 @@ class Lines:
 
     def draw(self) -> Markup:
         """SVG with its legend."""
-        return line_chart(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return line_chart(
+            self.series,
+            x_label=self.x_label,
+            y_label=self.y_label,
+            title=self.title,
+            low=self.low,
+            high=self.high,
+            levels=self.levels,
+            nothing=self.nothing,
+        )
 
-    def table(self) -> Grid:
+    def table(self) -> Cells:
         """A row for each x, thinned; intervals in brackets."""
         shown = [s for s in self.series if s.points]
         by_x = [dict(s.points) for s in shown]
@@ -72,14 +82,14 @@ class Forest:
 
     kind: ClassVar[str] = "forest"
     title: str
-    rows: Sequence[Interval]
+    rows: Sequence[Share]
     x_label: str
 
     def draw(self) -> Markup:
         """SVG."""
         return forest_plot(self.rows, x_label=self.x_label, title=self.title)
 
-    def table(self) -> Grid:
+    def table(self) -> Cells:
         """A row each: share, and its interval."""
         rows = [
             [r.name, percent(r.value), "–" if r.low is None else f"{percent(r.low)} to {percent(r.high)}"]
@@ -102,7 +112,7 @@ class Scatter:
         """SVG with its legend."""
         return scatter(self.groups, x_label=self.x_label, y_label=self.y_label, title=self.title)
 
-    def table(self) -> Grid:
+    def table(self) -> Cells:
         """A row a point."""
         rows = [[g.name, said, number(x), number(y)] for g in self.groups for x, y, said in g.points]
         return ["", "point", self.x_label, self.y_label], rows
@@ -123,9 +133,17 @@ class Heatmap:
 
     def draw(self) -> Markup:
         """SVG."""
-        return heatmap(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return heatmap(
+            self.values,
+            x_label=self.x_label,
+            y_label=self.y_label,
+            title=self.title,
+            rows=self.rows,
+            columns=self.columns,
+            hover=self.hover,
+        )
 
-    def table(self) -> Grid:
+    def table(self) -> Cells:
         """For each row of cells the column of its largest value: a grid of numbers would not be read."""
         columns = self.columns or [str(j) for j in range(max(map(len, self.values), default=0))]
         names = self.rows or [str(i) for i in range(len(self.values))]
@@ -150,8 +168,8 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """A statement and what it rests on: (place in the data, the value there)."""
+class Claim:
+    """A sentence and what it rests on: (place in the data, the value there)."""
 
     text: str
     rests_on: Sequence[tuple[str, str]] = ()
@@ -164,8 +182,8 @@ class Finding:
     kind: ClassVar[str] = "finding"
     name: str
     severity: str
-    sentences: Sequence[Sentence]
-    advice: Sentence
+    sentences: Sequence[Claim]
+    advice: Claim
 
 
 @dataclass(frozen=True)
@@ -268,15 +286,14 @@ class Page:
     sections: Sequence[Section]
     warnings: Sequence[str] = field(default=())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The same as plain values: every dataclass an object, with the kind of a block; None for what is no number."""
-        content: dict[str, Any] = _plain(self)
-        return content
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kind = {"kind": value.kind} if hasattr(value, "kind") else {}
+        kind: JsonObject = {"kind": value.kind} if hasattr(value, "kind") else {}
         return kind | {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from remend.report.svg import BOTTOM, TOP, Frame, Key, legend, marker, start, style, text, ticks
+from remend.report.svg import BOTTOM, TOP, Frame, Key, legend, marker, padded, start, style, text, ticks
 
 NARROW, ROW = 440, 50
 """Width of a forest plot, so that a phone shows it whole, and height of its rows, in viewBox units."""
@@ -20,7 +20,7 @@ LEAST = -1.0
 
 
 @dataclass(frozen=True)
-class Interval:
+class Share:
     """A row of a forest plot: a share with the ends of its interval, None where there is none."""
 
     name: str
@@ -61,7 +61,7 @@ def shortened(name: str, letters: int = LETTERS) -> str:
     return f"{name[: letters - 1 - tail]}…{name[-tail:]}"
 
 
-def forest_plot(rows: Sequence[Interval], *, x_label: str, title: str) -> Markup:
+def forest_plot(rows: Sequence[Share], *, x_label: str, title: str) -> Markup:
     """Shares with their intervals, one row each, between 0% and 100% or wider."""
     drawn = [row for row in rows if row.value is not None]
     if not drawn:
@@ -86,7 +86,7 @@ def forest_plot(rows: Sequence[Interval], *, x_label: str, title: str) -> Markup
     return Markup("".join(parts) + "</svg>")
 
 
-def _row(row: Interval, top: float, at: Callable[[float], float]) -> list[str]:
+def _row(row: Share, top: float, at: Callable[[float], float]) -> list[str]:
     """A row of a forest plot: name and figures, and below them the bar with its marker."""
     hover = f"<title>{escape(row.name)}: {escape(row.words())}</title>"
     middle = top + 32
@@ -107,10 +107,10 @@ def _row(row: Interval, top: float, at: Callable[[float], float]) -> list[str]:
 
 def scatter(groups: Sequence[Group], *, x_label: str, y_label: str, title: str) -> Markup:
     """One quantity against another; neither axis is forced to zero. A group has its colour and marker."""
-    found = [(x, y) for g in groups for x, y, _ in g.points if x is not None and y is not None]
-    if not found:
+    measured = [(x, y) for g in groups for x, y, _ in g.points if x is not None and y is not None]
+    if not measured:
         return Markup("<p>nothing was measured</p>")
-    frame = Frame(*_range([x for x, _ in found]), *_range([y for _, y in found]))
+    frame = Frame(*padded(x for x, _ in measured), *padded(y for _, y in measured))
     parts = frame.axes(x_label, y_label, title)
     for number, group in enumerate(groups):
         css = style(number)
@@ -123,12 +123,6 @@ def scatter(groups: Sequence[Group], *, x_label: str, y_label: str, title: str) 
             parts.append(marker(x, y, look, f"{group.name}: {said}", 5))
     keys = [Key(g.name, style(n), dots=True, line=g.joined) for n, g in enumerate(groups)]
     return Markup("".join(parts) + "</svg>") + legend(keys)
-
-
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    pad = 0.08 * (high - low) or 0.05 * abs(high) or 0.5
-    return low - pad, high + pad
 
 
 _ANCHORS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")

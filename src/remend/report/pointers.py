@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from remend.report.page import Sentence
+from remend.files.atomic import JsonRow
+from remend.report.page import Claim
 
 
-def resolve(data: Any, pointer: str) -> Any:
+def resolve(data: object, pointer: str) -> object:
     """What a JSON pointer names. Raises LookupError where nothing is there."""
     at = data
     for part in pointer.split("/")[1:]:
@@ -22,7 +22,7 @@ def resolve(data: Any, pointer: str) -> Any:
     return at
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """A short text for any value: numbers to 4 digits, short lists whole, long ones by their length."""
     if value is None:
         return "–"
@@ -34,13 +34,13 @@ def value_text(value: Any) -> str:
     return f"an object of {len(value)}" if isinstance(value, Mapping) else str(value)
 
 
-def traced(sentence: Mapping[str, Any], found: Mapping[str, Any], prefix: str) -> Sentence:
+def traced(sentence: JsonRow, student: JsonRow, prefix: str) -> Claim:
     """A sentence of a student's part with the values at its pointers; prefix: the part's own pointer in the file."""
     rests = []
     for pointer in sentence["rests_on"]:
         try:
-            said = value_text(resolve(found, pointer))
+            said = value_text(resolve(student, pointer))
         except LookupError:
             said = "not in the file"
         rests.append((prefix + pointer, said))
-    return Sentence(sentence["text"], rests)
+    return Claim(sentence["text"], rests)

@@ -6,22 +6,21 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from remend.files.atomic import read_json
+from remend.files.atomic import JsonRow, read_json
 from remend.files.run_directory import MANIFEST, RECIPE, TRACK, RunDirectory
 from remend.maths.gap import bootstrap_gap_closed
 from remend.report import samples
 from remend.report.page import Answer, Block, Code, Facts, Figure, Forest, Page, Samples, Section, Table, Text
-from remend.report.plots import Interval, percent
+from remend.report.plots import Share, percent
 from remend.report.tracks import alignment
 from remend.report.training import figures
 from remend.report.writing import write_page
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[JsonRow]
 
 
-def table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+def table(summary: JsonRow) -> list[dict[str, str]]:
     """The rows that terminal and page show: label, degraded, recovered, gap."""
     before, after, gap = summary["degraded"], summary["recovered"], summary["gap_closed"] or {}
     labels = (
@@ -42,10 +41,10 @@ def table(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         for key, label, form in labels
         if before[key] is not None  # a cached reference can't score the student's own answers
     ]
-    return rows + [row for name, found in summary.get("streams", {}).items() for row in _stream(name, found)]
+    return rows + [row for name, sides in summary.get("streams", {}).items() for row in _stream(name, sides)]
 
 
-def _repair_row(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+def _repair_row(summary: JsonRow) -> list[dict[str, str]]:
     repair, before = summary.get("repair"), summary["degraded"]["kl"]
     if not repair:
         return []
@@ -65,7 +64,7 @@ def _stream(name: str, figures: Mapping[str, Mapping[str, float]]) -> list[dict[
     ]
 
 
-def verdict(summary: Mapping[str, Any]) -> str:
+def verdict(summary: JsonRow) -> str:
     """One sentence: how much of the gap was closed, with its interval."""
     gap, interval = summary["gap_closed"], summary["gap_closed_kl_95"]
     if gap is None:
@@ -77,12 +76,12 @@ def verdict(summary: Mapping[str, Any]) -> str:
     return text + "."
 
 
-def write_report(directory: Path, summary: Mapping[str, Any]) -> Path:
+def write_report(directory: Path, summary: JsonRow) -> Path:
     """Write report.html, report.md and report.json beside the run's other files; what a model wrote is escaped."""
     return write_page(directory, recovery_page(directory, summary))
 
 
-def recovery_page(directory: Path, summary: Mapping[str, Any]) -> Page:
+def recovery_page(directory: Path, summary: JsonRow) -> Page:
     """The page of the run in `directory`; its summary may not be written yet."""
     files, manifest = RunDirectory(directory), read_json(directory / MANIFEST)
     track = files.rows(TRACK)
@@ -107,7 +106,7 @@ def _short(spec: str) -> str:
     return spec.rstrip("/").split("/")[-1]
 
 
-def _gap(files: RunDirectory, summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> Section:
+def _gap(files: RunDirectory, summary: JsonRow, manifest: JsonRow) -> Section:
     rows = [_with_reference(row) for row in table(summary)]
     note = (
         f"KL is {summary['kl_direction']}, in nats a token over the full shared vocabulary of "
@@ -136,15 +135,15 @@ def _with_reference(row: Mapping[str, str]) -> list[str]:
     return [label, row["degraded"], row["recovered"], theirs, gap]
 
 
-def _intervals(files: RunDirectory, summary: Mapping[str, Any]) -> list[Interval]:
+def _intervals(files: RunDirectory, summary: JsonRow) -> list[Share]:
     gap, ends = summary["gap_closed"], summary["gap_closed_kl_95"] or (None, None)
     rows = []
     repair, before = summary.get("repair"), summary["degraded"]["kl"]
     if repair and before > 0:
-        rows.append(Interval("KL after repair alone", 1 - repair["kl"] / before, *(_repaired(files) or (None, None))))
-    rows.append(Interval("KL, on the reference's answers", gap.get("kl"), *ends))
-    rows.append(Interval("KL, on its own answers", gap.get("kl_on_policy")))
-    rows.append(Interval("top-1 agreement", gap.get("top1_agreement")))
+        rows.append(Share("KL after repair alone", 1 - repair["kl"] / before, *(_repaired(files) or (None, None))))
+    rows.append(Share("KL, on the reference's answers", gap.get("kl"), *ends))
+    rows.append(Share("KL, on its own answers", gap.get("kl_on_policy")))
+    rows.append(Share("top-1 agreement", gap.get("top1_agreement")))
     return [row for row in rows if row.value is not None]
 
 
@@ -156,7 +155,7 @@ def _repaired(files: RunDirectory) -> tuple[float, float] | None:
     return bootstrap_gap_closed([before[i] for i in both], [after[i] for i in both]) if both else None
 
 
-def _samples(rows: Rows, manifest: Mapping[str, Any]) -> Samples:
+def _samples(rows: Rows, manifest: JsonRow) -> Samples:
     shown = []
     for row in rows:
         reference = row["reference"]
@@ -171,7 +170,7 @@ def _samples(rows: Rows, manifest: Mapping[str, Any]) -> Samples:
     )
 
 
-def _rerun(directory: Path, summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[Block]:
+def _rerun(directory: Path, summary: JsonRow, manifest: JsonRow) -> list[Block]:
     recipe, hardware = directory / RECIPE, manifest["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version)
     gpus = "".join(f", {gpu}" for gpu in hardware["gpus"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import Any
 
+from remend.files.atomic import JsonRow
 from remend.report.page import Piece, Said, number
 
 KL_STEPS = (0.05, 0.25, 1.0, 2.5)
@@ -61,7 +61,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\s*\S+\s*", text)
 
 
-def coloured(tokens: Sequence[Mapping[str, Any]], label: str = "") -> Said:
+def coloured(tokens: Sequence[JsonRow], label: str = "") -> Said:
     """The reference's answer, each token ({text, kl, rank}) coloured by its KL under a student."""
     if not tokens:
         return plain("", label)
@@ -70,7 +70,7 @@ def coloured(tokens: Sequence[Mapping[str, Any]], label: str = "") -> Said:
     return Said(pieces, label, f"{agreed} of its {len(pieces)} tokens are this model's first choice too")
 
 
-def _hover(token: Mapping[str, Any]) -> str:
+def _hover(token: JsonRow) -> str:
     rank = token["rank"]
     place = "its own first choice" if rank == 0 else f"it puts {rank} other token{'s' * (rank != 1)} before this one"
     return f"KL {number(token['kl'])} nats; {place}"

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from remend.files.atomic import JsonRow
 from remend.report.arrows import Arrows
 from remend.report.page import Block, Code, Facts, Figure, Forest, Lines, Page, Scatter, Section, Table, Text, number
-from remend.report.plots import Group, Interval, percent
+from remend.report.plots import Group, Share, percent
 from remend.report.svg import Series, style
 from remend.report.tracks import CAUTION
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[JsonRow]
 
 MEASURED = ("degradation", "method", "seeds", "KL, nats a token", "KL gap closed (95%)", "top-1 agreement")
 SCORED = ("score (95%)", "change (95%)", "can show", "verdict", "loss won back (95%)")
 """Columns of each task; one that says nothing in any row is left out."""
 
 
-def study_page(results: Mapping[str, Any]) -> Page:
+def study_page(results: JsonRow) -> Page:
     """The page as data, of what remend.studies gathered."""
     rows = [row for row in results["rows"] if row["how"] != "none"]
     sections = [
@@ -45,26 +45,26 @@ def study_page(results: Mapping[str, Any]) -> Page:
     )
 
 
-def _not_graded(row: Mapping[str, Any]) -> str:
+def _not_graded(row: JsonRow) -> str:
     return (
         f"{row['group']}, {row['method']}: not graded on {', '.join(row['not_graded'])}, since its model was not kept "
         "(keep_models: false). To grade it, remove its directory and run the study again."
     )
 
 
-def _interval(row: Mapping[str, Any], name: str) -> Interval:
-    return Interval(name, row["gap_closed"], *(row["gap_closed_95"] or (None, None)))
+def _share(row: JsonRow, name: str) -> Share:
+    return Share(name, row["gap_closed"], *(row["gap_closed_95"] or (None, None)))
 
 
 def _verdict(rows: Rows) -> str:
     known = [row for row in rows if row["gap_closed"] is not None]
     if not known:
         return "No recovery has been measured."
-    best: dict[str, Mapping[str, Any]] = {}
+    best: dict[str, JsonRow] = {}
     for row in known:
         if row["group"] not in best or row["gap_closed"] > best[row["group"]]["gap_closed"]:
             best[row["group"]] = row
-    words = "; ".join(f"{group}: {_interval(r, '').words()} by {r['method']}" for group, r in best.items())
+    words = "; ".join(f"{group}: {_share(r, '').words()} by {r['method']}" for group, r in best.items())
     return f"Most of the KL gap closed, with 95% intervals: {words}."
 
 
@@ -81,7 +81,7 @@ def _table(every: Rows, rows: Rows) -> list[Section]:
     table = Table([columns[i] for i in said], shown, emphasis=4, caption=_caption(every))
     blocks: list[Block] = [table]
     if any(row["gap_closed"] is not None for row in rows):
-        bars = [_interval(row, f"{row['group']}: {row['method']}") for row in rows]
+        bars = [_share(row, f"{row['group']}: {row['method']}") for row in rows]
         blocks.append(
             Figure(
                 [Forest("KL gap closed, with 95% intervals", bars, "share of the KL gap closed")],
@@ -95,7 +95,7 @@ def _table(every: Rows, rows: Rows) -> list[Section]:
     return [Section("Degraded and recovered", "table", blocks)]
 
 
-def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _cells(row: JsonRow, names: Sequence[str]) -> list[str]:
     graded = {grade["name"]: grade for grade in row["grades"]}
     kl, agreed = row["kl"], row["agreement"]
     idle = row["how"] == "none"
@@ -104,7 +104,7 @@ def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         row["method"],
         str(len(row["seeds"])),
         number(kl["degraded"]) + ("" if idle else f" → {number(kl['recovered'])}"),
-        "–" if idle else _interval(row, "").words(),
+        "–" if idle else _share(row, "").words(),
         number(agreed["degraded"], ".1%") + ("" if idle else f" → {number(agreed['recovered'], '.1%')}"),
     ]
     for name in names:
@@ -112,16 +112,14 @@ def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [*cells, _span(row["tokens_trained"], ",.0f"), _span(row["training_seconds"], ",.0f")]
 
 
-def _score(grade: Mapping[str, Any] | None, idle: bool) -> list[str]:
+def _score(grade: JsonRow | None, idle: bool) -> list[str]:
     none = ["–"] * (len(SCORED) - 1)
     if grade is None:
         return ["–", *none]
     scores, change = grade["scores"], grade["change"]
-    found = scores["recovered"]
-    score = f"{found['score']:.1%}{_ends(found['interval'], '.1%')}"
+    score = _scored(scores["recovered"])
     if idle:
-        theirs = scores["reference"]
-        return [f"{score}, reference {theirs['score']:.1%}{_ends(theirs['interval'], '.1%')}", *none]
+        return [f"{score}, reference {_scored(scores['reference'])}", *none]
     if change is None:
         return [score, *none]
     points = f"{100 * change['difference']:+.1f}{_ends([100 * end for end in change['interval']], '+.1f')}"
@@ -129,6 +127,10 @@ def _score(grade: Mapping[str, Any] | None, idle: bool) -> list[str]:
     shown = "–" if least is None else f"{100 * least:.1f}"
     won = "–" if gap["value"] is None else f"{gap['value']:.0%}{_ends(gap['interval'], '.0%')}"
     return [score, points.replace("-", "−"), shown, change["verdict"], won.replace("-", "−")]
+
+
+def _scored(side: JsonRow) -> str:
+    return f"{side['score']:.1%}{_ends(side['interval'], '.1%')}"
 
 
 def _ends(interval: Sequence[float] | None, form: str) -> str:
@@ -145,7 +147,7 @@ def _caption(rows: Rows) -> str:
     counts = {grade["name"]: grade["n"] for row in rows for grade in row["grades"] if grade["n"]}
     items = ", ".join(f"{name} {n}" for name, n in counts.items())
     grades = [grade for row in rows for grade in row["grades"] if grade["change"]]
-    by = dict.fromkeys(found["method"] for grade in grades for found in grade["scores"].values() if found["method"])
+    by = dict.fromkeys(side["method"] for grade in grades for side in grade["scores"].values() if side["method"])
     changed = dict.fromkeys(grade["change"]["method"] for grade in grades)
     made = f"Intervals of scores: {', '.join(by)}; of changes: {', '.join(changed)}. " if grades else ""
     lost = any(grade["gap"]["value"] is not None for grade in grades)
@@ -193,7 +195,7 @@ def _ability(every: Rows, rows: Rows) -> list[Section]:
     return [Section("Task against general ability", "ability", [figure])]
 
 
-def _equal(results: Mapping[str, Any]) -> list[Section]:
+def _equal(results: JsonRow) -> list[Section]:
     sections = []
     for key, what, unit in (
         ("at_equal_tokens", "tokens", "trained tokens"),
@@ -237,7 +239,7 @@ def _equal_table(groups: Rows, what: str, unit: str) -> Table:
     return Table(columns, rows, caption=caption, emphasis=5)
 
 
-def _courses(results: Mapping[str, Any], what: str, unit: str) -> Figure:
+def _courses(results: JsonRow, what: str, unit: str) -> Figure:
     charts = []
     for group in dict.fromkeys(cell["group"] for cell in results["cells"]):
         cells = [c for c in results["cells"] if c["group"] == group and len(c.get("curve", ())) > 1]
@@ -257,16 +259,16 @@ def _courses(results: Mapping[str, Any], what: str, unit: str) -> Figure:
     )
 
 
-def _alignment(found: Mapping[str, Any]) -> list[Section]:
-    if not found.get("points"):
-        return [Section("CKA against recovery", "alignment", [Text(f"Not given: {found['reason']}", "soft")])]
-    names = dict.fromkeys(point["group"] for point in found["points"])
+def _alignment(correlation: JsonRow) -> list[Section]:
+    if not correlation.get("points"):
+        return [Section("CKA against recovery", "alignment", [Text(f"Not given: {correlation['reason']}", "soft")])]
+    names = dict.fromkeys(point["group"] for point in correlation["points"])
     groups = [
         Group(
             name,
             [
                 (p["alignment"], p["recovery"], f"{p['run']}, step {p['step']} ({p['stage']})")
-                for p in found["points"]
+                for p in correlation["points"]
                 if p["group"] == name
             ],
             joined=False,
@@ -277,20 +279,21 @@ def _alignment(found: Mapping[str, Any]) -> list[Section]:
         [Scatter("Recovery against alignment", groups, "mean CKA over layers", "KL gap closed")],
         see="Each point is a checkpoint of a trained cell. Right is closer to the reference in representation, up in "
         "behaviour.",
-        measured=f"{found['checkpoints']} checkpoints of {len(found['cells'])} cells, by remend correlate. {CAUTION}",
+        measured=f"{correlation['checkpoints']} checkpoints of {len(correlation['cells'])} cells, by remend correlate. "
+        + CAUTION,
     )
     table = Table(
         ["", "n", "Spearman (95%)", "p, permutation", "p, shifts", "Pearson (95%)", "p, permutation"],
-        [_correlated(level, found["overall"][level]) for level in ("within", "between", "pooled")],
+        [_correlated(level, correlation["overall"][level]) for level in ("within", "between", "pooled")],
         caption="Within: along each cell's training. Between: means of cells. Shifts keep the checkpoints' order.",
     )
-    said: list[Block] = [Text(sentence["text"]) for sentence in found["sentences"]]
-    notes: list[Block] = [Text(note, "soft") for note in found["notes"]]
+    said: list[Block] = [Text(sentence["text"]) for sentence in correlation["sentences"]]
+    notes: list[Block] = [Text(note, "soft") for note in correlation["notes"]]
     return [Section("CKA against recovery", "alignment", [*said, table, figure, *notes])]
 
 
-def _correlated(level: str, found: Mapping[str, Any]) -> list[str]:
-    rank, line = found["spearman"], found["pearson"]
+def _correlated(level: str, measures: JsonRow) -> list[str]:
+    rank, line = measures["spearman"], measures["pearson"]
     cells = [f"{level} cells", str(rank["n"])]
     if rank["coefficient"] is None:
         return [*cells, str(rank["reason"]), "–", "–", "–", "–"]
@@ -298,12 +301,12 @@ def _correlated(level: str, found: Mapping[str, Any]) -> list[str]:
     return [*cells, _coefficient(line), number(line["p_value"], ".2g")]
 
 
-def _coefficient(found: Mapping[str, Any]) -> str:
-    ends = "" if found["low"] is None else f" ({number(found['low'], '.2f')} to {number(found['high'], '.2f')})"
-    return number(found["coefficient"], ".2f") + ends
+def _coefficient(value: JsonRow) -> str:
+    ends = "" if value["low"] is None else f" ({number(value['low'], '.2f')} to {number(value['high'], '.2f')})"
+    return number(value["coefficient"], ".2f") + ends
 
 
-def _cost(results: Mapping[str, Any]) -> list[Block]:
+def _cost(results: JsonRow) -> list[Block]:
     rows = []
     for row in results["rows"]:
         parts = row["training_seconds_of"]
@@ -333,7 +336,7 @@ def _failures(failures: Mapping[str, str]) -> list[Section]:
     return [Section("Failed", "failed", [Table(["cell", "why"], [[name, why] for name, why in failures.items()])])]
 
 
-def _rerun(results: Mapping[str, Any]) -> list[Block]:
+def _rerun(results: JsonRow) -> list[Block]:
     facts = [("models", ", ".join(f"{name}: {path}" for name, path in results["models"].items()))]
     facts += [(name, how) for name, how in results["methods"].items()]
     facts.append(("seeds", ", ".join(map(str, results["seeds"]))))

@@ -95,6 +95,14 @@ def text(x: float, y: float, content: str, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
+def padded(values: Iterable[float]) -> tuple[float, float]:
+    """Where an axis begins and ends so that its outermost points stay clear of the edge."""
+    known = list(values)
+    low, high = min(known), max(known)
+    pad = 0.08 * (high - low) or 0.05 * abs(high) or 0.5
+    return low - pad, high + pad
+
+
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers between low and high, `about` of them."""
     if high <= low:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from remend.files.atomic import JsonRow
 from remend.report.page import Figure, Heatmap, Scatter, Section, number
 from remend.report.plots import Group
 
@@ -13,7 +13,7 @@ CAUTION = (
     "does not, and the other way round (arXiv 2210.16156)."
 )
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[JsonRow]
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -32,39 +32,39 @@ _NAMES = {"degraded": "start", "repaired": "repair", "recovered": "end"}
 """Short names of a track's stages that are no step of the training."""
 
 
-def _when(row: Mapping[str, Any]) -> str:
+def _when(row: JsonRow) -> str:
     """The step, and what the model was where that is no step of the training."""
     stage = row.get("stage", "training")
     return str(row["step"]) if stage == "training" else f"{row['step']} ({stage})"
 
 
-def _said(what: str, row: Mapping[str, Any]) -> str:
+def _said(what: str, row: JsonRow) -> str:
     agreement = row.get("top1_agreement")
     agreed = "" if agreement is None else f", agreement {agreement:.1%}"
     return f"{what}: mean CKA {number(mean(row['cka']))}, KL {number(row['kl'])}{agreed}"
 
 
-def student_point(found: Mapping[str, Any], before: bool = False) -> tuple[float | None, float | None, str]:
+def student_point(student: JsonRow, before: bool = False) -> tuple[float | None, float | None, str]:
     """A diagnosed student as a point."""
     values = {
-        "cka": [layer["cka"] for layer in found["layers"]],
-        "kl": found["behaviour"]["kl"],
-        "top1_agreement": found["behaviour"]["top1_agreement"],
+        "cka": [layer["cka"] for layer in student["layers"]],
+        "kl": student["behaviour"]["kl"],
+        "top1_agreement": student["behaviour"]["top1_agreement"],
     }
-    return mean(values["cka"]), values["kl"], _said(found["name"] + (" (before)" if before else ""), values)
+    return mean(values["cka"]), values["kl"], _said(student["name"] + (" (before)" if before else ""), values)
 
 
-def student_groups(diagnosis: Mapping[str, Any], prefix: str = "") -> list[Group]:
+def student_groups(diagnosis: JsonRow, prefix: str = "") -> list[Group]:
     """Each recovered student joined to the one that it is compared with; students that none is made from, alone."""
     students = [diagnosis, *diagnosis.get("others", [])]
-    by_name = {found["name"]: found for found in students}
+    by_name = {student["name"]: student for student in students}
     groups, seen = [], set()
-    for found in students:
-        before = by_name.get((found.get("compared_with") or {}).get("name", ""))
+    for student in students:
+        before = by_name.get((student.get("compared_with") or {}).get("name", ""))
         if before is not None:
-            name = f"{prefix}{before['name']} → {found['name']}"
-            groups.append(Group(name, [student_point(before, before=True), student_point(found)]))
-            seen |= {before["name"], found["name"]}
+            name = f"{prefix}{before['name']} → {student['name']}"
+            groups.append(Group(name, [student_point(before, before=True), student_point(student)]))
+            seen |= {before["name"], student["name"]}
     alone = [Group(prefix + s["name"], [student_point(s)], joined=False) for s in students if s["name"] not in seen]
     return groups + alone
 

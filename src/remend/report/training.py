@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from remend.files.run_directory import METRICS, RunDirectory
+from remend.files.atomic import JsonRow
+from remend.files.run_directory import METRICS, RunDirectory, updates_a_round
 from remend.report.page import Block, Figure, Lines, Text
 from remend.report.svg import Point, Series, style
 
@@ -15,10 +15,10 @@ MOST_POINTS = 400
 ROLLING = 5
 """Steps that the smooth line averages."""
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[JsonRow]
 
 
-def figures(files: RunDirectory, summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[Block]:
+def figures(files: RunDirectory, summary: JsonRow, manifest: JsonRow) -> list[Block]:
     """Loss and held-out KL of each stream over the steps, and the speed."""
     rows = files.rows(METRICS)
     trained = [row for row in rows if "loss" in row]
@@ -26,22 +26,22 @@ def figures(files: RunDirectory, summary: Mapping[str, Any], manifest: Mapping[s
         return [Text("No steps were trained.")]
     names = [key.removesuffix("/loss") for key in trained[0] if key.endswith("/loss")]
     main = main_stream(names, summary, manifest)
-    found: list[Block] = []
-    for name in sorted(names, key=lambda name: name != main) or [""]:
-        figure = _loss(name, _held_out(rows, summary, name, name == main or not name), trained)
-        found.append(figure)
-    speed = _speed(trained, files.step_seconds(), names, manifest["recipe"].get("updates_per_rollout") or 2)
-    return found + ([speed] if speed else [])
+    losses: list[Block] = [
+        _loss(name, _held_out(rows, summary, name, name == main or not name), trained)
+        for name in sorted(names, key=lambda name: name != main) or [""]
+    ]
+    speed = _speed(trained, files.step_seconds(), names, updates_a_round(manifest["recipe"]))
+    return losses + ([speed] if speed else [])
 
 
-def main_stream(names: Sequence[str], summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> str | None:
+def main_stream(names: Sequence[str], summary: JsonRow, manifest: JsonRow) -> str | None:
     """The stream that the summary's own figures are of: taught by the reference, and not among its side streams."""
     streams = manifest["recipe"].get("streams") or {}
     taught = [n for n in streams if (streams[n].get("teacher") or manifest["reference"]) == manifest["reference"]]
     return next((name for name in (*taught, *names) if name in names and name not in summary.get("streams", {})), None)
 
 
-def _held_out(rows: Rows, summary: Mapping[str, Any], name: str, main: bool) -> list[Series]:
+def _held_out(rows: Rows, summary: JsonRow, name: str, main: bool) -> list[Series]:
     """A stream's held-out KL: before, at every evaluation, after."""
     sides, key = summary.get("streams", {}), "eval/kl" if main else f"eval/{name}/kl"
     if not main and name not in sides:
@@ -50,16 +50,17 @@ def _held_out(rows: Rows, summary: Mapping[str, Any], name: str, main: bool) -> 
     repair = summary.get("repair") if main else None
     repair = repair if repair and repair.get("kept", True) else None
     evaluated = [(float(row["step"]), row[key]) for row in rows if key in row]
-    last = float((summary.get("selected") or {}).get("step", summary["steps"]))
+    selected: JsonRow = summary.get("selected") or {}
+    last = float(selected.get("step", summary["steps"]))
     first = repair["kl"] if repair else ends[0]["kl"]
     points = sorted([(0.0, first), *evaluated, (last, ends[1]["kl"])], key=lambda p: p[0])
     label = "held-out KL" + (" (on the reference's answers)" if main else " to its teacher")
     # a line between the two ends alone would show a path that nobody measured
-    found = [Series(label, style(1), points, dots=True, joined=bool(evaluated))]
+    lines = [Series(label, style(1), points, dots=True, joined=bool(evaluated))]
     if repair:
         before = [(0.0, ends[0]["kl"])]
-        found.append(Series("held-out KL before one-shot repair", style(2), before, dots=True, joined=False))
-    return found
+        lines.append(Series("held-out KL before one-shot repair", style(2), before, dots=True, joined=False))
+    return lines
 
 
 def _loss(name: str, held_out: Sequence[Series], trained: Rows) -> Figure:
@@ -111,11 +112,11 @@ def _speed(trained: Rows, timing: Mapping[int, float], names: Sequence[str], eac
 
 def rolling(points: Sequence[Point], width: int = ROLLING) -> list[Point]:
     """Each point's mean with those before it, `width` in all."""
-    found: list[Point] = []
+    means: list[Point] = []
     for i, (x, _) in enumerate(points):
         window = [y for _, y in points[max(0, i - width + 1) : i + 1] if y is not None]
-        found.append((x, sum(window) / len(window) if window else None))
-    return found
+        means.append((x, sum(window) / len(window) if window else None))
+    return means
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -123,9 +124,9 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     width = max(1, -(-len(points) // most))
     if width == 1:
         return list(points)
-    found: list[Point] = []
+    means: list[Point] = []
     for at in range(0, len(points), width):
         part = points[at : at + width]
         known = [y for _, y in part if y is not None]
-        found.append((part[-1][0], sum(known) / len(known) if known else None))
-    return found
+        means.append((part[-1][0], sum(known) / len(known) if known else None))
+    return means

@@ -1,4 +1,4 @@
-"""Line charts: round ticks, points where they belong, escaped text."""
+"""Charts: round ticks, marks where they belong, intervals, colours that rise in brightness, escaped text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from remend.report.arrows import Arrows
+from remend.report.plots import Group, Share, forest_plot, heatmap, percent, scatter, shade, shortened
 from remend.report.svg import (
     BOTTOM,
     HEIGHT,
@@ -26,6 +28,7 @@ from remend.report.svg import (
     ticks,
 )
 
+BAD = '<script>"&'
 LABELS = {"x_label": "step", "y_label": "nats", "title": "Loss"}
 
 
@@ -35,9 +38,9 @@ def parsed(html: str) -> ElementTree.Element:
 
 def drawing(html: str) -> ElementTree.Element:
     """The chart without its legend."""
-    found = parsed(html).find("svg")
-    assert found is not None
-    return found
+    chart = parsed(html).find("svg")
+    assert chart is not None
+    return chart
 
 
 def dots(html: str) -> list[ElementTree.Element]:
@@ -62,10 +65,10 @@ def test_ticks(low: float, high: float, about: int, expected: list[float]) -> No
 @settings(deadline=None, max_examples=100, database=None)
 @given(low=st.floats(-1e3, 1e3), span=st.floats(1e-3, 1e6), about=st.integers(2, 10))
 def test_ticks_are_even_inside_and_few(low: float, span: float, about: int) -> None:
-    found = ticks(low, low + span, about)
-    steps = [b - a for a, b in itertools.pairwise(found)]
-    assert all(low - 1e-6 * span <= t <= low + span + 1e-6 * span for t in found)
-    assert len(found) <= about + 1
+    marks = ticks(low, low + span, about)
+    steps = [b - a for a, b in itertools.pairwise(marks)]
+    assert all(low - 1e-6 * span <= t <= low + span + 1e-6 * span for t in marks)
+    assert len(marks) <= about + 1
     assert all(s == pytest.approx(steps[0]) and s > 0 for s in steps)
     if steps:
         assert re.fullmatch(r"[125]\.0+e[+-]\d+", f"{steps[0]:.4e}")
@@ -87,15 +90,6 @@ def test_legend_names_the_series_that_have_points() -> None:
     html = line_chart([Series("seen", "a", [(0, 1), (1, 2)]), Series("empty", "b", [])], **LABELS)
     assert ["".join(span.itertext()) for span in parsed(html).iter("span")] == ["seen"]
     assert dots(html) == []
-
-
-def test_everything_is_escaped() -> None:
-    bad = '<script>"&'
-    html = line_chart([Series(bad, "a", [(0, 1)])], x_label=bad, y_label=bad, title=bad)
-    root = parsed(html)  # well formed
-    assert "<script>" not in html
-    assert root.find("svg").attrib["aria-label"] == bad
-    assert [t.text for t in root.iter("text")].count(bad) == 2
 
 
 def test_nothing_to_draw() -> None:
@@ -174,3 +168,121 @@ def test_counts_are_ticked_at_whole_numbers() -> None:
 
     assert below([0, 1, 2, 3]) == ["0", "1", "2", "3"]
     assert below([0, 0.5, 2]) == ["0", "0.5", "1", "1.5", "2"]
+
+
+def at(html: str, css: str, key: str) -> list[float]:
+    return [float(e.attrib[key]) for e in drawing(html).iter() if e.attrib.get("class", "") == css]
+
+
+def test_words_of_an_interval() -> None:
+    assert Share("a", 0.57, 0.53, 0.61).words() == "57% (53% to 61%)"
+    assert Share("a", -0.2).words() == "−20%"
+    assert Share("a", None).words() == percent(None) == "–"
+
+
+def test_forest_places_values_between_its_axes() -> None:
+    html = forest_plot([Share("a", 0.5, 0.25, 0.75), Share("b", 0.25)], x_label="share", title="t")
+    zero, one = at(html, "axis", "x1")
+    assert at(html, "dot s0", "cx") == [pytest.approx((zero + one) / 2, abs=0.06)]
+    (low,), (high,) = at(html, "whisker", "x1"), at(html, "whisker", "x2")
+    assert (low - zero, one - high) == (pytest.approx((one - zero) / 4, abs=0.1),) * 2
+    assert at(html, "dot s0 open", "cx") == [pytest.approx(low, abs=0.06)]  # no interval was measured
+    assert "a: 50% (25% to 75%)" in [t.text for t in drawing(html).iter("title")]
+
+
+def test_forest_keeps_a_failed_run_at_the_edge() -> None:
+    html = forest_plot([Share("lost", -8.0, -9.0, -7.0), Share("won", 0.5)], x_label="share", title="t")
+    left = min(float(e.attrib["x1"]) for e in drawing(html).iter("line"))
+    assert at(html, "dot s0", "cx") == [left]
+    assert "−800% (−900% to −700%)" in html
+    assert forest_plot([Share("a", None)], x_label="", title="") == "<p>no gap was there to close</p>"
+
+
+def test_scatter_forces_neither_axis_to_zero_and_leaves_out_what_is_not_measured() -> None:
+    points = [(0.90, 2.0, "step 0"), (None, 1.5, "step 5"), (0.95, 1.0, "step 10")]
+    html = scatter(
+        [Group("run", points), Group("alone", [(0.92, 1.4, "x")], joined=False)], x_label="x", y_label="y", title="t"
+    )
+    assert len(list(drawing(html).iter("polyline"))) == 1
+    first, last = at(html, "dot s0 open", "cx")[0], at(html, "dot s0", "cx")[0]
+    assert last - first > 400  # most of the width
+    assert "run: step 10" in [t.text for t in drawing(html).iter("title")]
+    assert scatter([Group("a", [(None, 1.0, "")])], x_label="", y_label="", title="") == "<p>nothing was measured</p>"
+    one = scatter([Group("a", [(0.0, 0.0, "")])], x_label="", y_label="", title="")
+    assert "nan" not in one
+
+
+def luminance(colour: str) -> float:
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+
+
+def test_shades_rise_in_brightness() -> None:
+    steps = [luminance(shade(i / 50)) for i in range(51)]
+    assert steps == sorted(steps)
+    assert shade(-3) == shade(0) == "#440154"
+    assert shade(7) == shade(1) == "#fde725"
+
+
+def test_heatmap_has_a_cell_for_each_value_with_row_0_at_the_bottom() -> None:
+    values = [[1.0, 0.5, None], [0.0, 0.25, 0.75]]
+    html = heatmap(values, x_label="theirs", y_label="ours", title="t")
+    cells = {e.find("title").text: e.attrib for e in drawing(html).iter("rect") if e.find("title") is not None}  # type: ignore[union-attr]
+    assert set(cells) == {
+        "ours 0, theirs 0: 1.000",
+        "ours 0, theirs 1: 0.500",
+        "ours 1, theirs 0: 0.000",
+        "ours 1, theirs 1: 0.250",
+        "ours 1, theirs 2: 0.750",
+    }
+    low, high = cells["ours 0, theirs 0: 1.000"], cells["ours 1, theirs 0: 0.000"]
+    assert float(low["y"]) > float(high["y"])
+    assert (low["fill"], high["fill"]) == (shade(1), shade(0))
+    assert heatmap([], x_label="", y_label="", title="") == "<p>nothing was measured</p>"
+
+
+def test_heatmap_without_hover_is_a_few_paths() -> None:
+    values = [[(i * j) / 6400 for j in range(81)] for i in range(81)]
+    small = heatmap(values, x_label="x", y_label="y", title="t", hover=False)
+    assert len(small) < 200_000
+    assert len(small) < len(heatmap(values, x_label="x", y_label="y", title="t")) / 4
+    assert sum(p.attrib["d"].count("M") for p in drawing(small).iter("path")) == 81 * 81
+
+
+@pytest.mark.parametrize(
+    ("name", "letters", "cut"),
+    [("short", 10, "short"), ("abcdefghijklmnop", 9, "abcd…mnop"), ("x" * 99, 5, "xx…xx")],
+)
+def test_names_are_cut_in_the_middle(name: str, letters: int, cut: str) -> None:
+    assert shortened(name, letters) == cut
+
+
+def test_everything_is_escaped() -> None:
+    charts = [
+        line_chart([Series(BAD, "a", [(0, 1)])], x_label=BAD, y_label=BAD, title=BAD),
+        forest_plot([Share(BAD, 0.5, 0.4, 0.6)], x_label=BAD, title=BAD),
+        scatter([Group(BAD, [(0, 0, BAD)])], x_label=BAD, y_label=BAD, title=BAD),
+        heatmap([[0.5]], x_label=BAD, y_label=BAD, title=BAD, rows=[BAD], columns=[BAD]),
+        str(Arrows(BAD, [Group(BAD, [(0.2, 0.1, BAD), (0.6, 0.5, BAD)])], BAD, BAD, goal=(1.0, 0.9, BAD)).draw()),
+    ]
+    for html in charts:
+        assert drawing(html).attrib["aria-label"] == BAD  # well formed
+        assert "<script" not in html
+
+
+def arrows(*groups: Group, goal: tuple[float, float, str] | None = None) -> str:
+    return str(Arrows("int3", groups, "agreement", "score", goal=goal).draw())
+
+
+def test_an_arrow_has_a_start_a_head_and_a_goal() -> None:
+    drawn = arrows(Group("sdft", [(0.2, 0.1, "before"), (0.6, 0.5, "after <1>")]), goal=(1.0, 0.9, "the reference"))
+    assert drawn.count("<polygon") == 1
+    for said in ("sdft: before", "sdft: after &lt;1&gt;", "the reference"):
+        assert said in drawn
+
+
+def test_what_did_not_move_is_a_point_and_what_is_unknown_is_left_out() -> None:
+    still = arrows(Group("sft", [(0.2, 0.1, "before"), (0.2, 0.1, "after")]))
+    assert "<polygon" not in still
+    assert "sft: after" in still
+    assert "nothing was measured" in arrows(Group("sft", [(None, 0.1, "before")]))
