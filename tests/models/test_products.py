@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from remend.models.activations.products import ROWS, products
+from remend.models.activations.passes import ROWS, products
 from remend.models.device import mixed_precision
 
 CPU = torch.device("cpu")

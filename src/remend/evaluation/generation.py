@@ -62,7 +62,7 @@ def hf_sampler(model: Any, tokenizer: Any, *, greedy: bool) -> Sampler:
     """Decoding with transformers. Greedy choices are steadied; a sampled row's draws are its own in any batch."""
     eos = eos_ids(model, tokenizer)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    policy = Steady(model, eos) if greedy else model
+    policy: Any = Steady(model, eos) if greedy else model
     return TransformersSampler(policy, vocabulary, eos, max_rows=2**31)
 
 

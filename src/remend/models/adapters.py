@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from remend.errors import FileError, InputError
+from remend.files.atomic import JsonObject, read_json
+from remend.models.protocols import CausalLM
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
@@ -34,7 +39,7 @@ def is_adapter(directory: Path) -> bool:
     return (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").is_file()
 
 
-def is_adapted(model: Any) -> bool:
+def is_adapted(model: object) -> bool:
     """Whether a model carries an adapter's layers."""
     return hasattr(model, "peft_config")
 
@@ -60,12 +65,9 @@ def base_of(directory: Path) -> str:
     return f"{name}@{revision}" if isinstance(revision, str) and revision and not Path(name).exists() else name
 
 
-def _settings(directory: Path) -> dict[str, Any]:
+def _settings(directory: Path) -> JsonObject:
     path = directory / ADAPTER_CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path} can't be read: {error}") from None
+    settings = read_json(path)
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA":
         raise FileError(f"{path} describes an adapter of the kind {kind}; remend works with LORA")
@@ -73,7 +75,7 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def add_lora(
-    model: Any,
+    model: CausalLM,
     *,
     rank: int,
     alpha: int | None = None,
@@ -115,7 +117,7 @@ def add_lora(
         _inject(model, config)
 
 
-def check_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
+def check_targets(model: CausalLM, targets: str | Sequence[str]) -> list[str]:
     """The ends of names that `targets` of `add_lora` stand for; weights aren't looked at.
 
     Raises InputError where one names no linear layer of the decoder.
@@ -134,11 +136,11 @@ def check_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
     return kinds if targets == "all-linear" else list(wanted)
 
 
-def _inject(model: Any, config: Any) -> None:
+def _inject(model: CausalLM, config: LoraConfig) -> None:
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    inject_adapter_in_model(config, model, adapter_name=_NAME)
+    inject_adapter_in_model(config, cast(nn.Module, model), adapter_name=_NAME)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise InputError(
             "the adapter changes the model's head, which remend scores apart from it and can't; "
@@ -147,7 +149,7 @@ def _inject(model: Any, config: Any) -> None:
     model.eval()
 
 
-def load_adapter(model: Any, directory: Path) -> None:
+def load_adapter(model: CausalLM, directory: Path) -> None:
     """Put the adapter of `directory` into its base, in place; only its parameters are trainable afterwards.
 
     Raises:
@@ -176,17 +178,17 @@ def load_adapter(model: Any, directory: Path) -> None:
     set_peft_model_state_dict(model, stored)
 
 
-def base_print(model: Any) -> str:
+def base_print(model: CausalLM) -> str:
     """Tells one base from another of the same shapes: a hash of the first and the last adapted layer's weights.
 
     In bfloat16, so that a base loaded in it has the same one as a base loaded in float32.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers: list[Any] = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
     digest = hashlib.sha256()
     for layer in (layers[0], layers[-1]):
-        weight = layer.weight.detach()
+        weight: Tensor = layer.get_parameter("weight").detach()
         weight = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
         digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -195,8 +197,8 @@ def base_print(model: Any) -> str:
 def _print_in(directory: Path) -> str | None:
     """What `save_adapter` noted of the base; None for an adapter of another tool."""
     with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
-        found: str | None = (file.metadata() or {}).get(BASE_PRINT)
-    return found
+        noted: str | None = (file.metadata() or {}).get(BASE_PRINT)
+    return noted
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
@@ -226,18 +228,19 @@ def _difference(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) ->
     return f"{missing[0]} is missing in it" if missing else None
 
 
-def _another_base(directory: Path, settings: Mapping[str, Any], reason: str) -> str:
+def _another_base(directory: Path, settings: JsonObject, reason: str) -> str:
     return (
         f"adapter {directory} does not fit its base {settings.get('base_model_name_or_path')}: {reason}. "
         f"It was made for another model; name that one as base_model_name_or_path in {ADAPTER_CONFIG}"
     )
 
 
-def save_adapter(model: Any, directory: Path) -> None:
+def save_adapter(model: CausalLM, directory: Path) -> None:
     """Write a model's adapter as peft does: adapter_config.json and adapter_model.safetensors, float32."""
     from peft import get_peft_model_state_dict
 
-    settings = {**model.peft_config[_NAME].to_dict(), "inference_mode": True}
+    config: LoraConfig = vars(model)["peft_config"][_NAME]
+    settings: JsonObject = {**config.to_dict(), "inference_mode": True}  # type: ignore[no-untyped-call]
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     directory.mkdir(parents=True, exist_ok=True)
@@ -250,7 +253,7 @@ def save_adapter(model: Any, directory: Path) -> None:
 
 
 @contextmanager
-def without_adapter(model: Any) -> Iterator[None]:
+def without_adapter(model: CausalLM) -> Iterator[None]:
     """A context in which the model computes as if it carried no adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -265,7 +268,7 @@ def without_adapter(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merge(model: Any) -> None:
+def merge(model: CausalLM) -> None:
     """Fold the adapter into the weights under it, W + (alpha / rank) · B A, in place: a plain model again.
 
     For dense weights only: on a quantization grid or under a mask the sum would no longer lie.
@@ -276,4 +279,4 @@ def merge(model: Any) -> None:
         if isinstance(module, BaseTunerLayer):
             module.merge()
             model.set_submodule(name, module.get_base_layer())
-    del model.peft_config
+    delattr(model, "peft_config")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,8 +153,8 @@ def origin_note(source: ModelSource) -> str | None:
     name = source.path.name if source.kind == "gguf" and source.path else None
     if source.kind == "directory" and source.path and (source.path / ORIGIN_FILE).is_file():
         try:
-            name = json.loads((source.path / ORIGIN_FILE).read_text(encoding="utf-8")).get("dequantized_from")
-        except ValueError:
+            name = read_json(source.path / ORIGIN_FILE).get("dequantized_from")
+        except FileError:
             name = None
     if name is None:
         return None

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import gguf
 
 
 @contextmanager
@@ -32,20 +35,20 @@ def forget() -> None:
     _read.cache_clear()
 
 
-def _reader(path: Any) -> Any:
+def _reader(path: str | Path) -> gguf.GGUFReader:
     status = Path(path).stat()
     return _read(str(path), status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=1)
-def _read(path: str, _changed: int, _size: int) -> Any:
+def _read(path: str, _changed: int, _size: int) -> gguf.GGUFReader:
     from gguf.gguf_reader import GGUFReader
 
     return GGUFReader(path)
 
 
 @lru_cache(maxsize=4)
-def _name_map(architecture: Any, layers: int) -> Any:
+def _name_map(architecture: gguf.MODEL_ARCH, layers: int) -> gguf.TensorNameMap:
     from gguf.tensor_mapping import get_tensor_name_map
 
     return get_tensor_name_map(architecture, layers)

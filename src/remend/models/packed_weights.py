@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def packing(directory: Path | None) -> JsonObject:
@@ -63,7 +67,9 @@ def exact_products() -> Iterator[None]:
 
     unpack, convert = fp4.unpack_fp4_from_uint8, Operation.convert
 
-    def widened(self: Any, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def widened(
+        self: Operation, input_dict: dict[str, Tensor | list[Tensor]], *args: object, **kwargs: object
+    ) -> object:
         scale = input_dict.get("weight_scale")
         if scale is not None:
             input_dict = {
@@ -81,7 +87,7 @@ def exact_products() -> Iterator[None]:
         fp4.unpack_fp4_from_uint8, Operation.convert = unpack, convert
 
 
-def unpacked(model: Any) -> Any:
+def unpacked(model: PreTrainedModel) -> PreTrainedModel:
     """The model with plain weights, where transformers loaded it packed; saved, it does not claim to be packed.
 
     Raises what transformers raises for a packing that it can't undo.
@@ -102,5 +108,5 @@ def unpacked(model: Any) -> Any:
     return model
 
 
-def _widen(scale: torch.Tensor) -> torch.Tensor:
+def _widen(scale: Tensor) -> Tensor:
     return scale.float() if scale.dtype in (torch.float16, torch.bfloat16) else scale

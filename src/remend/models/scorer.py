@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remend.errors import InputError
 from remend.maths.losses.chunked import Head
+from remend.models.protocols import CausalLM
 
 FULL = "full_attention"
 """transformers' name of layers that attend to every earlier token."""
@@ -36,7 +36,7 @@ class Scorer:
     prefixes: what all rows of a batch open with can be run once, and its keys and values shared.
     """
 
-    model: Any
+    model: CausalLM
     shared: int
     scale: float = 1.0
     softcap: float | None = None
@@ -108,7 +108,7 @@ class Scorer:
                 layer.training = False
 
 
-def scorer(model: Any, shared: int | None = None, *, checkpointing: bool = False) -> Scorer:
+def scorer(model: CausalLM, shared: int | None = None, *, checkpointing: bool = False) -> Scorer:
     """Split `model` into body and head.
 
     Args:

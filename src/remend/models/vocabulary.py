@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from remend.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,15 @@ def compare_vocabularies(
     return VocabularyMatch(shared, [], warnings)
 
 
-def template_warnings(student: Any, teacher: Any) -> list[str]:
+def template_warnings(student: Tokenizer, teacher: Tokenizer) -> list[str]:
     """Differences of end-of-sequence token and chat template between two tokenizers."""
-    found = []
+    warnings = []
     if student.eos_token != teacher.eos_token:
-        found.append(
+        warnings.append(
             f"the end-of-sequence token differs: {student.eos_token!r} for the student, "
             f"{teacher.eos_token!r} for the teacher; "
             "the student's is used"
         )
     if (student.chat_template or "").strip() != (teacher.chat_template or "").strip():
-        found.append("the chat template differs between student and teacher; both are shown the student's rendering")
-    return found
+        warnings.append("the chat template differs between student and teacher; both are shown the student's rendering")
+    return warnings

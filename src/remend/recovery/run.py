@@ -239,7 +239,7 @@ class Recovery:
         """The saved model; a reference that is its base moves over to it, so that the trained student can go."""
         if not isinstance(reference, AdapterOff):
             return self._load_saved()
-        reference.student = replace(reference.student, model=None)
+        reference.student = replace(reference.student, model=None)  # type: ignore[arg-type]
         saved = self._load_saved()
         # what was merged has no base any more
         based = saved if is_adapted(saved) else self._load(self.student_source, torch.float32)

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from remend.models.activations.passes import _Batch, _run
+from remend.models.activations.passes import HiddenBatch, run_block
 
 
 @dataclass(frozen=True)
-class _Anatomy:
+class Anatomy:
     """A block's linear layers: `groups` share an input, in order of execution; `writers` add to the residual stream."""
 
     groups: list[list[nn.Linear]]
     writers: list[nn.Linear]
 
 
-def _anatomy(block: nn.Module, probe: _Batch, index: int) -> _Anatomy:
+def anatomy_of(block: nn.Module, probe: HiddenBatch, index: int) -> Anatomy:
     """Find out by running the block on a few tokens. Writers are trusted only when they explain all that it adds."""
     calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
@@ -29,7 +29,7 @@ def _anatomy(block: nn.Module, probe: _Batch, index: int) -> _Anatomy:
     with ExitStack() as hooks:
         for layer in (m for m in block.modules() if isinstance(m, nn.Linear)):
             hooks.callback(layer.register_forward_hook(note).remove)
-        added_BTD = _run(block, probe, index) - probe.states_BTD
+        added_BTD = run_block(block, probe, index) - probe.states_BTD
     groups: dict[int, list[nn.Linear]] = {}
     for layer, given, _ in calls:  # calls keeps the tensors alive, so no address is used twice
         groups.setdefault(given.data_ptr(), []).append(layer)
@@ -37,4 +37,4 @@ def _anatomy(block: nn.Module, probe: _Batch, index: int) -> _Anatomy:
     parts = [(layer, out) for layer, _, out in calls if layer in alone and out.shape == added_BTD.shape]
     explained = sum((out for _, out in parts), torch.zeros_like(added_BTD))
     close = float((added_BTD - explained).norm()) <= 1e-3 * float(added_BTD.norm())
-    return _Anatomy(list(groups.values()), [layer for layer, _ in parts] if close else [])
+    return Anatomy(list(groups.values()), [layer for layer, _ in parts] if close else [])

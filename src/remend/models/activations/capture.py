@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from remend.errors import InputError
 from remend.models.layers import decoder_layers
+from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Packed, Scorer, pack
 
@@ -70,19 +70,19 @@ def plan(rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
     return [tuple(batch) for batch in batches]
 
 
-def modules_of(model: Any, site: str) -> list[nn.Module]:
+def modules_of(model: CausalLM, site: str) -> list[nn.Module]:
     """The modules whose outputs are the site's layers. Raises InputError where the model's blocks have no such part."""
     blocks = list(decoder_layers(model))
     if site == "residual":
         return blocks
-    found = [next((m for n in _PARTS[site] if (m := getattr(b, n, None)) is not None), None) for b in blocks]
-    missing = [i for i, module in enumerate(found) if module is None]
+    parts = [next((m for n in _PARTS[site] if (m := getattr(b, n, None)) is not None), None) for b in blocks]
+    missing = [i for i, module in enumerate(parts) if module is None]
     if missing:
         raise InputError(
             f"layer {missing[0]} of {type(model).__name__} has no part that remend knows as {site} "
             f"({', '.join(_PARTS[site])}); leave {site} out of --sites"
         )
-    return [module for module in found if module is not None]
+    return [module for module in parts if module is not None]
 
 
 @dataclass
@@ -93,9 +93,9 @@ class _Recorder:
     places: tuple[Tensor, Tensor] | None = None  # rows and columns of the batch
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
-    def hook(self, site: str, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            states_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+    def hook(self, site: str, layer: int) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
+        def record(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            states_BTD = output[0] if isinstance(output, tuple) else output
             if not bool(states_BTD.isfinite().all()):
                 raise InputError(
                     f"{self.name} yields numbers that are not finite, first in the {site} output of layer {layer}: its "
@@ -108,7 +108,7 @@ class _Recorder:
 
 
 @contextmanager
-def _recording(model: Any, name: str, sites: Sequence[str]) -> Iterator[_Recorder]:
+def _recording(model: CausalLM, name: str, sites: Sequence[str]) -> Iterator[_Recorder]:
     recorder = _Recorder(name)
     with ExitStack() as hooks:
         for site in sites:

@@ -7,54 +7,66 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from remend.errors import InputError
-from remend.models.activations.anatomy import _Anatomy
-from remend.models.activations.passes import _batches, _look, _real, _run
+from remend.models.activations.anatomy import Anatomy
+from remend.models.activations.passes import HiddenBatch, hidden_batches, look, real_states, run_block
 from remend.models.layers import decoder_layers, infer_rows
+from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 
 
-class _Teacher:
-    """The teacher's side of the walk: carries its states, and tells what each layer of a block should give."""
+@dataclass
+class TeacherStates:
+    """The teacher's side of the walk: carries its states, and tells what each layer of a block should give.
 
-    def __init__(
-        self,
-        model: Any,
-        rollouts: Sequence[Rollout],
-        layer_map: Sequence[int],
-        precision: AbstractContextManager[Any],
-    ) -> None:
-        self.blocks = decoder_layers(model)
-        if not layer_map or max(layer_map) >= len(self.blocks) or list(layer_map) != sorted(set(layer_map)):
-            raise InputError(
-                f"the layer map {list(layer_map)} does not fit a teacher of {len(self.blocks)} layers: it must rise "
-                "and stay below that number"
-            )
-        self.map = [*layer_map, len(self.blocks)]
-        self.batches = _batches(model, rollouts, precision, once=True)
-        self._advance(0, self.map[0])
+    places: for each block of the student the teacher's block that it is, and at the end the number of the teacher's.
+    """
 
-    def _advance(self, start: int, stop: int) -> None:
+    blocks: nn.ModuleList
+    places: list[int]
+    batches: list[HiddenBatch]
+
+    def advance(self, start: int, stop: int) -> None:
+        """Run blocks start … stop - 1."""
         for at in range(start, stop):
             for batch in self.batches:
-                batch.states_BTD = _run(self.blocks[at], batch, at)
+                batch.states_BTD = run_block(self.blocks[at], batch, at)
 
-    def block(self, index: int, ours: nn.Module) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def through(self, index: int, ours: nn.Module) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Outputs that linear layers of `ours` have too, by name; the stream before and after the whole span [N, D]."""
-        at = self.map[index]
+        at = self.places[index]
         layers = {n: m for n, m in self.blocks[at].named_modules() if isinstance(m, nn.Linear)}
-        before_ND = _real(self.batches)
-        seen = _look(self.blocks[at], self.batches, at, out_of=list(layers.values()))
+        before_ND = real_states(self.batches)
+        seen = look(self.blocks[at], self.batches, at, out_of=list(layers.values()))
         for batch, states_BTD in zip(self.batches, seen.states, strict=True):
             batch.states_BTD = states_BTD
-        self._advance(at + 1, self.map[index + 1])
+        self.advance(at + 1, self.places[index + 1])
         narrow = {n: m for n, m in ours.named_modules() if n in layers and isinstance(m, nn.Linear)}
         kept = {n: _kept(seen.outputs[layers[n]], m, layers[n]) for n, m in narrow.items()}
-        return {n: y_NO for n, y_NO in kept.items() if y_NO is not None}, before_ND, _real(self.batches)
+        return {n: y_NO for n, y_NO in kept.items() if y_NO is not None}, before_ND, real_states(self.batches)
+
+
+def teacher_states(
+    model: CausalLM,
+    rollouts: Sequence[Rollout],
+    layer_map: Sequence[int],
+    precision: AbstractContextManager[object],
+) -> TeacherStates:
+    """The teacher's states where the student's first block begins. Raises InputError for a map that does not fit."""
+    blocks = decoder_layers(model)
+    if not layer_map or max(layer_map) >= len(blocks) or list(layer_map) != sorted(set(layer_map)):
+        raise InputError(
+            f"the layer map {list(layer_map)} does not fit a teacher of {len(blocks)} layers: it must rise "
+            "and stay below that number"
+        )
+    batches = hidden_batches(model, rollouts, precision, once=True)
+    teacher = TeacherStates(blocks, [*layer_map, len(blocks)], batches)
+    teacher.advance(0, layer_map[0])
+    return teacher
 
 
 def _kept(outputs_NP: Tensor, ours: nn.Linear, theirs: nn.Linear) -> Tensor | None:
@@ -65,13 +77,13 @@ def _kept(outputs_NP: Tensor, ours: nn.Linear, theirs: nn.Linear) -> Tensor | No
     return None if rows_O is None else outputs_NP[:, rows_O]
 
 
-class _Targets:
+class Targets:
     """What the layers of one block ought to give, from the teacher's outputs and streams."""
 
     def __init__(
         self,
         block: nn.Module,
-        anatomy: _Anatomy,
+        anatomy: Anatomy,
         outputs: Mapping[str, Tensor],
         teacher_before_ND: Tensor,
         teacher_after_ND: Tensor,

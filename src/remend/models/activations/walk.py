@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +27,11 @@ from remend.console import stage
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded
 from remend.errors import InputError
-from remend.models.activations.anatomy import _anatomy
-from remend.models.activations.passes import _batches, _look, _real, _run, _start
-from remend.models.activations.products import products
-from remend.models.activations.settled import Settled
-from remend.models.activations.targets import _Targets, _Teacher
+from remend.models.activations.anatomy import anatomy_of
+from remend.models.activations.passes import Settled, hidden_batches, look, products, real_states, run_block, start
+from remend.models.activations.targets import Targets, teacher_states
 from remend.models.layers import decoder_layers
+from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 
@@ -60,8 +58,8 @@ class Sites:
 
 @torch.no_grad()
 def completions(
-    reference: Any,
-    tokenizer: Any,
+    reference: CausalLM,
+    tokenizer: Tokenizer,
     prompts: Sequence[Encoded],
     *,
     max_new_tokens: int,
@@ -78,19 +76,20 @@ def completions(
         raise InputError("the calibration set is empty; give at least one prompt")
     title = "the reference writes calibration text"
     seeds = [derive_seed(seed, "calibration", i) for i in range(len(prompts))]
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 1.0, "seeds": seeds, "shared": shared}
-    return answer(reference, tokenizer, prompts, title, **settings)
+    return answer(
+        reference, tokenizer, prompts, title, max_new_tokens=max_new_tokens, shared=shared, temperature=1.0, seeds=seeds
+    )
 
 
 @torch.no_grad()
 def walk(
-    model: Any,
+    model: CausalLM,
     rollouts: Sequence[Rollout],
     visit: Callable[[Sites], None],
     *,
-    teacher: Any = None,
+    teacher: CausalLM | None = None,
     layer_map: Sequence[int] | None = None,
-    precision: AbstractContextManager[Any] | None = None,
+    precision: AbstractContextManager[object] | None = None,
     title: str = "calibrating block by block",
 ) -> None:
     """Visit every group of linear layers of the decoder, each with what it sees after the changes in front of it.
@@ -112,17 +111,17 @@ def walk(
     names = {m: n for n, m in model.named_modules()}
     healthy, how = None, precision or nullcontext()
     if teacher is not None:
-        healthy = _Teacher(teacher, rollouts, layer_map if layer_map is not None else range(len(blocks)), how)
-    probe = _start(model, blocks, rollouts[:1], nullcontext())
-    batches = _batches(model, rollouts, how, once=healthy is not None)
+        healthy = teacher_states(teacher, rollouts, layer_map if layer_map is not None else range(len(blocks)), how)
+    probe = start(model, blocks, rollouts[:1], nullcontext())
+    batches = hidden_batches(model, rollouts, how, once=healthy is not None)
     with stage(title, len(blocks)) as advance:
         for index, block in enumerate(blocks):
-            anatomy = _anatomy(block, probe, index)
-            targets = _Targets(block, anatomy, *healthy.block(index, block), _real(batches)) if healthy else None
+            anatomy = anatomy_of(block, probe, index)
+            targets = Targets(block, anatomy, *healthy.through(index, block), real_states(batches)) if healthy else None
             settled = Settled(block)
             for group in anatomy.groups:
                 fresh = [w for w in targets.written if w not in settled.written] if targets else []
-                seen = _look(block, batches, index, into=group[:1], out_of=fresh, stop_at=group[0], settled=settled)
+                seen = look(block, batches, index, into=group[:1], out_of=fresh, stop_at=group[0], settled=settled)
                 settled.written.update(seen.outputs)
                 x_NI, cross = seen.inputs[group[0]].float(), None
                 if targets:
@@ -133,16 +132,16 @@ def walk(
                 settled.visited.update(group)
             for number, batch in enumerate(batches):
                 with settled.at(number):
-                    batch.states_BTD = _run(block, batch, index)
+                    batch.states_BTD = run_block(block, batch, index)
             advance()
 
 
 @torch.no_grad()
-def block_states(model: Any, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Tensor, Tensor]]:
+def block_states(model: CausalLM, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each block its number, and the residual stream before and after it: float32 [N, D], real tokens only."""
-    batches = _batches(model, rollouts, nullcontext())
+    batches = hidden_batches(model, rollouts, nullcontext())
     for index, block in enumerate(decoder_layers(model)):
-        before_ND = _real(batches)
+        before_ND = real_states(batches)
         for batch in batches:
-            batch.states_BTD = _run(block, batch, index)
-        yield index, before_ND, _real(batches)
+            batch.states_BTD = run_block(block, batch, index)
+        yield index, before_ND, real_states(batches)

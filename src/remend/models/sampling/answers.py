@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from remend.console import stage
 from remend.data.templates import Encoded
 from remend.files.atomic import json_line, write_text
 from remend.files.run_directory import RunDirectory
+from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.tokens import eos_ids
 
 
 def answer(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     prompts: Sequence[Encoded],
     title: str,
     *,
@@ -48,7 +48,7 @@ def kept(
     directory: RunDirectory,
     name: str,
     prompts: Sequence[Encoded],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     write: Callable[[], list[Rollout]],
 ) -> list[Rollout]:
     """Completions of `prompts` from the run's file `name`, or what `write` gives, put there for a resumed run.
@@ -72,7 +72,7 @@ def kept(
     return [Rollout(p.id, p.tokens, tuple(row["completion"]), row["clipped"], p.shown) for p, row in pairs]
 
 
-def spoken(tokenizer: Any, rollout: Rollout) -> str:
+def spoken(tokenizer: Tokenizer, rollout: Rollout) -> str:
     """A completion as text; … marks one that met the length limit."""
-    text: str = tokenizer.decode(rollout.completion, skip_special_tokens=True)
+    text = tokenizer.decode(rollout.completion, skip_special_tokens=True)
     return text + (" …" if rollout.clipped else "")

@@ -8,19 +8,22 @@ Legend: B rows, H heads, T tokens so far, D width of a head.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 ROOM = 64
 """Tokens that there is room for behind the first ones at least. When it is full a buffer grows by half, so that answers
 far below the length limit take little memory."""
 
 
-def decoding_cache(config: Any) -> DynamicCache:
+def decoding_cache(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache for a transformers model of `config`.
 
     Layers that are not plain attention (sliding windows, states) keep the kind of cache that transformers gives them.
@@ -37,7 +40,7 @@ class _Room(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self._buffers: list[Tensor] = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write what is new behind what is there, and return all."""
         start = self.get_seq_length()
         stop = start + key_states.shape[-2]

@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from remend.models.protocols import CausalLM
 
 MOST_BYTES = 4 * 2**30
 """Of packed weights; a larger model is decoded as it is, rather than held twice."""
 
 
 @contextmanager
-def packed_linears(model: Any) -> Iterator[None]:
+def packed_linears(model: CausalLM) -> Iterator[None]:
     """Inside, the model's linear layers use packed copies of the weights that they have at the start.
 
     Does nothing off the CPU, without oneDNN, for layers whose forward is replaced, and for models above MOST_BYTES. The

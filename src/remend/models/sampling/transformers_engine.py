@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from remend.data.templates import Encoded
+from remend.models.protocols import CausalLM
 from remend.models.sampling.prepacked import packed_linears
 from remend.models.sampling.rollout import Rollout
 
@@ -34,7 +34,7 @@ class TransformersSampler:
         shown: answer the teacher's prompts instead, where there are any.
     """
 
-    model: Any
+    model: CausalLM
     shared: int
     eos: tuple[int, ...]
     max_rows: int = 64

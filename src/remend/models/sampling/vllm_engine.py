@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
 
 from remend.data.templates import Encoded
 from remend.errors import FileError, InputError
@@ -39,7 +38,7 @@ class VllmSampler:
                 "use engine hf, or write the model as a directory with remend export first"
             )
         try:
-            vllm: Any = importlib.import_module("vllm")
+            vllm = importlib.import_module("vllm")
         except ImportError:
             raise InputError("engine vllm needs the package vllm, which is not installed: pip install vllm") from None
         path = fetch_model(source, weights=True).path
@@ -66,9 +65,9 @@ class VllmSampler:
             for seed in seeds
         ]
         asked = [{"prompt_token_ids": list(prompt.tokens)} for prompt in prompts]
-        found = []
+        rollouts = []
         for prompt, output in zip(prompts, self._model.generate(asked, each, use_tqdm=False), strict=True):
             first = output.outputs[0]
             clipped = first.finish_reason == "length"
-            found.append(Rollout(prompt.id, prompt.tokens, tuple(first.token_ids), clipped))
-        return found
+            rollouts.append(Rollout(prompt.id, prompt.tokens, tuple(first.token_ids), clipped))
+        return rollouts
