@@ -123,13 +123,6 @@ def test_eval_data_is_never_trained_on(recipe: dict[str, Any], tmp_path: Path) -
     assert "no example is left to train on" in nothing.problems[0]
 
 
-def test_degradation_without_its_grid(recipe: dict[str, Any], tmp_path: Path) -> None:
-    shutil.copytree(recipe["student"], tmp_path / "student")
-    (tmp_path / "student" / "grid.safetensors").unlink()
-    (problem,) = found(recipe, student=str(tmp_path / "student")).problems
-    assert "lies on the grid int3-g64-asym, and grid.safetensors is missing" in problem
-
-
 def test_beta_close_to_an_end_warns(recipe: dict[str, Any]) -> None:
     assert "close to 0 but is no forward KL" in found(recipe, beta=0.01).warnings[0]
     assert "close to 1 but is no reverse KL" in found(recipe, beta=0.99).warnings[0]

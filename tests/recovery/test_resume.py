@@ -72,7 +72,7 @@ def test_a_run_of_an_older_version_resumes(recipe: dict[str, object]) -> None:
     """Version 0.1 wrote keys that are gone, each with its default, and lacked those that are newer."""
     first = recover(**recipe)
     manifest = json.loads((first.out / "manifest.json").read_text())
-    manifest["recipe"]["importance_clip"] = None
+    manifest["recipe"] |= {"importance_clip": None, "scales": "fixed"}
     (first.out / "manifest.json").write_text(json.dumps(manifest))
     (first.out / "recipe.yaml").write_text(yaml.safe_dump(manifest["recipe"]))
     assert recover(resume=first.out).summary == first.summary

@@ -61,6 +61,7 @@ def test_a_key_that_is_gone_is_refused_with_the_reason_unless_it_has_its_old_def
     assert build(Outer, {"speed": None, "inner": {"width": 3}}, "r.yaml") == Outer(inner=Inner())
     with pytest.raises(InputError) as raised:
         build(Outer, {"speed": 3, "inner": {"width": None}}, "r.yaml")
+    assert message(scales="learned").startswith('r.yaml: "scales" is gone since version 0.2: ')
     assert message(importance_clip=5.0).startswith('r.yaml: "importance_clip" is gone since version 0.2: ')
     assert str(raised.value).split("\n") == [
         'r.yaml: "inner.width" is gone since version 9: it served nobody',

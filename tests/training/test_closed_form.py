@@ -94,10 +94,13 @@ def test_repair_patches_a_cut_through_the_map_of_layers(teacher: Any, text: list
 
 def test_only_a_student_that_was_cut_from_the_teacher_is_repaired_without_a_constraint(teacher: Any) -> None:
     smaller = without_blocks(teacher, [1])[0], narrowed(teacher, [torch.arange(64)] * 4, None)
-    assert all(FreeKind().repairs(student, teacher) for student in smaller)
+    assert all(FreeKind().repairs(student, StudentFacts(NOTHING), teacher) for student in smaller)
     padded = build_model(len(build_tokenizer()) + 8, layers=4)
     other = build_model(len(build_tokenizer()), width=32)
-    assert not any(FreeKind().repairs(student, teacher) for student in (copy.deepcopy(teacher), padded, other))
+    assert not any(
+        FreeKind().repairs(student, StudentFacts(NOTHING), teacher)
+        for student in (copy.deepcopy(teacher), padded, other)
+    )
 
 
 @torch.no_grad()

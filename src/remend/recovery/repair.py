@@ -92,7 +92,7 @@ def repair(
         precision: context of the forward passes, and of sampling.
     """
     kind = kind_of(facts)
-    if not kind.repairs(student, teacher):
+    if not kind.repairs(student, facts, teacher):
         return Repaired()
     began = time.perf_counter()
     prompts, seed = questions.chosen(), questions.seed

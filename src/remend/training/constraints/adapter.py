@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
@@ -16,10 +15,11 @@ ADAPTER_RATE = 2e-3
 """As in `degrade finetune`."""
 
 
-class Adapter:
+class Adapter(Constraint):
     """Only an adapter's parameters move (remend.models.adapters puts it into the model and is what freezes the rest).
 
-    Whatever the base lies on, a grid or a mask, it keeps: none of its weights is written. The adapter is never merged.
+    Whatever the base lies on, a grid or a mask, it keeps: none of its weights is written. The adapter is never merged,
+    and models.save_model writes it.
 
     Args:
         model: carries an adapter, whose parameters are its only trainable ones, in float32.
@@ -36,15 +36,6 @@ class Adapter:
     def masters(self) -> dict[str, Tensor]:
         """See Constraint."""
         return dict(self._parameters)
-
-    def take_gradients(self) -> None:
-        """See Constraint."""
-
-    def project(self) -> None:
-        """See Constraint."""
-
-    def save(self, directory: Path) -> None:
-        """See Constraint. Nothing: models.save_model writes the adapter itself."""
 
 
 class AdapterKind(ConstraintKind):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from remend.training.constraints.kind import (
 )
 
 
-class Free:
+class Free(Constraint):
     """No constraint: every trainable parameter is its own master."""
 
     def __init__(self, model: CausalLM) -> None:
@@ -32,15 +31,6 @@ class Free:
     def masters(self) -> dict[str, Tensor]:
         """See Constraint."""
         return dict(self._parameters)
-
-    def take_gradients(self) -> None:
-        """See Constraint."""
-
-    def project(self) -> None:
-        """See Constraint."""
-
-    def save(self, directory: Path) -> None:
-        """See Constraint."""
 
 
 class FreeKind(ConstraintKind):
@@ -64,7 +54,7 @@ class FreeKind(ConstraintKind):
         """See ConstraintKind."""
         return NO_WEIGHTS if theirs is None else None
 
-    def repairs(self, model: CausalLM, teacher: CausalLM) -> bool:
+    def repairs(self, model: CausalLM, facts: StudentFacts, teacher: CausalLM) -> bool:
         """See ConstraintKind: of one architecture and one residual stream, but fewer or narrower layers."""
         ours, theirs = model.config.get_text_config(), teacher.config.get_text_config()
         alike = ours.model_type == theirs.model_type and ours.hidden_size == theirs.hidden_size

@@ -19,7 +19,7 @@ from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.errors import InputError
 from remend.models.activations.walk import Sites
 from remend.models.protocols import CausalLM
-from remend.training.constraints.fitting import anchored_gram, float_weights, shapes, target
+from remend.training.constraints.fitting import anchored_gram, float_weights, target
 from remend.training.constraints.kind import (
     REPAIRED_RATE,
     Calibration,
@@ -52,7 +52,7 @@ class _Matrix:
     grid: Grid
 
 
-class OnGrid:
+class OnGrid(Constraint):
     """Some matrices stay on the quantization grid that they came on; all other parameters are free.
 
     Scales and zeros stay as stored: deriving them anew from trained weights is not idempotent.
@@ -176,10 +176,6 @@ class GridKind(ConstraintKind):
     def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
         """See ConstraintKind."""
         return other_shapes(ours, theirs)
-
-    def repairs(self, model: CausalLM, teacher: CausalLM) -> bool:
-        """See ConstraintKind."""
-        return shapes(model) == shapes(teacher)
 
     def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
         """See ConstraintKind: the teacher's weights are rounded anew."""

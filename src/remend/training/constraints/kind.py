@@ -22,6 +22,7 @@ from remend.models.activations.walk import Sites, walk
 from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 from remend.registry import Registry
+from remend.training.constraints.fitting import shapes
 
 RATE, REPAIRED_RATE = 2e-4, 1e-4
 """AdamW's peak where the recipe names none; they served SmolLM2 (docs/degradations.md). A repaired student is near its
@@ -32,23 +33,25 @@ Shapes = Mapping[str, Size]
 
 
 class Constraint(Protocol):
-    """A constraint at work: what the loop needs to know of it."""
+    """A constraint at work: what the loop needs to know of it. A class that names this one as its base need only write
+    `masters`, and of the rest what does something."""
 
+    @abstractmethod
     def masters(self) -> dict[str, Tensor]:
         """The float32 tensors that the optimizer moves, by parameter name; a checkpoint holds these."""
         ...
 
     def take_gradients(self) -> None:
         """After the last backward pass of a step: make every master's `.grad` hold its gradient."""
-        ...
+        return
 
     def project(self) -> None:
         """After an update, or after masters were loaded: write the weights as served, on the constraint."""
-        ...
+        return
 
     def save(self, directory: Path) -> None:
         """Write what describes the constraint beside a saved model."""
-        ...
+        return
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,9 @@ class ConstraintKind(Protocol):
         """Why `repair` will have no effect, as far as shapes tell (`theirs` is None for a cache), or None."""
         return "nothing of it can be won back in closed form"
 
-    def repairs(self, model: CausalLM, teacher: CausalLM) -> bool:
+    def repairs(self, model: CausalLM, facts: StudentFacts, teacher: CausalLM) -> bool:
         """Whether `repair` has something to do; asked with the loaded models, before the teacher is let answer."""
-        return False
+        return self.no_repair(facts, shapes(model), shapes(teacher)) is None
 
     def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
         """Win back in closed form what needs no gradient, under the constraint; the student is changed in place."""

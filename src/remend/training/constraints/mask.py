@@ -5,8 +5,6 @@ Legend: O rows (outputs), I columns (inputs).
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from remend.errors import InputError
 from remend.models.activations.walk import Sites
 from remend.models.layers import kept_weights
 from remend.models.protocols import CausalLM
-from remend.training.constraints.fitting import anchored_gram, float_weights, shapes, target
+from remend.training.constraints.fitting import anchored_gram, float_weights, target
 from remend.training.constraints.kind import (
     RATE,
     Calibration,
@@ -29,7 +27,7 @@ from remend.training.constraints.kind import (
 )
 
 
-class Masked:
+class Masked(Constraint):
     """The exact zeros of linear weights stay exactly zero; everything else is free.
 
     The mask is the zeros that the student came with. Gradients at them are dropped, so AdamW's moments there are 0 and
@@ -66,9 +64,6 @@ class Masked:
         for name, kept_OI in self._kept.items():
             self._parameters[name].mul_(kept_OI)
 
-    def save(self, directory: Path) -> None:
-        """See Constraint. Nothing: the zeros are in the weights."""
-
 
 class MaskKind(ConstraintKind):
     """Students with more exact zeros than chance gives, or whose record names them."""
@@ -101,10 +96,6 @@ class MaskKind(ConstraintKind):
     def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
         """See ConstraintKind."""
         return other_shapes(ours, theirs)
-
-    def repairs(self, model: CausalLM, teacher: CausalLM) -> bool:
-        """See ConstraintKind."""
-        return shapes(model) == shapes(teacher)
 
     def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
         """See ConstraintKind: what the mask left is refitted."""
