@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from remend.maths.gap import bootstrap_gap_closed
-from remend.maths.losses.chunked import Head, chunk_rows
+from remend.maths.losses import Head
+from remend.models.device import chunk_rows
 
 COLUMNS = ("kl", "reverse_kl", "agree", "entropy", "reference_entropy", "nll", "reference_nll", "rank")
 """Of a token: forward KL(reference ‖ model) and reverse KL(model ‖ reference); whether both have one first choice; the
