@@ -16,17 +16,15 @@ from transformers import LlamaForCausalLM
 
 from helpers.tiny import build_model
 from remend.data import tasks
-from remend.data.templates import Encoded
+from remend.data.order import batches_by_length
 from remend.errors import CheckError, FileError, InputError
 from remend.evaluation import harness, letters
-from remend.evaluation.generation import batches, token_cap
+from remend.evaluation.generation import token_cap
 from remend.evaluation.job import evaluate
 from remend.evaluation.letters import Choice
-from remend.evaluation.plan import parse_data, parse_tasks
 from remend.evaluation.results import pass_at
-from remend.evaluation.steady import Steady
+from remend.evaluation.settings import parse_data, parse_tasks
 from remend.models.find import ModelSource
-from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.sampling.vllm_engine import VllmSampler
 from remend.models.scorer import scorer
 
@@ -88,10 +86,14 @@ def test_a_shared_first_turn_is_computed_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_model_whose_cache_gives_something_else_is_computed_whole() -> None:
     model = build_model(VOCABULARY, seed=3)
+
+    def shift(_body: Any, _args: Any, given: dict[str, Any], output: Any) -> None:
+        if given.get("past_key_values") is not None:
+            output.last_hidden_state = output.last_hidden_state + 1.0
+
+    model.model.register_forward_hook(shift, with_kwargs=True)
     parts = scorer(model)
     turns = letters.FirstTurns(parts)
-    after = turns._after
-    turns._after = lambda tokens, turn: after(tokens, turn) + 1.0  # type: ignore[method-assign]
     c = Choice("x", (5, 6, EOS, 8, EOS, 9), {"A": (9,), "B": (10,)}, 3)
     plain = letters.log_likelihoods(parts, [c])
     assert letters.log_likelihoods(parts, [c], turns=turns) == plain
@@ -169,79 +171,17 @@ def test_pass_at_k_refuses_what_cannot_be() -> None:
             pass_at(n, correct, k)
 
 
-# Near ties
-
-
-class Noisy:
-    """A model whose logits move with the number of rows in its batch, as rounding makes them do, and more."""
-
-    def __init__(self, model: Any, size: float) -> None:
-        self.model, self.size = model, size
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(self, *, input_ids: torch.Tensor, **rest: Any) -> Any:
-        output = self.model(input_ids=input_ids, **rest)
-        if rest["use_cache"]:
-            generator = torch.Generator().manual_seed(len(input_ids))
-            output.logits += self.size * torch.randn(output.logits.shape, generator=generator)
-        return output
-
-
-def twins() -> LlamaForCausalLM:
-    """A model in which every second token is as good as the one before it, but for very little."""
-    model = build_model(VOCABULARY, seed=1, tied=False)
-    weight = model.lm_head.weight.data
-    weight[1::2] = weight[::2] * (1 + 1e-6)
-    return model
-
-
-def test_near_ties_do_not_hang_on_the_batch() -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = [9, 1, 4, 6, 2, 13, 3, 5]
-    rows = [
-        Encoded(f"p{i}", tuple(torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()), "")
-        for i, n in enumerate(lengths)
-    ]
-    noisy, eos = Noisy(twins(), 1e-5), (EOS, 7, 11, 30)
-
-    def decode(policy: Any, max_rows: int) -> list[tuple[int, ...]]:
-        sampler = TransformersSampler(policy, VOCABULARY, eos, max_rows=max_rows)
-        found = sampler(rows, max_new_tokens=12, temperature=0.0, seeds=[0] * len(rows))
-        return [r.completion for r in found]
-
-    plain = [decode(noisy, n) for n in (1, 3, 8)]
-    assert plain[0] != plain[1] or plain[1] != plain[2]
-    steady = Steady(noisy, eos)
-    steadied = [decode(steady, n) for n in (1, 3, 8)]
-    assert steadied[0] == steadied[1] == steadied[2]
-    assert steady.alone > 0
-    assert len({len(c) for c in steadied[0]}) > 1  # rows left at different times
-
-
-def test_where_nothing_is_close_nothing_is_computed_again() -> None:
-    model = build_model(VOCABULARY, seed=1)
-    steady = Steady(model, (EOS,))
-    rows = [Encoded("a", (5, 6, 7), ""), Encoded("b", (9,), "")]
-    greedy = {"max_new_tokens": 12, "temperature": 0.0, "seeds": [0, 0]}
-    theirs = TransformersSampler(model, VOCABULARY, (EOS,))(rows, **greedy)
-    assert TransformersSampler(steady, VOCABULARY, (EOS,))(rows, **greedy) == theirs
-    assert steady.alone == 0
-    model.model.norm.weight.data[0] = math.inf
-    with pytest.raises(InputError, match="not finite"):
-        TransformersSampler(steady, VOCABULARY, (EOS,))(rows, **greedy)
-
-
 # Batches and names
 
 
 def test_batches_hold_rows_of_like_length_within_both_limits() -> None:
     lengths = [5, 100, 7, 6, 90, 1, 400]
-    found = batches(lengths, rows=3, tokens=200)
+    found = batches_by_length(lengths, rows=3, tokens=200, longest_first=True)
     assert found == [[6], [1, 4], [2, 3, 0], [5]]
     assert sorted(i for batch in found for i in batch) == list(range(7))
-    assert batches([], rows=3, tokens=200) == []
+    assert batches_by_length([]) == []
+    assert batches_by_length(lengths, tokens=20) == [[5, 0, 3], [2], [4], [1], [6]]
+    assert batches_by_length([2, 1, 2, 1], rows=3) == [[1, 3, 0], [2]]
     assert token_cap(build_model(VOCABULARY)) > 10_000
 
 

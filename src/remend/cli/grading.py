@@ -36,8 +36,8 @@ def evaluate(
     allow_code: Annotated[bool, typer.Option(help="Let lm-eval tasks run code that the model writes.")] = False,
 ) -> None:
     """Grade a model on tasks; every answer is kept with its grade and the reason. Again, it goes on."""
-    from remend.evaluation.plan import parse_data, parse_tasks
     from remend.evaluation.results import raised_note
+    from remend.evaluation.settings import parse_data, parse_tasks
 
     rest: dict[str, Any] = {"data": parse_data(data), "engine": engine, "grader": grader, "how": how}
     rest |= {"samples": samples, "max_new_tokens": max_new_tokens, "limit": limit, "seed": seed}

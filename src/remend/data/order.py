@@ -1,4 +1,4 @@
-"""The order of what is trained on, and seeds: both follow from the user's seed and a position alone."""
+"""The order of what is trained on, seeds, and batches of like lengths: each follows from its arguments alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,29 @@ def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from numbers and words: independent streams from one user's seed, with no state to save."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def batches_by_length(
+    lengths: Sequence[int], *, rows: int | None = None, tokens: int | None = None, longest_first: bool = False
+) -> list[list[int]]:
+    """Indices in batches of like lengths, since these pad least; equal lengths keep their order.
+
+    Args:
+        lengths: tokens of each sequence.
+        rows: at most so many sequences a batch; None sets no limit.
+        tokens: at most so many tokens a batch, each sequence counted as long as the batch's longest; a single one is
+            always allowed. None sets no limit.
+        longest_first: begin with the longest, so that a batch that does not fit the memory is met at once.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=longest_first):
+        count = len(batches[-1]) + 1 if batches else 0
+        longest = max(lengths[i], lengths[batches[-1][0]]) if batches else 0
+        full = (rows is not None and count > rows) or (tokens is not None and count * longest > tokens)
+        if not batches or full:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 Item = TypeVar("Item")

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Group
@@ -24,6 +24,7 @@ from rich.text import Text
 
 from remend.errors import InputError
 from remend.evaluation.results_files import Graded, Key, Source, load, require_pairs
+from remend.files.atomic import JsonObject, write_json, write_text
 from remend.maths import paired
 from remend.maths.intervals import Array
 
@@ -50,7 +51,7 @@ def compare(
     power: float = 0.8,
     resamples: int = 10_000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Compare two or more models' graded answers to the same items (statistics as in arXiv 2411.00640).
 
     Pairs are each later file against the first, and each file against the one before it. "better" and "worse" need
@@ -88,11 +89,11 @@ def compare(
     return {"files": files, **choices._asdict(), "tasks": tasks}
 
 
-def table(found: Mapping[str, Any]) -> Group:
+def table(comparison: JsonObject) -> Group:
     """What `compare` found, for a rich console; piped, it is plain text."""
-    parts: list[Any] = []
-    for task in found["tasks"]:
-        title, grids, lines = _section(task, f"{found['level']:.0%}")
+    parts: list[Text | Table] = []
+    for task in comparison["tasks"]:
+        title, grids, lines = _section(task, f"{comparison['level']:.0%}")
         parts.append(Text(title, style="bold"))
         for header, rows in grids:
             grid = Table(*header)
@@ -100,35 +101,30 @@ def table(found: Mapping[str, Any]) -> Group:
                 grid.add_row(*(Text(cell) for cell in row))  # Text, since a name may look like rich's markup
             parts.append(grid)
         parts += [Text(line) for line in (*lines, "")]
-    return Group(*parts, *(Text(line, style="dim") for line in _notes(found)))
+    return Group(*parts, *(Text(line, style="dim") for line in _notes(comparison)))
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(comparison: JsonObject) -> str:
     """What `compare` found, as markdown."""
     page: list[str] = []
-    for task in found["tasks"]:
-        title, grids, lines = _section(task, f"{found['level']:.0%}")
+    for task in comparison["tasks"]:
+        title, grids, lines = _section(task, f"{comparison['level']:.0%}")
         page += [f"## {title}", ""]
         for header, rows in grids:
             for row in (header, ["---"] * len(header), *rows):
                 page.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
             page.append("")
         page += [f"- {line}" for line in lines] + [""] * bool(lines)
-    return "\n".join(page + [f"- {note}" for note in _notes(found)]) + "\n"
+    return "\n".join(page + [f"- {note}" for note in _notes(comparison)]) + "\n"
 
 
-def save(found: Mapping[str, Any], path: Path) -> None:
+def save(comparison: JsonObject, path: Path) -> None:
     """Write what `compare` found as .json or .md, whole or not at all. Raises InputError as `require_target`."""
-    from remend.files.atomic import (
-        write_json,  # it brings torch, which nothing else here waits for
-        write_text,
-    )
-
     require_target(path)
     if path.suffix == ".json":
-        write_json(path, found)
+        write_json(path, comparison)
     else:
-        write_text(path, markdown(found))
+        write_text(path, markdown(comparison))
 
 
 def require_target(path: Path) -> None:
@@ -156,13 +152,13 @@ def _labels(results: Sequence[Source], names: Sequence[str] | None) -> list[str]
     return next((labels for labels in choices if all(labels) and len(set(labels)) == count), fallback)
 
 
-def _task(key: Key, graded: Sequence[Graded], labels: Sequence[str], choices: Choices) -> dict[str, Any]:
+def _task(key: Key, graded: Sequence[Graded], labels: Sequence[str], choices: Choices) -> JsonObject:
     ids = sorted(graded[0].scores)
     named: dict[str, str] = next((file.clusters for file in graded if file.clusters), {})
     clusters = [named[name] for name in ids] if named else None
     scores = [np.array([file.scores[name] for name in ids]) for file in graded]
     intervals = [paired.score_interval(values, clusters, choices.level) for values in scores]
-    rows = [{"name": name, **found} for name, found in zip(labels, intervals, strict=True)]
+    rows = [{"name": name, **interval} for name, interval in zip(labels, intervals, strict=True)]
     pairs = dict.fromkeys([*((0, i) for i in range(1, len(labels))), *itertools.pairwise(range(len(labels)))])
     draws = (choices.seed, choices.resamples)
     closed = [
@@ -182,7 +178,7 @@ def _task(key: Key, graded: Sequence[Graded], labels: Sequence[str], choices: Ch
     }
 
 
-def _pair(first: Array, later: Array, clusters: Sequence[str] | None, choices: Choices) -> dict[str, Any]:
+def _pair(first: Array, later: Array, clusters: Sequence[str] | None, choices: Choices) -> JsonObject:
     draws, level, power = (choices.seed, choices.resamples), choices.level, choices.power
     difference, n = later - first, len(first)
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
@@ -211,7 +207,7 @@ def _pair(first: Array, later: Array, clusters: Sequence[str] | None, choices: C
     }
 
 
-def _adjust(tasks: Sequence[dict[str, Any]], level: float) -> None:
+def _adjust(tasks: Sequence[JsonObject], level: float) -> None:
     """Add Holm's p-values and the verdicts, and take back a gap closed whose loss does not outlast the adjustment."""
     for same_pair in zip(*(task["comparisons"] for task in tasks), strict=True):
         adjusted = paired.holm([row["p"] for row in same_pair])
@@ -225,7 +221,7 @@ def _adjust(tasks: Sequence[dict[str, Any]], level: float) -> None:
                 gap |= {"value": None, "interval": None, "reason": gap["reason"] or reason}
 
 
-def _verdict(row: Mapping[str, Any], level: float) -> str:
+def _verdict(row: JsonObject, level: float) -> str:
     low, high = row["interval"]
     if row["identical"]:
         return f"identical: {SAME}"
@@ -234,7 +230,7 @@ def _verdict(row: Mapping[str, Any], level: float) -> str:
     return BETTER if row["difference"] > 0 else WORSE
 
 
-def _section(task: Mapping[str, Any], level: str) -> tuple[str, list[Grid], list[str]]:
+def _section(task: JsonObject, level: str) -> tuple[str, list[Grid], list[str]]:
     """Title, tables and lines below them."""
     by, shown = _methods(task["scores"], "{:.1f}%")
     scores = [[row["name"], f"{row['score']:.1%}", cell] for row, cell in zip(task["scores"], shown, strict=True)]
@@ -263,29 +259,31 @@ def _section(task: Mapping[str, Any], level: str) -> tuple[str, list[Grid], list
     )
 
 
-def _methods(rows: Sequence[Mapping[str, Any]], form: str = "{:+.1f}") -> tuple[str, list[str]]:
+def _methods(rows: Sequence[JsonObject], form: str = "{:+.1f}") -> tuple[str, list[str]]:
     """(of the header, cells): how the intervals were made is said once where it is the same for all rows."""
     several = len({row["method"] for row in rows}) > 1
     cells = [_points(row["interval"], form) + (f" ({row['method']})" if several else "") for row in rows]
     return ("" if several or not rows else f" ({rows[0]['method']})"), cells
 
 
-def _gap(gap: Mapping[str, Any], level: str) -> str:
+def _gap(gap: JsonObject, level: str) -> str:
     if gap["value"] is None:
         return f"not given, since {gap['reason']}"
     share, loss = f"{100 * gap['value']:.0f}%".replace("-", "−"), 100 * gap["gap"]
     return f"{share} ({level} {_points(gap['interval'], '{:.0f}%')}) of a loss of {loss:.1f} points"
 
 
-def _notes(found: Mapping[str, Any]) -> list[str]:
-    rows = [row for task in found["tasks"] for row in task["comparisons"]]
+def _notes(comparison: JsonObject) -> list[str]:
+    rows = [row for task in comparison["tasks"] for row in task["comparisons"]]
     tests = " and ".join(dict.fromkeys(row["test"] for row in rows))
-    holm = f", adjusted by Holm over {len(found['tasks'])} tasks" if len(found["tasks"]) > 1 else ""
+    holm = f", adjusted by Holm over {len(comparison['tasks'])} tasks" if len(comparison["tasks"]) > 1 else ""
     notes = [
-        f"p: {tests}{holm}; better and worse need p below {1 - found['level']:.3g} and an interval without zero.",
-        f"can show: the least difference that one such test finds on these items with power {found['power']:.0%}.",
+        f"p: {tests}{holm}; better and worse need p below {1 - comparison['level']:.3g} and an interval without zero.",
+        f"can show: the least difference that one such test finds on these items with power {comparison['power']:.0%}.",
     ]
-    drawn = [task for task in found["tasks"] if task["gap_closed"] or "bootstrap" in task["comparisons"][0]["method"]]
+    drawn = [
+        task for task in comparison["tasks"] if task["gap_closed"] or "bootstrap" in task["comparisons"][0]["method"]
+    ]
     if any((task["clusters"] or task["n"]) < FEW for task in drawn):
         notes.append(f"bootstrap intervals of fewer than {FEW} items or clusters are too narrow; the p-values hold.")
     return notes

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from remend.console import stage
+from remend.data.order import batches_by_length
 from remend.data.templates import Encoded
 from remend.errors import InputError
-from remend.evaluation.steady import Steady
 from remend.evaluation.store import Answers
-from remend.models.sampling.rollout import Sampler
+from remend.files.atomic import JsonObject
+from remend.models.protocols import CausalLM, Scored, Tokenizer
+from remend.models.sampling.rollout import Rollout, Sampler
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.tokens import eos_ids
 
@@ -33,7 +35,15 @@ class Question:
     key: str
     prompt: Encoded
     seed: int
-    about: dict[str, Any]
+    about: JsonObject
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many rows, and how many tokens with padding, a batch has at most; None sets no limit."""
+
+    rows: int
+    tokens: int | None = None
 
 
 def rows_of(device: torch.device) -> int:
@@ -41,37 +51,32 @@ def rows_of(device: torch.device) -> int:
     return ROWS.get(device.type, GPU_ROWS)
 
 
-def batches(lengths: Sequence[int], *, rows: int, tokens: int) -> list[list[int]]:
-    """Indices in batches of like lengths, the longest first, so that a batch that does not fit is met at once.
-
-    Args:
-        lengths: tokens of each, answer included.
-        rows: at most so many a batch.
-        tokens: at most so many a batch, each row counted as long as its longest; a single row is always allowed.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    found: list[list[int]] = []
-    while order:
-        count = max(1, min(rows, tokens // max(1, lengths[order[0]])))
-        found.append(order[:count])
-        order = order[count:]
-    return found
-
-
-def hf_sampler(model: Any, tokenizer: Any, *, greedy: bool) -> Sampler:
-    """Decoding with transformers. Greedy choices are steadied; a sampled row's draws are its own in any batch."""
+def hf_sampler(model: CausalLM, tokenizer: Tokenizer) -> Sampler:
+    """Decoding with transformers, a whole batch at once. It raises InputError when logits are not finite."""
     eos = eos_ids(model, tokenizer)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    policy: Any = Steady(model, eos) if greedy else model
-    return TransformersSampler(policy, vocabulary, eos, max_rows=2**31)
+    sampler = TransformersSampler(model, model.get_output_embeddings().weight.shape[0], eos, max_rows=2**31)
+
+    def sample(
+        prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        assert isinstance(model, nn.Module)
+        with model.register_forward_hook(_refuse_damage):
+            return sampler(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds)
+
+    return sample
 
 
-def token_cap(model: Any) -> int:
+def _refuse_damage(_module: nn.Module, _inputs: object, output: Scored) -> None:
+    if not output.logits[:, -1].amax(-1).isfinite().all():
+        raise InputError("the model's logits are not finite: its weights are damaged beyond use")
+
+
+def token_cap(model: CausalLM) -> int:
     """Tokens whose keys and values take MEMORY_SHARE of the free memory."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    size = 2 * config.num_hidden_layers * heads * width * model.get_output_embeddings().weight.dtype.itemsize
     if model.device.type == "cuda":
         free = int(torch.cuda.mem_get_info(model.device)[0])
     else:
@@ -79,58 +84,85 @@ def token_cap(model: Any) -> int:
     return max(1, int(MEMORY_SHARE * free / size))
 
 
+def fill(
+    answers: Answers,
+    keys: Sequence[str],
+    lengths: Sequence[int],
+    limits: Limits,
+    title: str,
+    answer: Callable[[list[int]], list[JsonObject]],
+) -> None:
+    """Get the answers that are missing, batch by batch.
+
+    Batches are made of all rows, answered or not: rounding differs with a batch's shape and settles near ties, and so
+    an interrupted evaluation goes on with the batches, and gives the answers, that it would have had as a whole. A
+    batch that is kept in part is answered as a whole, and only what is missing is taken.
+
+    Args:
+        answers: where they are kept.
+        keys: of all rows; lengths: their tokens, answer included.
+        limits: of a batch.
+        title: of the progress bar.
+        answer: the lines of a batch, for its rows' numbers, each with its `key`.
+    """
+    done = sum(key in answers for key in keys)
+    with stage(title, len(keys), done) as advance:
+        for batch in batches_by_length(lengths, rows=limits.rows, tokens=limits.tokens, longest_first=True):
+            missing = {keys[i] for i in batch if keys[i] not in answers}
+            if missing:
+                answers.add([line for line in answer(batch) if line["key"] in missing])
+                advance(len(missing))
+
+
 def ask(
     sampler: Sampler,
     questions: Sequence[Question],
     answers: Answers,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     title: str,
     *,
     max_new_tokens: int,
     temperature: float,
-    rows: int,
-    tokens: int,
-    done: int = 0,
+    limits: Limits,
 ) -> None:
-    """Answer all questions and keep the answers: key, answer (a text without special tokens), tokens, clipped.
+    """Have all questions answered and keep the answers: key, answer (a text without special tokens), tokens, clipped.
 
     Args:
         sampler: an engine.
-        questions: those that have no answer yet.
+        questions: all of them, also those that have an answer already; see `fill`.
         answers: where they are kept, batch by batch.
         tokenizer: makes the text.
         title: of the progress bar.
         max_new_tokens, temperature: see Sampler.
-        rows, tokens: of a batch at most; see `batches`.
-        done: questions answered in an earlier call, for the bar.
+        limits: of a batch.
 
     Raises InputError when a batch does not fit into the GPU's memory.
     """
+
+    def answer(batch: list[int]) -> list[JsonObject]:
+        part = [questions[i] for i in batch]
+        try:
+            rollouts = sampler(
+                [question.prompt for question in part],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seeds=[question.seed for question in part],
+            )
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"{len(part)} answers at once don't fit into the device's memory; give a batch_rows below that "
+                f"(--batch-rows {max(1, len(part) // 2)}). What is answered so far is kept"
+            ) from None
+        return [
+            {
+                "key": question.key,
+                **question.about,
+                "answer": tokenizer.decode(rollout.completion, skip_special_tokens=True),
+                "tokens": len(rollout.completion),
+                "clipped": rollout.clipped,
+            }
+            for question, rollout in zip(part, rollouts, strict=True)
+        ]
+
     lengths = [len(question.prompt.tokens) + max_new_tokens for question in questions]
-    with stage(title, len(questions) + done, done) as advance:
-        for batch in batches(lengths, rows=rows, tokens=tokens):
-            part = [questions[i] for i in batch]
-            try:
-                rollouts = sampler(
-                    [question.prompt for question in part],
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    seeds=[question.seed for question in part],
-                )
-            except torch.OutOfMemoryError:
-                raise InputError(
-                    f"{len(part)} answers at once don't fit into the device's memory; give a batch_rows below that "
-                    f"(--batch-rows {max(1, len(part) // 2)}). What is answered so far is kept"
-                ) from None
-            kept = [
-                {
-                    "key": question.key,
-                    **question.about,
-                    "answer": tokenizer.decode(rollout.completion, skip_special_tokens=True),
-                    "tokens": len(rollout.completion),
-                    "clipped": rollout.clipped,
-                }
-                for question, rollout in zip(part, rollouts, strict=True)
-            ]
-            answers.add(kept)
-            advance(len(part))
+    fill(answers, [question.key for question in questions], lengths, limits, title, answer)

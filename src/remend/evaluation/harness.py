@@ -16,7 +16,7 @@ import importlib.metadata
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -24,8 +24,10 @@ from typing import Any
 
 from remend.console import console
 from remend.errors import CheckError, FileError, InputError, did_you_mean
-from remend.evaluation.plan import LM_EVAL
 from remend.evaluation.results import scored
+from remend.evaluation.settings import LM_EVAL
+from remend.files.atomic import JsonObject
+from remend.models.protocols import CausalLM, Tokenizer
 
 ROWS, GPU_ROWS = {"cpu": 8}, 16
 """Rows of a batch: the harness holds the logits of all positions."""
@@ -57,16 +59,16 @@ class Tasks:
     """
 
     def __init__(self, include: Path | None = None) -> None:
-        found = {"include_sha256": _digest(include)} if include else {}
+        digest = {"include_sha256": _digest(include)} if include else {}
         try:
             self._package: Any = importlib.import_module("lm_eval")
-            self._manager = _manager(str(include) if include else None, found.get("include_sha256"))
+            self._manager = _manager(str(include) if include else None, digest.get("include_sha256"))
         except ImportError as error:
             raise FileError(
                 f"{LM_EVAL} tasks need the package lm-eval, which is not installed or not complete ({error}). "
                 "Install it with: pip install 'remend[eval]' (or pip install lm-eval)"
             ) from None
-        self.about = {"version": importlib.metadata.version("lm_eval"), **found}
+        self.about = {"version": importlib.metadata.version("lm_eval"), **digest}
         """The package's version, and the hash of the folder's files."""
 
     def check(self, names: Sequence[str], *, allow_code: bool) -> None:
@@ -88,8 +90,8 @@ class Tasks:
             raise CheckError(problems)
 
     def run(
-        self, model: Any, tokenizer: Any, name: str, *, limit: int | None, seed: int, rows: int, code: bool
-    ) -> list[dict[str, Any]]:
+        self, model: CausalLM, tokenizer: Tokenizer, name: str, *, limit: int | None, seed: int, rows: int, code: bool
+    ) -> list[JsonObject]:
         """Evaluate a task or a group of tasks.
 
         Args:
@@ -117,7 +119,7 @@ class Tasks:
         try:
             with _quietly(), _code_allowed(code):
                 wrapped: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
-                found = self._package.simple_evaluate(
+                outcome = self._package.simple_evaluate(
                     model=wrapped(pretrained=model, tokenizer=tokenizer, batch_size=rows),
                     tasks=[short],
                     task_manager=self._manager,
@@ -133,7 +135,7 @@ class Tasks:
                 f"task {LM_EVAL}{short} failed in lm-eval: {type(error).__name__}: "
                 f"{' '.join(str(error).split())[:300]}. Its data comes from the hub unless its YAML names files"
             ) from error
-        parts = [{**part, "chat_template": chat} for part in parts_of(found, short)]
+        parts = [{**part, "chat_template": chat} for part in parts_of(outcome, short)]
         if not parts:
             raise InputError(
                 f"task {LM_EVAL}{short} has no metric from 0 to 1 a document, so it can't be compared item by item; "
@@ -158,22 +160,25 @@ def _manager(include: str | None, digest: str | None) -> Any:
         return importlib.import_module("lm_eval.tasks").TaskManager(include_path=include)
 
 
-def parts_of(found: Mapping[str, Any], short: str) -> list[dict[str, Any]]:
+def parts_of(outcome: JsonObject, short: str) -> list[JsonObject]:
     """The results of one task or group as parts of a results file; see Tasks.run."""
-    several = len(found["samples"]) > 1
-    items: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for leaf, samples in found["samples"].items():
+    several = len(outcome["samples"]) > 1
+    items: dict[tuple[str, str], list[JsonObject]] = {}
+    for leaf, samples in outcome["samples"].items():
         for sample in samples:
             for metric in sample["metrics"]:
                 value = _share(sample[metric])
-                entry = {"id": f"{leaf}/{sample['doc_id']}" if several else str(sample["doc_id"]), "correct": value}
+                entry: JsonObject = {
+                    "id": f"{leaf}/{sample['doc_id']}" if several else str(sample["doc_id"]),
+                    "correct": value,
+                }
                 entry |= {"answer": _answer(sample["filtered_resps"]), "target": str(sample["target"])}
                 items.setdefault((metric, sample["filter"]), []).append(entry)
     parts = []
     for (metric, filtered), rows in items.items():
         if any(row["correct"] is None for row in rows):
             continue
-        reported = {**found["results"], **found.get("groups", {})}.get(short, {}).get(f"{metric},{filtered}")
+        reported = {**outcome["results"], **outcome.get("groups", {})}.get(short, {}).get(f"{metric},{filtered}")
         parts.append(
             {
                 "task": f"{LM_EVAL}{short}",
@@ -191,22 +196,22 @@ def parts_of(found: Mapping[str, Any], short: str) -> list[dict[str, Any]]:
 def _share(value: Any) -> float | None:
     """A document's metric as a number from 0 to 1, of several values their mean; None where it is none."""
     try:
-        values = [float(v) for v in value] if isinstance(value, list | tuple) else [float(value)]
+        values = [float(v) for v in (value if isinstance(value, list | tuple) else [value])]
     except (TypeError, ValueError):
         return None
     mean = sum(values) / len(values) if values else math.nan
     return mean if 0 <= mean <= 1 else None
 
 
-def _answer(responses: Sequence[Any]) -> Any:
+def _answer(responses: Sequence[Any]) -> str | list[int | str | float]:
     """The generated text, or the log-likelihood of each choice. Raises InputError when one is not finite."""
     plain = [r[0] if isinstance(r, list | tuple) and r else r for r in responses]
     if len(plain) == 1:
         return str(plain[0])
-    found = [p if isinstance(p, int | str) else float(p) for p in plain]
-    if not all(math.isfinite(p) for p in found if isinstance(p, float)):
+    scores = [p if isinstance(p, int | str) else float(p) for p in plain]
+    if not all(math.isfinite(p) for p in scores if isinstance(p, float)):
         raise InputError("the model's log-likelihoods are not finite: its weights are damaged beyond use")
-    return found
+    return scores
 
 
 @contextmanager

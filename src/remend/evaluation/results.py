@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from remend.data import tasks
-from remend.errors import InputError
+from remend.data.examples import Row
+from remend.errors import FileError, InputError
 from remend.evaluation import letters
 from remend.evaluation.rows import Material
+from remend.files.atomic import JsonObject, read_json
 from remend.maths.paired import score_interval
 
-Answer = Mapping[str, Any]
+Answer = JsonObject
 """A line of the answers' file: answer (a text), tokens, clipped."""
 
 
@@ -32,7 +33,7 @@ def pass_at(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def generated(material: Material, answers: Sequence[Sequence[Answer]], mode: str) -> dict[str, Any]:
+def generated(material: Material, answers: Sequence[Sequence[Answer]], mode: str) -> JsonObject:
     """Grade generated answers.
 
     Args:
@@ -53,29 +54,29 @@ def generated(material: Material, answers: Sequence[Sequence[Answer]], mode: str
     items = []
     for number, (prompt, row, given) in enumerate(zip(material.prompts, material.rows, answers, strict=True)):
         each = [
-            {key: part["items"][number][key] for key in ("correct", "reason")}
+            {"correct": scores["items"][number]["correct"], "reason": scores["items"][number]["reason"]}
             | {key: answer[key] for key in ("answer", "tokens", "clipped")}
-            for part, answer in zip(graded, given, strict=True)
+            for scores, answer in zip(graded, given, strict=True)
         ]
-        right = sum(one["correct"] for one in each)
+        right = sum(bool(one["correct"]) for one in each)
         several = {"correct": right / count, "correct_count": right, "samples": count, "answers": each}
         items.append({"id": prompt.id, **_cluster(material, row), **(each[0] if count == 1 else several)})
     every = [answer for row in answers for answer in row]
-    found: dict[str, Any] = {"task": table.task.name, "grader": mode, "how": "generate", **scored(items)}
+    part: JsonObject = {"task": table.task.name, "grader": mode, "how": "generate", **scored(items)}
     if count > 1:
-        found["pass_at"] = {
+        part["pass_at"] = {
             str(k): sum(pass_at(count, item["correct_count"], k) for item in items) / len(items) for k in _ks(count)
         }
-    found |= {
-        "raised": sum(part["raised"] for part in graded),
+    part |= {
+        "raised": sum(scores["raised"] for scores in graded),
         "empty": sum(not answer["answer"].strip() for answer in every),
         "clipped": sum(bool(answer["clipped"]) for answer in every),
         "mean_tokens": sum(answer["tokens"] for answer in every) / len(every),
     }
-    return {**found, "items": items}
+    return {**part, "items": items}
 
 
-def raised_note(part: Mapping[str, Any]) -> str:
+def raised_note(part: JsonObject) -> str:
     """Which rows the grader of a part raised on, and why on the first, in one line."""
     rows = {
         item["id"]: one["reason"]
@@ -92,24 +93,24 @@ def raised_note(part: Mapping[str, Any]) -> str:
     )
 
 
-def scored(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def scored(items: Sequence[JsonObject]) -> JsonObject:
     """n, score (mean of `correct`), interval_95 and its method, as `remend compare` gives them."""
     clusters = [item["cluster"] for item in items] if "cluster" in items[0] else None
-    found = score_interval([float(item["correct"]) for item in items], clusters)
-    rest = {"interval_95": found["interval"], "interval_method": found["method"]}
-    return {"n": len(items), "score": found["score"], **rest}
+    mean = score_interval([float(item["correct"]) for item in items], clusters)
+    rest = {"interval_95": mean["interval"], "interval_method": mean["method"]}
+    return {"n": len(items), "score": mean["score"], **rest}
 
 
 def _ks(count: int) -> list[int]:
     return sorted({2**power for power in range(count.bit_length()) if 2**power <= count} | {count})
 
 
-def _cluster(material: Material, row: Mapping[str, Any]) -> dict[str, Any]:
+def _cluster(material: Material, row: Row) -> JsonObject:
     """`cluster` for compare, where every row names one."""
     return {"cluster": row["cluster"]} if all(r.get("cluster") is not None for r in material.rows) else {}
 
 
-def chosen(material: Material, answers: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+def chosen(material: Material, answers: Sequence[JsonObject], seed: int) -> JsonObject:
     """Grade letters by their log-likelihoods; see `letters.item` and `letters.summary`."""
     task = material.table.task
     items = [
@@ -120,12 +121,13 @@ def chosen(material: Material, answers: Sequence[Mapping[str, Any]], seed: int) 
     return {**about, **scored(items), **letters.summary(items, seed), "items": items}
 
 
-def plain(value: Any) -> Any:
+def plain(value: JsonObject) -> JsonObject:
     """As JSON gives it back: tuples are lists."""
-    return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    content: JsonObject = json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    return content
 
 
-def finished(out: Path, same: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished(out: Path, same: JsonObject) -> JsonObject | None:
     """The results that `out` holds already, None where it does not exist.
 
     Raises InputError when it is something else than the results of these settings: nothing is overwritten.
@@ -133,13 +135,13 @@ def finished(out: Path, same: Mapping[str, Any]) -> dict[str, Any] | None:
     if not out.exists():
         return None
     try:
-        found = json.loads(out.read_text(encoding="utf-8"))
-        differing = [key for key, value in plain(same).items() if found[key] != value]
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_json(out)
+        differing = [key for key, value in plain(same).items() if content[key] != value]
+    except (FileError, KeyError, TypeError):
         raise InputError(f"out {out} exists and holds no results of this command; name a new file") from None
     if differing:
         raise InputError(
             f"out {out} holds results that differ in {', '.join(differing)}; name a new file, or remove it. "
             "Answers that still fit are kept beside it and are not asked again"
         )
-    return dict(found)
+    return dict(content)

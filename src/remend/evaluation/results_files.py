@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from remend.errors import FileError, InputError
+from remend.files.atomic import JsonObject
 
-Source = str | Path | Mapping[str, Any]
+Source = str | Path | JsonObject
 """A path, or results as they were loaded."""
 
 Key = tuple[str, str]
@@ -35,29 +35,30 @@ def load(source: Source, label: str) -> dict[Key, Graded]:
     where = label if isinstance(source, Mapping) else str(source)
     value = source if isinstance(source, Mapping) else _json(Path(source))
     several = isinstance(value, Mapping) and "results" in value and "items" not in value
-    parts = value["results"] if several else [value]
+    parts = value["results"] if isinstance(value, Mapping) and several else [value]
     if not isinstance(parts, list) or not parts:
         raise InputError(f'{where}: "results" must be a list of one or more results; {SHAPE}')
-    found: dict[Key, Graded] = {}
+    by_key: dict[Key, Graded] = {}
     for number, part in enumerate(parts, start=1):
         place = f"{where}, result {number}" if several else where
         key = _key(part, place)
-        if key in found:
+        if key in by_key:
             raise InputError(f"{where} holds task {key[0]} (grader {key[1]}) twice; keep one of them")
-        found[key] = _items(part["items"], place)
-    return found
+        by_key[key] = _items(part["items"], place)
+    return by_key
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        content: object = json.loads(path.read_text(encoding="utf-8-sig"))
+        return content
     except OSError as error:
         raise FileError(f"{path} can't be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}; {SHAPE}") from None
 
 
-def _key(part: Any, place: str) -> Key:
+def _key(part: object, place: str) -> Key:
     if not isinstance(part, Mapping):
         raise InputError(f"{place} holds a {type(part).__name__}; {SHAPE}")
     missing = [name for name in ("task", "grader", "items") if name not in part]
@@ -73,7 +74,7 @@ def _key(part: Any, place: str) -> Key:
     return part["task"], part["grader"]
 
 
-def _items(items: Sequence[Any], place: str) -> Graded:
+def _items(items: Sequence[object], place: str) -> Graded:
     scores: dict[str, float] = {}
     clusters: dict[str, str] = {}
     for number, item in enumerate(items, start=1):

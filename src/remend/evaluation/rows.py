@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from remend.data import tasks
 from remend.data.examples import Row, example_of
 from remend.data.tasks import Task
 from remend.data.templates import Encoded, dropped_text, encode_within
+from remend.data.tokenizer import Tokenizer
 from remend.errors import InputError
 
 
@@ -70,17 +70,17 @@ def read(name: str, data: str | None, limit: int | None) -> Table:
         origin = f"the first {count} held-out rows of {name}"
     else:
         given, origin = [example.row for example in task.load(data)][:limit], data
-    found: dict[str, Row] = {}
+    rows: dict[str, Row] = {}
     for number, row in enumerate(given, start=1):
         where = f"{origin}, row {number}"
         task.check(row, where)
         key = task.id(row)
-        if found.setdefault(key, row) != row:
+        if rows.setdefault(key, row) != row:
             raise InputError(f'{where}: the id "{key}" stands for another row already; give each an id of its own')
-    return Table(task, found, origin, len(given) - len(found))
+    return Table(task, rows, origin, len(given) - len(rows))
 
 
-def encode(table: Table, tokenizer: Any, context: int | None, reserve: int) -> Material:
+def encode(table: Table, tokenizer: Tokenizer, context: int | None, reserve: int) -> Material:
     """The rows as prompts; those that leave no room for `reserve` tokens in the model's context are dropped, not cut.
 
     Raises InputError when none is left, or a prompt can't be put into the chat template.

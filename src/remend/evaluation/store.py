@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from remend.errors import FileError
-from remend.files.atomic import json_line, write_text, writing
+from remend.files.atomic import JsonObject, json_line, write_text, writing
 
 
-def key_of(*parts: Any) -> str:
+def key_of(*parts: object) -> str:
     """16 hex digits for whatever an answer depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
@@ -23,37 +22,48 @@ def answers_path(out: Path) -> Path:
 
 
 class Answers:
-    """The file's lines by their `key`. What a killed process left of a last line is taken away.
+    """The file's lines by their `key`; see `open_answers`."""
 
-    Raises FileError when the file can't be read.
-    """
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lines: Mapping[str, JsonObject]) -> None:
         self.path = path
-        self._found: dict[str, Mapping[str, Any]] = {}
-        try:
-            data = path.read_bytes() if path.is_file() else b""
-            whole, _, torn = data.rpartition(b"\n")
-            rows = [json.loads(line) for line in whole.decode().split("\n") if line.strip()]
-            self._found = {row["key"]: row for row in rows}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileError(
-                f"the answers of an earlier call in {path} can't be read: {type(error).__name__}: {error}. "
-                "Move that file away to begin anew"
-            ) from None
-        if torn:
-            write_text(path, f"{whole.decode()}\n" if whole else "")
+        self._lines = dict(lines)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._found
+        return key in self._lines
 
-    def __getitem__(self, key: str) -> Mapping[str, Any]:
-        return self._found[key]
+    def __getitem__(self, key: str) -> JsonObject:
+        return self._lines[key]
 
-    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows, each with its `key`. Raises FileError when they can't be written."""
+    def add(self, lines: Sequence[JsonObject]) -> None:
+        """Append lines, each with its `key`. Raises FileError when they can't be written."""
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.write("".join(map(json_line, rows)))
-        self._found |= {row["key"]: row for row in rows}
+                stream.write("".join(map(json_line, lines)))
+        self._lines |= {line["key"]: line for line in lines}
+
+    def once(self, key: str, make: Callable[[], JsonObject]) -> JsonObject:
+        """The line under `key`; where there is none, what `make` gives is kept there."""
+        if key not in self:
+            self.add([{"key": key, **make()}])
+        return self[key]
+
+
+def open_answers(path: Path) -> Answers:
+    """The answers that are there. What a killed process left of a last line is taken away.
+
+    Raises FileError when the file can't be read.
+    """
+    try:
+        data = path.read_bytes() if path.is_file() else b""
+        whole, _, torn = data.rpartition(b"\n")
+        lines = [json.loads(line) for line in whole.decode().split("\n") if line.strip()]
+        by_key = {line["key"]: line for line in lines}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(
+            f"the answers of an earlier call in {path} can't be read: {type(error).__name__}: {error}. "
+            "Move that file away to begin anew"
+        ) from None
+    if torn:
+        write_text(path, f"{whole.decode()}\n" if whole else "")
+    return Answers(path, by_key)

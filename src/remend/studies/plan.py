@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from remend.data import tasks
 from remend.degrade import prune, quantize
 from remend.errors import CheckError, FileError, InputError, did_you_mean
 from remend.evaluation import harness
-from remend.evaluation.job import evaluate
-from remend.evaluation.plan import LM_EVAL, make_plan
+from remend.evaluation.plan import make_plan
+from remend.evaluation.settings import LM_EVAL, EvaluateSettings
 from remend.files import recipes
 from remend.files.settings import Settings, build, read_yaml
 from remend.studies.grid import Cell, Method, Study, cells_of
@@ -37,11 +36,7 @@ from remend.studies.spec import (
     TaskSpec,
 )
 
-DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(evaluate).parameters.items()
-    if parameter.default is not inspect.Parameter.empty and name != "data"
-}
+OPTIONS = [name for name in EvaluateSettings.model_fields if name != "data"]
 """Options of remend eval but for the rows, which a study has keys of its own for."""
 
 
@@ -228,7 +223,7 @@ class _Reader:
         spec: TaskSpec | None = self.part(place, TaskSpec, value or {})
         if spec is None:
             return None
-        known = list(DEFAULTS)
+        known = OPTIONS
         unknown = [option for option in spec.options if option not in known]
         self.problems += [
             f'{self.origin}: {place}.options: unknown option "{option}".{did_you_mean(option, known)} Known: '
@@ -238,7 +233,7 @@ class _Reader:
         if not unknown:
             data = None if name.startswith(LM_EVAL) else "rows.jsonl"
             try:
-                make_plan("model", [name], data=data, **{**DEFAULTS, **spec.options})
+                make_plan("model", [name], {"data": data, **spec.options})
             except InputError as error:
                 self.problems += [f"{self.origin}: {place}.options: {line}" for line in str(error).split("\n")]
         return spec

@@ -1,22 +1,21 @@
-"""Losses between the teacher's and the student's next-token distributions, one file each, and their chunked sums."""
+"""Divergences between the teacher's and the student's next-token distributions, and their sums chunk by chunk."""
 
-from remend.maths.losses.chunked import Head, HeadTarget, Target, chunked_cross_entropy_sum, chunked_loss_sum
-from remend.maths.losses.loss import LOSSES, Loss, choose, described, divergence, log_probabilities, of_beta
-from remend.registry import register_all
+from remend.maths.losses.chunked import (
+    Head,
+    chunk_rows,
+    chunked_cross_entropy_sum,
+    chunked_divergence_sum,
+    chunked_truncated_sum,
+)
+from remend.maths.losses.divergences import direction, divergence, truncated_divergence
 
 __all__ = [
-    "LOSSES",
     "Head",
-    "HeadTarget",
-    "Loss",
-    "Target",
-    "choose",
+    "chunk_rows",
     "chunked_cross_entropy_sum",
-    "chunked_loss_sum",
-    "described",
+    "chunked_divergence_sum",
+    "chunked_truncated_sum",
+    "direction",
     "divergence",
-    "log_probabilities",
-    "of_beta",
+    "truncated_divergence",
 ]
-
-register_all(__name__)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from remend.data.order import batches_by_length
 from remend.errors import InputError
 from remend.models.layers import decoder_layers
 from remend.models.protocols import CausalLM
@@ -62,12 +63,7 @@ Consume = Callable[[Batch, Tensor], None]
 def plan(rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
     """Sequences grouped by length into batches of at most BATCH_TOKENS; settled by the lengths alone."""
     lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
-    batches: list[list[int]] = []
-    for i in sorted(range(len(rollouts)), key=lambda i: (lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[i] > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(i)
-    return [tuple(batch) for batch in batches]
+    return [tuple(batch) for batch in batches_by_length(lengths, tokens=BATCH_TOKENS)]
 
 
 def modules_of(model: CausalLM, site: str) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from remend.data.order import batches_by_length
 from remend.errors import InputError
 from remend.models.layers import decoder_layers
 from remend.models.protocols import CausalLM
@@ -40,15 +41,10 @@ class HiddenBatch:
 def hidden_batches(
     model: CausalLM, rollouts: Sequence[Rollout], precision: AbstractContextManager[object], once: bool = False
 ) -> list[HiddenBatch]:
-    blocks, result = decoder_layers(model), []
-    order = sorted(rollouts, key=lambda r: len(r.prompt) + len(r.completion))
-    rows: list[Rollout] = []
-    for rollout in order:
-        if rows and (len(rows) + 1) * (len(rollout.prompt) + len(rollout.completion)) > BATCH_TOKENS:
-            result.append(start(model, blocks, rows, precision, once))
-            rows = []
-        rows.append(rollout)
-    return [*result, start(model, blocks, rows, precision, once)]
+    blocks = decoder_layers(model)
+    lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
+    batches = batches_by_length(lengths, tokens=BATCH_TOKENS)
+    return [start(model, blocks, [rollouts[i] for i in batch], precision, once) for batch in batches]
 
 
 def start(
