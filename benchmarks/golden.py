@@ -67,6 +67,10 @@ and since a run that OLD wrote must be taken. Reports are also made of each side
 TIMES = ("seconds", "training_seconds", "peak_rss_mib")
 """Keys of JSON that differ between any two runs."""
 
+CHANGED_KEYS = {"importance_clip": None, "scales": "fixed", "loss": None}
+"""Keys of a recipe that are gone or new since OLD, with the value at which they do nothing. Both sides' own runs lose
+them before their pages are made; the runs of OLD that both are given keep them."""
+
 STATISTICS = r"interval|_95$|^p$|p_value|\blow\b|\bhigh\b|detectable|spearman|pearson|error"
 CLOSE = 1e-9
 """What a library's formula may round otherwise, by a part of the key's path, and how much."""
@@ -226,6 +230,25 @@ def _stopped(value: Any) -> Any:
     return [_stopped(part) for part in value] if isinstance(value, list) else value
 
 
+def leave_out_changed_keys(directory: Path) -> None:
+    """CHANGED_KEYS leave what a run says of its recipe."""
+    import yaml
+
+    for path in sorted(directory.rglob("recipe.yaml")):
+        recipe = _without_changed(yaml.safe_load(path.read_text(encoding="utf-8")))
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        manifest = json.loads((path.parent / "manifest.json").read_text(encoding="utf-8"))
+        manifest["recipe"] = _without_changed(manifest["recipe"])
+        (path.parent / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _without_changed(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kept = {key: part for key, part in value.items() if key not in CHANGED_KEYS or part != CHANGED_KEYS[key]}
+    return {key: _without_changed(part) for key, part in kept.items()}
+
+
 # the comparison ------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +396,8 @@ def golden(tree: Path, directory: Path, commit: str) -> int:
     ]
     both(sides, runs)
     give(sides, "runs", "given/runs")
+    for one in sides:
+        leave_out_changed_keys(one.directory / "runs")
     both(sides, [job(f"{i + 1:02d}-{words.split()[0]}", words) for i, words in enumerate(AFTERWARDS)])
     for one in sides:
         stop_the_clock(one.directory / "after")
