@@ -18,11 +18,10 @@ def filled() -> Registry[int]:
     return table
 
 
-def test_get_names_and_sources() -> None:
+def test_get_and_names() -> None:
     table = filled()
     assert table.get("rtn") == 1
     assert table.names() == ["gptq", "rtn"]
-    assert table.sources == {"rtn": "paper A", "gptq": "paper B"}
 
 
 def test_decorator_returns_the_function_itself() -> None:
@@ -47,7 +46,6 @@ def test_a_name_is_taken_once() -> None:
     with pytest.raises(ValueError, match='method "rtn" is registered already'):
         table.register("rtn", source="elsewhere")(9)
     assert table.get("rtn") == 1
-    assert table.sources["rtn"] == "paper A"
 
 
 def test_registries_are_apart() -> None:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table of implementations under names, each with the address of the work that it implements.
+    """A table of implementations under names.
 
     Example:
         >>> methods: Registry[Callable[..., object]] = Registry("quantization method")
@@ -24,16 +24,17 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
-        self.sources: dict[str, str] = {}
 
     def register(self, name: str, *, source: str) -> Callable[[T], T]:
-        """Decorator that files an implementation under `name`; a name taken twice is a ValueError."""
+        """Decorator that files an implementation under `name`; a name taken twice is a ValueError.
+
+        `source` is the address of the work that is implemented: it stands there for who reads the code.
+        """
 
         def add(entry: T) -> T:
             if name in self._entries:
                 raise ValueError(f'{self.kind} "{name}" is registered already')
             self._entries[name] = entry
-            self.sources[name] = source
             return entry
 
         return add

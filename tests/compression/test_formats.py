@@ -9,43 +9,24 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from remend.compression.formats import NAMES, GridFormat, nearest, round_e2m1, table_of
+from helpers.grid_reference import BLOCKS, OTHERS
+from remend.compression.formats import GridFormat, nearest, round_e2m1, table_of
 from remend.errors import InputError
 
 CPU = torch.device("cpu")
 TABLES = ["e2m1", "e2m1 gguf", "nf4", "e4m3"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_name_and_parse_are_inverse(name: str) -> None:
-    assert GridFormat.parse(name).name == name
+def test_every_promised_format_is_there_under_its_name() -> None:
+    integers = [f"int{b}-g{g}-{z}" for b in (2, 3, 4, 8) for g in (32, 64, 128) for z in ("asym", "sym", "zp")]
+    assert all(GridFormat.parse(name).name == name for name in (*integers, *OTHERS))
+    assert GridFormat.parse("int3-g64") == GridFormat.parse("int3-g64-asym"), "asymmetric is the default"
 
 
-def test_every_promised_format_is_there() -> None:
-    integers = {f"int{b}-g{g}-{z}" for b in (2, 3, 4, 8) for g in (32, 64, 128) for z in ("asym", "sym", "zp")}
-    blocks = {f"gguf:{kind}" for kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "tq2_0")}
-    assert set(NAMES) == integers | blocks | {"nf4", "fp8-e4m3", "mxfp4", "nvfp4"}
+WRONG = ["", "int3", "int5-g64", "int3-g63", "int3-g64-", "int3-g64-symmetric", "INT3-G64", "xint3-g64", "int3-g64\n"]
 
 
-def test_asymmetric_is_the_default() -> None:
-    assert GridFormat.parse("int3-g64") == GridFormat.parse("int3-g64-asym")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "int3",
-        "int5-g64",
-        "int3-g63",
-        "int3-g64-",
-        "int3-g64-symmetric",
-        "INT3-G64",
-        "xint3-g64",
-        "int3-g64\n",
-        "q4_0",
-    ],
-)
+@pytest.mark.parametrize("name", [*WRONG, "q4_0"])
 def test_parse_refuses_and_says_what_is_allowed(name: str) -> None:
     with pytest.raises(InputError) as raised:
         GridFormat.parse(name)
@@ -53,9 +34,6 @@ def test_parse_refuses_and_says_what_is_allowed(name: str) -> None:
     assert f'unknown format "{name}"' in message
     for allowed in ("2, 3, 4, 8 bits", "32, 64, 128", "-sym", "-zp", "gguf:q4_0", "nvfp4"):
         assert allowed in message
-
-
-def test_parse_names_the_nearest() -> None:
     with pytest.raises(InputError, match='Did you mean "gguf:q4_0"'):
         GridFormat.parse("gguf:q4-0")
 
@@ -76,7 +54,7 @@ def test_bits_per_weight_counts_scale_and_zero(name: str, bits: float) -> None:
     assert GridFormat.parse(name).bits_per_weight(512) == bits
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("gguf:")])
+@pytest.mark.parametrize("name", BLOCKS)
 def test_bits_per_weight_of_ggufs_blocks_is_theirs(name: str) -> None:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name[5:].upper()]]
     fmt = GridFormat.parse(name)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.grid_reference import BLOCKS
 from remend.compression.containers.gguf_blocks import from_gguf_blocks, to_gguf_blocks
-from remend.compression.formats import NAMES, GridFormat
+from remend.compression.formats import GridFormat
 from remend.compression.grids import Grid, decode, encode, quantize, snap
 from remend.errors import InputError
 
 KINDS = ["random", "zero", "denormal scale", "no scale", "constant", "outlier", "ties", "bfloat16", "below a power"]
-BLOCKS = [n for n in NAMES if n.startswith("gguf:")]
 
 
 def weights(kind: str) -> Tensor:

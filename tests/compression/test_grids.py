@@ -12,22 +12,7 @@ from hypothesis import strategies as st
 from helpers.grid_reference import ALL, COLUMNS, any_codes, groups_of, slow_groups, slow_values, spread, weights
 from remend.compression import grids
 from remend.compression.formats import GridFormat
-from remend.compression.grids import (
-    Grid,
-    decode,
-    encode,
-    ends,
-    fit,
-    off_borders,
-    part,
-    quantize,
-    rescale,
-    restore,
-    scale_gradient,
-    snap,
-    store,
-    within_cell,
-)
+from remend.compression.grids import Grid, decode, encode, fit, quantize, within_cell
 from remend.errors import InputError
 
 quick = settings(deadline=None, max_examples=40, database=None)
@@ -74,27 +59,26 @@ def test_snap_is_decode_of_encode_bit_for_bit_and_idempotent(seed: int, fmt: Gri
     grid = fit(weights(seed), fmt)
     moved = weights(seed + 1, 0.05 * wide)
     out = torch.full_like(moved, torch.nan)
-    snap(moved, grid, fmt, out=out)
+    grids.snap(moved, grid, fmt, out=out)
     assert torch.equal(out, decode(encode(moved, grid, fmt), grid, fmt))
     again = torch.full_like(moved, torch.nan)
-    snap(out, grid, fmt, out=again)
+    grids.snap(out, grid, fmt, out=again)
     assert torch.equal(out, again)
 
 
 @pytest.mark.parametrize("name", ["int3-g32-asym", "nvfp4"])
-def test_snap_writes_into_a_parameter_and_into_one_column(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grids, "_CHUNK", 2 * COLUMNS)  # two rows at a time, and one is left
+def test_snap_writes_into_a_parameter_and_into_one_column(name: str) -> None:
     fmt = GridFormat.parse(name)
-    weight = weights(0)
+    weight = weights(0, rows=1030)  # more than are done at a time, and some are left
     grid = fit(weight, fmt)
     expected = decode(encode(weight, grid, fmt), grid, fmt)
     parameter = torch.nn.Parameter(torch.zeros_like(weight))
     with torch.no_grad():
-        snap(weight, grid, fmt, out=parameter)
+        grids.snap(weight, grid, fmt, out=parameter)
     assert torch.equal(parameter.detach(), expected)
-    column = torch.zeros(COLUMNS, 3)
-    shared, alone = part(grid, fmt, 33, 34)
-    snap(weight[:, 33:34], shared, alone, out=column[33].unsqueeze(1))
+    column = torch.zeros(COLUMNS, len(weight))
+    shared, alone = grids.part(grid, fmt, 33, 34)
+    grids.snap(weight[:, 33:34], shared, alone, out=column[33].unsqueeze(1))
     assert torch.equal(column[33], expected[:, 33])
 
 
@@ -103,7 +87,7 @@ def test_snap_writes_into_a_parameter_and_into_one_column(name: str, monkeypatch
 def test_ends_are_the_least_and_the_largest_point(seed: int, fmt: GridFormat) -> None:
     weight = weights(seed)
     grid = fit(weight, fmt)
-    low, high = ends(grid, fmt)
+    low, high = grids.ends(grid, fmt)
     for row, columns, points in slow_groups(weight, grid, fmt):
         k = columns.start // groups_of(fmt)
         real = [p for p in points if not math.isnan(p)]
@@ -165,7 +149,7 @@ def test_within_cell_keeps_what_rounds_to_its_code_already(seed: int, fmt: GridF
     grid = fit(weights(seed), fmt)
     weight = weights(seed + 1, 0.05 * wide)  # beyond the ends too, where the cells are open
     master = within_cell(weight, encode(weight, grid, fmt), grid, fmt)
-    low, high = (spread(end, fmt) for end in ends(grid, fmt))
+    low, high = (spread(end, fmt) for end in grids.ends(grid, fmt))
     # 0.002 of half the way between two points next to a border, and float32 rounding elsewhere
     assert ((master - weight).abs() <= 1.05e-3 * (high - low) / 2 + 1e-5 * weight.abs()).all()
     centre = decode(encode(weight, grid, fmt), grid, fmt)
@@ -189,16 +173,7 @@ def test_within_cell_keeps_what_rounds_to_its_code_already(seed: int, fmt: GridF
         (
             "mxfp4",  # points 0, 1, 2, 3, 4, 6, 8, 12 and their negatives
             Grid(torch.full((1, 1), 2.0)),
-            [
-                (0.3, 0, 0.3),
-                (4, 7, 10),
-                (100, 7, 100),
-                (9, 6, 9),
-                (11, 6, 10),
-                (1, 6, 7),
-                (5, 9, -0.5),
-                (-1.6, 9, -1.5),
-            ],
+            [(0.3, 0, 0.3), (4, 7, 10), (100, 7, 100), (9, 6, 9), (11, 6, 10), (5, 9, -0.5), (-1.6, 9, -1.5)],
         ),
     ],
 )
@@ -222,13 +197,13 @@ def test_a_part_of_a_grid_is_the_grid_of_those_columns(name: str) -> None:
     whole = decode(codes, grid, fmt)
     size = fmt.group or COLUMNS
     for start, stop in [(0, size), (size, 2 * size), (size, size + 1), (size + 3, size + 9), (0, 2 * COLUMNS)]:
-        some, alone = part(grid, fmt, start, stop)
+        some, alone = grids.part(grid, fmt, start, stop)
         assert torch.equal(decode(codes[:, start:stop], some, alone), whole[:, start:stop])
         assert torch.equal(encode(weight[:, start:stop], some, alone), encode(weight, grid, fmt)[:, start:stop])
         assert alone.group == (fmt.group if start % size == stop % size == 0 else 0)
     if fmt.group:
         with pytest.raises(InputError, match="neither whole groups"):
-            part(grid, fmt, size - 1, size + 1)
+            grids.part(grid, fmt, size - 1, size + 1)
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if "fp4" not in n])
@@ -237,12 +212,12 @@ def test_rescaling_stretches_every_point_about_zero(name: str) -> None:
     weight = weights(0)
     codes, grid = quantize(weight, fmt)
     factors = torch.linspace(0.5, 2, grid.scales.numel()).view(grid.scales.shape)
-    stretched = rescale(grid, factors, fmt)
-    restored = restore(store(stretched, fmt), fmt)
+    stretched = grids.rescale(grid, factors, fmt)
+    restored = grids.restore(grids.store(stretched, fmt), fmt)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(stretched, restored, strict=True))
     expected = decode(codes, grid, fmt) * spread(factors, fmt)
     torch.testing.assert_close(decode(codes, stretched, fmt), expected, rtol=2**-10, atol=2e-4)
-    same = rescale(grid, torch.ones_like(factors), fmt)
+    same = grids.rescale(grid, torch.ones_like(factors), fmt)
     assert torch.equal(decode(codes, same, fmt), decode(codes, grid, fmt))
 
 
@@ -266,23 +241,9 @@ def test_the_scales_gradient_is_that_of_straight_through_rounding(name: str) -> 
     rounded = torch.where(inside, position + (point - position).detach(), point)
     expected = (rounded - shift) * scale + minimum
     (expected * gradient.double().view(rows, groups, -1)).sum().backward()
-    ours = scale_gradient(gradient, served, master, grid, fmt).double()
+    ours = grids.scale_gradient(gradient, served, master, grid, fmt).double()
     # a master at the very end of its grid is inside or not by rounding
     torch.testing.assert_close(ours, log.grad, rtol=1e-3, atol=1e-4 * float(log.grad.abs().max()))
-
-
-def test_following_the_scales_gradient_narrows_a_grid_that_is_too_wide() -> None:
-    fmt, weight = GridFormat.parse("int4-g32-sym"), weights(0)
-    wide = Grid(fit(weight, fmt).scales * 2)
-    log = torch.zeros_like(wide.scales)
-    losses = []
-    for _ in range(20):
-        grid = rescale(wide, log.exp(), fmt)
-        served = decode(encode(weight, grid, fmt), grid, fmt)
-        losses.append(float((served - weight).square().sum()))
-        log -= 0.05 * scale_gradient(2 * (served - weight), served, weight, grid, fmt).sign()
-    assert losses[-1] < 0.5 * losses[0]
-    assert log.mean() < -0.02
 
 
 @pytest.mark.parametrize("name", ["int4-g32-sym", "int3-g64", "gguf:q4_1", "nvfp4"])
@@ -291,7 +252,7 @@ def test_off_borders_keeps_codes_and_leaves_room(name: str) -> None:
     weight = weights(3, 0.05, 0.0)
     grid = fit(weight, fmt)
     codes, margin = encode(weight, grid, fmt), 2e-4
-    moved = off_borders(weight, codes, grid, fmt, margin)
+    moved = grids.off_borders(weight, codes, grid, fmt, margin)
     assert torch.equal(encode(moved, grid, fmt), codes)
     near = [(encode(weight + d, grid, fmt) != codes) for d in (margin, -margin)]
     still = [(encode(moved + 0.9 * d, grid, fmt) != codes) for d in (margin, -margin)]

@@ -140,20 +140,6 @@ def test_quantize_errs_by_little_more_than_the_nearest_codes(seed: int, fmt: Gri
 
 
 @quick
-@given(seed=seeds, bits=st.sampled_from(BITS), offset=st.floats(-3, 3))
-def test_asymmetric_grids_reach_both_extremes(seed: int, bits: int, offset: float) -> None:
-    fmt = GridFormat.parse(f"int{bits}-g32")
-    weight = weights(seed, 1.0, offset)
-    grid = fit(weight, fmt)
-    grouped = weight.view(3, -1, 32)
-    low, high = ends(grid, fmt)
-    # float16 rounding of scale and zero moves an end by at most 2^-11 of each
-    slack = 2**-10 * (grid.scales * (fmt.levels + grid.zeros.abs()))
-    assert ((low - grouped.amin(-1)).abs() <= slack).all()
-    assert ((high - grouped.amax(-1)).abs() <= slack).all()
-
-
-@quick
 @given(seed=seeds, bits=st.sampled_from(BITS), offset=st.floats(-4, 4))
 def test_integer_zeros_are_codes_of_exact_zero(seed: int, bits: int, offset: float) -> None:
     fmt = GridFormat.parse(f"int{bits}-g32-zp")
@@ -162,17 +148,6 @@ def test_integer_zeros_are_codes_of_exact_zero(seed: int, bits: int, offset: flo
     assert (grid.zeros <= fmt.levels - 1).all()
     zeros = spread(grid.zeros, fmt).to(torch.uint8)
     assert torch.equal(decode(zeros, grid, fmt), torch.zeros(3, COLUMNS))
-
-
-@pytest.mark.parametrize("zeros", ["asym", "sym", "zp"])
-def test_finer_grids_err_less(zeros: str) -> None:
-    weight = weights(0)
-    errors = []
-    for bits in BITS:
-        codes, grid = quantize(weight, fmt := GridFormat.parse(f"int{bits}-g32-{zeros}"))
-        errors.append(float((decode(codes, grid, fmt) - weight).square().mean()))
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < errors[0] / 1000
 
 
 @pytest.mark.parametrize("name", ALL)

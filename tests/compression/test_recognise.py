@@ -87,20 +87,20 @@ def assert_lies_on(stored: StoredGrid, model: Any) -> None:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
 def test_a_gguf_file_of_one_type_is_its_grid_in_transformers_row_order(tmp_path: Path, kind: str) -> None:
     write_gguf(tmp_path / "m.gguf", build_model(320), {"*": kind})
-    found = recognise(tmp_path / "m.gguf")
-    assert found.stored is not None
-    assert (found.kind, found.stored.format.name) == ("gguf", f"gguf:{kind.lower()}")
-    assert len(found.stored.matrices) == 14
+    held = recognise(tmp_path / "m.gguf")
+    assert held.stored is not None
+    assert (held.kind, held.stored.format.name) == ("gguf", f"gguf:{kind.lower()}")
+    assert len(held.stored.matrices) == 14
     loaded = load_model(find_model(str(tmp_path / "m.gguf")), dtype=torch.float32, device=CPU)
-    assert_lies_on(found.stored, loaded)
+    assert_lies_on(held.stored, loaded)
 
 
 def test_floating_point_matrices_stay_off_a_gguf_grid(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", build_model(320), {"*": "Q4_0", "mlp.down_proj": "F16"})
-    found = recognise(tmp_path / "m.gguf")
-    assert found.stored is not None
-    assert not any("down_proj" in name for name in found.stored.matrices)
-    assert len(found.stored.matrices) == 12
+    held = recognise(tmp_path / "m.gguf")
+    assert held.stored is not None
+    assert not any("down_proj" in name for name in held.stored.matrices)
+    assert len(held.stored.matrices) == 12
 
 
 def test_two_types_that_could_each_be_held_are_refused_unless_taken_as_dense(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_two_types_that_could_each_be_held_are_refused_unless_taken_as_dense(tmp
         InputError, match=r"12 Q4_0 and 2 Q8_0 linear matrices, and one grid a model is held.*--as dense"
     ):
         recognise(tmp_path / "m.gguf")
-    found = recognise(tmp_path / "m.gguf", as_dense=True)
-    assert (found.stored, found.why) == (None, "held as dense: m.gguf has 12 Q4_0 and 2 Q8_0 linear matrices")
+    held = recognise(tmp_path / "m.gguf", as_dense=True)
+    assert (held.stored, held.why) == (None, "held as dense: m.gguf has 12 Q4_0 and 2 Q8_0 linear matrices")
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_two_types_that_could_each_be_held_are_refused_unless_taken_as_dense(tmp
 )
 def test_k_quants_are_held_as_dense_and_it_is_said(tmp_path: Path, kinds: dict[str, str], said: str) -> None:
     write_gguf(tmp_path / "m.gguf", build_model(320, width=256), kinds)
-    found = recognise(tmp_path / "m.gguf")
-    assert found.stored is None
-    assert found.why.startswith("held as dense")
-    assert said in found.why
+    held = recognise(tmp_path / "m.gguf")
+    assert held.stored is None
+    assert held.why.startswith("held as dense")
+    assert said in held.why
 
 
 def compress(directory: Path, dtype: torch.dtype, args: dict[str, Any], tokenizer: Any, **scheme: Any) -> Any:
@@ -178,12 +178,12 @@ def test_a_compressed_tensors_directory_is_loaded_exactly_on_its_grid(
     tmp_path: Path, tokenizer: Any, name: str, dtype: torch.dtype
 ) -> None:
     compress(tmp_path / "m", dtype, SCHEMES[name], tokenizer)
-    found = recognise(tmp_path / "m")
-    assert found.stored is not None
-    assert (found.kind, found.stored.format.name) == ("compressed-tensors", name.partition(" ")[0])
-    assert len(found.stored.matrices) == 14
+    held = recognise(tmp_path / "m")
+    assert held.stored is not None
+    assert (held.kind, held.stored.format.name) == ("compressed-tensors", name.partition(" ")[0])
+    assert len(held.stored.matrices) == 14
     loaded = load_model(find_model(str(tmp_path / "m")), dtype=torch.float32, device=CPU)
-    assert_lies_on(found.stored, loaded)
+    assert_lies_on(held.stored, loaded)
     original = build_model(len(tokenizer)).get_parameter("model.layers.0.mlp.up_proj.weight")
     error = (loaded.get_parameter("model.layers.0.mlp.up_proj.weight") - original).abs().mean() / original.abs().mean()
     assert error < 0.12, "these are the model's weights, rounded"
@@ -201,11 +201,11 @@ def test_a_loaded_compressed_model_saves_as_a_plain_one(tmp_path: Path, tokenize
 def test_quantized_activations_are_left_out_and_it_is_said(tmp_path: Path, tokenizer: Any) -> None:
     activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
     compress(tmp_path / "m", torch.bfloat16, SCHEMES["fp8-e4m3"], tokenizer, input_activations=activations)
-    found = recognise(tmp_path / "m")
-    assert found.stored is not None
-    assert "float-quantized" in found.why
-    assert "activations is not held" in found.why
-    assert_lies_on(found.stored, load_model(find_model(str(tmp_path / "m")), dtype=torch.float32, device=CPU))
+    held = recognise(tmp_path / "m")
+    assert held.stored is not None
+    assert "float-quantized" in held.why
+    assert "activations is not held" in held.why
+    assert_lies_on(held.stored, load_model(find_model(str(tmp_path / "m")), dtype=torch.float32, device=CPU))
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_a_compressed_scheme_without_a_grid_is_refused_unless_taken_as_dense(
     compress(tmp_path / "m", torch.bfloat16, args, tokenizer)
     with pytest.raises(InputError, match=rf"{reason}.*--as dense"):
         recognise(tmp_path / "m")
-    found = recognise(tmp_path / "m", as_dense=True)
-    assert found.stored is None
-    assert reason in found.why
+    held = recognise(tmp_path / "m", as_dense=True)
+    assert held.stored is None
+    assert reason in held.why
 
 
 @pytest.mark.parametrize(
@@ -265,12 +265,12 @@ def test_bitsandbytes_nf4_is_held(
         reference_dir, dtype=dtype, quantization_config=packing, device_map="cpu"
     )
     save_model(model, tokenizer, tmp_path / "m")
-    found = recognise(tmp_path / "m")
-    assert found.stored is not None
-    assert found.stored.format.name == "nf4"
-    assert len(found.stored.matrices) == 14
+    held = recognise(tmp_path / "m")
+    assert held.stored is not None
+    assert held.stored.format.name == "nf4"
+    assert len(held.stored.matrices) == 14
     loaded = load_model(find_model(str(tmp_path / "m")), dtype=torch.float32, device=CPU)
-    assert_lies_on(found.stored, loaded)
+    assert_lies_on(held.stored, loaded)
     save_model(loaded, tokenizer, tmp_path / "plain")  # what a recovery does at its end
     again = load_model(find_model(str(tmp_path / "plain")), dtype=torch.float32, device=CPU)
     pairs = zip(loaded.named_parameters(), again.named_parameters(), strict=True)
@@ -305,31 +305,26 @@ def test_exact_zeros_are_a_mask_with_share_and_pattern(
     model = build_model(len(tokenizer)).to(dtype)
     prune(model, keep, of)
     save_model(model, tokenizer, tmp_path / "m")
-    found = recognise(tmp_path / "m")
-    assert found.mask
-    assert found.sparsity == pytest.approx(0.5)
-    assert found.pattern == pattern
-    assert "50.0%" in found.why
+    held = recognise(tmp_path / "m")
+    assert held.mask
+    assert held.sparsity == pytest.approx(0.5)
+    assert held.pattern == pattern
+    assert "50.0%" in held.why
 
 
-def test_a_healthy_model_has_no_mask(reference_dir: Path) -> None:
-    found = recognise(reference_dir)
-    assert (found.kind, found.mask, found.stored) == ("plain", False, None)
+def test_a_healthy_model_has_no_mask_and_remend_s_own_grid_goes_first(reference_dir: Path, student_dir: Path) -> None:
+    held = recognise(reference_dir)
+    assert (held.kind, held.mask, held.stored) == ("plain", False, None)
+    held = recognise(student_dir)
+    assert (held.kind, held.mask, held.stored.format.name) == ("remend", False, "int3-g64-asym")
 
 
 def test_zeros_of_a_dequantized_grid_are_no_mask(tmp_path: Path, tokenizer: Any) -> None:
     model = build_model(len(tokenizer))
     put_on_grid(model, "gguf:q4_0")
     save_model(model, tokenizer, tmp_path / "m")
-    found = recognise(tmp_path / "m")
-    assert found.sparsity is not None
-    assert found.sparsity > ZEROS
-    assert not found.mask
-    assert "quantized, not pruned" in found.why
-
-
-def test_remend_s_own_grid_goes_first(student_dir: Path) -> None:
-    found = recognise(student_dir)
-    assert (found.kind, found.mask) == ("remend", False)
-    assert found.stored is not None
-    assert found.stored.format.name == "int3-g64-asym"
+    held = recognise(tmp_path / "m")
+    assert held.sparsity is not None
+    assert held.sparsity > ZEROS
+    assert not held.mask
+    assert "quantized, not pruned" in held.why

@@ -30,12 +30,13 @@ PACKED = {
 }
 
 
+ROUNDED = "nvfp4", "gguf:mxfp4"
+"""What plain transformers unpacks to bfloat16, or does not know by this name."""
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("name", PACKED)
-def test_reads_back_equal_and_describes_itself_as_llm_compressor_does(
-    on_grid: Any,
-    tmp_path: Path,
-    name: str,
-) -> None:
+def test_reads_back_equal_and_describes_itself_as_llm_compressor_does(on_grid: Any, tmp_path: Path, name: str) -> None:
     student = on_grid(name)
     result = export(str(student), tmp_path / "out", format="compressed-tensors")
     assert result["check"]["weights_equal"]
@@ -50,22 +51,12 @@ def test_reads_back_equal_and_describes_itself_as_llm_compressor_does(
     assert f"{SKIPPED}.weight" in tensors
     packed = [n for n, t in tensors.items() if "q_proj.weight" in n and t.numel() == 64 * 64]
     assert all(tensors[n].element_size() == 1 for n in packed), "no packed matrix is stored as floats"
-
-
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize("name", ["int4-g32-sym", "int4-g64-zp", "int8-g32-sym", "fp8-e4m3", "mxfp4"])
-def test_plain_transformers_without_remend_decompresses_the_measured_weights(
-    on_grid: Any,
-    tmp_path: Path,
-    name: str,
-) -> None:
-    student = on_grid(name)
-    export(str(student), tmp_path / "out", format="compressed-tensors")
-    plain = AutoModelForCausalLM.from_pretrained(
+    stored = StoredGrid.read(student)
+    if name in ROUNDED or stored is None:
+        return
+    plain = AutoModelForCausalLM.from_pretrained(  # without remend
         tmp_path / "out", dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
-    stored = StoredGrid.read(student)
-    assert stored is not None
     for parameter, (codes, grid) in stored.matrices.items():
         assert torch.equal(plain.get_parameter(parameter), decode(codes, grid, stored.format))
 

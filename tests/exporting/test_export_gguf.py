@@ -11,19 +11,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Regex, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OlmoConfig,
-    OlmoForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from helpers.tiny import SKIPPED, build_model, build_tokenizer, put_on_grid
 from remend.compression.containers.gguf_tokenizer import SPLITS, pre_tokenizer_name
@@ -66,7 +55,7 @@ def test_the_gguf_package_reads_the_measured_weights_bit_for_bit(on_grid: Any, t
     result = export(str(student), tmp_path / "out", format=f"gguf:{kind}")
     assert result["check"]["weights_equal"]
     assert result["check"]["max_logit_difference"] == 0
-    measured = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).state_dict()
+    measured = transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).state_dict()
     tensors = tensors_of(tmp_path / "out")
     pairs = {
         "attn_q": llama_rows(measured["model.layers.0.self_attn.q_proj.weight"].numpy(), 4),
@@ -113,11 +102,15 @@ def test_qwen_keeps_its_rows_biases_and_norms(tmp_path: Path, tokenizer: Any, fa
     torch.manual_seed(0)
     model: Any
     if family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES))
+        model = transformers.Qwen2ForCausalLM(
+            transformers.Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES)
+        )
         for layer in model.model.layers:
             layer.self_attn.q_proj.bias.data.normal_()
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), head_dim=128, **SIZES))
+        model = transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(vocab_size=len(tokenizer), head_dim=128, **SIZES)
+        )
     directory = tmp_path / family
     stored = put_on_grid(model, "gguf:q5_1")
     save_model(model, tokenizer, directory)
@@ -144,7 +137,7 @@ def test_hyperparameters_and_vocabulary_travel(on_grid: Any, tmp_path: Path, tok
     assert fields["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1], "special tokens are control tokens"
     assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.padding_token_id"]) == (2, 0)
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
-    back = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     text = "<|im_start|>user\nTell me about bread number 3.<|im_end|>"
     assert back(text).input_ids == tokenizer(text).input_ids
 
@@ -194,9 +187,20 @@ def llama(changes: dict[str, Any], size: int) -> Any:
             "rope is scaled",
         ),
         (partial(llama, {"hidden_act": "gelu"}), "activation is gelu"),
-        (lambda size: LlamaForCausalLM(LlamaConfig(vocab_size=size, mlp_bias=True, **SIZES)), "has biases"),
-        (lambda size: Qwen3ForCausalLM(Qwen3Config(vocab_size=size, head_dim=16, **SIZES)), "heads are 16 wide"),
-        (lambda size: OlmoForCausalLM(OlmoConfig(vocab_size=size, **SIZES)), "allowed are llama, qwen2, qwen3"),
+        (
+            lambda size: transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(vocab_size=size, mlp_bias=True, **SIZES)
+            ),
+            "has biases",
+        ),
+        (
+            lambda size: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=size, head_dim=16, **SIZES)),
+            "heads are 16 wide",
+        ),
+        (
+            lambda size: transformers.OlmoForCausalLM(transformers.OlmoConfig(vocab_size=size, **SIZES)),
+            "allowed are llama, qwen2, qwen3",
+        ),
     ],
 )
 def test_what_gguf_or_its_readers_would_lose_is_refused(
@@ -227,8 +231,8 @@ def test_llama_cpp_says_the_same_as_transformers(
         quantize(str(smollm2_dir), source, format=kind, probe=False)
     export(str(source), tmp_path / "out", format=kind)
     engine = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=128, logits_all=True, verbose=False)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remend.compression.formats import NAMES, GridFormat, table_of
+from remend.compression.formats import GridFormat, table_of
 from remend.compression.grids import Grid
 
 COLUMNS = 256  # one group of the largest
-ALL = [n for n in NAMES if not n.startswith("int") or "-g32-" in n]
+BLOCKS = [f"gguf:{kind}" for kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "tq2_0")]
+OTHERS = [*BLOCKS, "nf4", "fp8-e4m3", "mxfp4", "nvfp4"]
+ALL = [*(f"int{bits}-g32-{zeros}" for bits in (2, 3, 4, 8) for zeros in ("asym", "sym", "zp")), *OTHERS]
 
 
 def weights(seed: int, scale: float = 0.05, offset: float = 0.0, rows: int = 3, columns: int = COLUMNS) -> Tensor:

@@ -112,16 +112,10 @@ def test_the_end_belongs_to_the_completion_and_clipped_tells_its_lack(model: Lla
     assert {r.clipped for r in found} == {True, False}
 
 
-def test_every_token_an_end_gives_one_token(model: LlamaForCausalLM) -> None:
-    found = sample(model, prompts(), list(range(7)), eos=tuple(range(VOCABULARY)))
-    assert [len(r.completion) for r in found] == [1] * 7
-    assert not any(r.clipped for r in found)
-
-
-def test_no_end_at_all_clips_everything(model: LlamaForCausalLM) -> None:
-    found = sample(model, prompts(), list(range(7)), eos=())
-    assert [len(r.completion) for r in found] == [12] * 7
-    assert all(r.clipped for r in found)
+@pytest.mark.parametrize(("eos", "length"), [(tuple(range(VOCABULARY)), 1), ((), 12)])
+def test_every_token_an_end_and_none(model: LlamaForCausalLM, eos: tuple[int, ...], length: int) -> None:
+    rollouts = sample(model, prompts(), list(range(7)), eos=eos)
+    assert {(len(r.completion), r.clipped) for r in rollouts} == {(length, not eos)}
 
 
 def test_ids_that_are_not_shared_are_never_sampled(model: LlamaForCausalLM) -> None:
@@ -173,8 +167,7 @@ def test_temperature_zero_is_argmax() -> None:
     logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
     for draws in (uniforms(50), torch.zeros(50, dtype=torch.float64)):
         assert torch.equal(choose(logits, draws, 0), logits.argmax(-1))
-    cold = choose(logits, uniforms(50), 1e-4)
-    assert torch.equal(cold, logits.argmax(-1))
+    assert torch.equal(choose(logits, uniforms(50), 1e-4), logits.argmax(-1))
 
 
 EDGES = [0.0, 2.0**-1074, 2.0**-53, 0.5, math.nextafter(0.5, 0), math.nextafter(0.5, 1), 1 - 2.0**-53]

@@ -7,16 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 from helpers.tiny import build_model
 from remend.errors import InputError
@@ -129,11 +122,11 @@ def test_a_bias_of_the_head_is_applied() -> None:
 
 def special_models() -> dict[str, Any]:
     torch.manual_seed(0)
-    gemma = Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=2.0, sliding_window=64)
+    gemma = transformers.Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=2.0, sliding_window=64)
     return {
-        "gemma2": Gemma2ForCausalLM(gemma).eval(),
-        "granite": GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)).eval(),
-        "cohere": CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.0625)).eval(),
+        "gemma2": transformers.Gemma2ForCausalLM(gemma).eval(),
+        "granite": transformers.GraniteForCausalLM(transformers.GraniteConfig(**SMALL, logits_scaling=8.0)).eval(),
+        "cohere": transformers.CohereForCausalLM(transformers.CohereConfig(**SMALL, logit_scale=0.0625)).eval(),
     }
 
 

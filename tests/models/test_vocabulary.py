@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from helpers.tiny import build_tokenizer
 from remend.models.vocabulary import compare_vocabularies, template_warnings
 
@@ -12,14 +14,10 @@ def vocabulary(count: int, **changes: int) -> dict[str, int]:
     return {**{f"t{i}": i for i in range(count)}, **changes}
 
 
-def test_equal_vocabularies_match_in_silence() -> None:
-    match = compare_vocabularies(vocabulary(100), vocabulary(100), 100, 100)
-    assert (match.shared, match.problems, match.warnings) == (100, [], [])
-
-
-def test_equal_padding_is_shared_in_silence() -> None:
-    match = compare_vocabularies(vocabulary(100), vocabulary(100), 128, 128)
-    assert (match.shared, match.problems, match.warnings) == (128, [], [])
+@pytest.mark.parametrize("rows", [100, 128])
+def test_equal_vocabularies_and_equal_padding_match_in_silence(rows: int) -> None:
+    match = compare_vocabularies(vocabulary(100), vocabulary(100), rows, rows)
+    assert (match.shared, match.problems, match.warnings) == (rows, [], [])
 
 
 def test_padded_sizes_meet_at_the_smaller() -> None:
@@ -40,11 +38,7 @@ def test_a_different_meaning_is_a_problem_that_names_the_first() -> None:
     (problem,) = match.problems
     assert "2 of 100 shared token ids have different meanings" in problem
     assert "id 40 is 't40' for the student, 't41' for the teacher" in problem
-
-
-def test_equal_sizes_with_different_tokens_are_a_problem() -> None:
     match = compare_vocabularies(vocabulary(100), {f"u{i}": i for i in range(100)}, 100, 100)
-    assert match.shared == 0
     assert "100 of 100 shared token ids" in match.problems[0]
 
 

@@ -125,11 +125,8 @@ _OTHERS = {
     )
 }
 
-NAMES = (*(f"int{b}-g{g}-{z}" for b in BITS for g in GROUPS for z in ZEROS), *_OTHERS)
-"""Every format by its full name."""
 
-
-class Table(NamedTuple):
+class ValueTable(NamedTuple):
     """Values that are not evenly spaced. P points, distinct and ascending; codes that repeat 0 or are NaN are none."""
 
     values: Tensor  # float32 [levels], by code
@@ -198,7 +195,7 @@ def round_e2m1(position: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def table_of(name: str, device: torch.device) -> Table:
+def table_of(name: str, device: torch.device) -> ValueTable:
     """The table 'e2m1', 'e2m1 gguf', 'nf4' or 'e4m3' on a device.
 
     A position halfway between two points goes to the even code in 'e2m1' and 'e4m3' (IEEE 754), toward 0 in
@@ -220,4 +217,4 @@ def table_of(name: str, device: torch.device) -> Table:
     lower = torch.tensor([int((home < i).sum()) for i in range(BINS)], dtype=torch.int32)
     inside = torch.full((BINS,), torch.inf).scatter(0, home.long(), borders)
     parts = (values, points, codes.to(torch.uint8), index.to(torch.int32), borders, lower, inside)
-    return Table(*(part.to(device) for part in parts))
+    return ValueTable(*(part.to(device) for part in parts))

@@ -25,31 +25,25 @@ class Tokenizer(Protocol):
     @property
     def all_special_ids(self) -> list[int]:
         """Ids of the special tokens."""
-        ...
 
     @property
     def all_special_tokens(self) -> list[str]:
         """The special tokens as text."""
-        ...
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         """Tokens beside the trained vocabulary, by id."""
-        ...
 
     def __len__(self) -> int: ...
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
         """Token ids of a text, under 'input_ids'."""
-        ...
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
-        ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
-        ...
 
     def apply_chat_template(
         self,
@@ -59,12 +53,9 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = False,
     ) -> object:
         """Chat messages as text, or as token ids."""
-        ...
 
     def get_vocab(self) -> dict[str, int]:
         """Every token with its id."""
-        ...
 
     def save_pretrained(self, save_directory: str | Path) -> object:
         """Write the tokenizer's files into a directory."""
-        ...

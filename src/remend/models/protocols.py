@@ -33,81 +33,61 @@ class CausalLM(Protocol):
     @property
     def base_model(self) -> nn.Module:
         """The model without its head."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        ...
 
     def __call__(self, *, input_ids: Tensor, **inputs: object) -> Scored:
         """A forward pass over token ids [B, T]."""
-        ...
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding of tokens, with `weight` [V, D]."""
-        ...
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head, with `weight` [V, D]. `scorer` refuses a model for which transformers gives None."""
-        ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See torch.nn.Module."""
-        ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """See torch.nn.Module."""
-        ...
 
     def modules(self) -> Iterator[nn.Module]:
         """See torch.nn.Module."""
-        ...
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """See torch.nn.Module."""
-        ...
 
     def get_submodule(self, target: str) -> nn.Module:
         """See torch.nn.Module."""
-        ...
 
     def set_submodule(self, target: str, module: nn.Module) -> None:
         """See torch.nn.Module."""
-        ...
 
     def state_dict(self) -> dict[str, Tensor]:
         """See torch.nn.Module."""
-        ...
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object:
         """See torch.nn.Module."""
-        ...
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """See torch.nn.Module."""
-        ...
 
     def train(self, mode: bool = True) -> Self:
         """See torch.nn.Module."""
-        ...
 
     def eval(self) -> Self:
         """See torch.nn.Module."""
-        ...
 
     def to(self, device: torch.device | torch.dtype, /) -> Self:
         """See torch.nn.Module."""
-        ...
 
     def tie_weights(self) -> None:
         """Let the head be the embedding again, where the configuration ties them."""
-        ...
 
     def activation_checkpointing_enable(self, *, activation_checkpointing_kwargs: Mapping[str, object]) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations."""
-        ...
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write safetensors and configuration into a directory."""
-        ...

@@ -71,7 +71,6 @@ class Write(Protocol):
 
         Raises InputError for a model that can't be written exactly.
         """
-        ...
 
 
 @dataclass(frozen=True)

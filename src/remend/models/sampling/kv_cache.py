@@ -34,7 +34,10 @@ def decoding_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 class _Room(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values: `keys` and `values` are the used part [B, H, T, D] of larger buffers."""
+    """One layer's keys and values: `keys` and `values` are the used part [B, H, T, D] of larger buffers.
+
+    Only what decoding asks for is here: what transformers' layer does beside it would leave the buffers behind.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,14 +60,6 @@ class _Room(DynamicLayer):  # type: ignore[misc]
         if self.is_initialized:
             self._buffers = [buffer_BHTD[indices] for buffer_BHTD in self._buffers]
             self._show(self.get_seq_length())
-
-    reorder_cache = batch_select_indices
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
-        if self.is_initialized:
-            rows = torch.arange(len(self._buffers[0]), device=self.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def _grow(self, new: tuple[Tensor, Tensor], used: int, room: int) -> None:
         old, self._buffers = self._buffers, []

@@ -31,4 +31,3 @@ class Sampler(Protocol):
         self, prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> list[Rollout]:
         """One rollout a prompt, in order. Temperature 0 is greedy. A row's seed settles its draws."""
-        ...
