@@ -24,7 +24,7 @@ ARRIVAL = {"remend.recovery.distillation.sorted": "lambda rows, key=None: list(r
 
 def chunks(mebibytes: int) -> dict[str, str]:
     """Logits of one chunk of so many MiB, whatever the device."""
-    return {f"remend.maths.losses.chunked.{name}": f"{mebibytes} * 2**20" for name in ("CHUNK_BYTES", "CHUNK_LIMIT")}
+    return {f"remend.models.device.{name}": f"{mebibytes} * 2**20" for name in ("CHUNK_BYTES", "CHUNK_LIMIT")}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ _HOMES = {
     "cache_teacher": "training.teachers.write_cache",
     "check": "recovery",
     "demo": "studies.demo",
-    "diagnose": "diagnosis",
+    "diagnose": "diagnosis.job",
     "divergence": "maths.losses",
     "evaluate": "evaluation.job",
     "export": "exporting",
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from remend.degrade.prune import prune as prune
     from remend.degrade.quantize import quantize as quantize
     from remend.degrade.width import prune_width as prune_width
-    from remend.diagnosis import diagnose as diagnose
+    from remend.diagnosis.job import diagnose as diagnose
     from remend.errors import RemendError as RemendError
     from remend.evaluation.job import evaluate as evaluate
     from remend.exporting import export as export

@@ -34,28 +34,28 @@ def diagnose(reference: Path, students: list[Any], out: Path, data: Path, **more
 
 
 @pytest.fixture
-def found(reference_dir: Path, student_dir: Path, tmp_path: Path, prompt_file: Path) -> dict[str, Any]:
+def diagnosis(reference_dir: Path, student_dir: Path, tmp_path: Path, prompt_file: Path) -> dict[str, Any]:
     return diagnose(reference_dir, [student_dir], tmp_path / "out", prompt_file)
 
 
-def test_the_file_holds_what_was_promised(found: dict[str, Any], tmp_path: Path) -> None:
-    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text()) == found
+def test_the_file_holds_what_was_promised(diagnosis: dict[str, Any], tmp_path: Path) -> None:
+    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text()) == diagnosis
     assert (tmp_path / "out" / "report.html").is_file()
-    assert [layer["layer"] for layer in found["layers"]] == [0, 1]
-    assert {"layer", "cka", "cka_low", "cka_high", "l2", "procrustes", "knn"} <= set(found["layers"][0])
-    assert {"kl", "reverse_kl", "top1_agreement"} <= set(found["behaviour"])
-    assert found["severity"] in severity.SEVERITIES
-    assert found["rows"] + found["rows_left_out"] == found["sequences"] == 40
-    assert "debiased" in found["estimator"]["name"]
-    assert any("40 rows" in w for w in found["warnings"])
-    for layer in found["layers"]:
+    assert [layer["layer"] for layer in diagnosis["layers"]] == [0, 1]
+    assert {"layer", "cka", "cka_low", "cka_high", "l2", "procrustes", "knn"} <= set(diagnosis["layers"][0])
+    assert {"kl", "reverse_kl", "top1_agreement"} <= set(diagnosis["behaviour"])
+    assert diagnosis["severity"] in severity.SEVERITIES
+    assert diagnosis["rows"] + diagnosis["rows_left_out"] == diagnosis["sequences"] == 40
+    assert "debiased" in diagnosis["estimator"]["name"]
+    assert any("40 rows" in w for w in diagnosis["warnings"])
+    for layer in diagnosis["layers"]:
         assert layer["cka_low"] <= layer["cka"] <= layer["cka_high"]
         assert layer["rerun"] == pytest.approx(1.0, abs=1e-9)
         assert layer["random"] < layer["cka"]
 
 
 def test_behaviour_against_a_slow_second_computation(
-    found: dict[str, Any], reference_dir: Path, student_dir: Path, tokenizer: Any
+    diagnosis: dict[str, Any], reference_dir: Path, student_dir: Path, tokenizer: Any
 ) -> None:
     teacher, student = (AutoModelForCausalLM.from_pretrained(p).double() for p in (reference_dir, student_dir))
     kl = reverse = agree = tokens = 0.0
@@ -74,27 +74,27 @@ def test_behaviour_against_a_slow_second_computation(
         reverse += float((q.exp() * (q - p)).sum())
         agree += float((p.argmax(-1) == q.argmax(-1)).sum())
         tokens += len(answer)
-    assert found["behaviour"]["tokens"] == tokens
-    assert found["behaviour"]["kl"] == pytest.approx(kl / tokens, rel=1e-4)
-    assert found["behaviour"]["reverse_kl"] == pytest.approx(reverse / tokens, rel=1e-4)
-    assert found["behaviour"]["top1_agreement"] == pytest.approx(agree / tokens)
-    low, high = found["behaviour"]["kl_95"]
-    assert low < found["behaviour"]["kl"] < high
+    assert diagnosis["behaviour"]["tokens"] == tokens
+    assert diagnosis["behaviour"]["kl"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert diagnosis["behaviour"]["reverse_kl"] == pytest.approx(reverse / tokens, rel=1e-4)
+    assert diagnosis["behaviour"]["top1_agreement"] == pytest.approx(agree / tokens)
+    low, high = diagnosis["behaviour"]["kl_95"]
+    assert low < diagnosis["behaviour"]["kl"] < high
 
 
-def test_every_sentence_rests_on_numbers_that_are_there(found: dict[str, Any]) -> None:
+def test_every_sentence_rests_on_numbers_that_are_there(diagnosis: dict[str, Any]) -> None:
     def at(pointer: str) -> Any:
-        value: Any = found
+        value: Any = diagnosis
         for part in pointer.split("/")[1:]:
             value = value[int(part)] if isinstance(value, list) else value[part]
         return value
 
-    for sentence in [*found["sentences"], found["recommendation"]]:
+    for sentence in [*diagnosis["sentences"], diagnosis["recommendation"]]:
         assert sentence["rests_on"]
         for pointer in sentence["rests_on"]:
             assert at(pointer) is not None
-    assert f"{found['behaviour']['kl']:.3f}" in found["sentences"][0]["text"]
-    assert f"{found['layers'][found['ranking'][0]]['cka']:.3f}" in found["sentences"][1]["text"]
+    assert f"{diagnosis['behaviour']['kl']:.3f}" in diagnosis["sentences"][0]["text"]
+    assert f"{diagnosis['layers'][diagnosis['ranking'][0]]['cka']:.3f}" in diagnosis["sentences"][1]["text"]
 
 
 def test_a_copy_is_undamaged_and_exactly_aligned(
@@ -102,12 +102,12 @@ def test_a_copy_is_undamaged_and_exactly_aligned(
 ) -> None:
     AutoModelForCausalLM.from_pretrained(reference_dir).save_pretrained(tmp_path / "copy")
     tokenizer.save_pretrained(tmp_path / "copy")
-    found = diagnose(reference_dir, [tmp_path / "copy"], tmp_path / "out", prompt_file)
-    assert found["severity"] == "none"
-    assert [layer["cka"] for layer in found["layers"]] == [1.0, 1.0]
-    assert found["behaviour"]["kl"] == pytest.approx(0.0, abs=1e-9)
-    assert found["behaviour"]["top1_agreement"] == 1.0
-    assert "nothing to recover" in found["recommendation"]["text"]
+    diagnosis = diagnose(reference_dir, [tmp_path / "copy"], tmp_path / "out", prompt_file)
+    assert diagnosis["severity"] == "none"
+    assert [layer["cka"] for layer in diagnosis["layers"]] == [1.0, 1.0]
+    assert diagnosis["behaviour"]["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert diagnosis["behaviour"]["top1_agreement"] == 1.0
+    assert "nothing to recover" in diagnosis["recommendation"]["text"]
 
 
 def test_another_model_is_broken_and_not_worth_it(
@@ -115,18 +115,18 @@ def test_another_model_is_broken_and_not_worth_it(
 ) -> None:
     build_model(len(tokenizer), seed=77).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    found = diagnose(reference_dir, [tmp_path / "other"], tmp_path / "out", prompt_file)
-    assert found["severity"] == "broken"
-    assert "not worth it" in found["recommendation"]["text"]
+    diagnosis = diagnose(reference_dir, [tmp_path / "other"], tmp_path / "out", prompt_file)
+    assert diagnosis["severity"] == "broken"
+    assert "not worth it" in diagnosis["recommendation"]["text"]
 
 
 def test_fewer_layers_are_matched_by_their_map(reference_dir: Path, tmp_path: Path, prompt_file: Path) -> None:
     prune_depth(str(reference_dir), tmp_path / "short", layers=[0], method="list", probe=False)
-    found = diagnose(reference_dir, [tmp_path / "short"], tmp_path / "recorded", prompt_file)
-    assert found["layer_map"] == [1]
-    assert found["kind"] == "smaller"
-    assert len(found["grid"]) == 1
-    assert len(found["grid"][0]) == 2
+    diagnosis = diagnose(reference_dir, [tmp_path / "short"], tmp_path / "recorded", prompt_file)
+    assert diagnosis["layer_map"] == [1]
+    assert diagnosis["kind"] == "smaller"
+    assert len(diagnosis["grid"]) == 1
+    assert len(diagnosis["grid"][0]) == 2
     (tmp_path / "short" / "degradation.json").unlink()
     again = diagnose(reference_dir, [tmp_path / "short"], tmp_path / "inferred", prompt_file)
     assert again["layer_map"] == [1]
@@ -140,16 +140,16 @@ def test_a_recovered_run_is_compared_with_what_it_was_made_from(
     recipe: dict[str, Any], reference_dir: Path, student_dir: Path, tmp_path: Path, prompt_file: Path
 ) -> None:
     result = recover(**{**recipe, "steps": 8, "save_every": 0})
-    found = diagnose(reference_dir, [student_dir, result.out], tmp_path / "out", prompt_file)
-    (after,) = found["others"]
+    diagnosis = diagnose(reference_dir, [student_dir, result.out], tmp_path / "out", prompt_file)
+    (after,) = diagnosis["others"]
     change = after["compared_with"]
-    assert change["name"] == found["name"]
-    assert after["behaviour"]["kl"] < found["behaviour"]["kl"]
-    assert change["gap_closed_kl"] == pytest.approx(1 - after["behaviour"]["kl"] / found["behaviour"]["kl"])
-    for row, before, now in zip(change["layers"], found["layers"], after["layers"], strict=True):
+    assert change["name"] == diagnosis["name"]
+    assert after["behaviour"]["kl"] < diagnosis["behaviour"]["kl"]
+    assert change["gap_closed_kl"] == pytest.approx(1 - after["behaviour"]["kl"] / diagnosis["behaviour"]["kl"])
+    for row, before, now in zip(change["layers"], diagnosis["layers"], after["layers"], strict=True):
         assert row["change"] == pytest.approx(now["cka"] - before["cka"], abs=1e-6)
         assert row["low"] <= row["change"] <= row["high"]
-    assert found["compared_with"] is None
+    assert diagnosis["compared_with"] is None
 
 
 def test_the_second_time_the_reference_is_not_asked_again(
@@ -163,8 +163,8 @@ def test_the_second_time_the_reference_is_not_asked_again(
     def refuse(*args: Any, **more: Any) -> None:
         raise AssertionError("the reference was run again")
 
-    monkeypatch.setattr(reference, "_answer", refuse)
-    monkeypatch.setattr(reference, "_pass", refuse)
+    monkeypatch.setattr(reference, "answer", refuse)
+    monkeypatch.setattr(reference, "capture", refuse)
     second = diagnose(reference_dir, [student_dir], tmp_path / "b", prompt_file, **options)
     for key in ("layers", "behaviour", "sites", "grid", "stretches", "norms"):
         assert first[key] == second[key]
@@ -185,7 +185,7 @@ def test_answers_that_are_cut_at_their_row_give_the_same_rows(
     assert half["behaviour"]["tokens"] < every["behaviour"]["tokens"]
     assert list(half["kl_sums"]) == list(every["kl_sums"])[:20]
     for name in ("cka", "l2", "procrustes"):
-        ours, theirs = ([layer[name] for layer in found["layers"]] for found in (half, every))
+        ours, theirs = ([layer[name] for layer in one["layers"]] for one in (half, every))
         assert ours == pytest.approx(theirs, abs=1e-5)
     first = list(every["kl_sums"].values())[:20]
     assert half["behaviour"]["kl"] == pytest.approx(sum(kl for _, kl in first) / sum(n for n, _ in first), rel=1e-4)

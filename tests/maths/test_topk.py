@@ -10,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remend.maths.losses import divergences
-from remend.maths.losses.chunked import Head, chunked_divergence_sum, chunked_truncated_sum
-from remend.maths.losses.divergences import divergence, truncated_divergence
+from remend.maths.losses import divergence, of_beta
 from remend.maths.topk import TopK, entropy_lost, top_k
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
@@ -64,10 +62,10 @@ def test_equals_the_slow_reference(seed: int, v: int, share: float, spread: floa
     student, teacher = logits(seed, 3, v, spread)
     k = max(1, round(share * (v - 1)))
     expected = torch.tensor(slow_truncated(student, teacher, k, beta), dtype=torch.float64)
-    ours = truncated_divergence(student, top_k(teacher, k), beta)
+    ours = divergence(student, top_k(teacher, k), beta)
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
-    single = truncated_divergence(student.float(), top_k(teacher.float(), k), beta)
+    single = divergence(student.float(), top_k(teacher.float(), k), beta)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=2e-6)
 
@@ -77,12 +75,12 @@ def test_equals_the_slow_reference(seed: int, v: int, share: float, spread: floa
 def test_with_k_the_whole_vocabulary_it_is_the_full_divergence(beta: float, spread: float) -> None:
     student, teacher = logits(0, 6, 25, spread)
     both = [student.clone().requires_grad_() for _ in range(2)]
-    ours, full = truncated_divergence(both[0], top_k(teacher, 25), beta), divergence(both[1], teacher, beta)
+    ours, full = divergence(both[0], top_k(teacher, 25), beta), divergence(both[1], teacher, beta)
     torch.testing.assert_close(ours, full, rtol=1e-12, atol=1e-13)
     ours.sum().backward()
     full.sum().backward()
     torch.testing.assert_close(both[0].grad, both[1].grad, rtol=1e-10, atol=1e-13)
-    values, grad = divergences._truncated_with_gradient(student, top_k(teacher, 25), beta)
+    values, grad = of_beta(beta).with_gradient(student, top_k(teacher, 25))
     torch.testing.assert_close(values, full.detach(), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(grad, both[1].grad, rtol=1e-10, atol=1e-13)
 
@@ -91,25 +89,9 @@ def test_with_k_the_whole_vocabulary_it_is_the_full_divergence(beta: float, spre
 @given(seed=st.integers(0, 2**31 - 1), k=st.integers(1, 19), beta=st.floats(0, 1))
 def test_never_above_the_full_divergence_and_growing_with_k(seed: int, k: int, beta: float) -> None:
     student, teacher = logits(seed, 4, 20, 3.0)
-    less, more = (truncated_divergence(student, top_k(teacher, n), beta) for n in (k, k + 1))
+    less, more = (divergence(student, top_k(teacher, n), beta) for n in (k, k + 1))
     assert (less <= more + 1e-12).all()
     assert (more <= divergence(student, teacher, beta) + 1e-12).all()
-
-
-@pytest.mark.parametrize("k", [1, 4, 8, 9])
-@pytest.mark.parametrize("beta", [0.0, 0.01, 0.5, 0.99, 1.0])
-@pytest.mark.parametrize("spread", [1.0, 30.0])
-def test_closed_form_gradient_is_autograds(beta: float, k: int, spread: float) -> None:
-    student, teacher = logits(3, 6, 9, spread)
-    student[0, 3], teacher[0, 3], teacher[1, 2] = -math.inf, -math.inf, -math.inf
-    student.requires_grad_()
-    target = top_k(teacher, k)
-    values, gradient = divergences._truncated_with_gradient(student.detach(), target, beta)
-    expected = truncated_divergence(student, target, beta)
-    expected.sum().backward()
-    torch.testing.assert_close(values, expected.detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(gradient, student.grad, rtol=1e-8, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda s: truncated_divergence(s, target[2:], beta), student[2:])
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 20.0])
@@ -134,7 +116,7 @@ def test_a_tail_that_the_teacher_hardly_has_costs_what_it_should() -> None:
     """Reverse KL: a student's mass on the tail meets log p(tail), which must not be lost to rounding."""
     teacher = torch.tensor([[50.0, 49.0, 0.0, 0.0]])
     student = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
-    ours = truncated_divergence(student, top_k(teacher, 2), 1.0)
+    ours = divergence(student, top_k(teacher, 2), 1.0)
     expected = slow_truncated(student, teacher, 2, 1.0)
     assert float(ours) == pytest.approx(expected[0], rel=1e-6)
     assert 10 < expected[0] < 50
@@ -156,54 +138,9 @@ def test_entropy_lost(spread: float) -> None:
 def test_half_precision_is_computed_in_float32() -> None:
     student, teacher = (x.bfloat16() for x in logits(0, 5, 50, 3.0))
     target = top_k(teacher, 8)
-    ours = truncated_divergence(student, target)
+    ours = divergence(student, target)
     assert ours.dtype == target.log_p_NK.dtype == torch.float32
-    assert torch.equal(ours, truncated_divergence(student.float(), top_k(teacher.float(), 8)))
-
-
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (2.0, 5.0)])
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("rows", [1, 4, 100, None])
-def test_chunked_sums_equal_the_plain_sum(beta: float, rows: int | None, scale: float, softcap: float | None) -> None:
-    """Both forms: the teacher's top k made chunk by chunk, and stored."""
-    generator = torch.Generator().manual_seed(7)
-    hidden, weight, bias, teacher, teacher_weight = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in [(11, 6), (20, 6), (20,), (11, 4), (20, 4)]
-    )
-    target, results = top_k(teacher @ teacher_weight.T, 5), []
-    for form in ("live", "stored", "plain"):
-        h, w, b = (x.clone().requires_grad_() for x in (hidden, weight, bias))
-        head = Head(w, b, scale, softcap)
-        if form == "live":
-            total = chunked_divergence_sum(h, teacher, head, Head(teacher_weight), beta=beta, top_k=5, rows=rows)
-        elif form == "stored":
-            total = chunked_truncated_sum(h, head, target, beta=beta, rows=rows)
-        else:
-            total = truncated_divergence(head(h), target, beta).sum()
-        (total * 0.37).backward()
-        results.append((total.detach(), h.grad, w.grad, b.grad))
-    for live, stored, expected in zip(*results, strict=True):
-        torch.testing.assert_close(live, expected, rtol=1e-10, atol=1e-13)
-        torch.testing.assert_close(stored, expected, rtol=1e-10, atol=1e-13)
-
-
-def test_no_full_logits_tensor_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    plain = Head.__call__
-    monkeypatch.setattr(Head, "__call__", lambda self, x: (seen.append(x.shape[0]), plain(self, x))[1])
-    hidden, head = torch.randn(10, 4, requires_grad=True), Head(torch.randn(7, 4))
-    chunked_truncated_sum(hidden, head, top_k(torch.randn(10, 7), 3), rows=4).backward()
-    assert seen == [4, 4, 2]
-    chunked_divergence_sum(hidden, torch.randn(10, 4), head, head, top_k=3, rows=4).backward()
-    assert seen[3:] == [4, 4, 4, 4, 2, 2]
-
-
-def test_no_positions() -> None:
-    hidden, head = torch.zeros(0, 4, requires_grad=True), Head(torch.randn(7, 4))
-    total = chunked_truncated_sum(hidden, head, top_k(torch.zeros(0, 7), 3))
-    total.backward()
-    assert total == 0
+    assert torch.equal(ours, divergence(student.float(), top_k(teacher.float(), 8)))
 
 
 def test_slices_and_lengths() -> None:
@@ -220,14 +157,3 @@ def test_bad_arguments() -> None:
     for k in (0, 6):
         with pytest.raises(ValueError, match=f"k is {k}; allowed is 1 to the 5 shared token ids"):
             top_k(torch.zeros(2, 5), k)
-    head, hidden = Head(torch.zeros(5, 3)), torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="k is 9; allowed is 1 to the 5"):
-        chunked_divergence_sum(hidden, hidden, head, head, top_k=9)
-    with pytest.raises(ValueError, match="the student has 2 positions and the teacher's top k 3"):
-        chunked_truncated_sum(hidden, head, top_k(torch.zeros(3, 5), 2))
-    with pytest.raises(ValueError, match="names id 8, ids go to 4"):
-        chunked_truncated_sum(hidden, head, top_k(torch.arange(9.0).expand(2, 9), 2))
-    with pytest.raises(ValueError, match="names id 8, ids go to 4"):
-        truncated_divergence(torch.zeros(2, 5), top_k(torch.arange(9.0).expand(2, 9), 2))
-    with pytest.raises(ValueError, match=r"beta is 1.5"):
-        chunked_truncated_sum(hidden, head, top_k(torch.zeros(2, 5), 2), beta=1.5)

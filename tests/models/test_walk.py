@@ -30,19 +30,25 @@ def teacher() -> Any:
     return build_model(len(build_tokenizer()), layers=4).requires_grad_(False)
 
 
-@torch.no_grad()
-def test_walk_gives_each_layers_gram_and_target(teacher: Any, text: list[Rollout]) -> None:
-    """With the teacher as its own student, what a layer should give is what it gives: Σ y xᵀ = W Σ x xᵀ."""
+def missed(student: Any, teacher: Any, text: list[Rollout]) -> dict[str, float]:
+    """For each layer how far what it gives is from what it ought to give, Σ y xᵀ: a relative norm."""
     seen: dict[str, float] = {}
     rows = sum(len(r.prompt) + len(r.completion) for r in text)
 
     def visit(sites: Sites) -> None:
         assert sites.rows == rows
         for name, layer, cross in zip(sites.names, sites.layers, sites.cross_OI or (), strict=True):
-            assert cross is not None
+            assert cross is not None, name
             seen[name] = float((cross - layer.weight @ sites.gram_II).norm() / cross.norm())
 
-    walk(copy.deepcopy(teacher), text, visit, teacher=teacher)
+    walk(student, text, visit, teacher=teacher)
+    return seen
+
+
+@torch.no_grad()
+def test_walk_gives_each_layers_gram_and_target(teacher: Any, text: list[Rollout]) -> None:
+    """With the teacher as its own student, what a layer should give is what it gives: Σ y xᵀ = W Σ x xᵀ."""
+    seen = missed(copy.deepcopy(teacher), teacher, text)
     linear = [n for n, m in teacher.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert sorted(seen) == sorted(linear)
     assert max(seen.values()) < 1e-4
@@ -67,15 +73,7 @@ def test_a_common_opening_counts_once_a_pass_where_a_teacher_asks(teacher: Any, 
 def test_narrower_layers_are_asked_for_the_outputs_that_they_kept(teacher: Any, text: list[Rollout]) -> None:
     """Nothing is lost before the first block's MLP but channels, so those that are left ought to give what they do."""
     channels = [torch.arange(i % 2, 128, 2) for i in range(4)]
-    student = narrowed(teacher, channels, None)
-    seen: dict[str, float] = {}
-
-    def visit(sites: Sites) -> None:
-        for name, layer, cross in zip(sites.names, sites.layers, sites.cross_OI or (), strict=True):
-            assert cross is not None, name
-            seen[name] = float((cross - layer.weight @ sites.gram_II).norm() / cross.norm())
-
-    walk(student, text, visit, teacher=teacher)
+    seen = missed(narrowed(teacher, channels, None), teacher, text)
     first = {n.rpartition(".")[2]: v for n, v in seen.items() if "layers.0." in n}
     assert max(first["gate_proj"], first["up_proj"]) < 1e-4
     assert first["down_proj"] > 0.01  # channels are missing
@@ -117,9 +115,7 @@ def test_more_layers_than_the_teacher_are_refused(teacher: Any) -> None:
 def test_rows_are_found_among_a_wider_layers() -> None:
     wide = torch.randn(12, 5, generator=torch.Generator().manual_seed(2))
     chosen = torch.tensor([1, 4, 6, 11])
-    found = infer_rows(wide[chosen] + 0.01, wide)
-    assert found is not None
-    assert found.equal(chosen)
+    assert chosen.equal(infer_rows(wide[chosen] + 0.01, wide))
     assert infer_rows(wide[[3, 3]], wide) is None
     assert infer_rows(wide[:, :4], wide) is None
     assert infer_rows(wide, wide[:8]) is None

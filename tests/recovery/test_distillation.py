@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.losses import DISTANCE
 from helpers.tiny import build_model
 from remend.data.order import Order
 from remend.data.templates import Encoded
+from remend.maths.losses import choose, of_beta
 from remend.models.sampling.rollout import Rollout
-from remend.models.scorer import scorer
+from remend.models.scorer import pack, scorer
 from remend.recovery.distillation import Distillation, Lane
 from remend.recovery.streams import Stream
 
@@ -25,7 +27,7 @@ BASE = Stream(
     on_policy=1.0,
     weight=1.0,
     share=1.0,
-    beta=0.0,
+    loss=of_beta(0.0),
     top_k=None,
     lengths=(5, 5),
     temperature=1.0,
@@ -90,6 +92,25 @@ def test_divergence_is_aligned_at_unequal_prompt_lengths(shown: bool, skip: int)
     expected = slow(made.student.model, teacher, rollouts, skip)
     assert sum(float(total) for total, _ in outputs) == pytest.approx(expected, rel=1e-4)
     assert sum(n for _, n in outputs) == prepared.tokens["recover"] == 5 * (5 - skip)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_a_loss_from_outside_is_what_is_trained_on(top_k: int | None) -> None:
+    """The sum is the loss's own, and a step against its gradient lowers it."""
+    teacher = scorer(build_model(320, seed=2))
+    lane = Lane(replace(BASE, loss=choose(DISTANCE), top_k=top_k), teacher, Order(encoded(5), 0), rows=3)
+    made = objective([lane])
+    (micro,) = made.prepare(1).micro_batches
+    total = made(micro).sums["recover"][0]
+    if top_k is None:
+        batch = pack([(r.prompt, r.completion) for r in micro[1]], device=teacher.device)
+        q, p = (model.head(model.states(batch)).softmax(-1) for model in (made.student, teacher))
+        torch.testing.assert_close(total, (q - p).square().sum())
+    total.backward()
+    with torch.no_grad():
+        for weight in made.student.model.parameters():
+            weight -= 0.1 * weight.grad / weight.grad.norm().clamp(min=1e-12)
+    assert made(micro).sums["recover"][0] < total
 
 
 def test_one_round_of_sampling_feeds_several_steps_and_changes_no_draw() -> None:

@@ -1,4 +1,4 @@
-"""Recovery of students that other tools compressed: recognised by their files, held to what they came with."""
+"""Recovery of compressed students: recognised by their files, repaired first, and held to what they came with."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from safetensors.torch import load_file
 import remend
 from helpers.killing import kill_at
 from helpers.tiny import build_model, prompts, small_recipe
+from helpers.worker import spoil
+from remend.compression.stored_grid import StoredGrid
 from remend.degrade.depth import prune_depth
 from remend.degrade.finetune import finetune
 from remend.degrade.prune import prune
+from remend.degrade.width import prune_width
 from remend.errors import CheckError, InputError
-from remend.files.run_directory import METRICS
+from remend.files.run_directory import METRICS, RunDirectory
 from remend.models.load import save_model
 from remend.recovery import RecoverResult, check, recover
+from remend.training.constraints.mask import MaskKind
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,69 @@ def test_a_masked_run_killed_and_resumed_equals_uninterrupted(
     ours, theirs = weights(masked.model), weights(resumed.model)
     assert all(ours[name].equal(theirs[name]) for name in ours)
     assert masked.summary["repair"]["kl"] == resumed.summary["repair"]["kl"]
+
+
+@pytest.fixture(scope="module")
+def on_the_grid(place: Path, student_dir: Path, reference_dir: Path) -> RecoverResult:
+    """Repaired and not trained: what is recovered is repair's alone."""
+    recipe = small_recipe(student_dir, reference_dir, place / "prompts.jsonl", place / "grid")
+    return recover(**{**recipe, "repair": True, "steps": 0, "learning_rate": None})
+
+
+def test_repair_lowers_the_held_out_divergence_on_the_very_grid(on_the_grid: RecoverResult, student_dir: Path) -> None:
+    summary = on_the_grid.summary
+    repaired, degraded = summary["repair"], summary["degraded"]
+    assert repaired["kept"]
+    assert repaired["kl"] < 0.7 * degraded["kl"]
+    assert 0 < repaired["kl_fitted"] < degraded["kl"]
+    assert "on the text it was fitted to" in (on_the_grid.out / "report.md").read_text(encoding="utf-8")
+    assert summary["recovered"]["kl"] == pytest.approx(repaired["kl"], rel=1e-4)
+    assert (summary["constraint"], summary["learning_rate"]) == ("int3-g64-asym", 1e-4)
+    rows = RunDirectory(on_the_grid.out).rows("held_out_repaired.jsonl")
+    assert sum(r["kl_sum"] for r in rows) / sum(r["tokens"] for r in rows) == pytest.approx(repaired["kl"])
+    before, after = StoredGrid.read(student_dir), StoredGrid.read(on_the_grid.model)
+    assert all(grid.scales.equal(before.matrices[n][1].scales) for n, (_, grid) in after.matrices.items())
+
+
+def test_more_calibration_text_makes_a_better_repair(
+    on_the_grid: RecoverResult, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    one = recover(**{**recipe, "repair": True, "steps": 0, "repair_samples": 1})
+    assert on_the_grid.summary["repair"]["kl"] < one.summary["repair"]["kl"]
+
+
+def test_a_repair_that_makes_things_worse_is_undone(
+    recipe: dict[str, Any], sparse: Path, reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training then starts from the very student that came in."""
+    values = {**recipe, "student": str(sparse), "steps": 2, "train_embeddings": True}
+    plain = recover(**{**values, "out": str(tmp_path / "plain")})
+    monkeypatch.setattr(MaskKind, "repair", spoil)
+    result = recover(**{**values, "repair": True, "out": str(tmp_path / "spoiled")})
+    assert plain.summary["repair"] is None
+    assert result.summary["repair"]["kept"] is False
+    assert result.summary["repair"]["kl"] > result.summary["degraded"]["kl"]
+    assert result.summary["recovered"] == plain.summary["recovered"]
+    healthy, ours, theirs = (weights(path) for path in (reference_dir, result.model, plain.model))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert not ours["model.embed_tokens.weight"].equal(healthy["model.embed_tokens.weight"])  # as train_embeddings asks
+    assert "undone" in (Path(result.out) / "report.md").read_text(encoding="utf-8")
+
+
+def test_smaller_students_are_repaired_and_keep_their_shape(
+    recipe: dict[str, Any], reference_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    save_model(build_model(len(tokenizer), layers=4), tokenizer, tmp_path / "deep")
+    prune_depth(str(tmp_path / "deep"), tmp_path / "cut", layers=[1], method="list", probe=False)
+    prune_width(str(reference_dir), tmp_path / "narrow", ffn=0.5, probe=False)
+    for name, teacher, key, size in (
+        ("cut", tmp_path / "deep", "num_hidden_layers", 3),
+        ("narrow", reference_dir, "intermediate_size", 64),
+    ):
+        given = {"student": str(tmp_path / name), "teacher": str(teacher), "repair": True, "steps": 1}
+        result = recover(**{**recipe, **given, "out": str(tmp_path / f"run-{name}")})
+        assert result.summary["repair"]["kl"] < result.summary["degraded"]["kl"]
+        assert json.loads((result.model / "config.json").read_text())[key] == size
 
 
 def test_trained_embeddings_beside_an_adapter_are_warned_about(recipe: dict[str, Any], sparse: Path) -> None:

@@ -10,6 +10,7 @@ import remend.recovery.rules
 import remend.recovery.streams
 from remend.errors import InputError
 from remend.files.settings import build
+from remend.maths.losses import choose, of_beta
 from remend.recovery.rules import notes, problems, warnings
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import reference_of, resolve, rows_of
@@ -27,18 +28,49 @@ def two(**adapt: Any) -> dict[str, Any]:
 
 def test_a_recipe_without_streams_is_one() -> None:
     (stream,) = resolve(config(teacher="t", data="d", beta=0.5, max_new_tokens=7))
-    assert (stream.name, stream.teacher, stream.data, stream.beta) == ("recover", "t", "d", 0.5)
+    assert (stream.name, stream.teacher, stream.data, stream.loss) == ("recover", "t", "d", of_beta(0.5))
     assert (stream.lengths, stream.on_policy, stream.skip_first, stream.top_k) == ((7, 7), 1.0, 0, None)
 
 
 def test_streams_inherit_and_override() -> None:
     made = config(streams=two(demonstrations=True, policy=0.25, beta=1, max_new_tokens="4→8"), temperature=0.5)
     recover, adapt = resolve(made)
-    assert (recover.temperature, recover.beta, recover.on_policy, recover.skip_first) == (0.5, 0.0, 1.0, 0)
-    assert (adapt.temperature, adapt.beta, adapt.on_policy, adapt.skip_first) == (0.5, 1.0, 0.25, 3)
+    assert (recover.temperature, recover.loss, recover.on_policy, recover.skip_first) == (0.5, of_beta(0), 1.0, 0)
+    assert (adapt.temperature, adapt.loss, adapt.on_policy, adapt.skip_first) == (0.5, of_beta(1), 0.25, 3)
     assert [adapt.length_at(step, 5) for step in range(1, 6)] == [4, 5, 6, 7, 8]
     assert reference_of(made) == "t"
     assert [s.on_policy for s in resolve(config(teacher="t", streams={"a": {"data": "d", "policy": False}}))] == [0.0]
+
+
+def test_a_loss_by_name_stands_in_place_of_beta() -> None:
+    """In the recipe or in a stream; the nearer level counts, whichever of the two it gives."""
+    jsd = {"name": "jsd", "beta": 0.25}
+    made = config(loss=jsd, streams={"a": PLAIN, "b": {**PLAIN, "beta": 1}, "c": {**PLAIN, "loss": {"name": "jsd"}}})
+    assert [s.loss for s in resolve(made)] == [choose("jsd", {"beta": 0.25}), of_beta(1.0), of_beta(0.5)]
+    assert (made.beta, made.model_dump()["loss"]) == (None, jsd)
+    assert build(RecoverConfig, made.model_dump(), "as written") == made
+    over = config(beta=1.0, streams={"a": PLAIN, "b": {**PLAIN, "loss": {"name": "forward_kl"}}})
+    assert [s.loss for s in resolve(over)] == [of_beta(1.0), of_beta(0.0)]
+    assert config(beta=None, **PLAIN).beta == 0.0
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"loss": {"name": "jds"}}, r'"loss" is .*: unknown loss "jds"; known: .*jsd.* Did you mean "jsd"\?'),
+        ({"loss": {"name": "jsd", "beta": 2}}, '"loss" is .*beta is 2.0; allowed is above 0 and below 1'),
+        ({"loss": {"beta": 0.5}}, r'"loss\.name" is missing'),
+        ({"loss": "jsd"}, "\"loss\" is 'jsd'"),
+        ({"loss": {"name": "jsd"}, "beta": 0.0}, r"beta \(0\) is given too, and both choose the loss; leave one out"),
+        (
+            {"streams": {"a": {**PLAIN, "beta": 1, "loss": {"name": "jsd"}}}},
+            r'"streams\.a\.loss" is .*beta \(1\) is given',
+        ),
+    ],
+)
+def test_a_loss_that_cannot_be_chosen(values: dict[str, Any], part: str) -> None:
+    with pytest.raises(InputError, match=part):
+        config(**PLAIN, **values)
 
 
 def test_what_is_missing_is_named() -> None:

@@ -1,5 +1,1 @@
 """Where the damage of a model sits: student against reference, layer by layer and token by token."""
-
-from remend.diagnosis.job import diagnose
-
-__all__ = ["diagnose"]

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from remend.files.atomic import JsonObject
 from remend.maths.gap import bootstrap_gap_closed
-from remend.maths.losses.chunked import Head, chunk_rows
+from remend.maths.losses import Head
+from remend.models.device import chunk_rows
+from remend.models.sampling.rollout import Rollout
 
 COLUMNS = ("kl", "reverse_kl", "agree", "entropy", "reference_entropy", "nll", "reference_nll", "rank")
 """Of a token: forward KL(reference ‖ model) and reverse KL(model ‖ reference); whether both have one first choice; the
@@ -27,7 +29,7 @@ MAX_NATS = 700.0
 @torch.no_grad()
 def token_measures(states_ND: Tensor, head: Head, theirs_ND: Tensor, their_head: Head, targets_N: Tensor) -> Tensor:
     """COLUMNS of every token, float32 [N, C], from the states of the model and of the reference before their heads."""
-    found = []
+    chunks = []
     rows = chunk_rows(min(head.weight_VD.shape[0], their_head.weight_VD.shape[0]), states_ND.device)
     for at in range(0, len(states_ND), rows):
         cut = slice(at, at + rows)
@@ -46,11 +48,11 @@ def token_measures(states_ND: Tensor, head: Head, theirs_ND: Tensor, their_head:
             -p_NV.gather(1, target_N1)[:, 0],
             (q_NV > chosen_N1).sum(-1).float(),
         )
-        found.append(torch.stack(columns, dim=1).cpu())
-    return torch.cat(found) if found else torch.zeros(0, len(COLUMNS))
+        chunks.append(torch.stack(columns, dim=1).cpu())
+    return torch.cat(chunks) if chunks else torch.zeros(0, len(COLUMNS))
 
 
-def summarize(tokens: Sequence[Tensor], seed: int) -> dict[str, Any]:
+def summarize(tokens: Sequence[Tensor], seed: int) -> JsonObject:
     """Means over all tokens of all sequences.
 
     Args:
@@ -81,22 +83,21 @@ def summarize(tokens: Sequence[Tensor], seed: int) -> dict[str, Any]:
 def mean_interval(tokens: Sequence[Tensor], seed: int) -> list[float] | None:
     """95% interval of the mean KL a token, resampling sequences; None with fewer than 2."""
     sums, counts = [float(t[:, 0].double().sum()) for t in tokens], [float(len(t)) for t in tokens]
-    found = bootstrap_gap_closed(counts, sums, seed=seed)  # one minus a ratio of sums, whatever the sums are of
-    return [1.0 - found[1], 1.0 - found[0]] if found else None
+    ends = bootstrap_gap_closed(counts, sums, seed=seed)  # of one minus a ratio of sums, whatever the sums are of
+    return [1.0 - ends[1], 1.0 - ends[0]] if ends else None
 
 
 def profile(tokens: Sequence[Tensor]) -> list[dict[str, float]]:
     """By position in the completion: KL, agreement, and over how many sequences."""
-    longest = max(map(len, tokens))
-    found = []
-    for at in range(longest):
+    positions = []
+    for at in range(max(map(len, tokens))):
         there = torch.stack([t[at] for t in tokens if len(t) > at]).double().mean(0)
         count = sum(len(t) > at for t in tokens)
-        found.append({"position": at, "kl": float(there[0]), "top1_agreement": float(there[2]), "sequences": count})
-    return found
+        positions.append({"position": at, "kl": float(there[0]), "top1_agreement": float(there[2]), "sequences": count})
+    return positions
 
 
-def coloured(tokens: Tensor, pieces: Sequence[str]) -> list[dict[str, Any]]:
+def coloured(tokens: Tensor, pieces: Sequence[str]) -> list[JsonObject]:
     """For the page: each piece of an answer with its KL and whether the model would have chosen it too."""
     return [
         {"text": piece, "kl": round(float(row[0]), 3), "rank": int(row[-1])}
@@ -104,7 +105,7 @@ def coloured(tokens: Tensor, pieces: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def own_answers(rollouts: Sequence[Any], repetitions: Sequence[float]) -> Mapping[str, float]:
+def own_answers(rollouts: Sequence[Rollout], repetitions: Sequence[float]) -> Mapping[str, float]:
     """Of a model's own samples: mean share of repeated 4-grams, and the share that met the length limit."""
     count = max(1, len(rollouts))
     return {

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from remend.files.atomic import JsonObject
 from remend.maths import cka
 from remend.models.activations.capture import massive
 
@@ -59,7 +59,7 @@ def norm_table(states_LSD: Tensor) -> list[dict[str, float]]:
 
 def measure(
     reference: Tensor, student: Tensor, layer_map: Sequence[int], *, anchors: dict[str, list[float]], seed: int
-) -> dict[str, Any]:
+) -> JsonObject:
     """All measures of every layer of the student against the reference's layer that it is.
 
     Args:
@@ -75,15 +75,15 @@ def measure(
     layers = []
     for layer, at in enumerate(layer_map):
         theirs_SD, ours_SE = reference[at], student[layer]
-        interval = cka.jackknife(theirs_SD, ours_SE, groups=min(GROUPS, len(ours_SE) // 2), seed=seed)
+        estimate = cka.jackknife(theirs_SD, ours_SE, groups=min(GROUPS, len(ours_SE) // 2), seed=seed)
         same_width = theirs_SD.shape == ours_SE.shape
         layers.append(
             {
                 "layer": layer,
                 "reference_layer": at,
-                "cka": interval.value,
-                "cka_low": interval.low,
-                "cka_high": interval.high,
+                "cka": estimate.value,
+                "cka_low": estimate.low,
+                "cka_high": estimate.high,
                 "l2": cka.relative_l2(theirs_SD, ours_SE) if same_width else math.nan,
                 "procrustes": cka.procrustes(theirs_SD, ours_SE),
                 "knn": cka.mutual_knn(theirs_SD, ours_SE, k=min(NEIGHBOURS, len(ours_SE) - 1)),
@@ -96,9 +96,9 @@ def measure(
     return {"layers": layers, "null_max": float(null.max())}
 
 
-def along(reference: Rows, student: Rows, layer_map: Sequence[int]) -> list[dict[str, Any]]:
+def along(reference: Rows, student: Rows, layer_map: Sequence[int]) -> list[JsonObject]:
     """Mean CKA over layers by stretch of the answer; a stretch with fewer than 16 rows is left out."""
-    found = []
+    stretches = []
     for start, end in PARTS:
         there_S = (reference.positions_S >= start) & (reference.positions_S < end)
         count = int(there_S.sum())
@@ -109,13 +109,13 @@ def along(reference: Rows, student: Rows, layer_map: Sequence[int]) -> list[dict
             for layer, at in enumerate(layer_map)
         ]
         last = int(reference.positions_S[there_S].max())
-        found.append({"start": start, "end": min(end - 1, last), "rows": count, "cka": sum(values) / len(values)})
-    return found
+        stretches.append({"start": start, "end": min(end - 1, last), "rows": count, "cka": sum(values) / len(values)})
+    return stretches
 
 
 def differences(
     reference: Tensor, before: Tensor, after: Tensor, maps: tuple[Sequence[int], Sequence[int]], seed: int
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """CKA after minus CKA before, by the reference's layers that both students have, paired on the same rows.
 
     Args:
@@ -124,7 +124,7 @@ def differences(
         seed: of the jackknife's groups.
     """
     places = [{at: layer for layer, at in enumerate(layer_map)} for layer_map in maps]
-    found = []
+    changes = []
     for at in sorted(set(places[0]) & set(places[1])):
         change = cka.jackknife_difference(
             reference[at],
@@ -133,8 +133,8 @@ def differences(
             groups=min(GROUPS, reference.shape[1] // 2),
             seed=seed,
         )
-        found.append({"reference_layer": at, "change": change.value, "low": change.low, "high": change.high})
-    return found
+        changes.append({"reference_layer": at, "change": change.value, "low": change.low, "high": change.high})
+    return changes
 
 
 def heatmap(reference: Tensor, student: Tensor) -> list[list[float]]:

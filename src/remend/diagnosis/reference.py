@@ -18,10 +18,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from accelerate import PartialState
@@ -37,6 +37,7 @@ from remend.files.atomic import json_line, read_json, write_json, write_text, wr
 from remend.files.run_directory import RunDirectory
 from remend.maths import cka
 from remend.models.activations.capture import LEAST_ROWS, Batch, as_layers, capture, pick_positions, usable
+from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer, spoken
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer, scorer
@@ -51,8 +52,8 @@ ANCHOR_ROWS = 128
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a reference's material depends on, beside its files and the prompts."""
+class Conditions:
+    """What the reference's answers and rows depend on, beside its files and the prompts."""
 
     max_new_tokens: int
     shared: int
@@ -62,7 +63,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Material:
+class ReferenceAnswers:
     """What a student is measured on.
 
     rollouts: prompts with the reference's answers, and picks: which token of each gives the row. The first `whole`
@@ -85,26 +86,31 @@ class Material:
 
 
 def cache_root() -> Path:
-    """Where material is kept: REMEND_CACHE, or the user's cache directory."""
+    """Where they are kept: REMEND_CACHE, or the user's cache directory."""
     named = os.environ.get("REMEND_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remend"
 
 
-def key_of(hashes: Mapping[str, str], prompts: Sequence[Encoded], settings: Settings) -> str:
-    """Name of the material: settled by everything that it depends on."""
-    parts = {"version": VERSION, "files": dict(hashes), "prompts": [p.tokens for p in prompts], **vars(settings)}
+def key_of(hashes: Mapping[str, str], prompts: Sequence[Encoded], conditions: Conditions) -> str:
+    """The folder's name: settled by everything that the answers and rows depend on."""
+    parts = {"version": VERSION, "files": dict(hashes), "prompts": [p.tokens for p in prompts], **vars(conditions)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def material(
-    parts: Scorer, tokenizer: Any, prompts: Sequence[Encoded], settings: Settings, folder: Path, state: PartialState
-) -> Material:
-    """Read the cached material, or make it.
+def reference_answers(
+    parts: Scorer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Encoded],
+    conditions: Conditions,
+    folder: Path,
+    state: PartialState,
+) -> ReferenceAnswers:
+    """Read them from the cache, or make them.
 
     Raises InputError where the reference answers with nothing, or its layers are not finite.
     """
     if state.is_main_process and not (folder / "completions.jsonl").is_file():
-        _answer(parts, tokenizer, prompts, settings, folder)
+        _answer(parts, tokenizer, prompts, conditions, folder)
     state.wait_for_everyone()
     rows = RunDirectory(folder).rows("completions.jsonl")
     rollouts = [
@@ -117,28 +123,30 @@ def material(
             f"the reference answered {len(rollouts)} of {len(prompts)} prompts with at least one token, and "
             f"{LEAST_ROWS} is the least; give prompts that it answers"
         )
-    draws = [derive_seed(settings.seed, "row", r.id) / 2**63 for r in rollouts]
+    draws = [derive_seed(conditions.seed, "row", r.id) / 2**63 for r in rollouts]
     picks = pick_positions([len(r.completion) for r in rollouts], draws)
     whole = min(len(rollouts), max(WHOLE, len(rollouts) // 2))
     rollouts[whole:] = [
         replace(r, completion=r.completion[: pick + 1]) for r, pick in zip(rollouts[whole:], picks[whole:], strict=True)
     ]
     if not (folder / "done.json").is_file():
-        _pass(parts, rollouts, picks, whole, settings, folder, state)
+        _pass(parts, rollouts, picks, whole, conditions, folder, state)
     state.wait_for_everyone()
     done = read_json(folder / "done.json")
     kept = load_file(folder / "rows.safetensors") if state.is_main_process else {}
-    return Material(folder, rollouts, picks, whole, kept, done["anchors"])
+    return ReferenceAnswers(folder, rollouts, picks, whole, kept, done["anchors"])
 
 
-def _answer(parts: Scorer, tokenizer: Any, prompts: Sequence[Encoded], settings: Settings, folder: Path) -> None:
+def _answer(
+    parts: Scorer, tokenizer: Tokenizer, prompts: Sequence[Encoded], conditions: Conditions, folder: Path
+) -> None:
     rollouts = answer(
         parts.model,
         tokenizer,
         prompts,
         "the reference answers",
-        max_new_tokens=settings.max_new_tokens,
-        shared=settings.shared,
+        max_new_tokens=conditions.max_new_tokens,
+        shared=conditions.shared,
     )
     lines = [
         {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": spoken(tokenizer, r)}
@@ -152,7 +160,7 @@ def _pass(
     rollouts: Sequence[Rollout],
     picks: Sequence[int],
     whole: int,
-    settings: Settings,
+    conditions: Conditions,
     folder: Path,
     state: PartialState,
 ) -> None:
@@ -169,20 +177,20 @@ def _pass(
             "the reference",
             rollouts,
             picks,
-            sites=settings.sites,
+            sites=conditions.sites,
             consume=keep,
             turn=turn,
             on_rows=advance,
         )
-    rows = {site: as_layers(gathered(found), len(rollouts)) for site, found in mine.items()}
+    rows = {site: as_layers(gathered(rows), len(rollouts)) for site, rows in mine.items()}
     state.wait_for_everyone()
     if state.is_main_process:
-        anchors = _anchors(parts, rollouts, picks, rows, settings)
+        anchors = _anchors(parts, rollouts, picks, rows, conditions)
         _save(folder / "rows.safetensors", rows)
-        write_json(folder / "done.json", {**vars(settings), "sequences": len(rollouts), "anchors": anchors})
+        write_json(folder / "done.json", {**vars(conditions), "sequences": len(rollouts), "anchors": anchors})
 
 
-def gathered(mine: Mapping[int, Any]) -> dict[int, Any]:
+def gathered(mine: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """What all processes hold, by sequence."""
     return dict(gather_object(list(mine.items())))
 
@@ -204,33 +212,33 @@ def _anchors(
     rollouts: Sequence[Rollout],
     picks: Sequence[int],
     rows: Mapping[str, Tensor],
-    settings: Settings,
+    conditions: Conditions,
 ) -> dict[str, list[float]]:
     """CKA of the reference with a re-run of itself, and with the same architecture at random weights."""
     count = min(ANCHOR_ROWS, len(rollouts))
-    found = {}
+    anchors = {}
     for name, title, model in (
         ("rerun", "anchor: the reference once more", parts),
-        ("random", "anchor: random weights", scorer(random_model(parts.model, settings.seed), settings.shared)),
+        ("random", "anchor: random weights", scorer(random_model(parts.model, conditions.seed), conditions.shared)),
     ):
         with stage(title, count) as advance:
             mine = capture(model, title, rollouts[:count], picks[:count], on_rows=advance)
         other = as_layers(mine["residual"], count)
         keep_S = usable(rows["residual"][:, :count], other)
-        found[name] = [
+        anchors[name] = [
             cka.debiased_cka(theirs[:count][keep_S], ours[keep_S])
             for theirs, ours in zip(rows["residual"], other, strict=True)
         ]
-    return found
+    return anchors
 
 
-def random_model(model: Any, seed: int) -> Any:
+def random_model(model: CausalLM, seed: int) -> CausalLM:
     """The same architecture with the weights that it is born with, seeded."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "random weights") % 2**31)
-        made = type(model)(config)
-    made = made.to(dtype=model.dtype, device=model.device).eval()
-    return made.requires_grad_(False)
+        made = cast("Callable[[object], CausalLM]", type(model))(config)
+    dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    return made.to(dtype).to(model.device).eval().requires_grad_(False)

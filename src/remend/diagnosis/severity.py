@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+
+from remend.files.atomic import JsonObject, JsonRow
 
 SEVERITIES = ("none", "mild", "severe", "broken")
 
@@ -34,12 +35,12 @@ class Sentence:
     text: str
     rests_on: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """As plain values."""
         return {"text": self.text, "rests_on": list(self.rests_on)}
 
 
-def severity(behaviour: Mapping[str, Any], own: Mapping[str, float], reference_own: Mapping[str, float]) -> str:
+def severity(behaviour: JsonRow, own: Mapping[str, float], reference_own: Mapping[str, float]) -> str:
     """One of SEVERITIES: the worst that KL, agreement or repetition says."""
     kl, agreement = behaviour["kl"], behaviour["top1_agreement"]
     by_kl = sum(kl >= limit for limit in KL_LIMITS)
@@ -48,14 +49,14 @@ def severity(behaviour: Mapping[str, Any], own: Mapping[str, float], reference_o
     return SEVERITIES[max(by_kl, by_agreement, 3 if loops else 0)]
 
 
-def ranked(layers: Sequence[Mapping[str, Any]]) -> list[int]:
+def ranked(layers: Sequence[JsonRow]) -> list[int]:
     """Layers from the least aligned to the best; a layer that has no CKA comes last."""
     return sorted(
         range(len(layers)), key=lambda i: (math.isnan(layers[i]["cka"]), layers[i]["cka"], layers[i]["layer"])
     )
 
 
-def entry(layers: Sequence[Mapping[str, Any]]) -> int | None:
+def entry(layers: Sequence[JsonRow]) -> int | None:
     """The layer at which CKA falls most from the one before it (from 1 for the first); None where none falls."""
     values = [1.0, *(layer["cka"] for layer in layers)]
     falls = [before - after for before, after in itertools.pairwise(values)]
@@ -63,23 +64,23 @@ def entry(layers: Sequence[Mapping[str, Any]]) -> int | None:
     return worst if falls[worst] > 0.001 else None
 
 
-def unrelated(layers: Sequence[Mapping[str, Any]], null_max: float) -> bool:
+def unrelated(layers: Sequence[JsonRow], null_max: float) -> bool:
     """Whether the typical layer is no more alike than chance: shuffled rows, or random weights."""
     values = [layer["cka"] for layer in layers if not math.isnan(layer["cka"])]
     random = [layer["random"] for layer in layers if not math.isnan(layer.get("random", math.nan))]
     return not values or median(values) <= max(null_max, median(random) if random else -math.inf)
 
 
-def recommendation(found: Mapping[str, Any], kind: str) -> Sentence:
+def recommendation(figures: JsonRow, kind: str) -> Sentence:
     """Whether to recover and with which recipe.
 
     Args:
-        found: a student's part of the diagnosis, with its severity.
+        figures: a student's part of the diagnosis, with its severity.
         kind: 'grid', 'mask', 'smaller' or 'dense': what the student is held to.
     """
-    if found["severity"] == "none":
+    if figures["severity"] == "none":
         return Sentence("There is nothing to recover: it speaks as the reference does.", ("/severity",))
-    if unrelated(found["layers"], found["null_max"]):
+    if unrelated(figures["layers"], figures["null_max"]):
         return Sentence(
             "Recovery is not worth it: the typical layer is no more like the reference's than chance, so this is no "
             "damaged copy of this reference, or nothing of it is left. Check that the reference is the right one.",
@@ -95,13 +96,13 @@ def recommendation(found: Mapping[str, Any], kind: str) -> Sentence:
     return Sentence(f"Recover it: remend recipes cp {recipe} . ({how}).", ("/severity", "/kind"))
 
 
-def sentences(found: Mapping[str, Any]) -> list[Sentence]:
+def sentences(figures: JsonRow) -> list[Sentence]:
     """What the numbers say, in the order in which one asks: how badly, where, how it shows."""
-    behaviour, layers, worst = found["behaviour"], found["layers"], found["ranking"][0]
+    behaviour, layers, worst = figures["behaviour"], figures["layers"], figures["ranking"][0]
     low, high = behaviour["kl_95"] or (math.nan, math.nan)
     result = [
         Sentence(
-            f"Damage: {found['severity']}. Its next-token distribution is {behaviour['kl']:.3f} nats a token (95% "
+            f"Damage: {figures['severity']}. Its next-token distribution is {behaviour['kl']:.3f} nats a token (95% "
             f"{low:.3f} to {high:.3f}) from the reference's, and {behaviour['top1_agreement']:.0%} of its first "
             "choices are the same.",
             ("/severity", "/behaviour/kl", "/behaviour/kl_95", "/behaviour/top1_agreement"),
@@ -109,7 +110,7 @@ def sentences(found: Mapping[str, Any]) -> list[Sentence]:
         Sentence(
             f"Least aligned is layer {layers[worst]['layer']}: CKA {layers[worst]['cka']:.3f} "
             f"({layers[worst]['cka_low']:.3f} to {layers[worst]['cka_high']:.3f}); shuffled rows reach "
-            f"{found['null_max']:.3f}.",
+            f"{figures['null_max']:.3f}.",
             (
                 "/ranking/0",
                 f"/layers/{worst}/cka",
@@ -119,7 +120,7 @@ def sentences(found: Mapping[str, Any]) -> list[Sentence]:
             ),
         ),
     ]
-    at = found["entry"]
+    at = figures["entry"]
     if at is not None:
         before = layers[at - 1]["cka"] if at else 1.0
         result.append(
@@ -128,14 +129,14 @@ def sentences(found: Mapping[str, Any]) -> list[Sentence]:
                 ("/entry", *([f"/layers/{at - 1}/cka"] if at else []), f"/layers/{at}/cka"),
             )
         )
-    first, last = _ends(found["positions"])
+    first, last = _ends(figures["positions"])
     result.append(
         Sentence(
             f"Along the answer KL goes from {first:.3f} in the first four tokens to {last:.3f} in the last quarter.",
             ("/positions",),
         )
     )
-    own, reference = found["own_answers"], found["reference_answers"]
+    own, reference = figures["own_answers"], figures["reference_answers"]
     result.append(
         Sentence(
             f"Left to itself it repeats {own['repetition']:.0%} of its 4-grams (reference "

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from remend.compression.recognise import RECORD, recognise
 from remend.console import stage
@@ -19,6 +18,7 @@ from remend.files.run_directory import MANIFEST
 from remend.models.find import ModelSource, find_model
 from remend.models.layers import count_parameters, infer_layer_map
 from remend.models.load import load_config, load_tokenizer
+from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.vocabulary import compare_vocabularies, template_warnings
 
 
@@ -39,15 +39,15 @@ def find(specs: Sequence[str]) -> list[Subject]:
     """All students. Raises InputError for none or for one that is given twice, FileError for one that is not there."""
     if not specs:
         raise InputError("no student is given; name at least one with --student")
-    found: list[Subject] = []
+    students: list[Subject] = []
     for spec in specs:
         path = Path(spec)
         folder = path / "model" if (path / MANIFEST).is_file() and (path / "model").is_dir() else path
         source = find_model(str(folder) if folder != path else spec)
-        if any(source == other.source for other in found):
+        if any(source == other.source for other in students):
             raise InputError(f"student {spec} is given twice; every student is measured once")
-        found.append(Subject(_name(spec, [s.name for s in found]), spec, source, _made_from(folder)))
-    return found
+        students.append(Subject(_name(spec, [s.name for s in students]), spec, source, _made_from(folder)))
+    return students
 
 
 def _name(spec: str, taken: Sequence[str]) -> str:
@@ -70,12 +70,12 @@ def degraded_of(subjects: Sequence[Subject]) -> list[int | None]:
     """For each student the number of the one that it is compared with: what it was recovered from where that is among
     them, else the first (the first itself has none)."""
     paths = [_where(subject.source.path) for subject in subjects]
-    found: list[int | None] = []
+    numbers: list[int | None] = []
     for i, subject in enumerate(subjects):
         origin = _where(Path(subject.made_from)) if subject.made_from else None
         known = paths.index(origin) if origin in paths and origin is not None else None
-        found.append(known if known is not None and known != i else (0 if i else None))
-    return found
+        numbers.append(known if known is not None and known != i else (0 if i else None))
+    return numbers
 
 
 def _where(path: Path | None) -> Path | None:
@@ -90,7 +90,7 @@ class Vocabulary:
     warnings: list[str]
 
 
-def compare(reference: ModelSource, subjects: Sequence[Subject], tokenizer: Any, *, trust: bool) -> Vocabulary:
+def compare(reference: ModelSource, subjects: Sequence[Subject], tokenizer: Tokenizer, *, trust: bool) -> Vocabulary:
     """One vocabulary for all. Raises InputError with every student that has another."""
     rows = load_config(reference, trust_remote_code=trust).get_text_config().vocab_size
     shared, problems, warnings = rows, [], []
@@ -106,7 +106,7 @@ def compare(reference: ModelSource, subjects: Sequence[Subject], tokenizer: Any,
     return Vocabulary(shared, warnings)
 
 
-def kind_of(subject: Subject, student: Any, reference: Any) -> str:
+def kind_of(subject: Subject, student: CausalLM, reference: CausalLM) -> str:
     """'grid', 'mask', 'smaller' or 'dense': what a recovery would hold it to."""
     held = recognise(subject.source, as_dense=True)
     if held.stored is not None:
@@ -117,7 +117,7 @@ def kind_of(subject: Subject, student: Any, reference: Any) -> str:
     return "smaller" if count(student) < count(reference) else "dense"
 
 
-def layer_map(subject: Subject, student: Any, reference: Any, given: Sequence[int] | None) -> list[int]:
+def layer_map(subject: Subject, student: CausalLM, reference: CausalLM, given: Sequence[int] | None) -> list[int]:
     """For each of the student's layers the reference's that it is: given, recorded, equal in number, or by weights.
 
     Raises InputError where none is found.

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from remend.errors import InputError
-from remend.maths.losses.chunked import Head, chunk_rows
+from remend.maths.losses import Head
+from remend.models.device import chunk_rows
 from remend.models.scorer import Scorer, pack
 
 LEAD = "<answer>\n"

@@ -15,7 +15,8 @@ _SETTINGS = ("student", "teacher", "steps", "batch_size", "learning_rate", "beta
 def write_card(measured: Measured, container: str, check: JsonObject) -> str:
     """Markdown with a YAML head. Text that comes from files is escaped: it can't become markup."""
     summary = _json(measured, SUMMARY)
-    recipe = _json(measured, MANIFEST).get("recipe", {})
+    manifest = _json(measured, MANIFEST)
+    recipe = manifest.get("recipe", {})
     lines = ["---", "tags:", "- remend", "---", "", f"# {escape(_title(measured))}", ""]
     grid = f"its linear weights lie on the grid {escape(measured.grid)}" if measured.stored else "its weights are free"
     lines += [f"Exported by remend {importlib.metadata.version('remend')} as {escape(container)}; {grid}.", ""]
@@ -24,6 +25,8 @@ def write_card(measured: Measured, container: str, check: JsonObject) -> str:
         lines += [f"- {escape(k)}: {escape(v)}" for k, v in measured.degradation.items() if _plain(v)] + [""]
     if recipe:
         lines += ["## Recovery", "", "Trained on its own answers against its healthy teacher (remend recover).", ""]
+        if recipe.get("loss"):
+            recipe = {**recipe, "beta": f"none; the loss is {manifest['kl_direction']}"}
         lines += [f"- {k}: {escape(recipe[k])}" for k in _SETTINGS if k in recipe] + [""]
     if summary:
         lines += ["## Measured on held-out prompts", ""]

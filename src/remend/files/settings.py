@@ -90,7 +90,8 @@ def _explain(model: type[Settings], item: Any) -> str:
     if item["type"] == "missing":
         field = _settings_at(model, item["loc"][:-1]).model_fields[last]
         return f'"{key}" is missing ({field.description})'
-    return f'"{key}" is {item["input"]!r}: {item["msg"].removeprefix("Value error, ").lower()}'
+    message = item["msg"].removeprefix("Value error, ")
+    return f'"{key}" is {item["input"]!r}: {message[:1].lower()}{message[1:]}'
 
 
 def _settings_at(model: type[Settings], place: Sequence[Any]) -> type[Settings]:

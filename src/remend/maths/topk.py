@@ -16,6 +16,7 @@ token's z_v.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,18 @@ class TopK:
     def to(self, device: torch.device) -> TopK:
         """The same on another device."""
         return TopK(self.ids_NK.to(device), self.log_p_NK.to(device), self.log_tail_N.to(device))
+
+    def check(self, positions: int, vocabulary: int) -> None:
+        """Raise ValueError unless these are so many positions, and every id is below `vocabulary`."""
+        if len(self) != positions:
+            raise ValueError(f"the student has {positions} positions and the teacher's top k {len(self)}")
+        if len(self) and not 0 <= int(self.ids_NK.min()) <= int(self.ids_NK.max()) < vocabulary:
+            raise ValueError(f"the teacher's top k names id {int(self.ids_NK.max())}, ids go to {vocabulary - 1}")
+
+    def reader(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Callable[[slice], TopK]:
+        """A function from positions to their part of this on `device`; see losses.Target."""
+        self.check(len(self), vocabulary)
+        return lambda part: self[part].to(device)
 
     @property
     def folded_NK1(self) -> Tensor:

@@ -7,6 +7,13 @@ import torch
 
 from remend.errors import InputError
 
+CHUNK_BYTES, CHUNK_LIMIT = 16 * 2**20, 512 * 2**20
+"""Least and largest size of one [chunk, V] float32 tensor. The least leaves no mark on a CPU's peak memory and is large
+enough for its GEMM; at a vocabulary of 152k it is 27 positions, too few to fill a GPU."""
+
+CHUNK_SHARE = 0.02
+"""Of a GPU's free memory that one such tensor takes: about six of them are alive at once."""
+
 
 def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take: a CUDA device has what its driver has left and what torch's allocator
@@ -19,6 +26,15 @@ def free_bytes(device: torch.device) -> int:
         return int(psutil.virtual_memory().available)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + held
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Positions a chunk, so that one float32 [chunk, V] tensor takes CHUNK_BYTES, on a GPU more where more is free.
+
+    Sums over chunks of other sizes differ by rounding, so a CPU's size is constant: its runs repeat to the byte.
+    """
+    share = int(CHUNK_SHARE * free_bytes(device)) if device.type == "cuda" else 0
+    return max(16, min(CHUNK_LIMIT, max(CHUNK_BYTES, share)) // (4 * vocabulary))
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remend.errors import InputError
-from remend.maths.losses.chunked import Head
+from remend.maths.losses import Head
 from remend.models.protocols import CausalLM
 
 FULL = "full_attention"

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from remend.data.order import Order, derive_seed
 from remend.data.templates import Encoded
-from remend.maths.losses.chunked import chunked_divergence_sum, chunked_truncated_sum
+from remend.maths.losses import HeadTarget, Target, chunked_loss_sum
+from remend.models.device import chunk_rows
 from remend.models.sampling.rollout import Rollout, Sampler
 from remend.models.scorer import Packed, Scorer, pack
 from remend.recovery.alignment import Alignment, Seen
@@ -173,28 +174,21 @@ class Distillation:
         self, lane: Lane, rollouts: Sequence[Rollout], batch: Packed, aligned: Alignment | None
     ) -> tuple[Tensor, Seen, Seen]:
         """Sum over the completion tokens, and what an alignment sees of the student's and the teacher's pass."""
-        stream, taught, ours, theirs = lane.stream, None, Seen(), Seen()
-        if not isinstance(lane.teacher, TeacherCache):
+        stream, ours, theirs = lane.stream, Seen(), Seen()
+        target: Target
+        if isinstance(lane.teacher, TeacherCache):
+            target = lane.teacher.targets(rollouts, skip_first=stream.skip_first).to(batch.tokens_BT.device)
+        else:
             # in a context of its own: autocast keeps casts of a parameter, and a view of the student puts other values
             # behind the same parameters
             with self.precision:
-                taught = self._taught(lane.teacher, rollouts, stream.skip_first, theirs, aligned), lane.teacher.head
+                states_NE = self._taught(lane.teacher, rollouts, stream.skip_first, theirs, aligned)
+                target = HeadTarget(states_NE, lane.teacher.head, stream.top_k)
         with self.precision:
             with ours.by(aligned, "student", batch):
                 student_ND = _states(self.student, batch, aligned)
-            if isinstance(lane.teacher, TeacherCache):
-                target = lane.teacher.targets(rollouts, skip_first=stream.skip_first).to(batch.tokens_BT.device)
-                total = chunked_truncated_sum(student_ND, self.student.head, target, beta=stream.beta)
-            else:
-                assert taught is not None
-                total = chunked_divergence_sum(
-                    student_ND,
-                    taught[0],
-                    self.student.head,
-                    taught[1],
-                    beta=stream.beta,
-                    top_k=stream.top_k,
-                )
+            rows = chunk_rows(self.student.shared, self.student.device)
+            total = chunked_loss_sum(student_ND, self.student.head, target, stream.loss, rows=rows)
         return total, ours, theirs
 
     @torch.no_grad()

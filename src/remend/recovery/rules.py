@@ -141,11 +141,12 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> list[str]:
     for stream in streams:
         if stream.task and not (stream.demonstrations and config.bootstrap == "auto"):
             found.append(f"task of {stream.name} has no effect without demonstrations and bootstrap: auto")
+        beta = stream.loss.parameters.get("beta") if stream.loss.name == "jsd" else None
         for near, name in ((0.0, "forward KL"), (1.0, "reverse KL")):
-            if stream.beta != near and abs(stream.beta - near) < 0.05:
+            if isinstance(beta, float) and abs(beta - near) < 0.05:
                 found.append(
-                    f"beta {stream.beta:g} is close to {near:g} but is no {name}: the generalised JSD shrinks there "
-                    f"(about {abs(stream.beta - near):g} of the KL), so the same learning rate does less; "
+                    f"beta {beta:g} is close to {near:g} but is no {name}: the generalised JSD shrinks there "
+                    f"(about {abs(beta - near):g} of the KL), so the same learning rate does less; "
                     f"{near:g} is the {name} itself"
                 )
     if config.bootstrap_steps and config.bootstrap == "off":

@@ -22,7 +22,7 @@ from remend.errors import InputError
 from remend.files.atomic import json_line, new_directory, read_json, write_json, write_text
 from remend.files.environment import environment, peak_rss_mib
 from remend.files.run_directory import MANIFEST, METRICS, RECIPE, REPAIR, SUMMARY, RunDirectory
-from remend.maths.losses.divergences import direction
+from remend.maths.losses import of_beta
 from remend.models.adapters import add_lora, is_adapted, merge
 from remend.models.device import choose_dtype, mixed_precision
 from remend.models.find import ModelSource, find_model, hash_files
@@ -116,7 +116,7 @@ class Recovery:
         write_json(directory.path / MANIFEST, manifest)
 
     def _directions(self) -> str:
-        return "; ".join(dict.fromkeys(direction(s.stream.beta) for s in self.checked.streams))
+        return "; ".join(dict.fromkeys(s.stream.loss.words for s in self.checked.streams))
 
     def run(self) -> RunDirectory:
         """All stages in order."""
@@ -351,7 +351,7 @@ class Recovery:
         tokens = sum(row["tokens"] for row in self.directory.rows(METRICS) if "loss" in row)
         summary = {
             **summarize(baseline, recovered, self.config.seed),
-            "kl_direction": direction(0.0),
+            "kl_direction": of_beta(0.0).words,
             "training_loss": self._directions(),
             "constraint": self.checked.constraint,
             "repair": read_json(path) if (path := self.directory.path / REPAIR).is_file() else None,

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import Field, PlainValidator, field_validator
+from pydantic import ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
 from remend.files.run_directory import updates_a_round
 from remend.files.settings import Gone, Settings, as_number, build
+from remend.maths.losses import LOSSES, choose
 from remend.models.lora import LoraConfig
 
 SELF = "self"
@@ -77,6 +78,35 @@ class AlignmentConfig(Settings):
     _numbers = field_validator("weight", mode="before")(as_number)
 
 
+class LossConfig(Settings):
+    """A loss by name with its parameters; what is not given has the loss's own default, and is filled in."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(description=f"one of {', '.join(LOSSES.names())}, or of a plugin")
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: object) -> object:
+        if not isinstance(values, Mapping) or not isinstance(name := values.get("name"), str):
+            return values
+        parameters = {k: as_number(v) if isinstance(v, str) else v for k, v in values.items() if k != "name"}
+        return {"name": name, **choose(name, parameters).parameters}
+
+
+def _only_loss(loss: LossConfig | None, info: ValidationInfo) -> LossConfig | None:
+    if loss is not None and info.data.get("beta") is not None:
+        raise ValueError(
+            f"beta ({info.data['beta']:g}) is given too, and both choose the loss; leave one out, or set beta: null"
+        )
+    return loss
+
+
 class StreamConfig(Settings):
     """One source of training signal. What is not given is the recipe's own."""
 
@@ -91,6 +121,7 @@ class StreamConfig(Settings):
     weight: float = Field(1.0, ge=0, description="of the stream's mean loss in the sum")
     share: float = Field(1.0, gt=0, description="of the step's prompts, relative to the other streams'")
     beta: float | None = Field(None, ge=0, le=1, description="as in the recipe")
+    loss: LossConfig | None = Field(None, strict=False, description="as in the recipe")
     top_k: int | None = Field(None, ge=1, description="as in the recipe")
     max_new_tokens: Length | None = Field(None, description="as in the recipe")
     temperature: float | None = Field(None, gt=0, le=5, description="as in the recipe")
@@ -100,6 +131,7 @@ class StreamConfig(Settings):
     task: str | None = Field(None, description="graders by name (remend tasks ls): the gate then measures task scores")
 
     _numbers = field_validator("weight", "share", "beta", "temperature", mode="before")(as_number)
+    _one = field_validator("loss", mode="after")(_only_loss)
 
 
 class RecoverConfig(Settings):
@@ -159,7 +191,14 @@ class RecoverConfig(Settings):
         0.0, ge=0, lt=1, description="AdamW; 0 as in TRL's and the SDFT authors' configurations"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping (transformers' default)")
-    beta: float = Field(0.0, ge=0, le=1, description="0 forward KL (teacher‖student), 1 reverse KL, between: GKD's JSD")
+    beta: float | None = Field(
+        0.0, ge=0, le=1, description="0 forward KL (teacher‖student), 1 reverse KL, between: GKD's JSD"
+    )
+    loss: LossConfig | None = Field(
+        None,
+        strict=False,
+        description=f"in place of beta: {{name, …}}, name one of {', '.join(LOSSES.names())}, and its parameters",
+    )
     top_k: int | None = Field(
         None, ge=1, description="of the teacher's tokens, the rest in one bucket; by default the full vocabulary"
     )
@@ -282,3 +321,13 @@ class RecoverConfig(Settings):
         mode="before",
     )(as_number)
     _switch = field_validator("bootstrap", mode="before")(_on_off)
+    _one = field_validator("loss", mode="after")(_only_loss)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beta_or_loss(cls, values: object) -> object:
+        """A recipe with a loss has no beta, and one with neither has the default beta."""
+        if not isinstance(values, Mapping) or values.get("beta") is not None:
+            return values
+        values = {key: value for key, value in values.items() if key != "beta"}
+        return {**values, "beta": None} if values.get("loss") is not None else values

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from remend.errors import InputError
 from remend.files.settings import build
+from remend.maths.losses import Loss, choose, of_beta
 from remend.recovery.settings import BASE, MOVING, RecoverConfig, StreamConfig
 from remend.training.teachers.cache import is_cache
 
@@ -42,7 +43,7 @@ class Stream:
     on_policy: float
     weight: float
     share: float
-    beta: float
+    loss: Loss
     top_k: int | None
     lengths: tuple[int, int]
     temperature: float
@@ -112,7 +113,7 @@ def _resolved(name: str, stream: StreamConfig, config: RecoverConfig) -> Stream:
         on_policy=float(stream.policy) if share is None else share,
         weight=stream.weight,
         share=stream.share,
-        beta=config.beta if stream.beta is None else stream.beta,
+        loss=_loss_of(stream) or _loss_of(config) or of_beta(0.0),
         top_k=config.top_k if stream.top_k is None else stream.top_k,
         lengths=(length, length) if isinstance(length, int) else (length[0], length[1]),
         temperature=config.temperature if stream.temperature is None else stream.temperature,
@@ -121,6 +122,12 @@ def _resolved(name: str, stream: StreamConfig, config: RecoverConfig) -> Stream:
         held_out=config.held_out if stream.held_out is None else stream.held_out,
         task=stream.task,
     )
+
+
+def _loss_of(level: RecoverConfig | StreamConfig) -> Loss | None:
+    if level.loss is not None:
+        return choose(level.loss.name, level.loss.parameters)
+    return None if level.beta is None else of_beta(level.beta)
 
 
 def rows_of(streams: Sequence[Stream], size: int) -> dict[str, int]:

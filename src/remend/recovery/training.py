@@ -12,7 +12,6 @@ from accelerate import Accelerator
 
 from remend.console import console, stage
 from remend.files.run_directory import METRICS, TIMING, TRACK, RunDirectory
-from remend.maths.losses.divergences import direction
 from remend.models.device import free_bytes
 from remend.models.layers import infer_layer_map
 from remend.models.sampling.rollout import Rollout
@@ -201,7 +200,7 @@ class Training:
         objective = self._objective(lanes, gate)
         if config.report_to:
             accelerator.init_trackers("remend", config=config.model_dump())
-        title = "; ".join(dict.fromkeys(direction(lane.stream.beta) for lane in lanes))
+        title = "; ".join(dict.fromkeys(lane.stream.loss.words for lane in lanes))
         with stage(f"recovering ({title})", config.steps, self.done) as advance:
 
             def on_step(row: Mapping[str, float]) -> None:

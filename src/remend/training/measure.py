@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remend.maths.losses.chunked import chunk_rows
-from remend.maths.losses.divergences import divergence, truncated_divergence
+from remend.maths.losses import divergence
+from remend.models.device import chunk_rows
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Packed, Scorer, pack
 from remend.training.teachers.cache import TeacherCache
@@ -120,7 +120,7 @@ def _cached(reference: TeacherCache, rollouts: Sequence[Rollout], batch: Packed)
         known_N = part.log_p_NK.masked_fill(~hit_NK, -torch.inf).amax(1)
         nll_N = -torch.where(hit_NK.any(1), known_N, part.log_tail_N)
         first_N = part.ids_NK.gather(1, part.log_p_NK.argmax(1, keepdim=True))[:, 0]
-        return truncated_divergence(logits_NV, part), first_N, nll_N
+        return divergence(logits_NV, part), first_N, nll_N
 
     return against
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from remend.data.examples import Example
 from remend.data.order import Order
 from remend.data.templates import encode
-from remend.maths.losses.chunked import chunked_cross_entropy_sum
+from remend.maths.losses import chunked_cross_entropy_sum
+from remend.models.device import chunk_rows
 from remend.models.protocols import Tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer, pack
@@ -96,5 +97,6 @@ class Supervised:
         batch = pack(pairs, device=self.student.device)
         with self.precision:
             states_ND = self.student.states(batch)
-            total = chunked_cross_entropy_sum(states_ND, self.student.head, batch.targets_N)
+            rows = chunk_rows(self.student.shared, self.student.device)
+            total = chunked_cross_entropy_sum(states_ND, self.student.head, batch.targets_N, rows=rows)
         return StepOutput({STREAM: (total, len(batch.targets_N))})

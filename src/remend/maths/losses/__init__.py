@@ -1,21 +1,22 @@
-"""Divergences between the teacher's and the student's next-token distributions, and their sums chunk by chunk."""
+"""Losses between the teacher's and the student's next-token distributions, one file each, and their chunked sums."""
 
-from remend.maths.losses.chunked import (
-    Head,
-    chunk_rows,
-    chunked_cross_entropy_sum,
-    chunked_divergence_sum,
-    chunked_truncated_sum,
-)
-from remend.maths.losses.divergences import direction, divergence, truncated_divergence
+from remend.maths.losses.chunked import Head, HeadTarget, Target, chunked_cross_entropy_sum, chunked_loss_sum
+from remend.maths.losses.loss import LOSSES, Loss, choose, described, divergence, log_probabilities, of_beta
+from remend.registry import register_all
 
 __all__ = [
+    "LOSSES",
     "Head",
-    "chunk_rows",
+    "HeadTarget",
+    "Loss",
+    "Target",
+    "choose",
     "chunked_cross_entropy_sum",
-    "chunked_divergence_sum",
-    "chunked_truncated_sum",
-    "direction",
+    "chunked_loss_sum",
+    "described",
     "divergence",
-    "truncated_divergence",
+    "log_probabilities",
+    "of_beta",
 ]
+
+register_all(__name__)

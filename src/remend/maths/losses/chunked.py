@@ -1,4 +1,4 @@
-"""Sums of a divergence over many positions, chunk by chunk, from hidden states: no tensor of all positions by the whole
+"""Sums of a loss over many positions, chunk by chunk, from hidden states: no tensor of all positions by the whole
 vocabulary is ever alive.
 
 Legend: N completion positions, V vocabulary entries that both models share, D width of the student, E width of the
@@ -9,23 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from remend.maths.losses.divergences import (
-    _accurate,
-    _check_beta,
-    _check_target,
-    _log_probabilities,
-    _truncated_with_gradient,
-    _with_gradient,
-)
-from remend.maths.topk import TopK, check_k
+from remend.maths.losses.loss import Loss, accurate
+from remend.maths.topk import TopK, check_k, floored
 from remend.maths.topk import top_k as largest
-from remend.models.device import free_bytes
 
 
 @dataclass(frozen=True)
@@ -61,22 +53,56 @@ class Head:
         return replace(self, weight_VD=self.weight_VD.to(dtype), bias_V=bias_V)
 
 
-CHUNK_BYTES, CHUNK_LIMIT = 16 * 2**20, 512 * 2**20
-"""Least and largest size of one [chunk, V] float32 tensor. The least leaves no mark on a CPU's peak memory and is large
-enough for its GEMM; at a vocabulary of 152k it is 27 positions, too few to fill a GPU."""
+class Target(Protocol):
+    """What the teacher said at N positions: its states with a head (HeadTarget), or stored distributions (TopK)."""
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def reader(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Callable[[slice], Tensor | TopK]:
+        """A function from positions to the teacher's logits [n, V] there, or to its folded distributions.
+
+        Args:
+            vocabulary: ids that the student's head scores.
+            dtype: of products with a head.
+            device: where the student's logits are.
+
+        Raises ValueError when the two vocabularies don't fit together.
+        """
+        ...
 
 
-CHUNK_SHARE = 0.02
-"""Of a GPU's free memory that one such tensor takes: about six of them are alive at once."""
+@dataclass(frozen=True)
+class HeadTarget:
+    """A teacher's hidden states and its head, from which its logits are made chunk by chunk.
 
-
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Positions a chunk, so that one float32 [chunk, V] tensor takes CHUNK_BYTES, on a GPU more where more is free.
-
-    Sums over chunks of other sizes differ by rounding, so a CPU's size is constant: its runs repeat to the byte.
+    states_NE: before the head.
+    top_k: fold the distributions to the k most likely tokens and a tail; None keeps all.
     """
-    share = int(CHUNK_SHARE * free_bytes(device)) if device.type == "cuda" else 0
-    return max(16, min(CHUNK_LIMIT, max(CHUNK_BYTES, share)) // (4 * vocabulary))
+
+    states_NE: Tensor
+    head: Head
+    top_k: int | None = None
+
+    def __len__(self) -> int:
+        return self.states_NE.shape[0]
+
+    @torch.no_grad()
+    def reader(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Callable[[slice], Tensor | TopK]:
+        """See Target."""
+        head = self.head.to(dtype)
+        if vocabulary != (theirs := head.weight_VD.shape[0]):
+            raise ValueError(f"the student's head scores {vocabulary} ids and the teacher's {theirs}")
+        if self.top_k is not None:
+            check_k(self.top_k, vocabulary)
+
+        @torch.no_grad()
+        def said(part: slice) -> Tensor | TopK:
+            logits_NV = head(self.states_NE[part].to(device, dtype))
+            return logits_NV if self.top_k is None else largest(logits_NV, self.top_k)
+
+        return said
 
 
 _Loss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
@@ -87,7 +113,7 @@ class _ChunkedSum(torch.autograd.Function):
     """Sum of a loss over positions; the gradient is made chunk by chunk in the forward pass.
 
     Recomputing the logits in the backward pass would cost one more product with the head, and keeping them would
-    cost 4·N·V bytes. Instead each chunk's logits are made, differentiated in closed form and dropped at once (the
+    cost 4·N·V bytes. Instead each chunk's logits are made, differentiated and dropped at once (the
     scheme of Liger-Kernel's fused linear losses, arXiv 2410.10989), and only the gradients for the hidden states
     [N, D] and the head [V, D] stay.
     """
@@ -103,7 +129,7 @@ class _ChunkedSum(torch.autograd.Function):
             for t, need in zip((student_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
         )
         kind, dtype = student_ND.device.type, _product_dtype(student_ND)
-        total = torch.zeros((), dtype=_accurate(student_ND.dtype), device=student_ND.device)
+        total = torch.zeros((), dtype=accurate(student_ND.dtype), device=student_ND.device)
         with torch.autocast(kind, enabled=False):
             student_head = student_head.to(dtype)
             for start in range(0, student_ND.shape[0], rows):
@@ -138,89 +164,37 @@ def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
 
 
-def _chunked_sum(student_ND: Tensor, head: Head, rows: int | None, loss: _Loss) -> Tensor:
-    rest = (head, rows or chunk_rows(head.weight_VD.shape[0], student_ND.device), loss)
-    total = _ChunkedSum.apply(student_ND, head.weight_VD, head.bias_V, rest)  # type: ignore[no-untyped-call]
+def _chunked_sum(student_ND: Tensor, head: Head, rows: int, loss: _Loss) -> Tensor:
+    total = _ChunkedSum.apply(student_ND, head.weight_VD, head.bias_V, (head, rows, loss))  # type: ignore[no-untyped-call]
     return cast(Tensor, total)
 
 
-def chunked_divergence_sum(
-    student_ND: Tensor,
-    teacher_NE: Tensor,
-    student_head: Head,
-    teacher_head: Head,
-    *,
-    beta: float = 0.0,
-    top_k: int | None = None,
-    rows: int | None = None,
-) -> Tensor:
-    """Sum over positions of `divergence`, from hidden states, with no [N, V] tensor alive at any time.
+def chunked_loss_sum(student_ND: Tensor, head: Head, target: Target, loss: Loss, *, rows: int) -> Tensor:
+    """Sum of a loss over positions, from hidden states, with no tensor of all positions by the vocabulary.
 
-    Under autocast the products with the heads are computed in its dtype, the divergence in float32.
+    Under autocast the products with the heads are computed in its dtype, the loss in float32.
 
     Args:
         student_ND: student's hidden states before its head, at completion positions only.
-        teacher_NE: teacher's hidden states at the same positions.
-        student_head, teacher_head: from hidden states to logits over the same V ids. Gradients reach the student's
-            hidden states, weight and bias, where they need one.
-        beta: see `divergence`.
-        top_k: fold both distributions to the teacher's k most likely tokens and a tail; None keeps all.
-        rows: positions a chunk; by default see `chunk_rows`.
+        head: from the student's hidden states to logits. Gradients reach hidden states, weight and bias, where they
+            need one.
+        target: what the teacher said at the same positions.
+        loss: between the teacher's distribution and the student's.
+        rows: positions a chunk. Sums over chunks of other sizes differ by rounding.
 
     Returns:
         Scalar in nats, float32 (float64 for float64 input). Call backward on it once.
 
     Raises:
-        ValueError: positions or vocabularies differ, or beta or top_k is out of range.
+        ValueError: positions differ in number, or vocabularies or top k don't fit together.
     """
-    sizes = [
-        (hidden.shape[0], head.weight_VD.shape[0])
-        for hidden, head in ((student_ND, student_head), (teacher_NE, teacher_head))
-    ]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"student and teacher differ in (positions, vocabulary): {sizes[0]} and {sizes[1]}")
-    _check_beta(beta)
-    if top_k is not None:
-        check_k(top_k, sizes[0][1])
-    dtype = _product_dtype(student_ND)
-    with torch.no_grad():
-        teacher_head = teacher_head.to(dtype)
-
-    def loss(part: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        teacher_NV = teacher_head(teacher_NE[part].to(dtype))
-        if top_k is None:
-            return _with_gradient(logits_NV, teacher_NV, beta)
-        return _truncated_with_gradient(logits_NV, largest(teacher_NV, top_k), beta)
-
-    return _chunked_sum(student_ND, student_head, rows, loss)
+    if len(target) != student_ND.shape[0]:
+        raise ValueError(f"the student has {student_ND.shape[0]} positions and the teacher {len(target)}")
+    said = target.reader(head.weight_VD.shape[0], _product_dtype(student_ND), student_ND.device)
+    return _chunked_sum(student_ND, head, rows, lambda part, logits_NV: loss.with_gradient(logits_NV, said(part)))
 
 
-def chunked_truncated_sum(
-    student_ND: Tensor,
-    student_head: Head,
-    target: TopK,
-    *,
-    beta: float = 0.0,
-    rows: int | None = None,
-) -> Tensor:
-    """Sum over positions of `truncated_divergence` from stored teacher distributions; see `chunked_divergence_sum`.
-
-    Args:
-        target: the teacher's folded distributions at the same positions, on any device.
-
-    Raises:
-        ValueError: positions differ in number, an id is outside the head, or beta is outside 0 to 1.
-    """
-    _check_beta(beta)
-    _check_target(target, student_ND.shape[0], student_head.weight_VD.shape[0])
-
-    def loss(part: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        return _truncated_with_gradient(logits_NV, target[part].to(logits_NV.device), beta)
-
-    return _chunked_sum(student_ND, student_head, rows, loss)
-
-
-def chunked_cross_entropy_sum(student_ND: Tensor, head: Head, targets_N: Tensor, *, rows: int | None = None) -> Tensor:
+def chunked_cross_entropy_sum(student_ND: Tensor, head: Head, targets_N: Tensor, *, rows: int) -> Tensor:
     """Sum over positions of the cross-entropy −log q(target), from hidden states, with no [N, V] tensor alive.
 
     Under autocast the products with the head are computed in its dtype, the cross-entropy in float32.
@@ -229,7 +203,7 @@ def chunked_cross_entropy_sum(student_ND: Tensor, head: Head, targets_N: Tensor,
         student_ND: hidden states before the head, at completion positions only.
         head: from hidden states to logits. Gradients reach hidden states, weight and bias, where they need one.
         targets_N: int64, the ids to predict, 0 to V − 1.
-        rows: positions a chunk; by default see `chunk_rows`.
+        rows: positions a chunk.
 
     Returns:
         Scalar in nats, float32 (float64 for float64 input). Call backward on it once.
@@ -246,7 +220,7 @@ def chunked_cross_entropy_sum(student_ND: Tensor, head: Head, targets_N: Tensor,
         )
 
     def loss(part: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        log_q_NV = _log_probabilities(logits_NV.to(_accurate(logits_NV.dtype)))
+        log_q_NV = torch.log_softmax(floored(logits_NV.to(accurate(logits_NV.dtype))), dim=-1)
         target_N1 = targets_N[part].unsqueeze(1)
         values_N = -log_q_NV.gather(1, target_N1)[:, 0]
         # the gradient is q − 1 at the target

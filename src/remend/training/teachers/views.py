@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from remend.maths.losses.chunked import Head
+from remend.maths.losses import Head
 from remend.models.adapters import without_adapter
 from remend.models.scorer import Packed, Scorer
 

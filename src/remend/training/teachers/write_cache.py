@@ -27,10 +27,9 @@ from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.errors import InputError
 from remend.files.atomic import json_line, new_directory, write_json, write_text
 from remend.files.run_directory import occupied
-from remend.maths.losses.chunked import chunk_rows
-from remend.maths.losses.divergences import divergence
+from remend.maths.losses import divergence
 from remend.maths.topk import TopK, entropy_lost, top_k
-from remend.models.device import choose_device, choose_dtype
+from remend.models.device import choose_device, choose_dtype, chunk_rows
 from remend.models.find import ModelSource, find_model, hash_files, origin_note
 from remend.models.load import load_config, load_model, load_tokenizer
 from remend.models.sampling.rollout import Rollout

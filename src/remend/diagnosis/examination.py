@@ -1,0 +1,116 @@
+"""What all students of a diagnosis share, found before anything is measured: models, tokenizer, prompts, device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from remend.console import stage
+from remend.data.examples import Example, bundled, choose, load_examples
+from remend.data.templates import Encoded, dropped_text, encode_within
+from remend.diagnosis import layers, subjects
+from remend.diagnosis.settings import DiagnoseSettings
+from remend.diagnosis.subjects import Subject
+from remend.errors import InputError
+from remend.files.run_directory import occupied
+from remend.models.activations.capture import LEAST_ROWS, SITES
+from remend.models.device import choose_device, choose_dtype
+from remend.models.find import ModelSource, find_model
+from remend.models.load import load_model, load_tokenizer
+from remend.models.protocols import CausalLM, Tokenizer
+
+GPU_ROWS, CPU_ROWS = 1024, 256
+
+PROMPT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A diagnosis that can begin.
+
+    sites: the residual stream first. shared: leading token ids that all models share. examples: by id.
+    prompts: the examples that are short enough, encoded.
+    """
+
+    settings: DiagnoseSettings
+    sites: tuple[str, ...]
+    source: ModelSource
+    subjects: Sequence[Subject]
+    tokenizer: Tokenizer
+    shared: int
+    examples: Mapping[str, Example]
+    prompts: Sequence[Encoded]
+    device: torch.device
+    dtype: torch.dtype
+    state: PartialState
+    warnings: Sequence[str]
+
+    def load(self, source: ModelSource, name: str) -> CausalLM:
+        """A model, its weights without gradients."""
+        with stage(f"loading {name}"):
+            trust = self.settings.trust_remote_code
+            model = load_model(source, dtype=self.dtype, device=self.device, trust_remote_code=trust)
+            return model.requires_grad_(False)
+
+
+def examination(settings: DiagnoseSettings) -> Examination:
+    """Find the models, compare their vocabularies and take the prompts.
+
+    Raises InputError and FileError, see `remend.diagnose`.
+    """
+    sites = tuple(dict.fromkeys(("residual", *settings.sites)))
+    _check(settings, sites)
+    device = choose_device(settings.device)
+    state = PartialState(cpu=device.type == "cpu")
+    trust = settings.trust_remote_code
+    source, students = find_model(settings.reference), subjects.find(settings.students)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    vocabulary = subjects.compare(source, students, tokenizer, trust=trust)
+    wanted = settings.rows or (GPU_ROWS if device.type == "cuda" else CPU_ROWS)
+    if settings.data is None:
+        chosen = (bundled("held_out") + bundled("train"))[:wanted]  # first those that no recovery trains on
+    else:
+        chosen = choose(load_examples(settings.data), wanted, settings.seed)
+    prompts, dropped = encode_within(tokenizer, chosen, PROMPT_TOKENS)
+    warnings = list(vocabulary.warnings)
+    if dropped:
+        warnings.append(dropped_text(dropped, len(chosen), "prompts", str(PROMPT_TOKENS)))
+    if len(prompts) < LEAST_ROWS:
+        raise InputError(
+            f"{len(prompts)} prompts are there, and {LEAST_ROWS} is the least that the debiased CKA needs; "
+            "give more with --data"
+        )
+    if len(prompts) < layers.FEW_ROWS:
+        warnings.append(f"{len(prompts)} rows: below {layers.FEW_ROWS} the estimates are noisy, see their intervals")
+    return Examination(
+        settings,
+        sites,
+        source,
+        students,
+        tokenizer,
+        vocabulary.shared,
+        {example.id: example for example in chosen},
+        prompts,
+        device,
+        choose_dtype("auto", device) if device.type == "cuda" else torch.float32,
+        state,
+        warnings,
+    )
+
+
+def _check(settings: DiagnoseSettings, sites: Sequence[str]) -> None:
+    out = Path(settings.out)
+    problem = occupied(out)
+    if problem or (out.is_dir() and any(out.iterdir())):
+        raise InputError(problem or f"out {out} is not empty; name a new directory")
+    if settings.rows is not None and settings.rows < LEAST_ROWS:
+        raise InputError(f"rows is {settings.rows}; the debiased CKA needs {LEAST_ROWS} or more")
+    if settings.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {settings.max_new_tokens}; allowed is 1 or more")
+    unknown = [site for site in sites if site not in SITES]
+    if unknown:
+        raise InputError(f"unknown site {unknown[0]}; known: {', '.join(SITES)}")

@@ -1,0 +1,32 @@
+"""The settings of a diagnosis."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from remend.files.settings import Settings
+
+Site = Annotated[str, "residual, attention or mlp"]
+
+
+class DiagnoseSettings(Settings):
+    """What `remend diagnose` is asked for."""
+
+    reference: str = Field(description="the healthy model: a directory, GGUF file, hub id[@revision], smollm2")
+    students: list[str] = Field(description="damaged or recovered models, named likewise or by a recovery's directory")
+    out: str = Field(description="a new directory")
+    data: str | None = Field(None, description="prompts: JSON lines or a datasets id; by default bundled ones")
+    rows: int | None = Field(None, description="prompts, one row each; by default 256 on a CPU, 1,024 on a GPU")
+    max_new_tokens: int = Field(32, description="of the reference's answers")
+    sites: list[Site] = Field(["residual"], description="of residual (always measured), attention, mlp")
+    layer_map: list[int] | None = Field(
+        None, description="for students with fewer layers, the reference's of each; by default recorded or found"
+    )
+    seed: int = Field(0, description="of rows, resampling, permutations and random weights")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps; float32, on a GPU bfloat16 where it is fast")
+    cache: str | None = Field(
+        None, description="where the reference's answers and rows are kept; by default REMEND_CACHE or the user's cache"
+    )
+    trust_remote_code: bool = Field(False, description="let a model directory run its own Python")
