@@ -307,9 +307,8 @@ def test_a_singular_gram_is_no_obstacle(samples: int, damping: float) -> None:
 
 
 def test_one_row_in_half_precision_is_solved_and_the_arguments_stay_as_they_are() -> None:
-    weight, gram = (
-        tensor.to(dtype) for tensor, dtype in zip(problem(14, rows=1), (torch.bfloat16, torch.float64), strict=True)
-    )
+    weight, gram = problem(14, rows=1)
+    weight, gram = weight.bfloat16(), gram.double()
     copies = weight.clone(), gram.clone()
     for name, result in solve_all(weight, gram).items():
         assert (result.shape, result.dtype) == (weight.shape, torch.float32), name
