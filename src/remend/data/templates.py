@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from remend.data.examples import Example, Prompt, demonstration_of
+from remend.data.tokenizer import Tokenizer
 from remend.errors import InputError
 
 
@@ -51,7 +51,7 @@ def with_demonstration(prompt: Prompt, demonstration: str, template: str = DEMON
     return [*before, {**last, "content": filled(last["content"])}]
 
 
-def render(tokenizer: Any, prompt: Prompt) -> str:
+def render(tokenizer: Tokenizer, prompt: Prompt) -> str:
     """The prompt as the model sees it: through its chat template where it has one.
 
     Raises InputError when messages are given and the tokenizer has no chat template, or the template refuses them.
@@ -69,7 +69,7 @@ def render(tokenizer: Any, prompt: Prompt) -> str:
         raise InputError(f"the chat template refuses the messages: {' '.join(str(error).split())[:200]}") from None
 
 
-def encode(tokenizer: Any, example: Example) -> Encoded:
+def encode(tokenizer: Tokenizer, example: Example) -> Encoded:
     """Render and tokenize one example. A template writes its own special tokens; plain text gets the tokenizer's."""
     text = render(tokenizer, example.prompt)
     tokens = list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
@@ -79,7 +79,7 @@ def encode(tokenizer: Any, example: Example) -> Encoded:
 
 
 def encode_within(
-    tokenizer: Any, examples: Iterable[Example], limit: int, *, template: str | None = None
+    tokenizer: Tokenizer, examples: Iterable[Example], limit: int, *, template: str | None = None
 ) -> tuple[list[Encoded], list[str]]:
     """Encode examples; those over `limit` tokens are left out and their ids returned: (kept, ids of dropped).
 

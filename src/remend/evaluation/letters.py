@@ -22,16 +22,21 @@ import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from remend.errors import InputError
+from remend.files.atomic import JsonObject
 from remend.maths.losses import Head
 from remend.models.device import chunk_rows
+from remend.models.protocols import Tokenizer
 from remend.models.scorer import Scorer, pack
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 LEAD = "<answer>\n"
 GRADER = "letter log-likelihood"
@@ -57,7 +62,7 @@ class Choice:
 
 
 def choice(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     name: str,
     prompt: Sequence[int],
     letters: Sequence[str],
@@ -100,7 +105,7 @@ class FirstTurns:
 
     def __init__(self, parts: Scorer) -> None:
         self._parts = parts
-        self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, ...], Cache] = OrderedDict()
         self._checked = self._works = False
 
     def hidden(self, tokens_1T: Tensor, turn: int) -> tuple[Tensor, int]:
@@ -161,14 +166,14 @@ def log_likelihoods(
     if not log_p_NU.isfinite().all():
         raise InputError("the model's logits are not finite: its weights are damaged beyond use")
     column, values = {token: u for u, token in enumerate(used_U)}, log_p_NU.cpu().double().tolist()
-    found: dict[str, dict[str, float]] = {c.id: {} for c in choices}
+    by_letter: dict[str, dict[str, float]] = {c.id: {} for c in choices}
     first = 0
     for c, stem in stems:
         for letter, ending in c.endings.items():
             if ending[:-1] == stem:
-                found[c.id][letter] = sum(values[first + t][column[token]] for t, token in enumerate(ending))
+                by_letter[c.id][letter] = sum(values[first + t][column[token]] for t, token in enumerate(ending))
         first += len(stem) + 1
-    return [{letter: found[c.id][letter] for letter in c.endings} for c in choices]
+    return [{letter: by_letter[c.id][letter] for letter in c.endings} for c in choices]
 
 
 def _only(head: Head, tokens: Sequence[int]) -> Head:
@@ -178,20 +183,20 @@ def _only(head: Head, tokens: Sequence[int]) -> Head:
     return replace(head, weight_VD=head.weight_VD[ids].float(), bias_V=bias)
 
 
-def item(name: str, gold: str, found: Mapping[str, float]) -> dict[str, Any]:
+def item(name: str, gold: str, log_p: Mapping[str, float]) -> JsonObject:
     """A row's graded item: id, correct, reason, answer, gold, margin, probability and the log-likelihoods.
 
     The margin is the right letter's log-likelihood less the best other's, nats; the probability is the right letter's
     among the letters. A tie for the first place is no choice, so it is wrong whichever letters tie.
     """
-    best = max(found.values())
-    first = [letter for letter, value in found.items() if value == best]
-    margin = found[gold] - max(value for letter, value in found.items() if letter != gold)
+    best = max(log_p.values())
+    first = [letter for letter, value in log_p.items() if value == best]
+    margin = log_p[gold] - max(value for letter, value in log_p.items() if letter != gold)
     correct = margin > 0
     reason = "correct" if correct else f"chose {first[0]}, wanted {gold} ({margin:.2f} nats)"
     if len(first) > 1:
         reason = f"{' and '.join(first)} are equally likely: no choice"
-    shares = np.exp(np.array(list(found.values())) - best)
+    shares = np.exp(np.array(list(log_p.values())) - best)
     return {
         "id": name,
         "correct": correct,
@@ -199,12 +204,12 @@ def item(name: str, gold: str, found: Mapping[str, float]) -> dict[str, Any]:
         "answer": first[0] if len(first) == 1 else "",
         "gold": gold,
         "margin": margin,
-        "probability": float(np.exp(found[gold] - best) / shares.sum()),
-        "log_likelihoods": dict(found),
+        "probability": float(np.exp(log_p[gold] - best) / shares.sum()),
+        "log_likelihoods": dict(log_p),
     }
 
 
-def summary(items: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+def summary(items: Sequence[JsonObject], seed: int) -> JsonObject:
     """What the items say beside their score: is it more than chance?
 
     Returns:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from remend.data.order import batches_by_length
 from remend.data.templates import Encoded
 from remend.models.protocols import CausalLM
 from remend.models.sampling.prepacked import packed_linears
@@ -50,11 +51,9 @@ class TransformersSampler:
             [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
         )
         asked = [p.shown if self.shown and p.shown else p.tokens for p in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(asked[i]))  # like lengths pad least
         results: dict[int, Rollout] = {}
         with packed_linears(self.model):
-            for start in range(0, len(order), self.max_rows):
-                rows = order[start : start + self.max_rows]
+            for rows in batches_by_length([len(tokens) for tokens in asked], rows=self.max_rows):
                 completions = self._decode([asked[i] for i in rows], uniform[rows], temperature)
                 for i, tokens in zip(rows, completions, strict=True):
                     clipped = not tokens or tokens[-1] not in self.eos
