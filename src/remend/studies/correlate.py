@@ -12,12 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from remend.diagnosis.severity import Sentence
 from remend.errors import InputError
-from remend.files.atomic import read_json, write_json
+from remend.files.atomic import JsonObject, JsonRow, read_json, write_json
 from remend.files.run_directory import MANIFEST, SUMMARY, TRACK, RunDirectory
-from remend.maths.correlation import CONFIDENCE, LEVELS, RUNS_TO_RESAMPLE, pearson, spearman
+from remend.maths.correlation import CONFIDENCE, LEVELS, RUNS_TO_RESAMPLE, Correlation, Level, pearson, spearman
 from remend.maths.gap import MEASURABLE_KL
 
 CORRELATION = "correlation.json"
@@ -48,18 +48,52 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A row of track.jsonl, its CKA by the reference's layer; what is not a finite number is None."""
+
+    step: int
+    stage: str
+    kl: float | None
+    cka: Mapping[int, float | None]
+
+    def left_out(self, why: str) -> JsonObject:
+        """As the result names it."""
+        return {"step": self.step, "stage": self.stage, "why": why}
+
+
+@dataclass(frozen=True)
 class Track:
-    """What a run's checkpoints measured; `about` is what the result says of the run."""
+    """What a run's checkpoints measured; `about` is what the result says of the run, `reference` its files' hashes."""
 
     name: str
     points: list[Point]
-    about: dict[str, Any]
-    reference: Any
+    about: JsonObject
+    reference: JsonObject | None
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Recovery and alignment, by level and measure."""
+
+    by: Mapping[Level, Mapping[str, Correlation]]
+
+    @property
+    def disagree(self) -> dict[str, bool]:
+        """For each measure whether pooled and within have different signs."""
+        pairs = {key: (self.by["pooled"][key].coefficient, self.by["within"][key].coefficient) for key in MEASURES}
+        return {key: None not in pair and math.prod(v or 0 for v in pair) < 0 for key, pair in pairs.items()}
+
+    def to_json(self) -> JsonObject:
+        """As plain values."""
+        levels: JsonObject = {
+            level: {key: asdict(one) for key, one in measures.items()} for level, measures in self.by.items()
+        }
+        return {**levels, "disagree": self.disagree}
 
 
 def correlate(
     runs: Sequence[str | Path], out: str | Path | None = None, *, permutations: int = 10_000, seed: int = 0
-) -> dict[str, Any]:
+) -> JsonObject:
     """Relate recovery to alignment over the checkpoints of runs.
 
     Args:
@@ -70,7 +104,7 @@ def correlate(
 
     Returns:
         `overall` and each of `layers` (numbered as in the reference) hold pooled, within, between, each with spearman
-        and pearson as remend.correlation.Correlation; `disagree` tells for each measure whether pooled and within
+        and pearson as remend.maths.correlation.Correlation; `disagree` tells for each measure whether pooled and within
         have different signs; `sentences` say what was found, each with the places that it rests on; `runs`, `points`,
         `notes`, and how it was computed.
 
@@ -87,28 +121,38 @@ def correlate(
             f"{total} measurement{'s' * (total != 1)} in all; a correlation needs 3 or more. "
             "Give more runs, or run again with a smaller diagnose_every."
         )
-    options = {"permutations": permutations, "seed": seed}
-    overall = _related([(t.name, p.alignment, p.recovery) for t in tracks for p in t.points], "alignment", **options)
-    layers = []
-    for layer in sorted({layer for track in tracks for point in track.points for layer in point.cka}):
-        triples = [(t.name, p.cka.get(layer), p.recovery) for t in tracks for p in t.points]
-        layers.append({"layer": layer, **_related(triples, "CKA", **options)})
-    found: dict[str, Any] = {
+
+    def related(layer: int | None = None) -> Relation:
+        """Of one layer's CKA, by default of the mean over layers."""
+        triples = [
+            (track.name, point.alignment if layer is None else point.cka.get(layer), point.recovery)
+            for track in tracks
+            for point in track.points
+        ]
+        return _related(triples, "alignment" if layer is None else "CKA", permutations, seed)
+
+    overall = related()
+    numbers = sorted({layer for track in tracks for point in track.points for layer in point.cka})
+    layers = {layer: related(layer) for layer in numbers}
+    about = [track.about for track in tracks]
+    references = {repr(track.reference) for track in tracks if track.reference is not None}
+    result: JsonObject = {
         "recovery": "1 - KL / KL of the degraded student, on held-out answers",
         "alignment": "mean CKA with the reference over the student's layers",
         "checkpoints": total,
-        "overall": overall,
-        "layers": layers,
-        "runs": [track.about for track in tracks],
+        "overall": overall.to_json(),
+        "layers": [{"layer": layer, **relation.to_json()} for layer, relation in layers.items()],
+        "runs": about,
         "points": [{"run": t.name, **_plain(point)} for t in tracks for point in t.points],
-        **options,
+        "permutations": permutations,
+        "seed": seed,
         "confidence": CONFIDENCE,
+        "sentences": [sentence.to_json() for sentence in _sentences(overall, layers, about)],
+        "notes": _notes(overall, about, len(references)),
     }
-    found["sentences"] = _sentences(found)
-    found["notes"] = _notes(found, len({repr(t.reference) for t in tracks if t.reference is not None}))
     if target:
-        write_json(target, found)
-    return found
+        write_json(target, result)
+    return result
 
 
 def _target(out: str | Path | None) -> Path | None:
@@ -119,39 +163,31 @@ def _target(out: str | Path | None) -> Path | None:
     return Path(out) / CORRELATION
 
 
-def _plain(point: Point) -> dict[str, Any]:
+def _plain(point: Point) -> JsonObject:
     return {key: value for key, value in asdict(point).items() if key != "cka"}
 
 
-def _related(
-    triples: Sequence[tuple[str, float | None, float]], name: str, *, permutations: int, seed: int
-) -> dict[str, Any]:
-    """Every level and measure of (run, alignment, recovery), of those whose alignment is known."""
+def _related(triples: Sequence[tuple[str, float | None, float]], what: str, permutations: int, seed: int) -> Relation:
+    """Of (run, alignment, recovery), those whose alignment is known; `what` it is called."""
     known = [(run, x, y) for run, x, y in triples if x is not None]
-    groups, x_N, y_N = ([triple[i] for triple in known] for i in range(3))
-    found: dict[str, Any] = {
-        level: {
-            key: asdict(
-                measure(
+    runs, x_N, y_N = ([triple[i] for triple in known] for i in range(3))
+    return Relation(
+        {
+            level: {
+                key: measure(
                     x_N,
                     y_N,
-                    groups=groups,
+                    groups=runs,
                     level=level,
                     permutations=permutations,
                     seed=seed,
-                    names=(name, "recovery"),
+                    names=(what, "recovery"),
                 )
-            )
-            for key, measure in MEASURES.items()
+                for key, measure in MEASURES.items()
+            }
+            for level in LEVELS
         }
-        for level in LEVELS
-    }
-    return {**found, "disagree": {key: _disagree(found, key) for key in MEASURES}}
-
-
-def _disagree(found: Mapping[str, Any], key: str) -> bool:
-    pooled, within = (found[level][key]["coefficient"] for level in ("pooled", "within"))
-    return pooled is not None and within is not None and pooled * within < 0
+    )
 
 
 def _tracks(runs: Sequence[str | Path]) -> list[Track]:
@@ -182,18 +218,18 @@ def _track(path: Path, name: str) -> Track:
     finished = (path / SUMMARY).is_file()
     degraded = _degraded_kl(path, rows)
     rows, left_out = _once(rows)
-    layers = sorted({layer for row in rows for layer, cka in row["cka"].items() if cka is not None})
+    layers = sorted({layer for row in rows for layer, cka in row.cka.items() if cka is not None})
     points = []
     for row in rows:
-        if row["kl"] is None or not layers:
-            left_out.append({**_label(row), "why": "KL is not a number" if row["kl"] is None else "no layer has a CKA"})
+        if row.kl is None or not layers:
+            left_out.append(row.left_out("KL is not a number" if row.kl is None else "no layer has a CKA"))
             continue
-        cka = {layer: value for layer, value in row["cka"].items() if value is not None}
+        cka = {layer: value for layer, value in row.cka.items() if value is not None}
         whole = len(cka) == len(layers)  # a mean over fewer layers than at other steps would not be comparable
         if not whole:
-            left_out.append({**_label(row), "why": f"{len(layers) - len(cka)} of {len(layers)} layers have no CKA"})
+            left_out.append(row.left_out(f"{len(layers) - len(cka)} of {len(layers)} layers have no CKA"))
         alignment = math.fsum(cka.values()) / len(cka) if whole else None
-        points.append(Point(row["step"], row["stage"], row["kl"], 1 - row["kl"] / degraded, alignment, cka))
+        points.append(Point(row.step, row.stage, row.kl, 1 - row.kl / degraded, alignment, cka))
     about = {
         "name": name,
         "path": str(path),
@@ -208,12 +244,8 @@ def _track(path: Path, name: str) -> Track:
     return Track(name, points, about, manifest.get("models", {}).get("teacher"))
 
 
-def _label(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"step": row["step"], "stage": row["stage"]}
-
-
-def _row(row: Any, where: str) -> dict[str, Any]:
-    """A checked row, its CKA by the reference's layer; what is not a finite number is None."""
+def _row(row: JsonObject, where: str) -> Row:
+    """A row that was checked."""
     allowed = {"step": int, "stage": str, "kl": float | int | None, "cka": list, "reference_layers": list}
     row = row if isinstance(row, dict) else {}
     wrong = [key for key in allowed if key not in row]
@@ -230,24 +262,24 @@ def _row(row: Any, where: str) -> dict[str, Any]:
             "student's layers one cka and one of reference_layers."
         )
     cka = {layer: _finite(value) for layer, value in zip(layers, values, strict=True)}
-    return {"step": row["step"], "stage": row["stage"], "kl": _finite(row["kl"]), "cka": cka}
+    return Row(row["step"], row["stage"], _finite(row["kl"]), cka)
 
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _once(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _once(rows: Sequence[Row]) -> tuple[list[Row], list[JsonObject]]:
     """Rows without the recovered model where it is a checkpoint that has its row already, and those left out."""
-    others = {row["step"] for row in rows if row["stage"] != "recovered"}
-    twice = [row for row in rows if row["stage"] == "recovered" and row["step"] in others]
+    others = {row.step for row in rows if row.stage != "recovered"}
+    twice = [row for row in rows if row.stage == "recovered" and row.step in others]
     why = "the checkpoint of this step, measured again after saving"
-    return [row for row in rows if row not in twice], [{**_label(row), "why": why} for row in twice]
+    return [row for row in rows if row not in twice], [row.left_out(why) for row in twice]
 
 
-def _degraded_kl(path: Path, rows: Sequence[Mapping[str, Any]]) -> float:
+def _degraded_kl(path: Path, rows: Sequence[Row]) -> float:
     """KL of the student as it came in: from the track, measured as the other rows are, else from the summary."""
-    values = [row["kl"] for row in rows if row["stage"] == "degraded"]
+    values = [row.kl for row in rows if row.stage == "degraded"]
     if not values and (path / SUMMARY).is_file():
         values = [_finite(read_json(path / SUMMARY).get("degraded", {}).get("kl"))]
     if not values or values[0] is None:
@@ -263,85 +295,80 @@ def _degraded_kl(path: Path, rows: Sequence[Mapping[str, Any]]) -> float:
     return float(values[0])
 
 
-def _sentences(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was found, in plain words; each with the places (JSON pointers) that it rests on."""
-    overall, several = found["overall"], len(found["runs"]) > 1
-    least = 1 / math.prod(run["checkpoints"] for run in found["runs"] if run["checkpoints"] > 1)
+def _sentences(overall: Relation, layers: Mapping[int, Relation], runs: Sequence[JsonObject]) -> list[Sentence]:
+    """What the figures say, in plain words."""
+    least = 1 / math.prod(run["checkpoints"] for run in runs if run["checkpoints"] > 1)
     said = [_sentence(overall, "within", "Within runs", least)]
-    if several:
+    if len(runs) > 1:
         said += [_sentence(overall, "between", "Between runs"), _sentence(overall, "pooled", "Pooled")]
-    opposed = [key for key in MEASURES if overall["disagree"][key]]
+    opposed = [key.capitalize() for key, disagree in overall.disagree.items() if disagree]
     if opposed:
         text = (
-            f"Pooled and within runs differ in sign ({' and '.join(key.capitalize() for key in opposed)}): the runs' "
+            f"Pooled and within runs differ in sign ({' and '.join(opposed)}): the runs' "
             "levels hide or reverse what happens along each run (Simpson's paradox). Trust neither alone."
         )
-        said.append({"text": text, "rests_on": ["/overall/disagree"]})
-    known = [(v, at) for at, layer in enumerate(found["layers"]) if (v := _coefficient(layer)) is not None]
+        said.append(Sentence(text, ("/overall/disagree",)))
+    by_layer = ((relation.by["within"]["spearman"].coefficient, at) for at, relation in enumerate(layers.values()))
+    known = [(value, at) for value, at in by_layer if value is not None]
     if len(known) > 1:
         (low, i), (high, j) = min(known), max(known)
-        first, last = (found["layers"][at]["layer"] for at in (i, j))
+        first, last = (list(layers)[at] for at in (i, j))
         text = (
             f"By layer, Spearman within runs goes from {low:.2f} (layer {first}) to {high:.2f} (layer {last}); "
             f"the layers' p-values are not adjusted for being {len(known)}."
         )
-        said.append({"text": text, "rests_on": [f"/layers/{at}/within/spearman" for at in (i, j)]})
-    return [*said, {"text": CAUTION, "rests_on": []}]
+        said.append(Sentence(text, (f"/layers/{i}/within/spearman", f"/layers/{j}/within/spearman")))
+    return [*said, Sentence(CAUTION, ())]
 
 
-def _coefficient(layer: Mapping[str, Any]) -> float | None:
-    value: float | None = layer["within"]["spearman"]["coefficient"]
-    return value
-
-
-def _sentence(overall: Mapping[str, Any], level: str, title: str, least: float = 0.0) -> dict[str, Any]:
-    rank, line = (overall[level][key] for key in MEASURES)
-    rests_on = [f"/overall/{level}/{key}" for key in MEASURES]
-    if rank["coefficient"] is None:
-        return {"text": f"{title} there is no correlation to give: {rank['reason']}.", "rests_on": rests_on}
-    unit = "run means" if level == "between" else f"checkpoints of {_count(rank['runs'], 'run')}"
+def _sentence(overall: Relation, level: Level, title: str, least: float = 0.0) -> Sentence:
+    rank, line = (overall.by[level][key] for key in MEASURES)
+    rests_on = tuple(f"/overall/{level}/{key}" for key in MEASURES)
+    if rank.coefficient is None or rank.p_value is None:
+        return Sentence(f"{title} there is no correlation to give: {rank.reason}.", rests_on)
+    unit = "run means" if level == "between" else f"checkpoints of {_count(rank.runs, 'run')}"
     figures = f"Spearman {_figures(rank)}"
-    figures += f", Pearson {_figures(line)}" if line["coefficient"] is not None else ""
-    p_value = max(rank["p_value"], rank["shift_p_value"] or 0.0)
+    figures += f", Pearson {_figures(line)}" if line.coefficient is not None else ""
+    p_value = max(rank.p_value, rank.shift_p_value or 0.0)
     if p_value > SIGNIFICANT:
         verdict = "no relation of recovery and alignment can be told from chance"
     else:
-        how = "rise and fall together" if rank["coefficient"] > 0 else "move against each other"
-        size = next(word for limit, word in STRENGTHS if abs(rank["coefficient"]) >= limit)
+        how = "rise and fall together" if rank.coefficient > 0 else "move against each other"
+        size = next(word for limit, word in STRENGTHS if abs(rank.coefficient) >= limit)
         verdict = f"recovery and alignment {how}: a {size} correlation"
-    text = f"{title} ({rank['n']} {unit}) {verdict}. {figures}."
-    return {"text": text + _hedge(level, rank, least), "rests_on": rests_on}
+    text = f"{title} ({rank.n} {unit}) {verdict}. {figures}."
+    return Sentence(text + _hedge(level, rank, least), rests_on)
 
 
-def _hedge(level: str, rank: Mapping[str, Any], least: float) -> str:
+def _hedge(level: Level, rank: Correlation, least: float) -> str:
     """What to bear in mind with this level's figures; `least` is the smallest p-value of shifts there can be."""
     if level == "pooled":
         return " This mixes the two above and takes every checkpoint for independent."
-    if level == "between" and 2 / math.factorial(rank["n"]) > SIGNIFICANT:
-        return f" With {rank['n']} runs Spearman's p-value can't be below {2 / math.factorial(rank['n']):.2g}."
+    if level == "between" and 2 / math.factorial(rank.n) > SIGNIFICANT:
+        return f" With {rank.n} runs Spearman's p-value can't be below {2 / math.factorial(rank.n):.2g}."
     if level == "within" and least > SIGNIFICANT:
         return f" With so few checkpoints the p-value of shifts can't be below {least:.2g}."
-    if level == "within" and rank["p_value"] <= SIGNIFICANT < rank["shift_p_value"]:
+    if level == "within" and (rank.p_value or 0.0) <= SIGNIFICANT < (rank.shift_p_value or 0.0):
         return " Shuffling takes checkpoints for independent, which they are not; the p-value of shifts counts here."
     return ""
 
 
-def _figures(found: Mapping[str, Any]) -> str:
-    parts = [] if found["low"] is None else [f"95% interval {found['low']:.2f} to {found['high']:.2f}"]
-    parts.append(f"p {found['p_value']:.2g} by permutation")
-    if found["shift_p_value"] is not None:
-        parts.append(f"{found['shift_p_value']:.2g} by circular shifts, which keep the checkpoints' order")
-    return f"{found['coefficient']:.2f} ({', '.join(parts)})"
+def _figures(one: Correlation) -> str:
+    parts = [] if one.low is None else [f"95% interval {one.low:.2f} to {one.high:.2f}"]
+    parts.append(f"p {one.p_value:.2g} by permutation")
+    if one.shift_p_value is not None:
+        parts.append(f"{one.shift_p_value:.2g} by circular shifts, which keep the checkpoints' order")
+    return f"{one.coefficient:.2f} ({', '.join(parts)})"
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _notes(found: Mapping[str, Any], references: int) -> list[str]:
+def _notes(overall: Relation, runs: Sequence[JsonObject], references: int) -> list[str]:
     """What a reader has to know of the runs."""
-    runs, notes = found["runs"], []
-    if found["overall"]["within"]["spearman"]["resampled"] == "points":
+    notes = []
+    if overall.by["within"]["spearman"].resampled == "points":
         notes.append(
             "Intervals resample checkpoints as if independent and are too narrow; "
             f"with {RUNS_TO_RESAMPLE} runs or more they resample whole runs."
@@ -358,27 +385,27 @@ def _notes(found: Mapping[str, Any], references: int) -> list[str]:
     return notes
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
-    """What `correlate` found, as lines for a terminal: tables, sentences, notes."""
+def lines(result: JsonRow) -> list[str]:
+    """What `correlate` gave, as lines for a terminal: tables, sentences, notes."""
     head = f"{'':<14}{'n':>4}  {'':<9}{'r':>6}  {'95% interval':<15}{'p':>8}{'p, shifts':>11}"
     table = [head]
     for level in LEVELS:
         for key in MEASURES:
-            one = found["overall"][level][key]
+            one = result["overall"][level][key]
             label, n = ("", "") if key != "spearman" else (_title(level), str(one["n"]))
             table.append(f"{label:<14}{n:>4}  {key.capitalize():<9}{_cells(one)}".rstrip())
     columns = [(level, key) for level in LEVELS for key in MEASURES]
     by_layer = ["layer".rjust(6) + "".join(f"{_title(level):^20}" for level in LEVELS).rstrip()]
     by_layer.append(" " * 6 + "".join(f"{key.capitalize():>10}" for _, key in columns))
-    for layer in found["layers"]:
+    for layer in result["layers"]:
         cells = "".join(f"{_number(layer[level][key]['coefficient']):>10}" for level, key in columns)
         by_layer.append(f"{layer['layer']:>6}{cells}")
-    said = [sentence["text"] for sentence in found["sentences"]]
+    said = [sentence["text"] for sentence in result["sentences"]]
     return [
-        f"recovery: {found['recovery']}",
-        f"alignment: {found['alignment']}",
+        f"recovery: {result['recovery']}",
+        f"alignment: {result['alignment']}",
         *("", *table, "", *by_layer, "", *said),
-        *(f"note: {note}" for note in found["notes"]),
+        *(f"note: {note}" for note in result["notes"]),
     ]
 
 
@@ -386,7 +413,7 @@ def _title(level: str) -> str:
     return level if level == "pooled" else f"{level} runs"
 
 
-def _cells(one: Mapping[str, Any]) -> str:
+def _cells(one: JsonRow) -> str:
     if one["coefficient"] is None:
         return f"{'–':>6}  {one['reason']}"
     interval = "–" if one["low"] is None else f"{one['low']:.2f} to {one['high']:.2f}"
