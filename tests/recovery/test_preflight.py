@@ -126,7 +126,11 @@ def test_eval_data_is_never_trained_on(recipe: dict[str, Any], tmp_path: Path) -
 def test_beta_close_to_an_end_warns(recipe: dict[str, Any]) -> None:
     assert "close to 0 but is no forward KL" in found(recipe, beta=0.01).warnings[0]
     assert "close to 1 but is no reverse KL" in found(recipe, beta=0.99).warnings[0]
-    assert found(recipe, beta=0.5).warnings == []
+    assert "close to 1 but is no reverse KL" in found(recipe, loss={"name": "jsd", "beta": 0.99}).warnings[0]
+    between = found(recipe, beta=0.5)
+    assert between.warnings == []
+    assert between.verdict().endswith("; loss generalised JSD, beta 0.5")
+    assert "loss" not in found(recipe).verdict()
 
 
 def test_disk_too_small(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import remend
+from helpers.losses import DISTANCE
 from remend.compression.grids import decode
 from remend.compression.stored_grid import StoredGrid
 from remend.errors import FileError, InputError
@@ -117,6 +118,17 @@ def test_every_knob_changes_the_trajectory(recipe: dict[str, Any], tmp_path: Pat
     other = recover(**{**recipe, **change, "save_every": 0, "out": str(tmp_path / "other")})
     assert [r["loss"] for r in base.metrics] != [r["loss"] for r in other.metrics]
     assert all(r["loss"] > 0 for r in other.metrics)
+
+
+def test_a_loss_from_outside_is_trained_on_and_said(recipe: dict[str, Any]) -> None:
+    loss = {"name": DISTANCE, "power": 1.0}
+    result = recover(**{**recipe, "steps": 2, "loss": loss})
+    assert all(0 < row["loss"] < 2 for row in result.metrics)  # Σ |q − p| is 2 at most
+    assert result.summary["training_loss"] == "distance, power 1"
+    assert result.summary["kl_direction"] == "forward KL, teacher‖student"
+    manifest = json.loads((result.out / "manifest.json").read_text())
+    assert (manifest["recipe"]["loss"], manifest["recipe"]["beta"]) == (loss, None)
+    assert recover(resume=result.out).summary == result.summary
 
 
 def test_eval_every_logs_held_out_measurements(recipe: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from remend.errors import FileError, InputError, did_you_mean
 
 
-def as_number(value: Any) -> Any:
+def as_number(value: object) -> object:
     """A float where a whole number or its text was given: YAML 1.1 reads 1e-4 as a text (it wants 1.0e-4)."""
     if isinstance(value, str):
         try:
@@ -50,7 +50,7 @@ class Settings(BaseModel):
         return {k: v for k, v in values.items() if k not in cls.gone or v != cls.gone[k].default}
 
     @classmethod
-    def missing(cls, values: Mapping[str, Any]) -> list[str]:
+    def missing(cls, values: Mapping[str, object]) -> list[str]:
         """What `values` lacks beside the fields that have no default; a problem each."""
         return []
 

@@ -16,6 +16,7 @@ from remend.compression.recognise import PLAIN, RECORD, Recognised, recognise
 from remend.errors import CheckError, InputError, RemendError, did_you_mean
 from remend.files.atomic import read_json
 from remend.files.run_directory import occupied
+from remend.maths.losses import of_beta
 from remend.models.adapters import check_targets
 from remend.models.device import choose_device
 from remend.models.find import ModelSource, fetch_model, find_model, origin_note
@@ -80,7 +81,9 @@ class Preflight:
             for s in self.streams
         )
         held = f"; held to {self.constraint}" if self.constraint != "none" else ""
-        return f"ok: {prompts}, {self.parameters / 1e6:.1f}M parameters, {self.shared} shared token ids{held}"
+        losses = list(dict.fromkeys(s.stream.loss.words for s in self.streams))
+        loss = f"; loss {'; '.join(losses)}" if losses != [of_beta(0.0).words] else ""
+        return f"ok: {prompts}, {self.parameters / 1e6:.1f}M parameters, {self.shared} shared token ids{held}{loss}"
 
     @property
     def constraint(self) -> str:

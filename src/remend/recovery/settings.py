@@ -26,15 +26,15 @@ MOVING = ("ema", "live", "initial", BASE)
 """Teachers that are views of the student: its moving average, itself, itself as it came in, itself without adapter."""
 
 
-def _on_off(value: Any) -> Any:
+def _on_off(value: object) -> object:
     # YAML 1.1 reads on and off as booleans
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-def _policy(value: Any) -> str | float:
+def _policy(value: object) -> str | float:
     value = as_number(_on_off(value)) if value not in ("on", "off") else value
     if value in ("on", "off") or (isinstance(value, float) and 0 <= value <= 1):
-        return cast(str | float, value)
+        return value
     raise ValueError("allowed: on, off, or the share of completions that the student samples, 0 to 1")
 
 
@@ -296,7 +296,7 @@ class RecoverConfig(Settings):
     )
 
     @classmethod
-    def missing(cls, values: Mapping[str, Any]) -> list[str]:
+    def missing(cls, values: Mapping[str, object]) -> list[str]:
         """What a recipe without streams must name itself."""
         named = [] if values.get("streams") else [key for key in ("teacher", "data") if values.get(key) is None]
         return [f'"{key}" is missing ({cls.model_fields[key].description})' for key in named]
