@@ -4,7 +4,7 @@
 
 A refactoring must not change a number. Unit tests can't show that: they are refactored with the code, and what they
 don't look at may move unseen. So this script unpacks OLD from git's history, hands one set of files to it and
-to the code that stands here, and lets both go through the command line: every way of degrading, five recoveries that
+to the code that stands here, and lets both go through the command line: every way of degrading, recoveries that
 are killed in the middle and resumed, and what looks at a recovery afterwards. Then it compares whatever was written.
 
 It stands in benchmarks/, not in tests/: it needs the repository's history, two interpreters and minutes, and its result
@@ -15,15 +15,16 @@ paid once and no command sees what another left behind. A run is killed by SIGKI
 row KILLED_AT: that needs no name of the code's insides, which differ between the sides.
 
 Equal means: tensors bit for bit, text byte for byte, numbers in JSON exactly. Statistics (intervals, p-values) may
-differ by 1e-9, since a library's formula rounds in another order. Seconds and memory get one value on both sides before
-the pages are made. A difference with a reason stands in EXPLAINED; any other makes the exit code 1.
+differ by 1e-9, since a library's formula rounds in another order. The clock stands still and memory is constant, as
+far as a side can see. A difference with a reason stands in EXPLAINED; any other makes the exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
+import difflib
 import io
+import itertools
 import json
 import os
 import re
@@ -35,41 +36,37 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers.golden import DEGRADE, KILLED_AT, RECIPES, write_inputs, write_recipes  # noqa: E402
+from helpers.golden import DEGRADE, KILLED_AT, MORE_RECIPES, RECIPES, write_inputs, write_recipes  # noqa: E402
 
 AFTERWARDS = [
     "diagnose --reference reference --student given/int3 --student given/runs/grid --out after/diagnosis --rows 24",
     "track given/runs/lora",
     "correlate given/runs/grid given/runs/mask given/runs/lora --out after/correlation --permutations 500",
     "export given/runs/grid --format dense --out after/dense",
-    "export given/int4 --format compressed-tensors --out after/packed",
-    "export given/gptq --format gguf:q4_0 --out after/gguf",
+    "export given/nf4 --format dense --out after/nf4",
+    "export given/mask --format gguf --out after/gguf",
+    "study study.yaml --out after/study",
     "eval reference --task tooluse --data tools.jsonl --out after/tools.json --max-new-tokens 12 --samples 2",
     "eval given/runs/grid --task tooluse --data tools.jsonl --out after/tools-grid.json --max-new-tokens 12",
     "eval reference --task science --data letters.jsonl --out after/letters.json --how choices",
     "eval given/int3 --task science --data letters.jsonl --out after/letters-int3.json --how choices",
     "eval given/runs/grid --task science --data letters.jsonl --out after/letters-grid.json --how choices",
     "compare after/letters.json after/letters-int3.json after/letters-grid.json --out after/compared.json",
-    *(f"report runs/{name}" for name in RECIPES),
+    *(f"report runs/{name}" for name in (*RECIPES, *MORE_RECIPES)),
     f"report {' '.join(f'given/runs/{name}' for name in RECIPES)} --out after/report",
 ]
 """What looks at models and runs: those that OLD made, for both, so that a difference before does not show again here,
 and since a run that OLD wrote must be taken. Reports are also made of each side's own runs."""
-
-TIMES = ("seconds", "training_seconds", "peak_rss_mib")
-"""Keys of JSON that differ between any two runs."""
-
-CHANGED_KEYS = {"importance_clip": None, "scales": "fixed", "loss": None}
-"""Keys of a recipe that are gone or new since OLD, with the value at which they do nothing. Both sides' own runs lose
-them before their pages are made; the runs of OLD that both are given keep them."""
 
 STATISTICS = r"interval|_95$|^p$|p_value|\blow\b|\bhigh\b|detectable|spearman|pearson|error"
 CLOSE = 1e-9
@@ -77,34 +74,50 @@ CLOSE = 1e-9
 
 
 @dataclass(frozen=True)
-class Explained:
-    """A difference that is meant: files and keys by pattern (of fnmatch), and why."""
+class Difference:
+    """What one place of one file says on each side."""
 
-    files: str
-    keys: str
-    reason: str
-
-
-EXPLAINED: list[Explained] = []
+    file: str
+    place: str
+    """A key of JSON ('recipe.steps'), a tensor's name, or a line."""
+    before: object
+    after: object
+    close: bool = False
+    """A statistic that differs by less than CLOSE."""
 
 
 @dataclass(frozen=True)
-class Difference:
-    """What one file says on each side."""
+class Explained:
+    """A difference that is meant, and why. Place and texts by regular expression, each of the whole."""
 
-    file: str
-    key: str
-    before: str
-    after: str
-    statistic: bool = False
-    """Below CLOSE, and of a number that may differ by so much."""
+    reason: str
+    place: str
+    text: str = r"(.|\n)*"
 
-    def reason(self) -> str | None:
-        """Why it is meant, or None."""
-        if self.statistic:
-            return f"a statistic, below {CLOSE}"
-        fits = (e for e in EXPLAINED if fnmatch.fnmatch(self.file, e.files) and fnmatch.fnmatch(self.key, e.keys))
-        return next((e.reason for e in fits), None)
+    def fits(self, difference: Difference) -> bool:
+        """Whether this is the reason."""
+        texts = [value for value in (difference.before, difference.after) if value != MISSING]
+        return bool(re.fullmatch(self.place, difference.place)) and all(
+            re.fullmatch(self.text, str(value)) for value in texts
+        )
+
+
+MISSING = "missing"
+CHANGED = r"(importance_clip|scales|loss)"
+"""Keys of a recipe that came or went since 13d6498; their value must be the one that does nothing."""
+NOTHING = r"(\"|&#34;)?(None|null|fixed)\b.*"
+CAME_OR_WENT = "the recipe key came or went"
+EXPLAINED = [
+    Explained(CAME_OR_WENT, rf"(.*\brecipe\.)?(streams\.\w+\.)?{CHANGED}", NOTHING),
+    Explained(CAME_OR_WENT, r".*line \d+", rf"\s*(\"|&#34;)?{CHANGED}(\"|&#34;)?: {NOTHING}"),
+]
+
+
+def reason(difference: Difference) -> str | None:
+    """Why the difference is meant, or None."""
+    if difference.close:
+        return f"a statistic, by less than {CLOSE}"
+    return next((e.reason for e in EXPLAINED if e.fits(difference)), None)
 
 
 # one side ------------------------------------------------------------------------------------------------------------
@@ -112,6 +125,8 @@ class Difference:
 
 def side(jobs: list[dict[str, Any]]) -> None:
     """Run commands one after another, each in a fork; prints a JSON line with the exit status of each."""
+    _stop_the_clock()
+    import peft  # noqa: F401  (a command would import it otherwise, each anew)
     import torch
 
     import remend
@@ -122,14 +137,24 @@ def side(jobs: list[dict[str, Any]]) -> None:
         getattr(remend, name)  # imports what the commands will need
     assert torch.get_num_threads() == 1
     for job in jobs:
-        began = time.monotonic()
+        began = time.time()
         child = os.fork()
         if child == 0:
             _command(job)
         _, status = os.waitpid(child, 0)
-        seconds = round(time.monotonic() - began, 2)
+        seconds = round(time.time() - began, 2)
         code = os.waitstatus_to_exitcode(status)
         print(json.dumps({**job, "code": code, "seconds": seconds}), flush=True)
+
+
+def _stop_the_clock() -> None:
+    """Time hardly passes and memory stays the same, so that neither stands in a file or in the hash of one."""
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    resource.getrusage = lambda who: usage
+    ticks = itertools.count()
+    time.perf_counter = time.monotonic = lambda: next(ticks) * 2.0**-24  # rounded, it is 0 s; but one may divide by it
 
 
 def _command(job: dict[str, Any]) -> None:
@@ -188,6 +213,7 @@ class Side:
             cwd=self.directory,
             env={**os.environ, **threads, **quiet, "GIT_DIR": os.devnull, "PYTHONPATH": str(self.source)},
             stdout=subprocess.PIPE,
+            stderr=(self.directory.parent / f"{self.name}.txt").open("w"),
             text=True,
         )
 
@@ -199,14 +225,14 @@ def both(sides: tuple[Side, Side], jobs: list[dict[str, Any]]) -> None:
         lines = process.communicate()[0].splitlines()
         ended = [json.loads(line) for line in lines if line.startswith("{")]
         if process.returncode or len(ended) != len(jobs):
-            sys.exit(f"{one.name}: the side broke off\n" + "\n".join(lines[-20:]))
+            said = (one.directory.parent / f"{one.name}.txt").read_text(encoding="utf-8")
+            sys.exit(f"{one.name}: the side broke off\n{said[-4000:]}")
         for job in ended:
             expected = -signal.SIGKILL if job["killed_at"] else 0
             if job["code"] != expected:
                 log = (one.directory / job["log"]).read_text(encoding="utf-8")
                 sys.exit(f"{one.name}: remend {job['command']} ended with {job['code']}\n{log[-4000:]}")
-        spent = ", ".join(f"{Path(job['log']).stem} {job['seconds']}" for job in ended)
-        print(f"{one.name}: {spent} s", flush=True)
+        print(f"{one.name}: {len(ended)} commands, {sum(job['seconds'] for job in ended):.0f} s", flush=True)
 
 
 def job(log: str, command: str, killed_at: int = 0) -> dict[str, Any]:
@@ -214,87 +240,56 @@ def job(log: str, command: str, killed_at: int = 0) -> dict[str, Any]:
     return {"log": f"logs/{log}.txt", "command": command, "killed_at": killed_at}
 
 
-def stop_the_clock(directory: Path) -> None:
-    """Put one value for what the clock said into the files, so that the pages made of them can be compared."""
-    for path in sorted(directory.rglob("*.json*")):
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            path.write_text("".join(json.dumps(_stopped(row)) + "\n" for row in rows), encoding="utf-8")
-        else:
-            path.write_text(json.dumps(_stopped(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
-
-
-def _stopped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: 0.5 if key in TIMES else _stopped(part) for key, part in value.items()}
-    return [_stopped(part) for part in value] if isinstance(value, list) else value
-
-
-def leave_out_changed_keys(directory: Path) -> None:
-    """CHANGED_KEYS leave what a run says of its recipe."""
-    import yaml
-
-    for path in sorted(directory.rglob("recipe.yaml")):
-        recipe = _without_changed(yaml.safe_load(path.read_text(encoding="utf-8")))
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        manifest = json.loads((path.parent / "manifest.json").read_text(encoding="utf-8"))
-        manifest["recipe"] = _without_changed(manifest["recipe"])
-        (path.parent / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-
-
-def _without_changed(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    kept = {key: part for key, part in value.items() if key not in CHANGED_KEYS or part != CHANGED_KEYS[key]}
-    return {key: _without_changed(part) for key, part in kept.items()}
+def set_seconds(runs: Path) -> None:
+    """Half a second for every step, so that a report has a speed to show."""
+    for path in sorted(runs.rglob("timing.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.write_text("".join(json.dumps({**row, "seconds": 0.5}) + "\n" for row in rows), encoding="utf-8")
 
 
 # the comparison ------------------------------------------------------------------------------------------------------
 
 
+Differences = Iterator[tuple[str, object, object, bool]]
+"""(place, before, after, whether it is a statistic that is close enough)."""
+
+
 def compare_trees(before: Path, after: Path) -> tuple[int, list[Difference]]:
     """Number of files, and all differences."""
-    names = [{str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} for root in (before, after)]
-    differences: list[Difference] = []
-    for name in sorted(names[0] | names[1]):
-        if name not in names[1] or name not in names[0]:
-            there = ["there" if name in side_names else "missing" for side_names in names]
-            differences.append(Difference(name, "", there[0], there[1]))
-        else:
-            differences += [
-                Difference(name, key, old, new, statistic)
-                for key, old, new, statistic in compare_files(before / name, after / name)
-            ]
-    return len(names[0] | names[1]), differences
+    old, new = ({str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} for root in (before, after))
+    differences = [Difference(name, "", "there" if name in old else MISSING, MISSING) for name in sorted(old - new)]
+    differences += [Difference(name, "", MISSING, "there") for name in sorted(new - old)]
+    for name in sorted(old & new):
+        differences += [Difference(name, *rest) for rest in compare_files(before / name, after / name)]
+    return len(old | new), differences
 
 
-Found = Iterator[tuple[str, str, str, bool]]
-"""(key, before, after, whether it is a statistic that is close enough)."""
-
-
-def compare_files(before: Path, after: Path) -> Found:
+def compare_files(before: Path, after: Path) -> Differences:
     """Differences between two files, by what they are."""
     if before.read_bytes() == after.read_bytes():
         return
-    suffix = before.suffix
-    if suffix == ".safetensors":
-        yield from _tensors(before, after)
-    elif suffix == ".json":
-        yield from compare_values("", *(json.loads(p.read_text(encoding="utf-8")) for p in (before, after)))
-    elif suffix == ".jsonl":
-        rows = [[json.loads(line) for line in p.read_text(encoding="utf-8").splitlines()] for p in (before, after)]
-        yield from compare_values("", *rows)
-    elif suffix in (".yaml", ".yml"):
-        import yaml
-
-        yield from compare_values("", *(yaml.safe_load(p.read_text(encoding="utf-8")) for p in (before, after)))
-    elif suffix in (".html", ".md", ".txt"):
-        yield from _text(before, after)
-    else:
+    readers: dict[str, Callable[[str], Any]] = {
+        ".json": json.loads,
+        ".jsonl": lambda text: [json.loads(line) for line in text.splitlines()],
+        ".yaml": yaml.safe_load,
+    }
+    if before.suffix == ".safetensors":
+        yield from compare_tensors(before, after)
+        return
+    try:
+        old, new = (path.read_text(encoding="utf-8") for path in (before, after))
+    except UnicodeDecodeError:
         yield "", f"{before.stat().st_size} bytes", f"{after.stat().st_size} other bytes", False
+        return
+    if before.suffix in readers:
+        yield from compare_values("", *map(readers[before.suffix], (old, new)))
+    else:
+        yield from compare_texts("", old, new)
 
 
-def _tensors(before: Path, after: Path) -> Found:
+def compare_tensors(before: Path, after: Path) -> Differences:
+    """Bit for bit, with metadata."""
+    import torch
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -303,53 +298,43 @@ def _tensors(before: Path, after: Path) -> Found:
     ours, theirs = load_file(before), load_file(after)
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
-            yield name, *("there" if name in tensors else "missing" for tensors in (ours, theirs)), False
+            yield name, *("there" if name in tensors else MISSING for tensors in (ours, theirs)), False
             continue
         x, y = ours[name], theirs[name]
         if x.dtype != y.dtype or x.shape != y.shape:
             yield name, f"{x.dtype} {list(x.shape)}", f"{y.dtype} {list(y.shape)}", False
-        elif x.numpy().tobytes() != y.numpy().tobytes():
+        elif not x.reshape(-1).view(torch.uint8).equal(y.reshape(-1).view(torch.uint8)):
             off = (x.double() - y.double()).abs()
             yield name, f"{int((off > 0).sum())} of {off.numel()} differ", f"by up to {off.max():.3g}", False
 
 
-def compare_values(key: str, before: Any, after: Any) -> Found:
-    """Differences of two values of JSON, to the leaves."""
+def compare_values(place: str, before: object, after: object) -> Differences:
+    """Differences of two values of JSON, down to the leaves."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
-            path = f"{key}.{name}" if key else name
-            if name not in before or name not in after:
-                yield path, *(_short(v.get(name, "missing")) for v in (before, after)), False
-            else:
+            path = f"{place}.{name}" if place else name
+            if name in before and name in after:
                 yield from compare_values(path, before[name], after[name])
+            else:
+                yield path, before.get(name, MISSING), after.get(name, MISSING), False
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for i, (old, new) in enumerate(zip(before, after, strict=True)):
-            yield from compare_values(f"{key}[{i}]", old, new)
+            yield from compare_values(f"{place}[{i}]", old, new)
+    elif isinstance(before, str) and isinstance(after, str) and "\n" in before:
+        yield from compare_texts(f"{place} ", before, after)
     elif type(before) is not type(after) or before != after:
-        close = isinstance(before, float) and isinstance(after, float) and re.search(STATISTICS, key)
-        statistic = bool(close) and abs(before - after) <= CLOSE * max(1.0, abs(before))
-        yield key, _short(before), _short(after), statistic
+        floats = isinstance(before, float) and isinstance(after, float) and re.search(STATISTICS, place)
+        yield place, before, after, bool(floats) and abs(before - after) <= CLOSE * max(1.0, abs(before))
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-CLOCK = re.compile(r"\d+(\.\d+)? (s|MiB)\b")
-
-
-def _text(before: Path, after: Path) -> Found:
-    texts = [p.read_text(encoding="utf-8") for p in (before, after)]
-    lines = [(CLOCK.sub("…", text) if before.suffix == ".txt" else text).splitlines() for text in texts]
-    if len(lines[0]) != len(lines[1]):
-        yield "lines", str(len(lines[0])), str(len(lines[1])), False
-        return
-    for i, (old, new) in enumerate(zip(*lines, strict=True)):
-        if old != new:
-            at = next((k for k, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
-            start = max(0, at - 20)
-            yield f"line {i + 1}", _short(old[start : at + 40]), _short(new[start : at + 40]), False
+def compare_texts(place: str, before: str, after: str) -> Differences:
+    """By line; a line that only one side has is missing on the other."""
+    old, new = before.splitlines(), after.splitlines()
+    for kind, i, i_end, j, j_end in difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes():
+        if kind != "equal":
+            pairs = itertools.zip_longest(old[i:i_end], new[j:j_end], fillvalue=MISSING)
+            for k, (left, right) in enumerate(pairs):
+                yield f"{place}line {i + k + 1}", left, right, False
 
 
 # the whole -----------------------------------------------------------------------------------------------------------
@@ -360,11 +345,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--old", default="13d6498", help="commit of the old code")
     parser.add_argument("--keep", type=Path, help="a new directory for everything, to look at afterwards")
+    parser.add_argument("--compare", type=Path, help="only compare what --keep has kept there")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.side:
         side(json.loads(chosen.side))
         return
+    if chosen.compare:
+        sys.exit(verdict(chosen.compare, str(chosen.compare)))
     with tempfile.TemporaryDirectory() as temporary:
         directory = chosen.keep or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
@@ -386,47 +374,63 @@ def golden(tree: Path, directory: Path, commit: str) -> int:
             (one.directory / name).mkdir()
     both(sides, [job(f"degrade-{name}", f"{words} --out made/{name}") for name, words in DEGRADE.items()])
     give(sides, "made", "given")
-    runs = [
-        part
-        for name in RECIPES
-        for part in (
-            job(f"{name}-killed", f"recover {name}.yaml", KILLED_AT),
-            job(f"{name}-resumed", f"recover --resume runs/{name}"),
-        )
-    ]
-    both(sides, runs)
+    both(sides, [part for name in RECIPES for part in killed_and_resumed(name)])
     give(sides, "runs", "given/runs")
-    for one in sides:
-        leave_out_changed_keys(one.directory / "runs")
+    both(sides, [part for name in MORE_RECIPES for part in killed_and_resumed(name)])
     both(sides, [job(f"{i + 1:02d}-{words.split()[0]}", words) for i, words in enumerate(AFTERWARDS)])
-    for one in sides:
-        stop_the_clock(one.directory / "after")
-    count, differences = compare_trees(sides[0].directory, sides[1].directory)
+    return verdict(directory, f"{(time.monotonic() - began) / 60:.1f} min, OLD is {commit}")
+
+
+def verdict(directory: Path, about: str) -> int:
+    """Compare, print the table; the exit code."""
+    count, differences = compare_trees(directory / "old", directory / "new")
     show(differences)
-    unexplained = [d for d in differences if d.reason() is None]
-    minutes = (time.monotonic() - began) / 60
-    print(f"{count} files of {commit} and of the code here, {minutes:.1f} min: ", end="")
-    print(f"{len(unexplained)} differences unexplained, {len(differences) - len(unexplained)} explained")
+    unexplained = [d for d in differences if reason(d) is None]
+    print(f"{count} files compared ({about}): {len(unexplained)} differences without a reason, ", end="")
+    print(f"{len(differences) - len(unexplained)} with one")
     return int(bool(unexplained))
+
+
+def killed_and_resumed(name: str) -> list[dict[str, Any]]:
+    """The two commands of a recipe."""
+    killed = job(f"{name}-killed", f"recover {name}.yaml", KILLED_AT)
+    return [killed, job(f"{name}-resumed", f"recover --resume runs/{name}")]
 
 
 def give(sides: tuple[Side, Side], made: str, given: str) -> None:
     """Hand what OLD made to both sides."""
     for one in sides:
-        stop_the_clock(one.directory / made)
+        set_seconds(one.directory / made)
     for one in sides:
         shutil.copytree(sides[0].directory / made, one.directory / given)
 
 
 def show(differences: list[Difference]) -> None:
-    """The table: file, key, before, after, reason."""
-    rows = [("file", "key", "before", "after", "reason")]
-    rows += [(d.file, d.key, d.before, d.after, d.reason() or "NONE") for d in differences]
-    if len(rows) == 1:
-        return
+    """The table: file, place, before, after, reason. What differs alike for one reason is one row with the first place
+    and how many there are."""
+    rows = [("file", "place", "before", "after", "reason")]
+    alike: dict[tuple[str, str, str], list[Difference]] = {}
+    for difference in differences:
+        why, cut = reason(difference), _around(difference.before, difference.after)
+        if why is None:
+            rows.append((difference.file, difference.place, *cut, "NONE"))
+        else:
+            alike.setdefault((*cut, why), []).append(difference)
+    for (before, after, why), group in alike.items():
+        also = f" (and {len(group) - 1} more)" if len(group) > 1 else ""
+        rows.append((group[0].file, group[0].place + also, before, after, why))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    for row in rows:
+    for row in rows if len(rows) > 1 else []:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _around(before: object, after: object, width: int = 60) -> tuple[str, str]:
+    """Both, cut to where they begin to differ."""
+    texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in (before, after)]
+    at = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)
+    start = max(0, at - width // 3) if max(map(len, texts)) > width else 0
+    first, second = (text[start : start + width] for text in texts)
+    return first, second
 
 
 if __name__ == "__main__":

@@ -9,8 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
 from helpers.task_rows import letter_rows, tool_rows
-from helpers.tiny import TOPICS, build_model, build_tokenizer, prompts
+from helpers.tiny import TOPICS, build_model, build_tokenizer
 
 KILLED_AT = 6
 """The row of metrics.jsonl before which an interrupted run dies: that of step 5, after the rows of steps 1 to 4 and the
@@ -59,6 +63,51 @@ RECIPES: dict[str, dict[str, Any]] = {
         "bootstrap": "auto",
     },
 }
+"""The five that must be compared."""
+
+MORE_RECIPES: dict[str, dict[str, Any]] = {
+    "shallow": {
+        "student": "given/depth",
+        "teacher": "reference",
+        "data": "self",
+        "self_prompts": 24,
+        "alignment": {"measure": "cka"},
+    },
+    "packed": {
+        "student": "given/packed",
+        "streams": {
+            "past": {
+                "teacher": "reference",
+                "data": "prompts.jsonl",
+                "top_k": 8,
+                "beta": 1.0,
+                "max_new_tokens": [4, 8],
+            },
+            "same": {"teacher": "initial", "data": "rows.jsonl", "share": 0.5, "beta": 1.0, "temperature": 0.7},
+            "still": {"teacher": "live", "data": "rows.jsonl", "demonstrations": True, "weight": 0.1},
+        },
+        "updates_per_rollout": 3,
+        "save_every": 3,
+        "select": "last",
+    },
+    "gguf": {
+        "student": "given/gguf/model.gguf",
+        "teacher": "reference",
+        "data": "prompts.jsonl",
+        "bootstrap": "on",
+        "bootstrap_steps": 3,
+        "train_embeddings": True,
+    },
+    "narrow": {"student": "given/width", "teacher": "reference", "data": "prompts.jsonl", "updates_per_rollout": 1},
+    "adapter": {
+        "student": "given/runs/lora/model",
+        "teacher": "base",
+        "data": "prompts.jsonl",
+        "merge": True,
+        "patience": 1,
+    },
+}
+"""What the five leave out: other damage, other containers, other teachers, other choices."""
 
 DEGRADE = {
     "int3": "degrade quantize reference --format int3-g64",
@@ -68,30 +117,82 @@ DEGRADE = {
     "depth": "degrade prune reference --method depth --layers 1 --data prompts.jsonl",
     "width": "degrade prune reference --method width --ffn 0.25 --data prompts.jsonl",
     "forgot": "degrade finetune reference --data rows.jsonl --steps 6 --learning-rate 1e-3",
+    "nf4": "degrade quantize reference --format nf4",
+    "nvfp4": "degrade quantize reference --format nvfp4 --method gptq --data prompts.jsonl",
+    "folded": "degrade finetune reference --data rows.jsonl --epochs 1 --lora-rank 4",
+    "sparse": "degrade prune reference --method sparsegpt --sparsity 0.5 --data prompts.jsonl",
+    "packed": "export made/int4 --format compressed-tensors",
+    "gguf": "export made/gptq --format gguf:q4_0",
+    "prompts.jsonl": "prompts reference --n 12 --max-new-tokens 24",
     "cache": "cache-teacher reference --data prompts.jsonl --k 16 --max-new-tokens 8",
 }
 """What makes the students and the cached teacher; `--out` is added."""
+
+
+VERBS = ["Tell", "Sing", "Draw", "Write", "Read", "Name"]
+FORMS = ["about {} here", "of {} and me", "the {} again", "more {} today", "two {} for all"]
+TEXT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
+"""What the chat template puts before a prompt, between it and its answer, and after that."""
 
 
 def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_inputs(directory: Path) -> None:
-    """A healthy tiny model, prompts, rows with demonstrations and task rows; by no code of the package."""
+def write_inputs(directory: Path, steps: int = 150) -> None:
+    """A healthy tiny model, prompts, rows with demonstrations and task rows; by no code of the package.
+
+    The model learns for `steps` steps to ask and to answer, so that it can write prompts itself.
+    """
     tokenizer = build_tokenizer()
-    build_model(len(tokenizer), layers=3).save_pretrained(directory / "reference")
+    model = build_model(len(tokenizer), layers=3)
+    asked = [f"{verb} {form.format(topic)}" for form in FORMS for topic in TOPICS for verb in VERBS]
+    chats = [f"{TEXT[0]}{ask}.{TEXT[1]}{ask.split()[2]} is good.{TEXT[2]}" for ask in asked]
+    _learn(model, [tokenizer.encode(chat) for chat in chats], steps)
+    model.save_pretrained(directory / "reference")
     tokenizer.save_pretrained(directory / "reference")
-    _lines(directory / "prompts.jsonl", [{"prompt": text} for text in prompts()])
+    _lines(directory / "prompts.jsonl", [{"prompt": f"{ask}."} for ask in asked[::6]])
     facts = [f"Say one word about {TOPICS[i % len(TOPICS)]} and {i}." for i in range(24)]
     rows = [{"prompt": f, "demonstration": f"{TOPICS[i % len(TOPICS)]} is good."} for i, f in enumerate(facts)]
     _lines(directory / "rows.jsonl", rows)
     _lines(directory / "tools.jsonl", tool_rows(10))
-    _lines(directory / "letters.jsonl", letter_rows(12))
+    letters = [{**row, "demonstration": row["answer"]} for row in letter_rows(36)]
+    _lines(directory / "letters.jsonl", letters[:12])
+    _lines(directory / "letters-train.jsonl", letters[12:])
+
+
+STUDY: dict[str, Any] = {
+    "model": "reference",
+    "degradations": {
+        "forgot": {"kind": "finetune", "steps": 6, "learning_rate": 3e-3},
+        "shallow": {"kind": "depth", "layers": [1], "method": "list"},
+    },
+    "methods": {"none": "none", "sft": "sft", "repair-sdft": "on-policy+repair"},
+    "tasks": {
+        "science": {"train": "letters-train.jsonl", "held_out": "letters.jsonl", "options": {"max_new_tokens": 4}},
+    },
+    "data": {"train": "rows.jsonl", "rows": 6},
+    "seeds": [0, 1],
+    "budget": {"tokens": 200},
+    "measurements": 2,
+    "recipe": {"batch_size": 4, "max_new_tokens": 8, "repair_samples": 16, "device": "cpu", "dtype": "float32"},
+    "one_process": True,
+}
+
+
+def _learn(model: PreTrainedModel, rows: list[list[int]], steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        some = [torch.tensor(rows[(16 * step + i) % len(rows)]) for i in range(16)]
+        ids = pad_sequence(some, batch_first=True, padding_value=-100)
+        model(input_ids=ids.clamp(min=0), labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def write_recipes(directory: Path) -> None:
-    """One file a recipe; JSON is YAML."""
-    for name, settings in RECIPES.items():
+    """One file a recipe, and a study's; JSON is YAML."""
+    for name, settings in {**RECIPES, **MORE_RECIPES}.items():
         text = json.dumps({**SHARED, **settings, "out": f"runs/{name}"}, indent=1)
         (directory / f"{name}.yaml").write_text(text, encoding="utf-8")
+    (directory / "study.yaml").write_text(json.dumps(STUDY, indent=1), encoding="utf-8")
