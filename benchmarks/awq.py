@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from remend.compression.grids import GridFormat, decode, quantize
 from remend.data.examples import bundled
 from remend.data.templates import encode
-from remend.degrade.job import PROBE_TOKENS, Job
-from remend.degrade.quantize import quantize_in_place
+from remend.degrade.making.job import PROBE_TOKENS, Damage
+from remend.degrade.making.onto_grid import quantize_in_place
+from remend.degrade.quantize import Quantize
 from remend.models.activations.walk import Sites, completions, walk
 from remend.models.find import find_model
 from remend.models.load import load_model, load_tokenizer
@@ -61,16 +62,16 @@ def best_scale(sites: Sites, fmt: GridFormat) -> Tensor:
 
 
 @torch.no_grad()
-def scaled(job: Job, fmt: GridFormat) -> Any:
+def scaled(damage: Damage, fmt: GridFormat) -> Any:
     """A copy of the reference that says the same with other weights."""
-    model = copy.deepcopy(job.reference)
+    model = copy.deepcopy(damage.reference)
     found: list[tuple[Sites, Tensor]] = []
 
     def visit(sites: Sites) -> None:
         if sites.names[0].rsplit(".", 1)[-1] in FRONT:
             found.append((sites, best_scale(sites, fmt)))
 
-    walk(model, job.calibration(), visit, title="choosing scales")
+    walk(model, damage.calibration(), visit, title="choosing scales")
     modules = dict(model.named_modules())
     for sites, scale_I in found:
         for layer in sites.layers:
@@ -90,13 +91,13 @@ def main() -> None:
     options = parser.parse_args()
     source = find_model("smollm2")
     reference = load_model(source, dtype=torch.float32, device=CPU).requires_grad_(False)
-    job = Job(reference, None, load_tokenizer(source), source, SEED, 48, None)
-    prompts = [encode(job.tokenizer, e) for e in bundled("held_out")[: options.prompts]]
-    rollouts = answer(reference, job.tokenizer, prompts, "the reference answers", max_new_tokens=PROBE_TOKENS)
+    damage = Damage(reference, reference, load_tokenizer(source), source, Quantize.model_validate({"seed": SEED}))
+    prompts = [encode(damage.tokenizer, e) for e in bundled("held_out")[: options.prompts]]
+    rollouts = answer(reference, damage.tokenizer, prompts, "the reference answers", max_new_tokens=PROBE_TOKENS)
     text: list[Rollout] = []
     if options.answers:
-        others = [encode(job.tokenizer, e) for e in bundled("train")[48 : 48 + options.answers]]
-        text = completions(reference, job.tokenizer, others, max_new_tokens=TOKENS, seed=SEED + 1)
+        others = [encode(damage.tokenizer, e) for e in bundled("train")[48 : 48 + options.answers]]
+        text = completions(reference, damage.tokenizer, others, max_new_tokens=TOKENS, seed=SEED + 1)
 
     def kl(model: Any) -> float:
         return float(pool(compare(scorer(model), scorer(reference), rollouts))["kl"])
@@ -104,12 +105,12 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, repair on {len(text)} answers, KL on {len(prompts)} prompts", flush=True)
     for fmt in map(GridFormat.parse, options.formats):
         began = time.perf_counter()
-        moved = scaled(job, fmt)
+        moved = scaled(damage, fmt)
         print(f"{fmt.name}: scales chosen in {time.perf_counter() - began:.0f} s, KL {kl(moved):.1e}", flush=True)
         for method in ("rtn", "gptq"):
             for name, healthy in (("", reference), ("awq + ", moved)):
                 student = copy.deepcopy(healthy)
-                stored = quantize_in_place(student, fmt, method, job=job)
+                stored = quantize_in_place(student, fmt, method, damage=damage)
                 line = f"{fmt.name} {name}{method}: KL {kl(student):.3f}"
                 if text:
                     repair_grid(student, stored, Calibration(healthy, text))

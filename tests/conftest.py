@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,24 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
     save_model(model, load_tokenizer(source), path)
     return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+    from remend import cli
+
+    monkeypatch.setenv("REMEND_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*words: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["remend", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return command
 
 
 @pytest.fixture

@@ -50,6 +50,11 @@ class Registry(Generic[T]):
         """All implementations, in the order in which they were registered."""
         return list(self._entries.values())
 
+    def remove(self, name: str) -> None:
+        """Take an implementation out again, as a test does with the one that it added."""
+        self.get(name)
+        del self._entries[name]
+
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._entries)

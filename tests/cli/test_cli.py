@@ -12,28 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.patching import replace_everywhere
 from helpers.tiny import build_model
-from remend import cli
 from remend.models import adapters
-from remend.models.load import load_tokenizer, save_model
-
-
-def remend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
-    """Run the command in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["remend", *words])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(caught.value.code or 0), out, err
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda *words: remend(capsys, monkeypatch, *map(str, words))
+from remend.models.load import save_model
 
 
 @pytest.fixture
@@ -65,14 +48,6 @@ def test_recover_without_a_recipe(run: Any, recipe: dict[str, object]) -> None:
     code, _, _ = run("recover", *four, "steps=1", "max_new_tokens=4", "warmup_steps=0", "device=cpu")
     assert code == 0
     assert (Path(str(recipe["out"])) / "report.html").is_file()
-
-
-def test_degrade_quantize(run: Any, reference_dir: Path, tmp_path: Path) -> None:
-    code, out, _ = run("degrade", "quantize", reference_dir, "--format", "int4-g32-sym", "--out", tmp_path / "q")
-    assert code == 0
-    assert "quantization int4-g32-sym rtn: 4.5 bits a weight, 0.1 MiB as packed" in out
-    assert "probe: KL 0." in out
-    assert json.loads((tmp_path / "q" / "degradation.json").read_text())["format"] == "int4-g32-sym"
 
 
 @pytest.mark.parametrize(
@@ -192,18 +167,6 @@ def test_out_of_another_run_and_resume_of_none(run: Any, recipe_file: Path, tmp_
     assert (code, "is not empty" in err) == (2, True)
 
 
-def test_bad_formats(run: Any, reference_dir: Path, tmp_path: Path) -> None:
-    for words, message in (
-        (("--format", "int5-g64"), 'unknown format "int5-g64"'),
-        (("--method", "magic"), 'unknown quantization method "magic"; known: gptq, rtn'),
-        (("--format", "int3-g128"), "does not divide the input width of model.layers.0.self_attn.q_proj (64)"),
-    ):
-        code, _, err = run("degrade", "quantize", reference_dir, "--out", tmp_path / "q", *words)
-        assert code == 2
-        assert message in err
-        assert not (tmp_path / "q").exists()
-
-
 def test_version_and_help(run: Any) -> None:
     import remend as package
 
@@ -252,86 +215,3 @@ def test_what_a_student_does_not_hold_ends_before_training(
         code, _, err = run("recover", *words, f"out={tmp_path / name}-out", "steps=1", "warmup_steps=0", "device=cpu")
         assert (code, part in err, "Traceback" in err) == (2, True, False), err
         assert not (tmp_path / f"{name}-out" / "summary.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
-        (("quantize", "--format", "int5-g64"), 'unknown format "int5-g64"'),
-        (
-            ("quantize", "--format", "int4-g128"),
-            "group 128 of int4-g128-asym does not divide the input width of model.layers.0",
-        ),
-        (("prune", "--sparsity", "1.5"), 'sparsity "1.5" can\'t be used'),
-        (("prune", "--method", "depth", "--layers", "2"), "can't remove 2 of 2 blocks"),
-        (("prune", "--method", "wanda", "--samples", "0"), "the calibration set is empty"),
-    ],
-)
-def test_bad_degradations(run: Any, reference_dir: Path, tmp_path: Path, words: tuple[str, ...], part: str) -> None:
-    code, _, err = run("degrade", words[0], reference_dir, *words[1:], "--out", tmp_path / "x", "--no-probe")
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (code, len(errors), (tmp_path / "x").exists()) == (2, 1, False)
-    assert part in errors[0]
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
-        (
-            ("--method", "depth", "--layers", "1", "--sparsity", "0.3", "--skip", "*"),
-            "--sparsity, --skip has no effect",
-        ),
-        (("--method", "width", "--scope", "global"), "--scope has no effect with --method width, which takes --ffn"),
-        (("--method", "width", "--by", "angular"), "--by has no effect with --method width"),
-        (("--layers", "1"), "--layers has no effect with --method magnitude, which takes --sparsity, --scope, --skip"),
-        (("--method", "wanda", "--ffn", "0.5", "--heads", "1"), "--ffn, --heads has no effect with --method wanda"),
-        (("--method", "depth", "--layers", "0,", "--by", "angular"), "--by chooses layers, and --layers 0, names them"),
-    ],
-)
-def test_options_of_another_way_to_prune_are_refused(
-    run: Any, reference_dir: Path, tmp_path: Path, words: tuple[str, ...], part: str
-) -> None:
-    code, _, err = run("degrade", "prune", reference_dir, *words, "--out", tmp_path / "x", "--no-probe")
-    assert (code, part in err, (tmp_path / "x").exists()) == (2, True, False)
-
-
-def test_the_help_of_prune_shows_no_emoji(run: Any) -> None:
-    code, out, _ = run("degrade", "prune", "--help")
-    assert code == 0
-    assert "2:4" in out
-    assert all(ord(letter) < 0x2600 for letter in out if not 0x2500 <= ord(letter) < 0x2580), "only box drawing"
-    assert "\u24c2" not in out
-
-
-def test_the_zeros_of_a_quantized_student_are_counted(run: Any, reference_dir: Path, tmp_path: Path) -> None:
-    words = ("--format", "int2-g32-sym", "--out", tmp_path / "q", "--no-probe")
-    _, out, _ = run("degrade", "quantize", reference_dir, *words)
-    tensors = load_file(tmp_path / "q" / "model.safetensors")
-    on_grid = [t for name, t in tensors.items() if "proj" in name]
-    share = sum(int((t == 0).sum()) for t in on_grid) / sum(t.numel() for t in on_grid)
-    assert share > 0.1
-    assert f"sparsity: {share:.2%} of the weights in 14 matrices are zero" in out
-
-
-VERBS = [("quantize",), ("prune",), ("prune", "--method", "depth", "--layers", "1"), ("prune", "--method", "width")]
-
-
-@pytest.mark.parametrize("words", [*VERBS, ("finetune", "--data", "task.jsonl")], ids=" ".join)
-def test_degrade_hands_device_and_trust_on(
-    run: Any, reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    command = ("degrade", words[0], reference_dir, *words[1:], "--out", "x", "--no-probe")
-    code, _, err = run(*command, "--device", "abacus")
-    assert (code, 'device "abacus" can\'t be used here' in err) == (2, True)
-    trusted = []
-    load = load_tokenizer
-
-    def listen(source: Any, *, trust_remote_code: bool = False) -> Any:
-        trusted.append(trust_remote_code)
-        return load(source, trust_remote_code=trust_remote_code)
-
-    replace_everywhere(monkeypatch, load, listen)
-    assert run(*command, "--device", "cpu", "--trust-remote-code")[0] == 0
-    assert trusted == [True]

@@ -3,29 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from remend import cli
 from remend.recovery import recover
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    monkeypatch.setenv("REMEND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "140")
-
-    def command(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["remend", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return command
 
 
 def test_diagnose_prints_severity_and_the_worst_layers(
@@ -76,16 +57,3 @@ def test_compare_of_identical_results(run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "a.json").read_bytes() == before
     code, out, err = run("compare", tmp_path / "a.json", tmp_path / "b.json", "--out", tmp_path / "c.txt")
     assert (code, out, 'ends in ".txt"' in err) == (2, "", True)  # said before anything is counted
-
-
-def test_one_named_layer_is_removed(run: Any, reference_dir: Path, tmp_path: Path) -> None:
-    words = ("--method", "depth", "--layers", "0,", "--no-probe", "--out", tmp_path / "short")
-    assert run("degrade", "prune", reference_dir, *words)[0] == 0
-    assert json.loads((tmp_path / "short" / "degradation.json").read_text())["layer_map"] == [1]
-
-
-def test_data_without_effect_is_said(run: Any, reference_dir: Path, tmp_path: Path) -> None:
-    words = ("--format", "int3-g64", "--data", tmp_path / "absent.jsonl", "--no-probe", "--out", tmp_path / "s")
-    code, _, err = run("degrade", "quantize", reference_dir, *words)
-    assert code == 0
-    assert "has no effect" in " ".join(err.split())

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from helpers.tiny import build_model
-from remend.degrade.depth import cosines, least_influence, nearest_ends, prune_depth, without_blocks
+from remend.degrade.depth import prune_depth
+from remend.degrade.making.blocks import cosines, least_influence, nearest_ends, without_blocks
 from remend.errors import InputError
 
 TOKENS = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(0))

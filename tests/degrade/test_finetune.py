@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from helpers.tiny import prompts
 from remend.data.examples import bundled
-from remend.degrade import job
 from remend.degrade.finetune import FULL_RATE, LORA_RATE, finetune
+from remend.degrade.making import job
 from remend.errors import InputError
 from remend.files.run_directory import METRICS, RunDirectory
 from remend.models.find import find_model, hash_files
@@ -146,16 +146,16 @@ def test_the_data_hash_is_of_prompts_and_completions(task: str, reference_dir: P
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"steps": 0}, "steps is 0; allowed is 1 or more"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"gradient_accumulation": -1}, "gradient_accumulation is -1"),
-        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"steps": 0}, '"steps" is 0: input should be greater than or equal to 1'),
+        ({"batch_size": 0}, '"batch_size" is 0'),
+        ({"gradient_accumulation": -1}, '"gradient_accumulation" is -1'),
+        ({"max_tokens": 0}, '"max_tokens" is 0'),
         ({"epochs": 1.0}, r"both steps \(3\) and epochs \(1.0\)"),
-        ({"steps": None, "epochs": 0.0}, "epochs is 0.0; allowed is anything above 0"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"dtype": "float16"}, 'dtype is "float16"; allowed: auto, float32, bfloat16'),
-        ({"lora": {"rnak": 3}}, r'unknown key "rnak"\. Did you mean "rank"\?'),
+        ({"steps": None, "epochs": 0.0}, '"epochs" is 0.0: input should be greater than 0'),
+        ({"learning_rate": 0.0}, '"learning_rate" is 0.0'),
+        ({"learning_rate": float("nan")}, '"learning_rate" is nan'),
+        ({"dtype": "float16"}, '"dtype" is .float16.: input should be .auto., .float32. or .bfloat16.'),
+        ({"lora": {"rnak": 3}}, r'unknown key "lora.rnak"\. Did you mean "rank"\?'),
         ({"lora": {"targets": ["x"]}}, "lora.targets: x is no linear layer"),
     ],
 )

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from remend.degrade import job
-from remend.degrade.prune import Sparsity, bits_per_weight, prune, zero_smallest
+from remend.degrade.making import job
+from remend.degrade.making.zeros import Sparsity, bits_per_weight, zero_smallest
+from remend.degrade.prune import prune
 from remend.errors import InputError
 from remend.models.sampling.rollout import Rollout
 

@@ -19,9 +19,10 @@ from remend.compression.solvers import gptq
 from remend.compression.stored_grid import StoredGrid
 from remend.data.examples import bundled
 from remend.data.templates import encode as encode_prompt
-from remend.degrade import job
-from remend.degrade.job import Job
-from remend.degrade.quantize import quantize, quantize_in_place
+from remend.degrade.making import job
+from remend.degrade.making.job import Damage
+from remend.degrade.making.onto_grid import quantize_in_place
+from remend.degrade.quantize import Quantize, quantize
 from remend.errors import InputError
 from remend.models.find import find_model, hash_files
 from remend.models.layers import linear_layers
@@ -34,12 +35,13 @@ FIRST = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
-def calibrated(reference_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Job:
+def calibrated(reference_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Damage:
     """A job on the tiny model with a little calibration text."""
     reference = load_model(find_model(str(reference_dir)), dtype=torch.float32, device=CPU)
     reference.requires_grad_(False)
     monkeypatch.setattr(job, "CALIBRATION_TOKENS", 24)
-    return Job(reference, copy.deepcopy(reference), tokenizer, find_model(str(reference_dir)), 0, 12, None)
+    settings = Quantize.model_validate({"samples": 12})
+    return Damage(reference, copy.deepcopy(reference), tokenizer, find_model(str(reference_dir)), settings)
 
 
 def slow_inputs(model: Any, rollouts: list[Rollout], name: str) -> Tensor:
@@ -53,9 +55,9 @@ def slow_inputs(model: Any, rollouts: list[Rollout], name: str) -> Tensor:
     return torch.cat(seen)
 
 
-def test_gptq_of_a_model_is_gptq_of_each_layer_on_what_it_sees(calibrated: Job) -> None:
+def test_gptq_of_a_model_is_gptq_of_each_layer_on_what_it_sees(calibrated: Damage) -> None:
     """Slow reference: for three layers the inputs of a model whose earlier layers are quantized and no others."""
-    stored = quantize_in_place(calibrated.student, INT3, "gptq", job=calibrated)
+    stored = quantize_in_place(calibrated.student, INT3, "gptq", damage=calibrated)
     order = list(linear_layers(calibrated.student))
     text = calibrated.calibration()
     for name in (FIRST, "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"):
@@ -75,10 +77,10 @@ def test_gptq_of_a_model_is_gptq_of_each_layer_on_what_it_sees(calibrated: Job) 
         assert ours_lost == pytest.approx(theirs_lost, rel=0.05), name
 
 
-def test_gptq_costs_less_than_rounding_to_nearest(calibrated: Job) -> None:
+def test_gptq_costs_less_than_rounding_to_nearest(calibrated: Damage) -> None:
     rounded = copy.deepcopy(calibrated.reference)
     quantize_in_place(rounded, INT3, "rtn")
-    quantize_in_place(calibrated.student, INT3, "gptq", job=calibrated)
+    quantize_in_place(calibrated.student, INT3, "gptq", damage=calibrated)
     text = calibrated.calibration()
     x_NI = slow_inputs(calibrated.reference, text, FIRST)
     healthy = calibrated.reference.get_submodule(FIRST).weight.double()

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from helpers.tiny import build_model
-from remend.degrade.width import best, kept_width, narrowed, prune_width, scores
+from remend.degrade.making.channels import best, kept_width, narrowed, scores
+from remend.degrade.width import prune_width
 from remend.errors import InputError
 from remend.models.sampling.rollout import Rollout
 

@@ -70,7 +70,7 @@ def _dense_copy(recipe: dict[str, Any], tmp_path: Path) -> str:
 
 
 def test_ls_and_cp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.app(["recipes", "ls", "--plain"], standalone_mode=False) in (None, 0)
+    assert cli.build_app()(["recipes", "ls", "--plain"], standalone_mode=False) in (None, 0)
     assert capsys.readouterr().out.split() == recipes.names()
     assert {"forgetting", "quantized", "pruned"} <= set(recipes.names())
     target = recipes.copy("forgetting", tmp_path / "new")

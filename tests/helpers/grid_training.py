@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from helpers.tiny import build_model
 from remend.compression.grids import GridFormat
 from remend.compression.stored_grid import StoredGrid
-from remend.degrade.quantize import quantize_in_place
+from remend.degrade.making.onto_grid import quantize_in_place
 from remend.training.constraints import Free, OnGrid
 
 TOKENS = torch.arange(3, 35).view(2, 16)

@@ -10,8 +10,8 @@ import torch
 
 from helpers.random_text import random_text
 from helpers.tiny import build_model, build_tokenizer
-from remend.degrade.depth import without_blocks
-from remend.degrade.width import narrowed
+from remend.degrade.making.blocks import without_blocks
+from remend.degrade.making.channels import narrowed
 from remend.errors import InputError
 from remend.models.activations.passes import ROWS, products
 from remend.models.activations.walk import Sites, walk

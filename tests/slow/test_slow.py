@@ -87,7 +87,7 @@ def test_a_step_on_prompts_that_the_reference_wrote(smollm2_dir: Path, student: 
 def test_embedded_reference_lies_on_a_four_bit_grid(smollm2_dir: Path) -> None:
     """It is a dequantized Q4_1, so asymmetric 4-bit groups of 32 damage next to nothing: pages with figures say so."""
     from remend.compression.grids import GridFormat
-    from remend.degrade.quantize import quantize_in_place
+    from remend.degrade.making.onto_grid import quantize_in_place
 
     model = load_model(find_model(str(smollm2_dir)), dtype=torch.float32, device=torch.device("cpu"))
     name = "model.layers.3.mlp.up_proj.weight"

@@ -181,6 +181,28 @@ def test_every_how_runs(write: Any, tmp_path: Path) -> None:
     assert {"can_show", "task_gap_closed", "task_gap_closed_low", "difference_method", "not_graded"} <= set(line)
 
 
+def test_every_kind_of_degradation_makes_a_student_once(write: Any, tmp_path: Path) -> None:
+    """A kind that learns takes the task's rows; `width` is one of the kinds."""
+    out = tmp_path / "out"
+    degradations = {
+        "narrow": {"kind": "width", "ffn": 0.5, "samples": 2},
+        "flat": {"kind": "depth", "layers": [1]},
+        "tuned": {"kind": "finetune", "steps": 1, "lora": {"rank": 2}},
+    }
+    path = write(degradations=degradations, methods={"none": "none"})
+    assert study(path, out)["failures"] == {}
+    records = {name: read_json(out / "students" / name / "degradation.json") for name in degradations}
+    assert [record["method"] for record in records.values()] == ["width", "depth:list", "lora"]
+    assert records["tuned"]["data"]["rows"] == 12
+    inputs = read_json(out / "students" / "tuned.json")["degradation"]
+    settled = "kind data steps epochs learning_rate batch_size gradient_accumulation max_tokens lora seed"
+    assert set(inputs) == set(settled.split())  # as every version had it, so that old students are not made anew
+    assert inputs["lora"] == {"rank": 2}
+    made = [(out / "students" / name / "degradation.json").stat().st_mtime_ns for name in degradations]
+    study(path, out)
+    assert [(out / "students" / name / "degradation.json").stat().st_mtime_ns for name in degradations] == made
+
+
 def test_bare_letters_are_trained_on_in_their_tags(write: Any, tmp_path: Path) -> None:
     rows = [{"prompt": f"{p}\nA: tea\nB: rain", "answer": "AB"[i % 2]} for i, p in enumerate(prompts(20))]
     bare = lines_of(tmp_path / "bare.jsonl", rows[8:])

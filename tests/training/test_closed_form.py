@@ -13,8 +13,8 @@ from helpers.tiny import build_model, build_tokenizer, put_on_grid
 from remend.compression.grids import decode
 from remend.compression.recognise import PLAIN, Recognised
 from remend.compression.solvers import keep_mask
-from remend.degrade.depth import without_blocks
-from remend.degrade.width import narrowed
+from remend.degrade.making.blocks import without_blocks
+from remend.degrade.making.channels import narrowed
 from remend.models.activations.walk import Sites
 from remend.models.layers import infer_layer_map, kept_weights
 from remend.models.sampling.rollout import Rollout

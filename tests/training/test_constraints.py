@@ -14,7 +14,7 @@ from helpers.grid_training import FORMATS, TOKENS, VOCABULARY, pair, parameters,
 from helpers.tiny import build_model
 from remend.compression.grids import Grid, GridFormat, decode, encode
 from remend.compression.stored_grid import StoredGrid
-from remend.degrade.quantize import quantize_in_place
+from remend.degrade.making.onto_grid import quantize_in_place
 from remend.errors import InputError
 from remend.models.layers import kept_weights
 from remend.training.constraints import Free, Masked, OnGrid, freeze_healthy_embeddings

@@ -1,180 +1,86 @@
 """Remove whole blocks: a standard, shallower model and the map of the blocks that stayed.
 
-remend degrade prune smollm2 --method depth --layers 5 --out student
-
-Legend: L blocks, P = L + 1 points between them (0 is what enters the first block), N tokens, D width.
+remend degrade depth smollm2 --layers 5 --out student
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from remend.degrade.job import Changed, Job, Options, run_job
-from remend.degrade.smaller import path_of, rebuild
+from remend.degrade.kinds import DEGRADATIONS, Calibrated, degrade
 from remend.errors import InputError
-from remend.models.activations import walk
-from remend.models.layers import decoder_layers
-from remend.registry import Registry
 
-Choice = Callable[[Iterable[Tensor], int], list[int]]
-METHODS: Registry[Choice] = Registry("way to choose blocks")
+if TYPE_CHECKING:
+    from remend.degrade.making.job import Changed, Damage
+    from remend.files.atomic import JsonObject
 
 GIVEN = "list"
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Configuration entries of transformers that hold one value a block."""
 
 
-def cosines(points: Iterable[Tensor], distance: int) -> Tensor:
-    """How alike the residual stream is before and after every run of `distance` blocks, for every token.
+@DEGRADATIONS.register("depth", source="ways to choose blocks: making/blocks.py")
+class Depth(Calibrated):
+    """Remove whole layers."""
 
-    Args:
-        points: the stream [N, D] at each of the P points in order, any float dtype; at most distance + 1 are held.
-        distance: 1 … L.
+    layers: int | list[int] = Field(5, description="How many to remove, or which: 5; 23,24; 23, is that one.")
+    method: str = Field(
+        "block-influence", description="How they are chosen: block-influence, angular; list goes with given ones."
+    )
 
-    Returns:
-        float32 [P − distance, N] in −1 … 1; 0 where the stream is 0.
-    """
-    recent: deque[Tensor] = deque(maxlen=distance)
-    found = []
-    for point_ND in points:
-        if len(recent) == distance:
-            found.append(torch.cosine_similarity(recent[0].float(), point_ND.float(), dim=-1).clamp(-1, 1))
-        recent.append(point_ND)
-    return torch.stack(found)
+    @model_validator(mode="before")
+    @classmethod
+    def _given_blocks_need_no_method(cls, values: object) -> object:
+        if isinstance(values, Mapping) and isinstance(values.get("layers"), list) and "method" not in values:
+            return {**values, "method": GIVEN}
+        return values
 
+    def check(self) -> None:
+        """Raise InputError for an unknown method, or one that the blocks don't go with."""
+        from remend.degrade.making.blocks import METHODS
 
-@METHODS.register("block-influence", source="arXiv 2403.03853, equation 1")
-def least_influence(points: Iterable[Tensor], count: int) -> list[int]:
-    """The `count` blocks of lowest influence 1 − mean cos(block's input, block's output); ties go to the earlier."""
-    influence_L = 1 - cosines(points, 1).mean(-1)
-    return sorted(torch.sort(influence_L, stable=True).indices[:count].tolist())
-
-
-@METHODS.register("angular", source="arXiv 2403.17887, equation 7")
-def nearest_ends(points: Iterable[Tensor], count: int) -> list[int]:
-    """The `count` neighbouring blocks whose ends are at the smallest mean angle arccos(cos) / π.
-
-    The paper takes the angle at the last token of a text alone. A chat answer always ends with the same token, so here
-    it is the mean over all tokens.
-    """
-    angle_S = cosines(points, count).arccos().mean(-1) / math.pi
-    first = int(angle_S.argmin())
-    return list(range(first, first + count))
-
-
-def _checked(layers: int | Sequence[int], method: str, depth: int) -> list[int] | int:
-    """The given blocks, sorted, or how many to choose."""
-    if isinstance(layers, int):
-        if method == GIVEN:
+        if isinstance(self.layers, list):
+            if self.method != GIVEN:
+                raise InputError(
+                    f'a list of blocks goes with method "{GIVEN}"; method "{self.method}" chooses, so give a number'
+                )
+        elif self.method == GIVEN:
             raise InputError(f'method "{GIVEN}" needs the blocks themselves, e.g. 23,24,25,26,27, not a number')
-        METHODS.get(method)
-        if not 0 < layers < depth:
-            raise InputError(f"can't remove {layers} of {depth} blocks; allowed is 1 to {depth - 1}")
-        return layers
-    if method != GIVEN:
-        raise InputError(f'a list of blocks goes with method "{GIVEN}"; method "{method}" chooses, so give a number')
-    outside = [i for i in layers if not 0 <= i < depth]
-    if outside:
-        raise InputError(f"no such block: {', '.join(map(str, outside))}; the model has blocks 0 to {depth - 1}")
-    twice = sorted({i for i in layers if list(layers).count(i) > 1})
-    if twice:
-        raise InputError(f"blocks given twice: {', '.join(map(str, twice))}; name each once")
-    if not layers or len(layers) == depth:
-        raise InputError(f"can't remove {len(layers)} of {depth} blocks; allowed is 1 to {depth - 1}")
-    return sorted(layers)
+        else:
+            METHODS.get(self.method)
+
+    def title(self) -> str:
+        """See DegradeSettings."""
+        return "removing blocks"
+
+    def change(self, damage: Damage) -> Changed:
+        """See DegradeSettings. Raises InputError for blocks that are not there, and where none would stay."""
+        from remend.degrade.making import blocks
+        from remend.degrade.making.job import Changed
+
+        removed = blocks.removed_blocks(damage, self.layers, self.method)
+        student, stayed = blocks.without_blocks(damage.reference, removed)
+        entry = {"kind": "pruning", "method": f"depth:{self.method}", "removed_layers": removed, "layer_map": stayed}
+        return Changed(student, entry)
 
 
-def _per_layer(config: Any, kept: Sequence[int], depth: int) -> dict[str, Any]:
-    """Configuration of the blocks that stay: their number, and every list with one value a block."""
-    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
-    for name, value in config.to_dict().items():
-        if not isinstance(value, list | tuple) or "layer" not in name or not value:
-            continue
-        if name not in PER_LAYER or len(value) != depth:
-            raise InputError(
-                f"the configuration's {name} lists something about blocks that remend can't renumber, so blocks of "
-                f"{config.model_type} models can't be removed"
-            )
-        changes[name] = [value[i] for i in kept]
-    return changes
-
-
-def without_blocks(reference: Any, removed: Iterable[int]) -> tuple[Any, list[int]]:
-    """A model without some blocks, and the original indices of those that it keeps.
-
-    Raises InputError for an architecture whose blocks can't be found or renumbered.
-    """
-    blocks = decoder_layers(reference)
-    gone = set(removed)
-    kept = [i for i in range(len(blocks)) if i not in gone]
-    changes = _per_layer(reference.config.get_text_config(), kept, len(blocks))
-    prefix, place = f"{path_of(reference, blocks)}.", {old: new for new, old in enumerate(kept)}
-    state = {}
-    for name, tensor in reference.state_dict().items():
-        if name.startswith(prefix):
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            if int(number) in gone:
-                continue
-            name = f"{prefix}{place[int(number)]}.{rest}"
-        state[name] = tensor
-    return rebuild(reference, changes, state), kept
-
-
-def prune_depth(
-    model: str,
-    out: str | Path,
-    *,
-    layers: int | Sequence[int],
-    method: str = "block-influence",
-    **options: Unpack[Options],
-) -> dict[str, Any]:
+def prune_depth(model: str, out: str | Path, **settings: object) -> JsonObject:
     """Remove blocks from a model and save what is left as a standard, shallower model.
 
     Args:
         model: what to prune: directory, GGUF file, hub id[@revision] or smollm2.
         out: a new directory.
-        layers: how many blocks to remove, or with method 'list' their numbers, from 0.
-        method: 'block-influence' (the least influential ones, arXiv 2403.03853), 'angular' (neighbours whose ends are
-            most alike, arXiv 2403.17887) or 'list'.
-        **options: see job.Options.
+        **settings: fields of Depth. `layers` is how many blocks to remove, or their numbers, from 0; `method` is
+            'block-influence' (the least influential ones, arXiv 2403.03853), 'angular' (neighbours whose ends are most
+            alike, arXiv 2403.17887), or 'list' for given numbers.
 
     Returns:
         The content of degradation.json; `layer_map` holds, for every block that stays, its number in the reference.
 
     Raises:
-        InputError, FileError: no block would stay, no such block, an unknown method or architecture, unreadable model,
-            occupied directory.
+        InputError, FileError: unknown setting, no block would stay, no such block, an unknown method or architecture,
+            unreadable model, occupied directory.
     """
-
-    def change(job: Job) -> Changed:
-        blocks = decoder_layers(job.reference)
-        removed = _checked(layers, method, len(blocks))
-        if isinstance(removed, int):
-            removed = METHODS.get(method)(_points(job), removed)
-        student, kept = without_blocks(job.reference, removed)
-        entry = {"kind": "pruning", "method": f"depth:{method}", "removed_layers": removed, "layer_map": kept}
-        return Changed(student, entry)
-
-    return run_job(
-        model,
-        out,
-        change,
-        title="removing blocks",
-        **options,
-    )
-
-
-def _points(job: Job) -> Iterator[Tensor]:
-    """The reference's residual stream [N, D] on the calibration text, from before the first block to after the last."""
-    text = job.calibration()
-    for index, before_ND, after_ND in walk.block_states(job.reference, text):
-        if index == 0:
-            yield before_ND
-        yield after_ND
+    return degrade("depth", model, out, settings)

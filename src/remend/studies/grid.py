@@ -22,7 +22,6 @@ from remend.studies.spec import (
     BudgetSpec,
     DataSpec,
     Degradation,
-    Finetune,
     ModelSpec,
     SpeedSpec,
     StudySpec,
@@ -148,7 +147,7 @@ def cells_of(study: Study) -> Iterator[Cell]:
 def _group(study: Study, model: str, degradation: str, task: str, spec: Degradation) -> Group:
     before = [model] if len(study.models) > 1 else []
     after = [task] if len(study.tasks) > 1 else []
-    learned = after if isinstance(spec, Finetune) and spec.data is None else []
+    learned = after if spec.of_task else []
     names = ["-".join([*before, degradation, *rest]) for rest in (after, learned)]
     return Group(names[0], model, degradation, task, names[1])
 

@@ -5,36 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from remend.data import tasks
 from remend.data.examples import DEMONSTRATION_KEYS, Example, bundled, choose, load_examples, split_held_out, without
-from remend.degrade.depth import prune_depth
-from remend.degrade.finetune import finetune
-from remend.degrade.prune import prune
-from remend.degrade.quantize import quantize
+from remend.degrade.kinds import degrade
 from remend.errors import InputError
-from remend.files.atomic import json_line, read_json, write_json, write_text
+from remend.files.atomic import JsonObject, json_line, read_json, write_json, write_text
 from remend.models.find import find_model, hash_files
 from remend.studies import tiny_model
 from remend.studies.grid import Cell, Group, Study
-from remend.studies.spec import BUNDLED, TINY, Finetune, TaskSpec
+from remend.studies.spec import BUNDLED, TINY, TaskSpec
 
 TRAIN_ROWS, ROWS, FEW = 320, 64, 8
 """Of a task that makes its own rows; and those of the held-out rows that a cell watches while it trains."""
 
 WORKED = tuple(key for key in DEMONSTRATION_KEYS if key != "answer")
 """Columns that hold an answer as it shall be written."""
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "quantize": quantize,
-    "prune": prune,
-    "depth": prune_depth,
-    "finetune": finetune,
-}
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ class Made:
         return self.hashes[key]
 
 
-def digest(values: Any) -> str:
+def digest(values: object) -> str:
     """SHA-256 over plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
 
@@ -103,7 +92,7 @@ def make(study: Study, out: Path, data: Path | None = None) -> Made:
     return made
 
 
-def _written(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+def _written(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     write_text(path, "".join(map(json_line, rows)))
     return path
 
@@ -159,38 +148,33 @@ def _rows(name: str, split: str, source: str | None, count: int | None, tiny: Ma
     if source is None:
         made = tasks.get(name).rows(split, count or (TRAIN_ROWS if split == "train" else ROWS), seed=0)
         return [Example(row["id"], row["prompt"], row) for row in made]
-    found = tasks.get(name).load(tiny[f"task_{split}"] if source == TINY else source)
-    for number, example in enumerate(found, start=1):
+    rows = tasks.get(name).load(tiny[f"task_{split}"] if source == TINY else source)
+    for number, example in enumerate(rows, start=1):
         tasks.get(name).check(example.row, f"{source}, row {number}")
-    return choose(found, count, 0) if count else found
+    return choose(rows, count, 0) if count else rows
 
 
-def student_inputs(study: Study, made: Made, group: Group) -> dict[str, Any]:
+def student_inputs(study: Study, made: Made, group: Group) -> JsonObject:
     """What settles a degraded student: its model's hash, and the arguments with the hash of the data."""
     spec = study.degradations[group.degradation]
-    values: dict[str, Any] = spec.model_dump()
-    data = values.get("data")
-    if isinstance(spec, Finetune) and data is None:
-        data = str(made.tasks[group.task].train)
-    known = data is not None and Path(data).is_file()
+    values = spec.settles()
+    data = str(made.tasks[group.task].train) if spec.of_task else values.get("data")
+    known = isinstance(data, str) and Path(data).is_file()
     values["data"] = hashlib.sha256(Path(str(data)).read_bytes()).hexdigest() if known else data
     return {"model": made.hash_of(made.models[group.model]), "degradation": values}
 
 
-def student_arguments(study: Study, made: Made, group: Group) -> dict[str, Any]:
-    """Of `degrade`, plain values."""
+def student_arguments(study: Study, made: Made, group: Group) -> JsonObject:
+    """Of `make_student`, plain values."""
     spec = study.degradations[group.degradation]
-    values = {key: value for key, value in spec.model_dump().items() if value is not None}
-    kind = values.pop("kind")
-    if isinstance(spec, Finetune):
-        values.setdefault("data", str(made.tasks[group.task].train))
-    if kind == "prune":
-        values["sparsity"] = str(values["sparsity"])
-    values |= {"device": str(study.spec.recipe.get("device", "auto")), "probe": False}
+    values = {"device": str(study.spec.recipe.get("device", "auto")), "probe": False}
+    values |= spec.settings.model_dump(exclude_unset=True)
+    if spec.of_task:
+        values["data"] = str(made.tasks[group.task].train)
     return {
         "model": made.models[group.model],
         "out": str(made.student(group)),
-        "kind": kind,
+        "kind": spec.kind,
         "arguments": values,
         "inputs": student_inputs(study, made, group),
     }
@@ -201,13 +185,15 @@ def record_of(student: Path) -> Path:
     return student.with_name(f"{student.name}.json")
 
 
-def is_made(student: Path, inputs: Mapping[str, Any]) -> bool:
+def is_made(student: Path, inputs: Mapping[str, object]) -> bool:
     """Whether a student is there and was made of these inputs."""
     record = record_of(student)
     return record.is_file() and student.is_dir() and read_json(record) == json.loads(json.dumps(inputs))
 
 
-def degrade(model: str, out: str, kind: str, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+def make_student(
+    model: str, out: str, kind: str, arguments: Mapping[str, object], inputs: Mapping[str, object]
+) -> None:
     """Make a degraded student, in the place of one that was made of other inputs.
 
     Raises InputError and FileError as the degradation does.
@@ -215,11 +201,11 @@ def degrade(model: str, out: str, kind: str, arguments: Mapping[str, Any], input
     target = Path(out)
     record_of(target).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
-    FUNCTIONS[kind](model, target, **arguments)
+    degrade(kind, model, target, arguments)
     write_json(record_of(target), inputs)
 
 
-def cell_inputs(study: Study, made: Made, cell: Cell) -> dict[str, Any]:
+def cell_inputs(study: Study, made: Made, cell: Cell) -> JsonObject:
     """What settles a cell: for its training and for its grading apart, so that a new benchmark trains nothing anew."""
     files = made.tasks[cell.group.task]
     tasked = study.tasked(cell)
@@ -242,7 +228,7 @@ def cell_inputs(study: Study, made: Made, cell: Cell) -> dict[str, Any]:
     return {"training": training, "grading": grading_inputs(study, made, cell.group)}
 
 
-def grading_inputs(study: Study, made: Made, group: Group) -> dict[str, Any]:
+def grading_inputs(study: Study, made: Made, group: Group) -> JsonObject:
     """What settles the grades of a model: rows and options of every task."""
     return {
         name: {"options": spec.options, "rows": made.hash_of(made.tasks[name].held_out)}

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from remend.compression.grids import GridFormat
 from remend.data import tasks
-from remend.degrade import prune, quantize
+from remend.degrade import DEGRADATIONS
 from remend.errors import CheckError, FileError, InputError, did_you_mean
 from remend.evaluation import harness
 from remend.evaluation.plan import make_plan
 from remend.evaluation.settings import LM_EVAL, EvaluateSettings
 from remend.files import recipes
-from remend.files.settings import Settings, build, read_yaml
+from remend.files.atomic import JsonObject
+from remend.files.settings import Config, build, read_yaml
 from remend.studies.grid import Cell, Method, Study, cells_of
 from remend.studies.spec import (
     BASES,
     EXTRAS,
-    KINDS,
     OWNED,
     STREAMS,
     TINY,
@@ -29,12 +28,12 @@ from remend.studies.spec import (
     Degradation,
     MethodSpec,
     ModelSpec,
-    Prune,
-    Quantize,
     SpeedSpec,
     StudySpec,
     TaskSpec,
 )
+
+Part = TypeVar("Part")
 
 OPTIONS = [name for name in EvaluateSettings.model_fields if name != "data"]
 """Options of remend eval but for the rows, which a study has keys of its own for."""
@@ -48,7 +47,7 @@ def read_study(path: str | Path) -> Study:
         InputError: whatever is wrong with it, all at once: unknown keys, degradations, methods and tasks (the known are
             listed), no seeds, names that clash.
     """
-    path = _found(path)
+    path = _file(path)
     origin = f"study {path}"
     spec = build(StudySpec, read_yaml(path), origin)
     problems: list[str] = []
@@ -85,9 +84,9 @@ def require_benchmarks(study: Study) -> None:
     for name, spec in study.benchmarks.items():
         if name.startswith(LM_EVAL):
             include = spec.options.get("include")
-            found = harness.Tasks(Path(include) if include else None)
+            known = harness.Tasks(Path(include) if include else None)
             try:
-                found.check([name], allow_code=spec.options.get("allow_code", False))
+                known.check([name], allow_code=spec.options.get("allow_code", False))
             except CheckError as error:
                 problems.append(f"study {study.path}: benchmarks.{name}: {error}")
     if problems:
@@ -99,7 +98,7 @@ def shipped_studies() -> list[str]:
     return sorted(path.stem for path in (recipes.folder() / "studies").glob("*.yaml"))
 
 
-def _found(path: str | Path) -> Path:
+def _file(path: str | Path) -> Path:
     if Path(path).is_file():
         return Path(path)
     if str(path) in shipped_studies():
@@ -117,7 +116,7 @@ class _Reader:
     def __init__(self, origin: str, problems: list[str]) -> None:
         self.origin, self.problems = origin, problems
 
-    def part(self, place: str, kind: type[Settings], values: Any) -> Any:
+    def part(self, place: str, kind: type[Config], values: object) -> Config | None:
         """`values` as a `kind`, or None."""
         if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
             self.problems.append(f"{self.origin}: {place} is {values!r}; it must be a mapping of keys to values")
@@ -128,10 +127,12 @@ class _Reader:
             self.problems.append(str(error))
             return None
 
-    def each(self, place: str, values: Mapping[str, Any], read: Any) -> dict[str, Any]:
+    def each(
+        self, place: str, values: Mapping[str, object], read: Callable[[str, str, object], Part | None]
+    ) -> dict[str, Part]:
         """All entries of a mapping that can be read."""
-        found = {name: read(f"{place}.{name}", name, value) for name, value in values.items()}
-        return {name: value for name, value in found.items() if value is not None}
+        parts = {name: read(f"{place}.{name}", name, value) for name, value in values.items()}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def models(self, spec: StudySpec) -> dict[str, ModelSpec]:
         """The one model under its own name, or several."""
@@ -143,27 +144,26 @@ class _Reader:
             return {"model": ModelSpec(path=spec.model, parameters=None)}
         return self.each("models", spec.models or {}, lambda place, name, value: self.part(place, ModelSpec, value))
 
-    def degradation(self, place: str, name: str, value: Any) -> Degradation | None:
-        """By its kind."""
-        kind = value.get("kind") if isinstance(value, Mapping) else None
-        if kind not in KINDS:
-            near = did_you_mean(str(kind), KINDS) if kind is not None else ""
-            got = f'unknown kind of degradation "{kind}"' if kind is not None else "kind is missing"
-            self.problems.append(f"{self.origin}: {place}: {got}; known: {', '.join(KINDS)}.{near}")
-            return None
-        found: Degradation | None = self.part(place, KINDS[kind], value)
+    def degradation(self, place: str, name: str, value: object) -> Degradation | None:
+        """By its kind, as the registry of degradations has it."""
+        values = dict(value) if isinstance(value, Mapping) else {}
+        kind = values.pop("kind", None)
         try:
-            if isinstance(found, Quantize):
-                GridFormat.parse(found.format)
-                quantize.METHODS.get(found.method)
-            elif isinstance(found, Prune):
-                prune.Sparsity.parse(str(found.sparsity))
-                prune.METHODS.get(found.method)
+            if kind is None:
+                raise InputError(f"kind is missing; known: {', '.join(DEGRADATIONS.names())}.")
+            model = DEGRADATIONS.get(str(kind))
+            of_task = model.learns and values.get("data") is None
+            settings = self.part(place, model, values | ({"data": "the task's rows"} if of_task else {}))
+            if settings is None:
+                return None
+            if not model.learns:  # rows to learn are looked at when they are learned
+                settings.check()
         except InputError as error:
             self.problems.append(f"{self.origin}: {place}: {error}")
-        return found
+            return None
+        return Degradation(str(kind), settings, of_task)
 
-    def method(self, place: str, name: str, value: Any) -> Method | None:
+    def method(self, place: str, name: str, value: object) -> Method | None:
         """From `how`, or {how, recipe}."""
         spec = self.part(place, MethodSpec, {"how": value} if isinstance(value, str) else value)
         if spec is None:
@@ -178,19 +178,19 @@ class _Reader:
             ]
         if len(self.problems) > before:
             return None
-        found = Method(name, spec.how, base, frozenset(extras), spec.recipe)
-        if not found.trained and (extras or spec.recipe):
+        method = Method(name, spec.how, base, frozenset(extras), spec.recipe)
+        if not method.trained and (extras or spec.recipe):
             self.problems.append(f"{self.origin}: {place}: none does nothing, so it takes no additions and no recipe")
-        if found.base != "on-policy" and "bootstrap" in extras:
+        if method.base != "on-policy" and "bootstrap" in extras:
             self.problems.append(f"{self.origin}: {place}: bootstrap goes before on-policy steps, and {base} has none")
-        if found.labelled and "streams" in spec.recipe:
+        if method.labelled and "streams" in spec.recipe:
             self.problems.append(f"{self.origin}: {place}.recipe.streams: {base} trains on labels, and has no streams")
-        if found.labelled and "cka" in extras:
+        if method.labelled and "cka" in extras:
             self.problems.append(f"{self.origin}: {place}: cka needs the reference as the teacher, and {base} has none")
         self._recipe(place, spec.recipe)
-        return found
+        return method
 
-    def _recipe(self, place: str, recipe: Mapping[str, Any]) -> None:
+    def _recipe(self, place: str, recipe: JsonObject) -> None:
         for key in recipe:
             if key in OWNED:
                 self.problems.append(f"{self.origin}: {place}.recipe.{key} is set by the study itself; leave it out")
@@ -201,7 +201,7 @@ class _Reader:
             if name not in STREAMS
         ]
 
-    def task(self, place: str, name: str, value: Any) -> TaskSpec | None:
+    def task(self, place: str, name: str, value: object) -> TaskSpec | None:
         """A task of remend.tasks with its rows."""
         if name not in tasks.names():
             known = tasks.names()
@@ -218,9 +218,9 @@ class _Reader:
             ]
         return spec
 
-    def _spec(self, place: str, name: str, value: Any) -> TaskSpec | None:
+    def _spec(self, place: str, name: str, value: object) -> TaskSpec | None:
         """Rows, and options that remend eval takes."""
-        spec: TaskSpec | None = self.part(place, TaskSpec, value or {})
+        spec = self.part(place, TaskSpec, value or {})
         if spec is None:
             return None
         known = OPTIONS
@@ -238,7 +238,7 @@ class _Reader:
                 self.problems += [f"{self.origin}: {place}.options: {line}" for line in str(error).split("\n")]
         return spec
 
-    def benchmark(self, place: str, name: str, value: Any) -> TaskSpec | None:
+    def benchmark(self, place: str, name: str, value: object) -> TaskSpec | None:
         """A task that is graded only, or one of lm-evaluation-harness."""
         if name.startswith(LM_EVAL) or name not in tasks.names():
             if not name.startswith(LM_EVAL):
@@ -304,12 +304,12 @@ def _clashes(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _recipes(study: Study) -> list[str]:
     """Problems of the cells' recipes, each once and not once a seed."""
-    found: dict[str, None] = {}
+    problems: dict[str, None] = {}
     for cell in study.cells:
         try:
             study.draft(cell)
         except InputError as error:
             for line in str(error).split("\n"):
                 said = line.partition(f"cell {cell.name}: ")[2]
-                found.setdefault(f"study {study.path}: method {cell.method.name}: {said}")
-    return list(found)
+                problems.setdefault(f"study {study.path}: method {cell.method.name}: {said}")
+    return list(problems)

@@ -10,11 +10,13 @@ budget: {tokens: 9000}
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from remend.files.settings import Settings, as_number
+from remend.degrade.kinds import DegradeSettings
+from remend.files.atomic import JsonObject
+from remend.files.settings import Number, Settings
 
 TINY = "tiny"
 """As a model, a task's rows or the data: what the study makes for itself, see remend.studies.tiny_model."""
@@ -22,78 +24,36 @@ TINY = "tiny"
 BUNDLED = "bundled"
 
 
-Number = Annotated[float, BeforeValidator(as_number)]
-
-
 class ModelSpec(Settings):
     """A healthy model."""
 
     path: str = Field(min_length=1, description="directory, GGUF file, hub id[@revision], smollm2, or tiny")
     parameters: Number | None = Field(None, gt=0, description="how many, for the estimate of cost")
-    recipe: dict[str, Any] = Field(
+    recipe: JsonObject = Field(
         default_factory=dict, description="recipe keys for this model, over the study's and under a method's"
     )
 
 
-class Quantize(Settings):
-    """Arguments of remend.quantize."""
+@dataclass(frozen=True)
+class Degradation:
+    """An entry of `degradations`: `kind` is a name in the registry of degradations, and has these settings."""
 
-    kind: Literal["quantize"]
-    format: str = Field(description="int3-g64, int4-g32-sym, gguf:q4_0, nvfp4 …")
-    method: str = "rtn"
-    skip: list[str] = Field(default_factory=list)
-    data: str | None = None
-    samples: int = Field(48, ge=1)
-    seed: int = Field(0, ge=0)
+    kind: str
+    settings: DegradeSettings
+    of_task: bool
+    """Whether it learns the rows of the study's task, since it names none of its own; `data` says nothing then."""
 
-
-class Prune(Settings):
-    """Arguments of remend.prune."""
-
-    kind: Literal["prune"]
-    sparsity: str | float = Field(description="a share of zeros, 0.5, or n:m as a text, '2:4'")
-    method: str = "magnitude"
-    scope: str = "layer"
-    skip: list[str] = Field(default_factory=list)
-    data: str | None = None
-    samples: int = Field(48, ge=1)
-    seed: int = Field(0, ge=0)
+    def settles(self) -> dict[str, object]:
+        """What a student depends on, as plain values."""
+        return {"kind": self.kind} | {
+            name: value.model_dump(exclude_unset=True) if isinstance(value, Settings) else value
+            for name, value in self.settings
+            if name not in NEWER or name in self.settings.model_fields_set
+        }
 
 
-class Depth(Settings):
-    """Arguments of remend.prune_depth."""
-
-    kind: Literal["depth"]
-    layers: int | list[int] = Field(description="how many blocks to remove, or with method list their numbers")
-    method: str = "block-influence"
-    data: str | None = None
-    samples: int = Field(48, ge=1)
-    seed: int = Field(0, ge=0)
-
-
-class Finetune(Settings):
-    """Arguments of remend.finetune: how forgetting is produced. Without data the task's training rows are learned."""
-
-    kind: Literal["finetune"]
-    data: str | None = None
-    steps: int | None = Field(None, ge=1)
-    epochs: Number | None = Field(None, gt=0)
-    learning_rate: Number | None = Field(None, gt=0, le=1)
-    batch_size: int = Field(4, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
-    max_tokens: int = Field(1024, ge=1)
-    lora: dict[str, Any] | None = None
-    seed: int = Field(0, ge=0)
-
-
-Degradation = Quantize | Prune | Depth | Finetune
-
-KINDS: dict[str, type[Quantize] | type[Prune] | type[Depth] | type[Finetune]] = {
-    "quantize": Quantize,
-    "prune": Prune,
-    "depth": Depth,
-    "finetune": Finetune,
-}
+NEWER = ("probe", "device", "trust_remote_code", "dtype")
+"""Settings of degradations that studies did not have at first. Only where they are given are students made anew."""
 
 BASES = {
     "none": "the degraded student as it is",
@@ -114,7 +74,7 @@ class MethodSpec(Settings):
     """A way to recover."""
 
     how: str = Field(min_length=1, description=f"one of {', '.join(BASES)}, and after it +{', +'.join(EXTRAS)}")
-    recipe: dict[str, Any] = Field(default_factory=dict, description="recipe keys for this method alone")
+    recipe: JsonObject = Field(default_factory=dict, description="recipe keys for this method alone")
 
 
 class TaskSpec(Settings):
@@ -124,7 +84,7 @@ class TaskSpec(Settings):
     held_out: str | None = Field(None, min_length=1, description="rows to grade: a file; by default the task's own")
     train_rows: int | None = Field(None, ge=2, description="how many of them; by default 320 made or all of a file")
     rows: int | None = Field(None, ge=2, description="how many are graded; by default 64 made or all of a file")
-    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of remend eval")
+    options: JsonObject = Field(default_factory=dict, description="further arguments of remend eval")
 
 
 class BudgetSpec(Settings):
@@ -164,18 +124,18 @@ class StudySpec(Settings):
 
     name: str | None = Field(None, min_length=1, description="of the study; by default the file's")
     model: str | None = Field(None, min_length=1, description="the healthy model; or give models")
-    models: dict[str, Any] | None = Field(None, description="several: {name: {path, parameters, recipe}}")
-    degradations: dict[str, Any] = Field(description="{name: {kind, …}}")
-    methods: dict[str, Any] = Field(description="{name: how, or {how, recipe}}")
-    tasks: dict[str, Any] = Field(description="{task: {train, held_out, rows, …}}: trained on and graded")
-    benchmarks: dict[str, Any] = Field(default_factory=dict, description="tasks that are graded only; likewise")
+    models: JsonObject | None = Field(None, description="several: {name: {path, parameters, recipe}}")
+    degradations: JsonObject = Field(description="{name: {kind, …}}")
+    methods: JsonObject = Field(description="{name: how, or {how, recipe}}")
+    tasks: JsonObject = Field(description="{task: {train, held_out, rows, …}}: trained on and graded")
+    benchmarks: JsonObject = Field(default_factory=dict, description="tasks that are graded only; likewise")
     seeds: list[int] = Field(description="of the recoveries")
-    budget: dict[str, Any] = Field(description="{tokens, seconds}")
-    data: dict[str, Any] = Field(default_factory=dict, description="general prompts: {train, held_out, rows}")
-    recipe: dict[str, Any] = Field(default_factory=dict, description="recipe keys for all cells")
+    budget: JsonObject = Field(description="{tokens, seconds}")
+    data: JsonObject = Field(default_factory=dict, description="general prompts: {train, held_out, rows}")
+    recipe: JsonObject = Field(default_factory=dict, description="recipe keys for all cells")
     task_share: Number = Field(0.25, ge=0, lt=1, description="of a step's prompts, from the task")
     measurements: int = Field(6, ge=1, description="of KL and CKA along a cell's training")
-    speed: dict[str, Any] | None = Field(None, description="what the estimate of cost goes by")
+    speed: JsonObject | None = Field(None, description="what the estimate of cost goes by")
     one_process: bool = Field(False, description="run all cells in this process; quick for tiny models")
     keep_models: bool = Field(True, description="keep the recovered models after they were graded")
 

@@ -201,7 +201,7 @@ class _Work:
         plan, made, tasked = self.plan, self.made, self.plan.tasked(cell)
         files, student = made.tasks[cell.group.task], str(made.student(cell.group))
         reference, place = made.models[cell.group.model], self._place(cell)
-        forgot = plan.degradations[cell.group.degradation].kind == "finetune"
+        forgot = plan.degradations[cell.group.degradation].settings.learns
         policy = {} if cell.method.base == "on-policy" or not cell.method.trained else {"policy": "off"}
         share = {"share": 1 - plan.spec.task_share} if tasked else {}
         streams: dict[str, Any] = {

@@ -22,7 +22,7 @@ from remend.files.atomic import write_json, write_text
 from remend.plugins import asked_for, import_installed, import_modules
 
 JOBS = {
-    "degrade": "remend.studies.made.degrade",
+    "degrade": "remend.studies.made.make_student",
     "grade": "remend.studies.grading.grade_reference",
     "cell": "remend.studies.cell.run_cell",
 }

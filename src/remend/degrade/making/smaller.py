@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from remend.errors import InputError
+from remend.models.protocols import CausalLM
 
 
-def rebuild(reference: Any, changes: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
+def rebuild(reference: CausalLM, changes: Mapping[str, object], state: Mapping[str, Tensor]) -> CausalLM:
     """A model like `reference` with another configuration and these weights.
 
     Args:
@@ -31,7 +33,8 @@ def rebuild(reference: Any, changes: Mapping[str, Any], state: Mapping[str, Tens
     Raises:
         InputError: the architecture can't have that configuration, or its weights are not those in `state`.
     """
-    kind = type(reference)
+    whole = cast(PreTrainedModel, reference)
+    kind = type(whole)
     asked = ", ".join(f"{name} {value}" for name, value in changes.items() if isinstance(value, int))
     config = copy.deepcopy(reference.config)
     text = config.get_text_config()
@@ -40,16 +43,16 @@ def rebuild(reference: Any, changes: Mapping[str, Any], state: Mapping[str, Tens
     try:
         if hasattr(config, "validate"):
             config.validate()
-        model = kind(config).to(device=reference.device, dtype=reference.dtype)
+        model = kind(config).to(device=reference.device, dtype=whole.dtype)
         model.load_state_dict(dict(state), strict=True)
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:240]
         raise InputError(f"{kind.__name__} can't have {asked}: {reason}") from error
     model.tie_weights()
-    model.generation_config = copy.deepcopy(reference.generation_config)
-    return model.eval()
+    model.generation_config = copy.deepcopy(whole.generation_config)
+    return cast(CausalLM, model.eval())
 
 
-def path_of(model: nn.Module, module: nn.Module) -> str:
+def path_of(model: CausalLM, module: nn.Module) -> str:
     """The name of a module inside a model, e.g. 'model.layers'."""
-    return next(str(name) for name, found in model.named_modules() if found is module)
+    return next(str(name) for name, part in model.named_modules() if part is module)

@@ -6,8 +6,8 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypedDict
 
 import torch
 
@@ -15,14 +15,16 @@ from remend.compression.recognise import RECORD
 from remend.console import console, stage
 from remend.data.examples import bundled, choose, data_hash, load_examples
 from remend.data.templates import encode
+from remend.degrade.kinds import Calibrated, DegradeSettings
 from remend.errors import InputError
-from remend.files.atomic import new_directory, write_json
+from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.run_directory import occupied
 from remend.models.activations.walk import completions
 from remend.models.device import choose_device
 from remend.models.find import ModelSource, find_model, hash_files, origin_note
 from remend.models.layers import linear_layers
 from remend.models.load import load_model, load_tokenizer, save_model
+from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
@@ -36,40 +38,19 @@ DENSE_BITS = 16
 """Of a weight that is not packed, as models are served."""
 
 
-class Options(TypedDict, total=False):
-    """What every degradation takes beside its own settings.
-
-    seed: of calibration text, training order and whatever else draws; 0.
-    data: calibration prompts, JSON lines or a datasets id; None takes bundled ones.
-    samples: how many of them; 48.
-    probe: measure KL and agreement with the reference on the demo's held-out prompts; True.
-    device: auto (the default), cpu, cuda.
-    trust_remote_code: let a model directory run its own Python; False.
-    """
-
-    seed: int
-    data: str | None
-    samples: int
-    probe: bool
-    device: str
-    trust_remote_code: bool
-
-
 @dataclass
-class Job:
+class Damage:
     """What a degradation works on.
 
     reference: the healthy model, not to be changed; student: a copy that is.
-    samples, data: how many calibration prompts, and from where (None: the bundled training prompts).
+    settings: what is asked for.
     """
 
-    reference: Any
-    student: Any
-    tokenizer: Any
+    reference: CausalLM
+    student: CausalLM
+    tokenizer: Tokenizer
     source: ModelSource
-    seed: int
-    samples: int
-    data: str | None
+    settings: DegradeSettings
     calibration_seconds: float = 0.0
     calibration_hash: str | None = None
     _rollouts: list[Rollout] | None = None
@@ -78,12 +59,16 @@ class Job:
         """The reference's own completions, sampled once. Raises InputError when there is no prompt."""
         if self._rollouts is None:
             began = time.perf_counter()
-            everything = bundled("train") if self.data is None else load_examples(self.data)
-            chosen = everything[: self.samples] if self.data is None else choose(everything, self.samples, self.seed)
+            seed = self.settings.seed
+            text = self.settings if isinstance(self.settings, Calibrated) else Calibrated.model_validate({})
+            if text.data is None:
+                chosen = bundled("train")[: text.samples]
+            else:
+                chosen = choose(load_examples(text.data), text.samples, seed)
             self.calibration_hash = data_hash(chosen)
             prompts = [encode(self.tokenizer, e) for e in chosen]
             self._rollouts = completions(
-                self.reference, self.tokenizer, prompts, max_new_tokens=CALIBRATION_TOKENS, seed=self.seed
+                self.reference, self.tokenizer, prompts, max_new_tokens=CALIBRATION_TOKENS, seed=seed
             )
             self.calibration_seconds = time.perf_counter() - began
         return self._rollouts
@@ -100,77 +85,56 @@ class Changed:
     packed_bytes: the whole model as packed; None counts every parameter at 16 bits.
     """
 
-    student: Any
-    entry: dict[str, Any]
+    student: CausalLM
+    entry: JsonObject
     files: Callable[[Path], None] | None = None
     bits_per_weight: float = DENSE_BITS
     packed_bytes: int | None = None
 
 
-def run_job(
-    model: str,
-    out: str | Path,
-    change: Callable[[Job], Changed],
-    *,
-    title: str,
-    seed: int = 0,
-    data: str | None = None,
-    samples: int = 48,
-    probe: bool = True,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Load `model`, let `change` damage a copy, measure and save it.
-
-    Args:
-        model: the healthy reference: directory, GGUF file, hub id[@revision] or smollm2.
-        out: a new directory.
-        change: gets a Job, gives Changed.
-        title: what is done, for the progress line.
-        seed, data, samples, probe, device, trust_remote_code: see Options.
-
-    Returns:
-        The content of degradation.json.
-
-    Raises:
-        InputError, FileError: unreadable model, occupied directory, no calibration prompts.
-    """
+def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObject:
+    """Load `model`, damage a copy as `settings` ask, measure and save it; see kinds.degrade."""
     out = Path(out)
     problem = occupied(out)
     if problem:
         raise InputError(problem)
-    job, hashes = _load(model, seed, samples, data, device, trust_remote_code)
-    with stage(title):
+    damage, hashes = _load(model, settings)
+    with stage(settings.title()):
         began = time.perf_counter()
-        changed = change(job)
-        seconds = time.perf_counter() - began - job.calibration_seconds
-    if data is not None and job.calibration_hash is None:
-        console.print(f"[yellow]warning[/]: data {data} has no effect: {title} needs no calibration", soft_wrap=True)
-    record = _record(job, changed, model, hashes, seconds)
-    if probe:
-        record["probe"] = probe_against(job.reference, changed.student, job.tokenizer)
+        changed = settings.change(damage)
+        seconds = time.perf_counter() - began - damage.calibration_seconds
+    if isinstance(settings, Calibrated) and settings.data is not None and damage.calibration_hash is None:
+        text = f"data {settings.data} has no effect: {settings.title()} needs no calibration"
+        console.print(f"[yellow]warning[/]: {text}", soft_wrap=True)
+    record = _record(damage, changed, model, hashes, seconds)
+    if settings.probe:
+        record["probe"] = probe_against(damage.reference, changed.student, damage.tokenizer)
     with stage(f"saving {out}"), new_directory(out) as target:
-        save_model(changed.student, job.tokenizer, target)
+        save_model(changed.student, damage.tokenizer, target)
         if changed.files:
             changed.files(target)
         write_json(target / RECORD, record)
     return record
 
 
-def _record(job: Job, changed: Changed, model: str, hashes: Mapping[str, str], seconds: float) -> dict[str, Any]:
-    record = {
+def _record(damage: Damage, changed: Changed, model: str, hashes: Mapping[str, str], seconds: float) -> JsonObject:
+    record: JsonObject = {
         "sparsity": share_of_zeros([layer.weight for layer in linear_layers(changed.student).values()]),
         **changed.entry,
         "reference": {"model": model, "files": hashes},
         "bits_per_weight": changed.bits_per_weight,
         "packed_bytes": changed.packed_bytes or DENSE_BITS // 8 * sum(p.numel() for p in changed.student.parameters()),
         "seconds": round(seconds, 3),
-        "seed": job.seed,
+        "seed": damage.settings.seed,
     }
-    if job.calibration_hash:
-        spent = round(job.calibration_seconds, 3)
-        record["calibration"] = {"prompts": len(job.calibration()), "hash": job.calibration_hash, "seconds": spent}
-    note = origin_note(job.source)
+    if damage.calibration_hash:
+        spent = round(damage.calibration_seconds, 3)
+        record["calibration"] = {
+            "prompts": len(damage.calibration()),
+            "hash": damage.calibration_hash,
+            "seconds": spent,
+        }
+    note = origin_note(damage.source)
     if note:
         record["note"] = note
     return record
@@ -181,28 +145,24 @@ def share_of_zeros(weights: Sequence[torch.Tensor]) -> float:
     return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
 
 
-def _load(
-    model: str, seed: int, samples: int, data: str | None, device: str, trust_remote_code: bool
-) -> tuple[Job, dict[str, str]]:
-    source = find_model(model)
+def _load(model: str, settings: DegradeSettings) -> tuple[Damage, dict[str, str]]:
+    source, trust = find_model(model), settings.trust_remote_code
     if source.kind == "adapter":
         raise InputError(
             f"{model} is an adapter on a base, and degrading one without the other makes no model; degrade the base, "
             "or merge the adapter (merge: true in a recipe) and degrade that"
         )
-    if samples < 1:
-        raise InputError(f"samples is {samples}: the calibration set is empty; allowed is 1 or more")
-    where = choose_device(device)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    where = choose_device(settings.device)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
     with stage(f"loading {model}"):
-        reference = load_model(source, dtype=torch.float32, device=where, trust_remote_code=trust_remote_code)
+        reference = load_model(source, dtype=torch.float32, device=where, trust_remote_code=trust)
         reference.requires_grad_(False)
         hashes = hash_files(source)
-    return Job(reference, copy.deepcopy(reference), tokenizer, source, seed, samples, data), hashes
+    return Damage(reference, copy.deepcopy(reference), tokenizer, source, settings), hashes
 
 
 @torch.no_grad()
-def probe_against(reference: Any, student: Any, tokenizer: Any) -> dict[str, Any]:
+def probe_against(reference: CausalLM, student: CausalLM, tokenizer: Tokenizer) -> JsonObject:
     """Forward KL (nats a token) and top-1 agreement on the demo's held-out prompts: the reference's greedy answers."""
     prompts = [encode(tokenizer, e) for e in bundled("held_out")[:PROBE_PROMPTS]]
     parts = scorer(reference)
@@ -212,13 +172,11 @@ def probe_against(reference: Any, student: Any, tokenizer: Any) -> dict[str, Any
     return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"], "prompts": len(prompts)}
 
 
-def chosen_layers(model: Any, skip: Sequence[str]) -> dict[str, torch.nn.Linear]:
+def chosen_layers(model: CausalLM, skip: Sequence[str]) -> dict[str, torch.nn.Linear]:
     """`models.linear_layers` without those that a skip pattern matches (shell patterns over the full name).
 
     Raises InputError for a pattern that matches nothing, or when nothing is left.
     """
-    from fnmatch import fnmatchcase
-
     layers = linear_layers(model)
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in layers):

@@ -1,0 +1,75 @@
+"""The verbs of `remend degrade`: one for each kind of damage that is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import typer
+
+from remend.cli.from_settings import Option, command, options_of, parameter
+from remend.cli.show import show_damage
+from remend.degrade import DEGRADATIONS
+from remend.degrade.kinds import Calibrated, degrade
+from remend.errors import InputError
+
+FIXED = (
+    parameter(
+        "model", str, typer.Argument(help="The healthy model: a directory, GGUF file, hub id\\[@revision], smollm2.")
+    ),
+    parameter("out", str, typer.Option(help="A new directory.")),
+)
+
+OLDER = {"depth": {"layers": "layers", "method": "by"}, "width": {"ffn": "ffn", "heads": "heads"}}
+"""Kinds that `prune --method KIND` still makes, with the names that their fields have as its options."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put a verb into the command line for each kind that is registered by now."""
+    group = typer.Typer(help="Make a damaged student from a healthy model.", no_args_is_help=True)
+    for kind in DEGRADATIONS.names():
+        model = DEGRADATIONS.get(kind)
+        options, run = options_of(model), _runs(kind)
+        if kind == "prune":
+            options, run = [*options, *_older_options()], _prune
+        about = (model.__doc__ or "").strip().partition("\n\n")[0]
+        group.command(kind)(command(FIXED, options, run, about))
+    app.add_typer(group, name="degrade")
+
+
+def _runs(kind: str) -> Callable[[Mapping[str, Any], dict[str, Any]], None]:
+    def run(fixed: Mapping[str, Any], given: dict[str, Any]) -> None:
+        show_damage(fixed["out"], degrade(kind, fixed["model"], fixed["out"], given))
+
+    return run
+
+
+def _older_options() -> list[Option]:
+    return [
+        option
+        for kind, names in OLDER.items()
+        for option in options_of(DEGRADATIONS.get(kind), only=list(names), renamed=names, hidden=True)
+    ]
+
+
+def _prune(fixed: Mapping[str, Any], given: dict[str, Any]) -> None:
+    """`prune`, and what it was called with before depth and width had verbs of their own."""
+    method = given.get("method", "magnitude")
+    names = OLDER.get(method)
+    common = {*Calibrated.model_fields, "method"}
+    own = [name for name in DEGRADATIONS.get("prune").model_fields if name not in common]
+    taken = list(names.values()) if names else own
+    idle = [f"--{name}" for name in given if name not in common and name not in taken]
+    if idle:
+        raise InputError(
+            f"{', '.join(idle)} has no effect with --method {method}, which takes --{', --'.join(taken)}; leave it out"
+        )
+    if not names:
+        _runs("prune")(fixed, given)
+        return
+    layers = given.get("layers")
+    if "by" in given and isinstance(layers, list):
+        text = f"{layers[0]}," if len(layers) == 1 else ",".join(map(str, layers))
+        raise InputError(f"--by chooses layers, and --layers {text} names them; leave one of them out")
+    fields = {option: field for field, option in names.items()}
+    _runs(method)(fixed, {fields.get(name, name): value for name, value in given.items() if name != "method"})

@@ -1,0 +1,166 @@
+"""Commands made from settings models: an option for every field, with its name, type, default and description.
+
+| field | option |
+| --- | --- |
+| a number, a text, a choice | --name VALUE |
+| bool | --name / --no-name |
+| list of texts | --name VALUE, repeatable |
+| list of numbers or choices | --name 1,2,3 |
+| one or a list of them | --name 5, or --name 1,2,3; with a comma it is a list |
+| other settings | an option for each of theirs, --name-theirs |
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.markup import escape
+
+from remend.errors import InputError
+from remend.files.settings import Settings, merged
+
+
+@dataclass(frozen=True)
+class Option:
+    """A parameter of a command, and the path of the field that it sets; `number` is what the parts of a list are."""
+
+    path: tuple[str, ...]
+    parameter: inspect.Parameter
+    part: type[int] | type[str] | None
+    single: bool
+
+    def read(self, value: Any) -> object:
+        """What the field gets. Raises InputError for a list of numbers that is none."""
+        if self.part is None:
+            return list(value) if isinstance(value, list | tuple) else value
+        try:
+            parts = [self.part(part.strip()) for part in value.split(",") if part.strip()]
+        except ValueError:
+            name = self.path[-1].replace("_", " ")
+            what = "neither a number nor a list" if self.single else "no list of numbers"
+            raise InputError(f'{name} "{value}" is {what} like 23,24,25') from None
+        return parts[0] if self.single and parts and "," not in value else parts
+
+    def values(self, value: Any) -> dict[str, object]:
+        """The field with its value, below the settings that it is in."""
+        result: Any = self.read(value)
+        for name in reversed(self.path):
+            result = {name: result}
+        return dict(result)
+
+
+def options_of(
+    model: type[Settings],
+    *,
+    only: Sequence[str] | None = None,
+    renamed: Mapping[str, str] | None = None,
+    hidden: bool = False,
+) -> list[Option]:
+    """The options for a model's fields, those of the model itself before those that it inherits.
+
+    Args:
+        model: its fields have descriptions.
+        only: these fields; by default all.
+        renamed: other names for some of them.
+        hidden: leave them out of the help.
+    """
+    options: list[Option] = []
+    for field in _names(model) if only is None else only:
+        name = (renamed or {}).get(field, field)
+        options += _options((name,), model.model_fields[field], hidden, inside=False)
+    return options
+
+
+def command(
+    fixed: Sequence[inspect.Parameter],
+    options: Sequence[Option],
+    run: Callable[[Mapping[str, Any], dict[str, Any]], None],
+    about: str,
+) -> Callable[..., None]:
+    """A function for typer.
+
+    Args:
+        fixed: parameters that are no settings, see `parameter`.
+        options: of the settings.
+        run: called with the values of `fixed`, and those settings that stand on the command line: the model has the
+            defaults.
+        about: the help.
+    """
+
+    def called(context: typer.Context, **values: Any) -> None:
+        given: dict[str, Any] = {}
+        for option in options:
+            name = option.parameter.name
+            if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+                given = merged(given, option.values(values[name]))
+        run({one.name: values[one.name] for one in fixed}, given)
+
+    first = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    called.__signature__ = inspect.Signature([first, *fixed, *(o.parameter for o in options)])  # type: ignore[attr-defined]
+    called.__doc__ = about
+    return called
+
+
+def parameter(name: str, kind: object, how: Any, default: object = inspect.Parameter.empty) -> inspect.Parameter:
+    """A parameter of a command: its type, and typer.Option or typer.Argument with the help."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how])
+
+
+def _names(model: type[Settings]) -> Iterator[str]:
+    seen: set[str] = set()
+    for base in model.__mro__:
+        for name in inspect.get_annotations(base):
+            if name in model.model_fields and name not in seen:
+                seen.add(name)
+                yield name
+
+
+def _options(path: tuple[str, ...], field: FieldInfo, hidden: bool, inside: bool) -> Iterator[Option]:
+    kinds = list(_kinds(field.annotation))
+    inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)), None)
+    if inner:
+        for name in _names(inner):
+            yield from _options((*path, name), inner.model_fields[name], hidden, inside=True)
+        return
+    lists = [kind for kind in kinds if get_origin(kind) is list]
+    parts = [part for kind in lists for part in get_args(kind)]
+    single = len(lists) < len(kinds)
+    repeatable = parts == [str] and not single
+    separated: type[int] | type[str] | None = None
+    if lists and not repeatable:
+        separated = int if parts == [int] else str
+    kind: Any = list[str] if repeatable else kinds[0] if not lists and len(kinds) == 1 else str
+    about = field.description or ""
+    if inside:
+        about = f"{about[:1].upper()}{about[1:].rstrip('.')}."
+    if repeatable:
+        about = f"{about.rstrip('.')}; repeatable."
+    default = None if inside or repeatable else field.get_default()
+    if field.is_required() and not inside:
+        default = inspect.Parameter.empty
+    elif default is None:
+        kind = kind | None
+    elif kind is str:
+        default = str(default)
+    how = typer.Option(help=escape(about), hidden=hidden)
+    yield Option(path, parameter("_".join(path), kind, how, default), separated, single)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The alternatives of a type: choices count as texts, None is left out."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _kinds(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _kinds(part)
+    elif origin is Literal:
+        yield str
+    elif annotation is not NoneType:
+        yield annotation

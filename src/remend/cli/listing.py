@@ -1,0 +1,64 @@
+"""What comes with remend: tasks, recipes, its version."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import remend
+from remend.cli.show import print_line
+from remend.files import recipes
+
+task = typer.Typer(help="List the tasks, and write rows of those that make their own.", no_args_is_help=True)
+recipe = typer.Typer(help="List the recipes that ship with remend, and copy one.", no_args_is_help=True)
+
+
+@task.command("ls")
+def list_tasks(plain: Annotated[bool, typer.Option("--plain", help="One name a line.")] = False) -> None:
+    """List the tasks."""
+    width = max(map(len, remend.tasks.names()))
+    for name in remend.tasks.names():
+        print_line(name if plain else f"{name:<{width}}  {remend.tasks.get(name).about}")
+
+
+@task.command("write")
+def write_task(
+    name: Annotated[str, typer.Argument(help="A task of remend tasks ls.")],
+    out: Annotated[str, typer.Option(help="A new file of JSON lines.")],
+    n: Annotated[int, typer.Option("--n", help="How many rows.")],
+    split: Annotated[str, typer.Option(help="train or held_out; they share no item.")] = "train",
+    seed: Annotated[int, typer.Option(help="Settles the rows.")] = 0,
+) -> None:
+    """Write a task's rows: prompt, demonstration and answer."""
+    path = remend.tasks.write(name, out, split=split, n=n, seed=seed)
+    print_line(f"{path}: {n} rows of {name} ({split}, seed {seed})")
+
+
+@recipe.command("ls")
+def list_recipes(plain: Annotated[bool, typer.Option("--plain", help="One name a line.")] = False) -> None:
+    """List the recipes."""
+    width = max(map(len, recipes.names()))
+    for name in recipes.names():
+        print_line(name if plain else f"{name:<{width}}  {recipes.about(name)}")
+
+
+@recipe.command("cp")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="A recipe of remend recipes ls.")],
+    directory: Annotated[str, typer.Argument(help="Where the copy goes.")],
+) -> None:
+    """Copy a recipe, to change and own it."""
+    print_line(str(recipes.copy(name, directory)))
+
+
+def version() -> None:
+    """Print the version."""
+    print_line(remend.__version__)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the verbs of this module into the command line."""
+    app.add_typer(task, name="tasks")
+    app.add_typer(recipe, name="recipes")
+    app.command()(version)

@@ -1,0 +1,149 @@
+"""The verbs around a recovery: demo, recover, check, export, prompts, cache-teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import remend
+from remend.cli.show import print_line, show, show_cache
+from remend.errors import InputError
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Recipe file, then key=value …", metavar="[RECIPE.yaml] [KEY=VALUE]…")
+]
+Student = Annotated[str | None, typer.Option(help="The damaged model: a directory, GGUF file, hub id[@revision].")]
+Teacher = Annotated[
+    str | None, typer.Option(help="The healthy reference, named likewise; smollm2 is the embedded model.")
+]
+Data = Annotated[str | None, typer.Option(help="Training prompts: JSON lines with a prompt, or a datasets id.")]
+As = Annotated[str | None, typer.Option("--as", help="dense: train weights freely whose grid can't be held.")]
+Out = Annotated[str | None, typer.Option(help="A new directory for everything that is written.")]
+
+
+Model = Annotated[str, typer.Argument(help="The healthy model: a directory, GGUF file, hub id[@revision], smollm2.")]
+NewDirectory = Annotated[str, typer.Option(help="A new directory.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model directory run its own Python.")]
+
+
+def demo(
+    out: Out = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of the recovery.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of rollouts and order.")] = 0,
+    model: Annotated[str, typer.Option(help="The healthy model to start from.")] = "smollm2",
+) -> None:
+    """Quantize a real model to 3 bits so that it babbles, bring it back, and show the difference."""
+    from remend.studies.demo import STEPS
+
+    show(remend.demo(out, model=model, steps=STEPS if steps is None else steps, seed=seed))
+
+
+def recover(
+    words: Overrides = None,
+    student: Student = None,
+    teacher: Teacher = None,
+    data: Data = None,
+    out: Out = None,
+    as_: As = None,
+    resume: Annotated[str | None, typer.Option(help="Continue the interrupted run in this directory.")] = None,
+) -> None:
+    """Recover a degraded student: remend recover RECIPE.yaml [key=value …], or with the four options."""
+    recipe, overrides = _arguments(words, as_, student=student, teacher=teacher, data=data, out=out)
+    show(remend.recover(recipe, resume=resume, **overrides))
+
+
+def check(
+    words: Overrides = None,
+    student: Student = None,
+    teacher: Teacher = None,
+    data: Data = None,
+    out: Out = None,
+    as_: As = None,
+    files: Annotated[bool, typer.Option(help="Also look at the files that the recipe names.")] = True,
+) -> None:
+    """Check a recipe without training: every problem and warning at once."""
+    recipe, overrides = _arguments(words, as_, student=student, teacher=teacher, data=data, out=out)
+    found = remend.check(recipe, files=files, **overrides)
+    console = Console(highlight=False, soft_wrap=True)
+    for warning in found.warnings:
+        console.print("warning:", warning, markup=False)
+    found.raise_problems()
+    for note in found.notes:
+        console.print("note:", note, markup=False)
+    console.print(found.verdict(), markup=False)
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="A run's directory, or a model.")],
+    out: NewDirectory,
+    format: Annotated[str, typer.Option(help="dense, compressed-tensors, gguf or gguf:q4_0 …")] = "dense",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a model in the container that is served, read it back and compare it with what was measured."""
+    done = remend.export(source, out, format=format, trust_remote_code=trust_remote_code)
+    print_line(f"{out}: {done['container']}, {done['bytes']} bytes; check: {done['check']}")
+
+
+def prompts(
+    model: Model,
+    out: Annotated[str, typer.Option(help="A new file of JSON lines; NAME.stats.json beside it says how it was made.")],
+    n: Annotated[int, typer.Option("--n", help="How many prompts.")] = 512,
+    seed: Annotated[int, typer.Option(help="Settles the prompts.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Of the sampling; lower is plainer and less varied.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="A prompt that is longer is dropped, never cut.")] = 96,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Let a model write prompts itself: what users would ask, sampled from its chat template's user turn."""
+    from remend.recovery.self_prompt_filters import Counts
+
+    rest: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "device": device}
+    rest["trust_remote_code"] = trust_remote_code
+    done = remend.write_self_prompts(model, out, n=n, seed=seed, **rest)
+    counts = Counts(**done["counts"])
+    print_line(f"{out}: {counts.kept} prompts of {counts.attempts} tries, {done['seconds']:.1f} s")
+    print_line(f"removed: {counts.describe()}")
+
+
+def cache_teacher(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Prompts that the teacher answers: JSON lines or a datasets id.")],
+    out: NewDirectory,
+    k: Annotated[int, typer.Option("--k", help="Tokens stored by name at each position; the rest is one tail.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a completion.")] = 48,
+    held_out: Annotated[int | None, typer.Option(help="Prompts set apart, answered greedily.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out prompts of their own, in place of that.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Longer prompts are dropped, never cut.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="Of the sampling; scores are stored at 1.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of split and sampling.")] = 0,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Store a teacher's completions and its top-k scores of them, for where it does not fit beside the student."""
+    rest: dict[str, Any] = {"held_out": held_out, "eval_data": eval_data, "max_prompt_tokens": max_prompt_tokens}
+    rest |= {"k": k, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "device": device}
+    rest["trust_remote_code"] = trust_remote_code
+    show_cache(out, remend.cache_teacher(model, out, data=data, **rest))
+
+
+def _arguments(
+    words: list[str] | None, held_as: str | None, **options: str | None
+) -> tuple[Path | None, dict[str, Any]]:
+    from remend.files.settings import parse_overrides
+
+    if held_as not in (None, "dense"):
+        raise InputError(f'--as is "{held_as}"; allowed is dense')
+    words = list(words or []) + (["as_dense=true"] if held_as else [])
+    recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
+    return recipe, {**parse_overrides(words), **{k: v for k, v in options.items() if v is not None}}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the verbs of this module into the command line."""
+    for verb in (demo, recover, check, export, prompts):
+        app.command()(verb)
+    app.command("cache-teacher")(cache_teacher)

@@ -1,0 +1,94 @@
+"""The registry of kinds of damage, and what each of them is asked for.
+
+@DEGRADATIONS.register("noise", source="where it was described")
+class Noise(DegradeSettings):
+    "Add Gaussian noise to the weights."
+
+    scale: float = Field(0.1, gt=0, description="Standard deviation, relative to that of a matrix.")
+
+    def change(self, damage: Damage) -> Changed:
+        ...
+
+`remend degrade noise --scale 0.2` and a study's `{kind: noise, scale: 0.2}` are there from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field, field_validator
+
+from remend.files.settings import Settings, build
+from remend.registry import Registry
+
+if TYPE_CHECKING:
+    from remend.degrade.making.job import Changed, Damage
+    from remend.files.atomic import JsonObject
+
+Patterns = Annotated[list[str], Field(strict=False)]
+"""Texts in any kind of sequence."""
+
+
+class DegradeSettings(Settings):
+    """What every kind of damage takes. The docstring of a kind is what the command line says of it."""
+
+    learns: ClassVar[bool] = False
+    """Whether it trains on rows of a task. A study gives such a kind its own task's rows where `data` is left out."""
+
+    seed: int = Field(0, description="Seed of calibration text and training order.")
+    probe: bool = Field(True, description="Measure the damage on the demo's held-out prompts.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps.")
+    trust_remote_code: bool = Field(False, description="Let a model directory run its own Python.")
+
+    def check(self) -> None:
+        """Raise InputError for what can't be made, before a model is loaded."""
+
+    def title(self) -> str:
+        """What is done, for the line that shows progress."""
+        return f"making the damage {type(self).__name__.lower()}"
+
+    def change(self, damage: Damage) -> Changed:
+        """Change `damage.student` or a model made from it. Raises InputError for a model that can't be changed so."""
+        raise NotImplementedError
+
+
+class Calibrated(DegradeSettings):
+    """What a kind takes that may look at text: the reference's own completions of some prompts."""
+
+    data: str | None = Field(None, description="Prompts for calibration; by default bundled ones.")
+    samples: int = Field(48, description="Calibration prompts; the reference answers them itself.")
+
+    @field_validator("samples")
+    @classmethod
+    def _some(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("the calibration set is empty; allowed is 1 or more")
+        return value
+
+
+DEGRADATIONS: Registry[type[DegradeSettings]] = Registry("kind of degradation")
+
+
+def degrade(kind: str, model: str, out: str | Path, settings: Mapping[str, object]) -> JsonObject:
+    """Load a model, damage a copy of it, measure and save that.
+
+    Args:
+        kind: a name in DEGRADATIONS.
+        model: the healthy reference: directory, GGUF file, hub id[@revision] or smollm2.
+        out: a new directory.
+        settings: of that kind.
+
+    Returns:
+        The content of degradation.json.
+
+    Raises:
+        InputError, FileError: unknown kind or key, values out of range, an unreadable model, one that can't be changed
+            so, an occupied directory.
+    """
+    chosen = build(DEGRADATIONS.get(kind), dict(settings), kind)
+    chosen.check()
+    from remend.degrade.making.job import run_job
+
+    return run_job(chosen, model, out)

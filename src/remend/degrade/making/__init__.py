@@ -1,0 +1,1 @@
+"""What degradations do to weights, and what all of them share: load, change a copy, measure, save."""

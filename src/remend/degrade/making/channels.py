@@ -1,0 +1,224 @@
+"""Choose channels of every MLP and heads of every attention, and remove the others.
+
+Channels and heads are scored by their activations on the reference's own text, as in Minitron (arXiv 2407.14679,
+section 2.2); each block keeps its own best ones, and all blocks the same number, since a standard configuration has one
+number for all.
+
+Legend: N tokens, C channels of an MLP, D width of the residual stream, G groups of heads that share keys and values,
+H numbers (heads a group × head size) of one group in the attention's output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from remend.degrade.making.job import Changed, Damage
+from remend.degrade.making.smaller import path_of, rebuild
+from remend.errors import InputError
+from remend.models.layers import decoder_layers
+from remend.models.protocols import CausalLM
+from remend.models.sampling.rollout import Rollout
+
+WIDTH_FILE = "width.safetensors"
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+MULTIPLE = 32
+"""Widths are rounded to it where that leaves something to drop: quantization groups then still divide them."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The parts of one decoder block that are cut, with the prefix of their names."""
+
+    prefix: str
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    attention_out: nn.Linear
+
+
+def _blocks(model: CausalLM) -> list[_Block]:
+    layers = decoder_layers(model)
+    root, result = path_of(model, layers), []
+    for index, layer in enumerate(layers):
+        named = dict(layer.named_modules())
+        parts = [named.get(n) for n in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj")]
+        if not all(isinstance(p, nn.Linear) for p in parts):
+            raise InputError(
+                f"block {index} of {type(model).__name__} is not made of mlp.gate_proj, up_proj, down_proj and "
+                "self_attn.o_proj, so its width can't be cut; depth and mask pruning need no such names"
+            )
+        result.append(_Block(f"{root}.{index}.", *parts))  # type: ignore[arg-type]
+    return result
+
+
+class _Activity:
+    """Sums over tokens of what enters each block's down and output projections."""
+
+    def __init__(self, blocks: Sequence[_Block], groups: int) -> None:
+        self.channels = [torch.zeros(b.down.in_features, dtype=torch.float64) for b in blocks]
+        self.groups = [torch.zeros(groups, dtype=torch.float64) for _ in blocks]
+        self.tokens = 0
+
+    def channel_hook(self, index: int) -> Hook:
+        """Adds Σ |x| of each channel."""
+
+        def note(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.channels[index] += args[0].flatten(0, -2).abs().double().sum(0).cpu()
+
+        return note
+
+    def group_hook(self, index: int) -> Hook:
+        """Adds Σ ‖x‖ of each group of heads."""
+
+        def note(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x_NGH = args[0].reshape(-1, len(self.groups[index]), args[0].shape[-1] // len(self.groups[index]))
+            self.groups[index] += torch.linalg.vector_norm(x_NGH, dim=-1).double().sum(0).cpu()
+
+        return note
+
+
+@torch.no_grad()
+def scores(model: CausalLM, rollouts: Sequence[Rollout]) -> tuple[list[Tensor], list[Tensor]]:
+    """How much each block's channels and groups of heads do on calibration text.
+
+    Args:
+        model: its blocks have mlp.gate_proj, up_proj, down_proj and self_attn.o_proj.
+        rollouts: calibration text; prompts and completions both count.
+
+    Returns:
+        A block each, float64: [C] mean |input of down_proj| · norm of its column there, and [G] mean norm of the
+        group's part of the input of o_proj.
+    """
+    blocks = _blocks(model)
+    activity = _Activity(blocks, model.config.get_text_config().num_key_value_heads)
+    with ExitStack() as hooks:
+        for i, block in enumerate(blocks):
+            hooks.callback(block.down.register_forward_pre_hook(activity.channel_hook(i)).remove)
+            hooks.callback(block.attention_out.register_forward_pre_hook(activity.group_hook(i)).remove)
+        for rollout in rollouts:  # one at a time: no padding among the tokens
+            tokens_BT = torch.tensor([rollout.prompt + rollout.completion], device=model.device)
+            model.base_model(input_ids=tokens_BT, use_cache=False)
+            activity.tokens += tokens_BT.shape[1]
+    channels = [
+        sum_C / activity.tokens * torch.linalg.vector_norm(b.down.weight.double(), dim=0).cpu()
+        for sum_C, b in zip(activity.channels, blocks, strict=True)
+    ]
+    return channels, [sum_G / activity.tokens for sum_G in activity.groups]
+
+
+def kept_width(width: int, drop: float) -> int:
+    """What is left of `width` channels without a share `drop`, rounded to a multiple of 32 where possible."""
+    exact = round(width * (1 - drop))
+    rounded = round(width * (1 - drop) / MULTIPLE) * MULTIPLE
+    return rounded if 0 < rounded < width else exact
+
+
+def best(score: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores in rising order, int64; ties go to the earlier."""
+    return torch.sort(score, descending=True, stable=True).indices[:count].sort().values
+
+
+def narrowed(reference: CausalLM, channels: Sequence[Tensor] | None, groups: Sequence[Tensor] | None) -> CausalLM:
+    """A model that keeps only some MLP channels and groups of heads.
+
+    Args:
+        reference: stays as it is.
+        channels: for each block the kept channels, rising, the same number everywhere; None keeps all.
+        groups: for each block the kept groups of heads (those that share one key-value head); None keeps all.
+
+    Raises:
+        InputError: the architecture can't have such a configuration.
+    """
+    config = reference.config.get_text_config()
+    blocks, state = _blocks(reference), dict(reference.state_dict())
+    changes: dict[str, Any] = {}
+    if channels is not None:
+        changes["intermediate_size"] = len(channels[0])
+        for block, kept_C in zip(blocks, channels, strict=True):
+            for name in ("gate_proj", "up_proj"):
+                _take(state, f"{block.prefix}mlp.{name}.weight", kept_C, 0)
+                _take(state, f"{block.prefix}mlp.{name}.bias", kept_C, 0)
+            _take(state, f"{block.prefix}mlp.down_proj.weight", kept_C, 1)
+    if groups is not None:
+        old, ratio = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+        size = blocks[0].attention_out.in_features // config.num_attention_heads
+        changes |= {
+            "num_attention_heads": len(groups[0]) * ratio,
+            "num_key_value_heads": len(groups[0]),
+            "head_dim": size,
+        }
+        for block, kept_G in zip(blocks, groups, strict=True):
+            shared_H = torch.arange(old * size).view(old, size)[kept_G].flatten()
+            query_H = torch.arange(old * ratio * size).view(old, ratio * size)[kept_G].flatten()
+            for name, kept_H in (("q_proj", query_H), ("k_proj", shared_H), ("v_proj", shared_H)):
+                _take(state, f"{block.prefix}self_attn.{name}.weight", kept_H, 0)
+                _take(state, f"{block.prefix}self_attn.{name}.bias", kept_H, 0)
+            _take(state, f"{block.prefix}self_attn.o_proj.weight", query_H, 1)
+    return rebuild(reference, changes, state)
+
+
+def _take(state: dict[str, Tensor], name: str, kept: Tensor, dim: int) -> None:
+    if name in state:
+        state[name] = state[name].index_select(dim, kept.to(state[name].device))
+
+
+def _chosen(damage: Damage, ffn: float, heads: int) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """The kept channels and groups of every block."""
+    config, blocks = damage.reference.config.get_text_config(), _blocks(damage.reference)
+    width, groups = blocks[0].down.in_features, config.num_key_value_heads
+    if not 0 <= heads < groups:
+        raise InputError(f"can't drop {heads} of {groups} groups of heads a block; allowed is 0 to {groups - 1}")
+    if len({b.down.in_features for b in blocks}) > 1:
+        raise InputError("the MLPs of this model differ in width, which one standard configuration can't shrink")
+    count = kept_width(width, ffn)
+    if ffn and not 0 < count < width:
+        raise InputError(f"ffn {ffn} of {width} channels leaves {count}; it must drop some and keep some")
+    channel_scores, group_scores = scores(damage.reference, damage.calibration())
+    channels = [best(s, count) for s in channel_scores] if ffn else None
+    return channels, [best(s, groups - heads) for s in group_scores] if heads else None
+
+
+def _file(reference: CausalLM, channels: Sequence[Tensor] | None, groups: Sequence[Tensor] | None) -> bytes:
+    tensors: Mapping[str, Tensor] = {
+        f"{block.prefix}{name}": kept[i].to(torch.int32)
+        for name, kept in (("mlp.channels", channels), ("self_attn.groups", groups))
+        if kept is not None
+        for i, block in enumerate(_blocks(reference))
+    }
+    content: bytes = save(dict(tensors), metadata={"remend_width": "1"})
+    return content
+
+
+def narrower(damage: Damage, ffn: float, heads: int) -> Changed:
+    """The reference without a share `ffn` of every MLP's channels and `heads` groups of heads, the least active ones.
+
+    Raises InputError for an architecture without these parts, and where none would stay.
+    """
+    channels, groups = _chosen(damage, ffn, heads)
+    content = _file(damage.reference, channels, groups)
+    student = narrowed(damage.reference, channels, groups)
+    config = student.config.get_text_config()
+    entry = {
+        "kind": "pruning",
+        "method": "width",
+        "ffn": ffn,
+        "heads": heads,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "kept_channels": hashlib.sha256(content).hexdigest(),
+    }
+
+    def write(target: Path) -> None:
+        (target / WIDTH_FILE).write_bytes(content)
+
+    return Changed(student, entry, write)

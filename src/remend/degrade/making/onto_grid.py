@@ -1,0 +1,110 @@
+"""Put a model's linear layers onto a grid: the methods, and what describes the result.
+
+Legend: O rows (outputs), I columns (inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from remend.compression.grids import Grid, GridFormat, decode
+from remend.compression.grids import quantize as quantize_matrix
+from remend.compression.solvers import gptq
+from remend.compression.stored_grid import StoredGrid
+from remend.degrade.making.job import DENSE_BITS, Changed, Damage, chosen_layers, share_of_zeros
+from remend.degrade.making.methods import Methods
+from remend.errors import InputError
+from remend.files.atomic import JsonObject
+from remend.models.activations import walk
+from remend.models.protocols import CausalLM
+
+METHODS: Methods[Callable[[Tensor, Tensor | None, GridFormat], tuple[Tensor, Grid]]] = Methods("quantization method")
+"""(weight [O, I], Gram matrix of its inputs [I, I] or None, format) -> (codes [O, I], the grid that they refer to)."""
+
+
+@METHODS.register("rtn", source="round to nearest; the baseline of GPTQ, arXiv 2210.17323")
+def round_to_nearest(weight_OI: Tensor, gram_II: Tensor | None, fmt: GridFormat) -> tuple[Tensor, Grid]:
+    """Codes and grid from each group's own weights, as the format's own writer makes them."""
+    return quantize_matrix(weight_OI, fmt)
+
+
+@METHODS.register("gptq", source="arXiv 2210.17323", calibrated=True)
+def compensated(weight_OI: Tensor, gram_II: Tensor | None, fmt: GridFormat) -> tuple[Tensor, Grid]:
+    """Each column's rounding error is made good by the columns not yet rounded."""
+    assert gram_II is not None
+    rounded = gptq(weight_OI, gram_II, fmt)
+    return rounded.codes, rounded.grid
+
+
+def _fitting(layers: Mapping[str, nn.Linear], fmt: GridFormat) -> None:
+    bad = [f"{name} ({layer.in_features})" for name, layer in layers.items() if layer.in_features % (fmt.group or 1)]
+    if bad:
+        named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise InputError(
+            f"group {fmt.group} of {fmt.name} does not divide the input width of {named}; choose a format with a "
+            "smaller group, or skip those layers"
+        )
+
+
+@torch.no_grad()
+def quantize_in_place(
+    model: CausalLM,
+    fmt: GridFormat,
+    method: str = "rtn",
+    *,
+    skip: Sequence[str] = (),
+    damage: Damage | None = None,
+) -> StoredGrid:
+    """Put every linear layer of the decoder on the grid; returns what describes it.
+
+    Args:
+        model: changed in place.
+        fmt, method: the grid, and a name of METHODS.
+        skip: patterns of layer names that stay as they are.
+        damage: where a calibrated method gets its text; not needed by 'rtn'.
+
+    Raises InputError that names the layers whose rows the group size does not divide.
+    """
+    layers = chosen_layers(model, skip)
+    _fitting(layers, fmt)
+    chosen, matrices = METHODS.get(method), {}
+
+    def settle(name: str, layer: nn.Linear, gram_II: Tensor | None) -> None:
+        codes, grid = chosen.apply(layer.weight, gram_II, fmt)
+        layer.weight.copy_(decode(codes, grid, fmt))
+        matrices[f"{name}.weight"] = (codes, grid)
+
+    def visit(sites: walk.Sites) -> None:
+        for name, layer in zip(sites.names, sites.layers, strict=True):
+            if name in layers:
+                settle(name, layer, sites.gram_II)
+
+    if chosen.calibrated:
+        assert damage is not None
+        walk.walk(model, damage.calibration(), visit, title=f"quantizing ({method})")
+    else:
+        for name, layer in layers.items():
+            settle(name, layer, None)
+    return StoredGrid(fmt, matrices)
+
+
+def described(student: CausalLM, stored: StoredGrid, entry: JsonObject) -> Changed:
+    """A quantized model with its part of degradation.json: `entry`, and what lies on the grid."""
+    fmt = stored.format
+    quantized = sum(codes.numel() for codes, _ in stored.matrices.values())
+    bits = sum(codes.numel() * fmt.bits_per_weight(codes.shape[1]) for codes, _ in stored.matrices.values())
+    weights = dict(student.named_parameters())
+    parameters = sum(p.numel() for p in weights.values())
+    entry = {
+        "kind": "quantization",
+        **entry,
+        "matrices": len(stored.matrices),
+        "weights_on_grid": quantized,
+        "weights_in_all": parameters,
+        "sparsity": share_of_zeros([weights[name] for name in stored.matrices]),
+    }
+    packed = round(bits / 8) + DENSE_BITS // 8 * (parameters - quantized)
+    return Changed(student, entry, stored.write, bits_per_weight=bits / quantized, packed_bytes=packed)

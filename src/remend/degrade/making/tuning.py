@@ -1,0 +1,126 @@
+"""Fine-tune a model: the rows, the training, and what describes the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.state import is_initialized
+
+from remend.compression.recognise import was_pruned
+from remend.compression.stored_grid import GRID_FILE
+from remend.console import console, stage
+from remend.data.examples import Example, load_pairs, prompt_key
+from remend.data.order import Order, derive_seed
+from remend.data.templates import dropped_text
+from remend.degrade.finetune import Finetune
+from remend.degrade.making.job import Changed, Damage
+from remend.errors import InputError
+from remend.files.run_directory import METRICS, RunDirectory
+from remend.models import adapters
+from remend.models.device import choose_dtype, mixed_precision
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import scorer
+from remend.models.tokens import eos_ids
+from remend.training.constraints import Adapter, Free
+from remend.training.loop import Optimization, Saving, Watch, train
+from remend.training.supervised import Supervised, encode_pairs
+
+WARMUP_SHARE = 0.1
+
+
+def tuned(damage: Damage, settings: Finetune) -> Changed:
+    """The student after training. Raises InputError for one with a grid or zeros, and where no row is short enough."""
+    path = damage.source.path
+    what = _held(path) if path else None
+    if what:
+        raise InputError(
+            f"{damage.source.spec} is {what}, which fine-tuning all together would give up; "
+            "fine-tune the dense model, then degrade that"
+        )
+    pairs = load_pairs(settings.data)
+    rows = _rows(damage, settings, pairs)
+    steps, lora = settings.steps_for(len(rows)), settings.lora.model_dump() if settings.lora else None
+    student = damage.student.requires_grad_(True)
+    if lora:
+        adapters.add_lora(student, **lora, seed=derive_seed(settings.seed, "lora"))
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = RunDirectory(Path(folder))
+        trained = _train(damage, settings, rows, steps, scratch)
+        metrics = (scratch.path / METRICS).read_bytes()
+        losses = [row["loss"] for row in scratch.rows(METRICS)]
+    if lora:
+        adapters.merge(student)
+    entry = {
+        "kind": "fine-tuning",
+        "method": "lora" if lora else "full",
+        "steps": steps,
+        "learning_rate": settings.rate,
+        "batch_size": settings.batch_size,
+        "gradient_accumulation": settings.gradient_accumulation,
+        "max_tokens": settings.max_tokens,
+        "lora": lora,
+        "trained_parameters": trained,
+        "data": {"path": settings.data, "hash": _hash(pairs), "rows": len(rows), "dropped": len(pairs) - len(rows)},
+        "loss": {"first": losses[0], "last": losses[-1]},
+    }
+
+    def files(target: Path) -> None:
+        (target / METRICS).write_bytes(metrics)
+
+    return Changed(student.requires_grad_(False), entry, files)
+
+
+def _held(path: Path) -> str | None:
+    """What fine-tuning would silently give up, or None."""
+    if (path / GRID_FILE).is_file():
+        return "a model on a quantization grid"
+    return "a pruned model" if was_pruned(path) else None
+
+
+def _rows(damage: Damage, settings: Finetune, pairs: Sequence[tuple[Example, str]]) -> list[Rollout]:
+    ends = eos_ids(damage.student, damage.tokenizer)
+    rows, dropped = encode_pairs(damage.tokenizer, pairs, max_tokens=settings.max_tokens, eos=ends)
+    if dropped:
+        text = dropped_text(dropped, len(pairs), "rows", f"max_tokens = {settings.max_tokens}")
+        if not rows:
+            raise InputError(f"{text}; none is left. Raise max_tokens or give shorter rows.")
+        console.print(f"[yellow]warning[/]: {text}", soft_wrap=True)
+    return rows
+
+
+def _train(damage: Damage, settings: Finetune, rows: Sequence[Rollout], steps: int, scratch: RunDirectory) -> int:
+    """Train the student in place; the number of parameters that moved."""
+    student = damage.student
+    # the first Accelerator of a process settles the device of all; this one only counts processes, so it may differ
+    accelerator = Accelerator(cpu=student.device.type == "cpu" and not is_initialized())
+    objective = Supervised(
+        student=scorer(student),
+        order=Order(rows, settings.seed),
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation,
+        precision=mixed_precision(choose_dtype(settings.dtype, student.device), student.device),
+    )
+    constraint = Adapter(student) if settings.lora else Free(student)
+    optimization = Optimization(steps, settings.rate, warmup=math.ceil(WARMUP_SHARE * steps))
+    with stage("training (cross-entropy of the completions)", steps) as advance:
+
+        def on_step(row: Mapping[str, float]) -> None:
+            advance(1, f"loss {row['loss']:.3f}")
+
+        saving = Saving(scratch, every=0, keep=1)
+        train(objective, constraint, accelerator, optimization, saving, watch=Watch(on_step=on_step))
+    return sum(p.numel() for p in constraint.masters().values())
+
+
+def _hash(pairs: Sequence[tuple[Example, str]]) -> str:
+    """SHA-256 over prompts and completions, in order."""
+    digest = hashlib.sha256()
+    for example, completion in pairs:
+        digest.update(json.dumps([prompt_key(example.prompt), completion], ensure_ascii=False).encode())
+    return digest.hexdigest()

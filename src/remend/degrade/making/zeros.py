@@ -1,0 +1,181 @@
+"""Set weights to zero, unstructured or n of every m: how much, the methods, and what describes the result.
+
+Legend: O rows (outputs), I columns (inputs) of a linear layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from remend.compression import solvers
+from remend.degrade.making.job import DENSE_BITS, Changed, Damage, chosen_layers, share_of_zeros
+from remend.degrade.making.methods import Methods
+from remend.errors import InputError
+from remend.files.atomic import JsonObject
+from remend.models.activations import walk
+from remend.models.protocols import CausalLM
+
+MASK_BITS = 1
+"""As packed: a kept value takes as many bits as in a dense model; a mask says for each weight whether it is kept.
+compressed-tensors' sparse-bitmask stores that one bit, and the hardware form of 2:4 two bits for each kept half."""
+
+SCOPES = ("layer", "global")
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How much is set to zero: a share of the weights, or all but n of every m neighbours in a row."""
+
+    name: str
+    share: float
+    pattern: tuple[int, int] | None = None
+
+    @staticmethod
+    def parse(text: str) -> Sparsity:
+        """Read '0.5' or '2:4' (2 of 4 are kept). Raises InputError that says what is allowed."""
+        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+        if match:
+            kept, of = int(match[1]), int(match[2])
+            if 0 < kept < of:
+                return Sparsity(f"{kept}:{of}", 1 - kept / of, (kept, of))
+        else:
+            try:
+                share = float(text)
+            except ValueError:
+                share = 0.0
+            if 0 < share < 1:
+                return Sparsity(f"{share:g}", share)
+        raise InputError(
+            f'sparsity "{text}" can\'t be used; allowed is a share of zeros between 0 and 1, both excluded, e.g. 0.5, '
+            "or n:m with 0 < n < m, which keeps n of every m neighbours in a row, e.g. 2:4"
+        )
+
+
+def bits_per_weight(sparsity: float) -> float:
+    """As packed, for a measured share of zeros: 16 · (1 − sparsity) + 1."""
+    return DENSE_BITS * (1 - sparsity) + MASK_BITS
+
+
+METHODS: Methods[Callable[[Tensor, Tensor | None, Sparsity], Tensor]] = Methods("pruning method")
+"""(weight [O, I], Gram matrix of its inputs [I, I] or None, how much) -> the weight with zeros."""
+
+
+@METHODS.register("magnitude", source="Han et al., arXiv 1506.02626")
+def magnitude(weight_OI: Tensor, gram_II: Tensor | None, sparsity: Sparsity) -> Tensor:
+    """Keep the weights of largest magnitude, compared within the whole matrix (or each m)."""
+    mask_OI = solvers.keep_mask(weight_OI.abs(), per="matrix", **_amount(sparsity))
+    return torch.where(mask_OI, weight_OI, 0.0)
+
+
+@METHODS.register("wanda", source="arXiv 2306.11695, equation 1", calibrated=True)
+def wanda(weight_OI: Tensor, gram_II: Tensor | None, sparsity: Sparsity) -> Tensor:
+    """Keep the weights of largest |weight| · norm of its input, compared within each output row (or each m)."""
+    assert gram_II is not None
+    mask_OI = solvers.keep_mask(solvers.wanda_scores(weight_OI, gram_II), per="row", **_amount(sparsity))
+    return torch.where(mask_OI, weight_OI, 0.0)
+
+
+@METHODS.register("sparsegpt", source="arXiv 2301.00774, algorithm 1", calibrated=True)
+def sparsegpt(weight_OI: Tensor, gram_II: Tensor | None, sparsity: Sparsity) -> Tensor:
+    """Choose the mask block of columns by block and move the kept weights to make good what is lost."""
+    assert gram_II is not None
+    return solvers.sparsegpt(weight_OI, gram_II, **_amount(sparsity))
+
+
+class _Amount(TypedDict, total=False):
+    pattern: tuple[int, int]
+    sparsity: float
+
+
+def _amount(sparsity: Sparsity) -> _Amount:
+    """As the solvers take it."""
+    return {"pattern": sparsity.pattern} if sparsity.pattern else {"sparsity": sparsity.share}
+
+
+@torch.no_grad()
+def zero_smallest(weights: Sequence[Tensor], share: float) -> None:
+    """Set round(share · all) weights of smallest magnitude over all matrices to zero, in place.
+
+    Exactly that many: among equal magnitudes the first in order go. Needs float32 space for all magnitudes at once.
+    """
+    magnitudes = torch.cat([w.detach().abs().float().cpu().flatten() for w in weights]).numpy()
+    count = round(share * magnitudes.size)
+    if count == 0:
+        return
+    magnitudes.partition(count - 1)
+    threshold = float(magnitudes[count - 1])
+    ties = count - int((magnitudes[:count] < threshold).sum())
+    for weight_OI in weights:
+        size = weight_OI.abs().float()
+        equal = size == threshold
+        gone = equal & (equal.flatten().cumsum(0).view_as(equal) <= ties)
+        ties -= int(gone.sum())
+        weight_OI[gone | (size < threshold)] = 0
+
+
+def fitting(model: CausalLM, skip: Sequence[str], sparsity: Sparsity) -> dict[str, nn.Linear]:
+    """The layers to prune. Raises InputError where m of n:m does not divide the width of one."""
+    layers = chosen_layers(model, skip)
+    if sparsity.pattern is None:
+        return layers
+    bad = [f"{n} ({m.in_features})" for n, m in layers.items() if m.in_features % sparsity.pattern[1]]
+    if bad:
+        named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise InputError(
+            f"{sparsity.name} needs input widths that {sparsity.pattern[1]} divides, which it does not in {named}; "
+            "choose another pattern, or skip those layers"
+        )
+    return layers
+
+
+@torch.no_grad()
+def prune_in_place(
+    damage: Damage, layers: Mapping[str, nn.Linear], sparsity: Sparsity, method: str, scope: str
+) -> None:
+    """Set weights of `layers` (of the student) to zero. A calibrated method sees what the layers pruned before gave."""
+    chosen = METHODS.get(method)
+    if chosen.calibrated:
+
+        def visit(sites: walk.Sites) -> None:
+            for name, layer in zip(sites.names, sites.layers, strict=True):
+                if name in layers:
+                    layer.weight.copy_(chosen.apply(layer.weight, sites.gram_II, sparsity))
+
+        text = damage.calibration()
+        walk.walk(damage.student, text, visit, title=f"pruning ({method})")
+    elif scope == "global":
+        zero_smallest([layer.weight for layer in layers.values()], sparsity.share)
+    else:
+        for layer in layers.values():
+            layer.weight.copy_(chosen.apply(layer.weight, None, sparsity))
+
+
+def check(sparsity: Sparsity, method: str, scope: str) -> None:
+    """Raise InputError for an unknown method or scope, and for those that don't go together."""
+    calibrated = METHODS.get(method).calibrated
+    if scope not in SCOPES:
+        raise InputError(f'unknown scope "{scope}"; allowed: {", ".join(SCOPES)}')
+    if scope == "global" and sparsity.pattern:
+        raise InputError(f"{sparsity.name} fixes the share of zeros in every layer, so scope global can't change it")
+    if scope == "global" and calibrated:
+        raise InputError(
+            f"scope global is for magnitude; {method} scores weights by their layer's inputs, so its scores can't be "
+            "compared between layers"
+        )
+
+
+def described(student: CausalLM, layers: Mapping[str, nn.Linear], entry: JsonObject) -> Changed:
+    """A pruned model with its part of degradation.json: `entry`, and what is zero of `layers`."""
+    weights = [layer.weight for layer in layers.values()]
+    total, share = sum(w.numel() for w in weights), share_of_zeros(weights)
+    entry = {"kind": "pruning", **entry, "matrices": len(weights), "sparsity": share}
+    bits = bits_per_weight(share)
+    others = sum(p.numel() for p in student.parameters()) - total
+    packed = round(total * bits / 8) + others * DENSE_BITS // 8
+    return Changed(student, entry, bits_per_weight=bits, packed_bytes=packed)
