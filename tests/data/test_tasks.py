@@ -1,7 +1,8 @@
-"""The self-made tasks: seeded rows whose splits share nothing, scoring, the command line."""
+"""Tasks: how rows are read and made, seeded and with splits that share nothing; scoring; the command line."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -21,6 +22,8 @@ from remend.errors import FileError, InputError
 
 TOOLS, SCIENCE = "tooluse-short", "science-short"
 BOTH = pytest.mark.parametrize("name", [TOOLS, SCIENCE])
+MADE = [name for name in tasks.names() if tasks.get(name).make is not None]
+CHOICE = "Which mass?\nC.CCO is no option\n\nA: 532.0\nB: C[C@@H](O)N: x\nC: 147.2\nD: 455.4"
 
 
 def call(action: str, **inputs: Any) -> dict[str, str]:
@@ -28,13 +31,78 @@ def call(action: str, **inputs: Any) -> dict[str, str]:
 
 
 def test_names_and_the_unknown() -> None:
-    assert tasks.names() == ["general", "science", SCIENCE, "tooluse", TOOLS]
-    assert remend.tasks.get(TOOLS) is tasks.get(TOOLS)
+    assert {"general", "science", SCIENCE, "tooluse", TOOLS} <= set(tasks.names())
+    assert remend.tasks.get(TOOLS) is tasks.form(TOOLS) is tasks.get(TOOLS)
+    assert all(tasks.get(name).columns[0] == "prompt" for name in tasks.names())
     with pytest.raises(InputError, match=r'unknown task "tooluse_short"; known: general, .*, tooluse-short. Did you'):
         tasks.get("tooluse_short")
+    with pytest.raises(InputError, match=r"tooluse makes no rows of its own.* is tooluse-short"):
+        tasks.get("tooluse").rows("held_out", 3)
 
 
-# Rows
+# Rows as they are read
+
+
+def test_options_are_read_from_the_end_of_the_prompt() -> None:
+    task = tasks.get("science")
+    row = {"prompt": [{"role": "system", "content": "A: no"}, {"role": "user", "content": CHOICE}], "answer": "C"}
+    assert task.options(row) == {"A": "532.0", "B": "C[C@@H](O)N: x", "C": "147.2", "D": "455.4"}
+    assert task.choices(row) == ["A", "B", "C", "D"]
+    assert task.gold(row) == "C"
+    long = {"prompt": "A: x\nB: y\n\n(A) one\nmore\n(B) two\nlines\n\nGive the letter.", "answer": "B"}
+    assert task.options(long) == {"A": "one\nmore", "B": "two\nlines"}
+
+
+def test_messages_and_ids() -> None:
+    task, golden = tasks.get("tooluse"), [call("getAnime", animeId=98765)]
+    messages = [{"role": "user", "content": "Do it."}]
+    row = {"prompt": messages, "golden_answer": golden}
+    assert task.messages(row) == task.messages({**row, "prompt": "Do it."}) == messages
+    canonical = json.dumps(messages, sort_keys=True) + "\n" + json.dumps(golden, sort_keys=True)
+    assert task.id(row) == tasks.row_id(row) == hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    assert task.id({**row, "prompt": [{"content": "Do it.", "role": "user"}]}) == task.id(row)
+    assert task.id({**row, "golden_answer": []}) != task.id(row)
+    assert task.id({**row, "id": 7}) == "7"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("tooluse", {"id": "r1", "prompt": "p", "answer": "B"},
+         'row r1: the column "golden_answer" is missing (it has: id, prompt, answer); rows of this task need prompt, '),
+        ("tooluse", {"golden_answer": []}, 'the row: the column "prompt" is missing (it has: golden_answer)'),
+        ("tooluse", {"id": 3, "prompt": [], "golden_answer": []}, "row 3: the prompt is an empty list"),
+        ("science", {"id": "r1", "prompt": CHOICE, "answer": None}, 'row r1: the column "answer" is missing'),
+        ("general", {"id": "r1", "prompt": "p"}, 'row r1: the column "checks" is missing'),
+        ("science", ["p"], "the row: a row must be an object, got list"),
+    ],
+)  # fmt: skip
+def test_rows_that_can_not_be_asked(name: str, row: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        tasks.get(name).check(row)
+    assert message in str(caught.value)
+    with pytest.raises(InputError, match=r"^data.jsonl:4: "):
+        tasks.get(name).check(row, "data.jsonl:4")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("tooluse", {"prompt": CHOICE, "golden_answer": []}, "this task is no choice between letters"),
+        ("science", {"prompt": CHOICE, "answer": "E"}, "the answer is E; the prompt's options are A, B, C, D"),
+        ("science", {"prompt": CHOICE, "answer": 2}, "the answer is 2; the prompt's options are A, B, C, D"),
+        ("science", {"prompt": "Which?", "answer": "A"}, 'the prompt has no options as lines "A: …", "B: …": Which?'),
+        ("science", {"prompt": "Which?\nA: this", "answer": "A"}, 'the prompt has no options as lines "A: …"'),
+        ("science", {"prompt": CHOICE}, 'the column "answer" is missing'),
+    ],
+)
+def test_rows_without_letters_to_score(name: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        tasks.get(name).gold({"id": "r1", **row})
+    assert str(caught.value).startswith(f"row r1: {message}")
+
+
+# Rows as they are made
 
 
 @BOTH
@@ -49,38 +117,38 @@ def test_rows_are_what_data_reads(name: str) -> None:
     assert ("golden_answer" in row) == (name == TOOLS)
 
 
-@BOTH
+@pytest.mark.parametrize("name", MADE)
 def test_rows_depend_on_split_seed_and_place_alone(name: str) -> None:
     task = tasks.get(name)
     rows = task.rows("train", 60, seed=3)
-    assert rows == task.rows("train", 60, seed=3)
+    assert rows == task.rows("train", 60, seed=3) == json.loads(json.dumps(rows))
     assert rows[:20] == task.rows("train", 20, seed=3)
     assert {r["id"] for r in rows}.isdisjoint(r["id"] for r in task.rows("train", 60, seed=4))
-    assert len({r["prompt"] for r in task.rows("held_out", 600)}) == 600
+    held_out = {r["prompt"] for r in task.rows("held_out", 360)}
+    assert len(held_out) == 360
+    assert held_out.isdisjoint(r["prompt"] for r in task.rows("train", 360))
 
 
 def test_rows_are_the_same_in_another_process() -> None:
     code = (
         "from remend import tasks\n"
         "for n in ('general', 'science-short', 'tooluse-short'):\n"
-        "    print([r['id'] for r in tasks.get(n).rows('train', 20)])"
+        "    print(*[r['id'] for r in tasks.get(n).rows('train', 20)])"
     )
-    seen = {
-        subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(seen) == 1
+    here = [[r["id"] for r in tasks.get(name).rows("train", 20)] for name in ("general", SCIENCE, TOOLS)]
+    env = os.environ | {"PYTHONHASHSEED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True, text=True)
+    assert [line.split() for line in done.stdout.splitlines()] == here
 
 
 def test_the_first_rows_stay_what_they_are() -> None:
     """Rows are data that results refer to: they must not drift with Python's random module or a reordered list."""
-    rows = tasks.get(TOOLS).rows("train", 2), tasks.get(TOOLS).rows("held_out", 1)
-    assert [r["id"] for part in rows for r in part] == ["b881d1800d0b", "fa82ee089a90", "aadaf37431e8"]
+    first = {(name, split): tasks.get(name).rows(split, 3) for name in ("general", TOOLS) for split in tasks.SPLITS}
+    assert [r["id"] for r in first["general", "held_out"]] == ["8dd7ef077281", "71dfc44d5aaa", "5a8a6508d342"]
+    assert [r["id"] for r in first[TOOLS, "train"][:2]] == ["b881d1800d0b", "fa82ee089a90"]
+    assert first[TOOLS, "held_out"][0]["id"] == "aadaf37431e8"
 
 
-@BOTH
 @pytest.mark.parametrize(
     ("split", "n", "message"),
     [
@@ -89,9 +157,9 @@ def test_the_first_rows_stay_what_they_are() -> None:
         ("train", -3, "n is -3"),
     ],
 )
-def test_rows_refuse_bad_arguments(name: str, split: str, n: int, message: str) -> None:
+def test_rows_refuse_bad_arguments(split: str, n: int, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        tasks.get(name).rows(split, n)
+        tasks.get(TOOLS).rows(split, n)
     assert message in str(caught.value)
 
 
@@ -335,12 +403,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *wo
 
 
 def test_ls(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(capsys, monkeypatch, "ls", "--plain")[:2] == (
-        0,
-        "general\nscience\nscience-short\ntooluse\ntooluse-short\n",
-    )
+    assert run(capsys, monkeypatch, "ls", "--plain")[:2] == (0, "".join(f"{name}\n" for name in tasks.names()))
     code, out, _ = run(capsys, monkeypatch, "ls")
-    assert (code, len(out.splitlines())) == (0, 5)
+    assert (code, len(out.splitlines())) == (0, len(tasks.names()))
     assert "science-short  four-choice questions" in out
 
 
@@ -358,7 +423,7 @@ def test_write(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("tool-use", "--n", 3), 'unknown task "tool-use"; known: general, science, science-short, tooluse'),
+        (("tool-use", "--n", 3), 'unknown task "tool-use"; known: general, science, '),
         ((TOOLS, "--n", 3, "--split", "dev"), 'split is "dev"; allowed: train, held_out'),
         ((TOOLS, "--n", 0), "n is 0; allowed is 1 or more"),
         ((TOOLS, "--n", "many"), "Invalid value for '--n'"),

@@ -1,8 +1,10 @@
-"""tooluse and science: graders by hand-made cases and on the real rows, and how rows of all tasks are read."""
+"""Graders by hand-made cases: the response, whether the paper's grader takes it, whether what was meant is right.
+
+A task and its short kin grade alike, and are tried with the same cases.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 
 from remend.data import tasks
+from remend.data.tasks.calls import parse_calls
+from remend.data.tasks.choice import read_letter
 from remend.data.tasks.science import stated_letters
 from remend.errors import InputError
 
@@ -31,6 +35,8 @@ def said(*calls: dict[str, str]) -> str:
 # Tool use: the case, the golden calls, the response, right as the paper grades, right by what was meant
 
 ONE = [call("getAnime", animeId=98765)]
+TENT = [call("getTent", id=7, day="Friday")]
+TENTS = [call("getTent", id=7), call("countTents", city="Oslo")]
 TYPED = [call("setAlert", price=1, name="gold", on=True)]
 NESTED = [call("updateUser", id="u1", profile={"picture": {"url": "x.jpg"}, "tags": ["a", "b"]})]
 LISTED = [call("report", ip="1.2.3.4", categories=["Spam", "Phishing"])]
@@ -99,17 +105,43 @@ CALLS: list[tuple[str, list[dict[str, str]], str, bool, bool]] = [
     ("mended", BROKEN, said(call("latest_get", base="USD", symbols=["EUR"]), BROKEN[1]), False, False),
     ("no JSON, but not that one", BROKEN, said(*BROKEN).replace("EUR", "GBP"), True, False),
     ("that one, and more", BROKEN, said(*BROKEN).replace('["EUR"]}', '["EUR"]} or'), True, False),
+    ("keys in another order", TENT, 'Action: getTent\nAction Input: {"day": "Friday", "id": 7}', True, True),
+    ("a parameter missing", TENT, 'Action: getTent\nAction Input: {"id": 7}', False, False),
+    ("a parameter too many", TENT, 'Action: getTent\nAction Input: {"id": 7, "day": "Friday", "x": ""}', False, False),
+    ("case of the name", TENT, 'Action: gettent\nAction Input: {"id": 7, "day": "Friday"}', False, False),
+    ("bold inside the colon", TENT, '**Action**: getTent\n**Action Input**: {"id": 7, "day": "Friday"}', False, True),
+    ("name in backticks", TENT, 'Action: `getTent`\nAction Input: `{"id": 7, "day": "Friday"}`', False, True),
+    ("name with brackets", TENT, 'Action: getTent()\nAction Input: {"id": 7, "day": "Friday"}', True, True),
+    ("JSON over several lines", TENT, 'Action: getTent\nAction Input:\n{\n "id": 7,\n "day": "Friday"\n}', True, True),
+    ("all on one line", TENT, 'Thought: go. Action: getTent Action Input: {"id": 7, "day": "Friday"}', True, True),
+    ("an action in the prose", TENT, 'The right Action: this one.\nAction: getTent\nAction Input: {"id": 7, '
+     '"day": "Friday"}', False, True),
+    ("an open brace", TENT, 'Action: getTent\nAction Input: {"id": 7, "day": "Friday"', False, False),
+    ("no label", TENT, 'getTent {"id": 7, "day": "Friday"}', False, False),
+    ("the call twice", TENT, 'Action: getTent\nAction Input: {"id": 7, "day": "Friday"}\n' * 2, False, False),
+    ("after thinking", TENT, 'Action: no\n</think>\nAction: getTent\nAction Input: {"id": 7, "day": "Friday"}',
+     False, True),
+    ("empty input left out", EMPTY, "Action: listAll\nAction Input:", True, True),
+    ("words for no input", EMPTY, "Action: listAll\nAction Input: nothing", True, False),
+    ("a label in a text", [call("say", t="Action: x")], 'Action: say\nAction Input: {"t": "Action: x"}', False, True),
+    ("names first, inputs after", TENTS, 'Action: getTent\nAction: countTents\nAction Input: {"id": 7}\n'
+     'Action Input: {"city": "Oslo"}', True, False),
+    ("one input for two", TENTS, 'Action: getTent\nAction: countTents\nAction Input: {"id": 7, "city": "Oslo"}',
+     True, False),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("golden", "response", "paper", "robust"), [c[1:] for c in CALLS], ids=[c[0] for c in CALLS])
 def test_tool_calls(golden: list[dict[str, str]], response: str, paper: bool, robust: bool) -> None:
     row = {"id": "r1", "prompt": "p", "golden_answer": golden}
-    found = [tasks.get("tooluse").grade(response, row, mode=mode) for mode in ("paper", "robust")]
-    assert [grade.correct for grade in found] == [paper, robust], found
-    for grade in found:
-        assert grade.correct == grade.reason.startswith("correct")
-        assert "\n" not in grade.reason
+    # the golden answers that the short task makes are whole and hold no marks
+    for name in ("tooluse",) if golden in (MARKED, BROKEN) else ("tooluse", "tooluse-short"):
+        grades = [tasks.get(name).grade(response, row, mode=mode) for mode in tasks.MODES]
+        assert [grade.correct for grade in grades] == [paper, robust], grades
+        for grade in grades:
+            assert grade.correct == grade.reason.startswith("correct")
+            assert grade.reason
+            assert "\n" not in grade.reason
     assert row["golden_answer"] == golden
 
 
@@ -119,7 +151,10 @@ def test_tool_calls(golden: list[dict[str, str]], response: str, paper: bool, ro
         (ONE, "", "paper", "the response is empty"),
         (ONE, "\n", "robust", "the response is empty"),
         (ONE, "hello", "paper", 'actions are [], wanted ["getAnime"]'),
+        (TENT, "Action: getTent", "paper", 'merged inputs are {}, wanted {"id": 7, "day": "Friday"}'),
         (NESTED, said(*NESTED), "paper", "merged inputs are {}, wanted {"),
+        (TENT, "Action: getTent", "robust",
+         'calls are ["getTent", {}], wanted ["getTent", {"day": "Friday", "id": 7}]'),
         (ONE, "Action: getAnime\nAction Input: {'a': 1}", "robust",
          "the Action Input of getAnime is not valid JSON: Expecting property name enclosed in double quotes"),
         (ONE, "Action: getAnime\nAction Input: the anime", "robust", "is no JSON object: the anime"),
@@ -132,15 +167,9 @@ def test_reasons_of_tool_grades(golden: list[dict[str, str]], response: str, mod
     assert reason in tasks.get("tooluse").grade(response, {"prompt": "p", "golden_answer": golden}, mode=mode).reason
 
 
-@pytest.mark.parametrize("mode", tasks.MODES)
-def test_the_short_tasks_grade_through_the_same_call(mode: str) -> None:
-    row = {"id": "r1", "prompt": "p", "golden_answer": TWO, "answer": "B"}
-    for name in ("tooluse", "tooluse-short"):
-        assert tasks.get(name).grade(said(*TWO), row, mode=mode) == tasks.Grade(True, "correct")
-        assert not tasks.get(name).grade(said(TWO[0]), row, mode=mode).correct
-    for name in ("science", "science-short"):
-        assert tasks.get(name).grade("<answer>B</answer>", row, mode=mode) == tasks.Grade(True, "correct")
-        assert not tasks.get(name).grade("<answer>C</answer>", row, mode=mode).correct
+def test_parsed_calls_keep_their_order() -> None:
+    text = 'Action: b\nAction Input: {"x": {"y": 1}}\nObservation: ok\nAction: a\nAction Input:\nObservation: ok'
+    assert parse_calls(text) == ([("b", {"x": {"y": 1}}), ("a", {})], [])
 
 
 # Science: the response to a question whose answer is B
@@ -186,15 +215,29 @@ LETTERS: list[tuple[str, str, bool, bool]] = [
     ("empty", "", False, False),
     ("blank", "\n\n", False, False),
     ("after thinking", "<think>Answer: A</think>Answer: B", False, True),
+    ("in one line", "<answer>B</answer>", True, True),
+    ("a full stop", "<answer> B. </answer>", False, True),
+    ("with its text, a bracket", "<answer>\n(b) Iron\n</answer>", False, True),
+    ("Answer: in the tag", "<answer>Answer: B</answer>", False, True),
+    ("option in the tag", "<answer>Option B</answer>", False, True),
+    ("a tag with blanks", "< answer >B< /answer >", False, True),
+    ("the answer is, in bold", "**Answer:** B", False, True),
+    ("the correct option is", "So the correct option is b.", False, True),
+    ("only an article", "The answer is a gas, B for short", False, False),
+    ("two in prose", "The answer is B or C.", False, False),
+    ("after thinking, in the tag", "<answer>A</answer></think>\n<answer>B</answer>", True, True),
+    ("only in the thinking", "<answer>A</answer></think>\nB", False, True),
 ]
+LAST_COUNTS = ("two statements", "stated and boxed")
+"""Where science takes two different letters for no answer, and its short kin takes the last."""
 
 
-@pytest.mark.parametrize(("response", "paper", "robust"), [c[1:] for c in LETTERS], ids=[c[0] for c in LETTERS])
-def test_letters(response: str, paper: bool, robust: bool) -> None:
-    row = {"prompt": "p", "answer": "B"}
-    found = [tasks.get("science").grade(response, row, mode=mode) for mode in ("paper", "robust")]
-    assert [grade.correct for grade in found] == [paper, robust], found
-    assert all(grade.correct == (grade.reason == "correct") for grade in found)
+@pytest.mark.parametrize(("label", "response", "paper", "robust"), LETTERS, ids=[c[0] for c in LETTERS])
+def test_letters(label: str, response: str, paper: bool, robust: bool) -> None:
+    for name, meant in (("science", robust), ("science-short", robust or label in LAST_COUNTS)):
+        grades = [tasks.get(name).grade(response, {"prompt": "p", "answer": "B"}, mode=mode) for mode in tasks.MODES]
+        assert [grade.correct for grade in grades] == [paper, meant], grades
+        assert all(grade.correct == (grade.reason == "correct") for grade in grades)
 
 
 @pytest.mark.parametrize(
@@ -213,125 +256,60 @@ def test_reasons_of_letter_grades(response: str, mode: str, reason: str) -> None
     assert tasks.get("science").grade(response, {"prompt": "p", "answer": "B"}, mode=mode).reason == reason
 
 
-def test_statements_are_read_one_by_one() -> None:
+def test_letters_and_statements_are_read_one_by_one() -> None:
+    assert [read_letter(text) for text in ("d", "E", "answer: c")] == ["D", None, "C"]
     assert stated_letters("Answer: C. The correct option is B. \\boxed{A} and the answer is a gas.") == ["A", "B", "C"]
     assert stated_letters("Answer: C <answer>B</answer>") == []
     assert stated_letters("B") == []
 
 
 @pytest.mark.parametrize(
-    "filler", ["answer ", "answer: ", "\\boxed{", "Action: ", "[Optional]", '{"a":', " ", "<", "B"]
+    "filler",
+    [
+        " ",
+        "*",
+        "(",
+        "answer ",
+        "answer: ",
+        "\\boxed{",
+        "Action: ",
+        "[Optional]",
+        '{"a":',
+        "Action Input: {",
+        "\n",
+        "<",
+        "B",
+    ],
 )
 def test_degenerate_responses_are_graded_in_time(filler: str) -> None:
+    """A damaged model repeats itself: no run of characters may make a pattern slow, nor depth overflow the stack."""
     began = time.monotonic()
-    for name, row in (("tooluse", {"golden_answer": MARKED}), ("science", {"answer": "D"})):
-        for text in (filler * 5000, f"Action: a\nAction Input: {filler * 5000}"):
+    for name in ("tooluse", "tooluse-short", "science", "science-short"):
+        row = {"golden_answer": MARKED if name == "tooluse" else ONE, "answer": "D"}
+        for text in (filler * 5000, "answer" + filler * 5000, f"Action: a\nAction Input: {filler * 5000}"):
             assert not any(tasks.get(name).grade(text, row, mode=mode).correct for mode in tasks.MODES)
-    assert time.monotonic() - began < 5
-
-
-# Rows
-
-CHOICE = "Which mass?\nC.CCO is no option\n\nA: 532.0\nB: C[C@@H](O)N: x\nC: 147.2\nD: 455.4"
-
-
-def test_forms_read_options() -> None:
-    form = tasks.form("science")
-    row = {"prompt": [{"role": "system", "content": "A: no"}, {"role": "user", "content": CHOICE}], "answer": "C"}
-    assert form.options(row) == {"A": "532.0", "B": "C[C@@H](O)N: x", "C": "147.2", "D": "455.4"}
-    assert form.choices(row) == ["A", "B", "C", "D"]
-    assert form.gold(row) == "C"
-    long = {"prompt": "A: x\nB: y\n\n(A) one\nmore\n(B) two\nlines\n\nGive the letter.", "answer": "B"}
-    assert form.options(long) == {"A": "one\nmore", "B": "two\nlines"}
-    short = tasks.get("science-short")
-    for row in short.rows("held_out", 8) if _has_molmass() else []:
-        assert tasks.form("science-short").choices(row) == list("ABCD")
-        assert tasks.form("science-short").gold(row) == row["answer"]
-
-
-def _has_molmass() -> bool:
-    try:
-        import molmass  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def test_every_task_has_a_form_and_rows_without_a_source_say_so() -> None:
-    assert tasks.names() == ["general", "science", "science-short", "tooluse", "tooluse-short"]
-    for name in tasks.names():
-        assert tasks.form(name).columns[0] == "prompt"
-    with pytest.raises(InputError, match=r"tooluse makes no rows of its own.* is tooluse-short"):
-        tasks.get("tooluse").rows("held_out", 3)
-    with pytest.raises(InputError, match=r'unknown task "tool-use"; known: general, science, science-short, tooluse, '):
-        tasks.get("tool-use")
-
-
-def test_messages_and_ids() -> None:
-    form = tasks.form("tooluse")
-    messages = [{"role": "user", "content": "Do it."}]
-    row = {"prompt": messages, "golden_answer": ONE}
-    assert form.messages(row) == messages
-    assert form.messages({**row, "prompt": "Do it."}) == messages
-    canonical = json.dumps(messages, sort_keys=True) + "\n" + json.dumps(ONE, sort_keys=True)
-    assert form.id(row) == tasks.row_id(row) == hashlib.sha256(canonical.encode()).hexdigest()[:12]
-    assert form.id({**row, "prompt": [{"content": "Do it.", "role": "user"}]}) == form.id(row)
-    assert form.id({**row, "golden_answer": TWO}) != form.id(row)
-    assert form.id({**row, "id": 7}) == "7"
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "message"),
+    ("name", "row", "mode", "message"),
     [
-        ("tooluse", {"id": "r1", "prompt": "p", "answer": "B"},
-         'row r1: the column "golden_answer" is missing (it has: id, prompt, answer); rows of this task need prompt, '),
-        ("tooluse", {"golden_answer": ONE}, 'the row: the column "prompt" is missing (it has: golden_answer)'),
-        ("tooluse", {"id": 3, "prompt": [], "golden_answer": ONE}, "row 3: the prompt is an empty list"),
-        ("science", {"id": "r1", "prompt": CHOICE}, 'row r1: the column "answer" is missing'),
-        ("science", {"id": "r1", "prompt": CHOICE, "answer": None}, 'row r1: the column "answer" is missing'),
-        ("general", {"id": "r1", "prompt": "p"}, 'row r1: the column "checks" is missing'),
-        ("science", ["p"], "the row: a row must be an object, got list"),
+        ("tooluse", {"id": "r1", "prompt": "p"}, "paper", 'row r1: the column "golden_answer" is missing'),
+        ("tooluse", {"id": "r1", "golden_answer": "x"}, "paper", "row r1: the row needs golden_answer, a list of {Act"),
+        ("tooluse", {"id": "r1", "golden_answer": [{"Action": "a"}]}, "robust", "row r1: the row needs golden_answer"),
+        ("tooluse", {"golden_answer": [{"Action": "a", "Action_Input": "[1]"}]}, "robust", "must be an object"),
+        ("tooluse-short", {"answer": "B"}, "paper", "needs golden_answer"),
+        ("tooluse-short", {"golden_answer": [{"Action": "a", "Action_Input": "{b"}]}, "robust",
+         "golden Action_Input of a is not valid JSON"),
+        ("science", {"id": "r1", "prompt": "p"}, "robust", 'row r1: the column "answer" is missing'),
+        ("science", {"id": "r1", "answer": "E"}, "paper", "row r1: the row needs an answer, one of A, B, C, D; it"),
+        ("science-short", {}, "robust", "it has null"),
+        ("science", {"answer": "B"}, "robus", 'mode is "robus"; allowed: paper, robust. Did you mean "robust"'),
     ],
 )  # fmt: skip
-def test_rows_that_can_not_be_asked(name: str, row: Any, message: str) -> None:
+def test_rows_that_can_not_be_graded(name: str, row: dict[str, Any], mode: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        tasks.form(name).check(row)
-    assert message in str(caught.value)
-    with pytest.raises(InputError, match=r"^data.jsonl:4: "):
-        tasks.form(name).check(row, "data.jsonl:4")
-
-
-@pytest.mark.parametrize(
-    ("name", "row", "message"),
-    [
-        ("tooluse", {"prompt": CHOICE, "golden_answer": ONE}, "this task is no choice between letters"),
-        ("science", {"prompt": CHOICE, "answer": "E"}, "the answer is E; the prompt's options are A, B, C, D"),
-        ("science", {"prompt": CHOICE, "answer": 2}, "the answer is 2; the prompt's options are A, B, C, D"),
-        ("science", {"prompt": "Which?", "answer": "A"}, 'the prompt has no options as lines "A: …", "B: …": Which?'),
-        ("science", {"prompt": "Which?\nA: this", "answer": "A"}, 'the prompt has no options as lines "A: …"'),
-        ("science", {"prompt": CHOICE}, 'the column "answer" is missing'),
-    ],
-)
-def test_rows_without_letters_to_score(name: str, row: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as caught:
-        tasks.form(name).gold({"id": "r1", **row})
-    assert str(caught.value).startswith(f"row r1: {message}")
-
-
-@pytest.mark.parametrize(
-    ("name", "row", "message"),
-    [
-        ("tooluse", {"id": "r1", "prompt": "p"}, 'row r1: the column "golden_answer" is missing'),
-        ("tooluse", {"id": "r1", "golden_answer": "x"}, "row r1: the row needs golden_answer, a list of {Action, "),
-        ("tooluse", {"id": "r1", "golden_answer": [{"Action": "a"}]}, "row r1: the row needs golden_answer"),
-        ("tooluse", {"prompt": "p", "golden_answer": [{"Action": "a", "Action_Input": "[1]"}]}, "must be an object"),
-        ("science", {"id": "r1", "prompt": "p"}, 'row r1: the column "answer" is missing'),
-        ("science", {"id": "r1", "answer": "E"}, "row r1: the row needs an answer, one of A, B, C, D; it has E"),
-    ],
-)
-def test_rows_that_can_not_be_graded(name: str, row: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as caught:
-        tasks.get(name).grade("Action: a", row, mode="robust")
+        tasks.get(name).grade("Action: a", row, mode=mode)
     assert message in str(caught.value)
 
 
@@ -359,13 +337,12 @@ def out_of_the_papers_reach(row: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("file", FILES)
 def test_real_golden_answers_are_correct(file: str) -> None:
     rows, task = real_rows(file), tasks.get(file.partition("/")[0])
-    form = tasks.form(task.name)
     for number, row in enumerate(rows, start=1):
-        form.check(row, f"{file}:{number}")
-        assert form.messages(row) == row["prompt"]
+        task.check(row, f"{file}:{number}")
+        assert task.messages(row) == row["prompt"]
         assert task.grade(gold_of(row), row, mode="robust") == tasks.Grade(True, "correct"), number
         assert task.grade(gold_of(row), row, mode="paper").correct != out_of_the_papers_reach(row), number
-    assert len({form.id(row) for row in rows}) == len(rows)
+    assert len({task.id(row) for row in rows}) == len(rows)
     assert sum(map(out_of_the_papers_reach, rows)) == {"tooluse/dev": 2, "tooluse/train": 2}.get(file, 0)
 
 
@@ -380,9 +357,9 @@ def test_real_rows_tell_wrong_answers(file: str) -> None:
 
 @pytest.mark.parametrize("file", ["science/dev", "science/train"])
 def test_real_options_are_read(file: str) -> None:
-    form = tasks.form("science")
+    task = tasks.get("science")
     for row in real_rows(file):
         lines = row["prompt"][-1]["content"].split("\n")[-4:]
-        assert [f"{letter}: {text}" for letter, text in form.options(row).items()] == lines
-        assert form.choices(row) == list("ABCD")
-        assert form.gold(row) == row["answer"]
+        assert [f"{letter}: {text}" for letter, text in task.options(row).items()] == lines
+        assert task.choices(row) == list("ABCD")
+        assert task.gold(row) == row["answer"]
