@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import typer
 
-from remend.cli.from_settings import Option, command, options_of, parameter
+from remend.cli.from_settings import FIXED, Option, Values, command, options_of
 from remend.cli.show import show_damage
 from remend.degrade import DEGRADATIONS
 from remend.degrade.kinds import Calibrated, degrade
 from remend.errors import InputError
-
-FIXED = (
-    parameter(
-        "model", str, typer.Argument(help="The healthy model: a directory, GGUF file, hub id\\[@revision], smollm2.")
-    ),
-    parameter("out", str, typer.Option(help="A new directory.")),
-)
 
 OLDER = {"depth": {"layers": "layers", "method": "by"}, "width": {"ffn": "ffn", "heads": "heads"}}
 """Kinds that `prune --method KIND` still makes, with the names that their fields have as its options."""
@@ -37,8 +29,8 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(group, name="degrade")
 
 
-def _runs(kind: str) -> Callable[[Mapping[str, Any], dict[str, Any]], None]:
-    def run(fixed: Mapping[str, Any], given: dict[str, Any]) -> None:
+def _runs(kind: str) -> Callable[[Values, Values], None]:
+    def run(fixed: Values, given: Values) -> None:
         show_damage(fixed["out"], degrade(kind, fixed["model"], fixed["out"], given))
 
     return run
@@ -52,7 +44,7 @@ def _older_options() -> list[Option]:
     ]
 
 
-def _prune(fixed: Mapping[str, Any], given: dict[str, Any]) -> None:
+def _prune(fixed: Values, given: Values) -> None:
     """`prune`, and what it was called with before depth and width had verbs of their own."""
     method = given.get("method", "magnitude")
     names = OLDER.get(method)

@@ -25,10 +25,16 @@ from rich.markup import escape
 from remend.errors import InputError
 from remend.files.settings import Settings, merged
 
+Values = dict[str, Any]
+"""What stands on the command line, by parameter or field."""
+
 
 @dataclass(frozen=True)
 class Option:
-    """A parameter of a command, and the path of the field that it sets; `number` is what the parts of a list are."""
+    """A parameter of a command, and the path of the field that it sets.
+
+    part: what the parts of a list with commas are; None for all else. single: whether one value may stand in its place.
+    """
 
     path: tuple[str, ...]
     parameter: inspect.Parameter
@@ -43,16 +49,17 @@ class Option:
             parts = [self.part(part.strip()) for part in value.split(",") if part.strip()]
         except ValueError:
             name = self.path[-1].replace("_", " ")
-            what = "neither a number nor a list" if self.single else "no list of numbers"
-            raise InputError(f'{name} "{value}" is {what} like 23,24,25') from None
+            what = "neither a number nor a list like 23,24,25" if self.single else "no list of numbers like 0,1,2,5"
+            raise InputError(f'{name} "{value}" is {what}') from None
         return parts[0] if self.single and parts and "," not in value else parts
 
-    def values(self, value: Any) -> dict[str, object]:
+    def values(self, value: Any) -> Values:
         """The field with its value, below the settings that it is in."""
-        result: Any = self.read(value)
-        for name in reversed(self.path):
+        *outer, last = self.path
+        result: Values = {last: self.read(value)}
+        for name in reversed(outer):
             result = {name: result}
-        return dict(result)
+        return result
 
 
 def options_of(
@@ -80,7 +87,7 @@ def options_of(
 def command(
     fixed: Sequence[inspect.Parameter],
     options: Sequence[Option],
-    run: Callable[[Mapping[str, Any], dict[str, Any]], None],
+    run: Callable[[Values, Values], None],
     about: str,
 ) -> Callable[..., None]:
     """A function for typer.
@@ -94,7 +101,7 @@ def command(
     """
 
     def called(context: typer.Context, **values: Any) -> None:
-        given: dict[str, Any] = {}
+        given: Values = {}
         for option in options:
             name = option.parameter.name
             if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
@@ -110,6 +117,14 @@ def command(
 def parameter(name: str, kind: object, how: Any, default: object = inspect.Parameter.empty) -> inspect.Parameter:
     """A parameter of a command: its type, and typer.Option or typer.Argument with the help."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how])
+
+
+MODEL = "The healthy model: a directory, GGUF file, hub id[@revision], smollm2."
+FIXED = (
+    parameter("model", str, typer.Argument(help=escape(MODEL))),
+    parameter("out", str, typer.Option(help="A new directory.")),
+)
+"""Of verbs that make something of a healthy model."""
 
 
 def _names(model: type[Settings]) -> Iterator[str]:
@@ -136,20 +151,23 @@ def _options(path: tuple[str, ...], field: FieldInfo, hidden: bool, inside: bool
     if lists and not repeatable:
         separated = int if parts == [int] else str
     kind: Any = list[str] if repeatable else kinds[0] if not lists and len(kinds) == 1 else str
-    about = field.description or ""
-    if inside:
-        about = f"{about[:1].upper()}{about[1:].rstrip('.')}."
-    if repeatable:
-        about = f"{about.rstrip('.')}; repeatable."
-    default = None if inside or repeatable else field.get_default()
+    default: Any = None if inside or repeatable else field.get_default()
     if field.is_required() and not inside:
         default = inspect.Parameter.empty
     elif default is None:
         kind = kind | None
     elif kind is str:
-        default = str(default)
-    how = typer.Option(help=escape(about), hidden=hidden)
+        default = ",".join(default) if isinstance(default, list) else str(default)
+    more = "; repeatable" if repeatable else "; with commas between" if separated and not single else ""
+    how = typer.Option(help=escape(_sentence((field.description or "") + more)), hidden=hidden)
     yield Option(path, parameter("_".join(path), kind, how, default), separated, single)
+
+
+def _sentence(description: str) -> str:
+    """A description as the help shows it. One that begins with a value, as "auto, cpu", keeps its first letter."""
+    if description.partition(" ")[0].rstrip(":").isalpha():
+        description = description[:1].upper() + description[1:]
+    return description if description.endswith("…") else f"{description}."
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

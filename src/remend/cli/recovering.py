@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 import remend
+from remend.cli.from_settings import FIXED, Values, command, options_of
 from remend.cli.show import print_line, show, show_cache
 from remend.errors import InputError
+from remend.training.cache_settings import CacheSettings
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Recipe file, then key=value …", metavar="[RECIPE.yaml] [KEY=VALUE]…")
@@ -67,14 +69,14 @@ def check(
 ) -> None:
     """Check a recipe without training: every problem and warning at once."""
     recipe, overrides = _arguments(words, as_, student=student, teacher=teacher, data=data, out=out)
-    found = remend.check(recipe, files=files, **overrides)
+    checked = remend.check(recipe, files=files, **overrides)
     console = Console(highlight=False, soft_wrap=True)
-    for warning in found.warnings:
+    for warning in checked.warnings:
         console.print("warning:", warning, markup=False)
-    found.raise_problems()
-    for note in found.notes:
+    checked.raise_problems()
+    for note in checked.notes:
         console.print("note:", note, markup=False)
-    console.print(found.verdict(), markup=False)
+    console.print(checked.verdict(), markup=False)
 
 
 def export(
@@ -101,38 +103,26 @@ def prompts(
     """Let a model write prompts itself: what users would ask, sampled from its chat template's user turn."""
     from remend.recovery.self_prompt_filters import Counts
 
-    rest: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "device": device}
-    rest["trust_remote_code"] = trust_remote_code
-    done = remend.write_self_prompts(model, out, n=n, seed=seed, **rest)
+    done = remend.write_self_prompts(
+        model,
+        out,
+        n=n,
+        seed=seed,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     counts = Counts(**done["counts"])
     print_line(f"{out}: {counts.kept} prompts of {counts.attempts} tries, {done['seconds']:.1f} s")
     print_line(f"removed: {counts.describe()}")
 
 
-def cache_teacher(
-    model: Model,
-    data: Annotated[str, typer.Option(help="Prompts that the teacher answers: JSON lines or a datasets id.")],
-    out: NewDirectory,
-    k: Annotated[int, typer.Option("--k", help="Tokens stored by name at each position; the rest is one tail.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens a completion.")] = 48,
-    held_out: Annotated[int | None, typer.Option(help="Prompts set apart, answered greedily.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Held-out prompts of their own, in place of that.")] = None,
-    max_prompt_tokens: Annotated[int, typer.Option(help="Longer prompts are dropped, never cut.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="Of the sampling; scores are stored at 1.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of split and sampling.")] = 0,
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-) -> None:
-    """Store a teacher's completions and its top-k scores of them, for where it does not fit beside the student."""
-    rest: dict[str, Any] = {"held_out": held_out, "eval_data": eval_data, "max_prompt_tokens": max_prompt_tokens}
-    rest |= {"k": k, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "device": device}
-    rest["trust_remote_code"] = trust_remote_code
-    show_cache(out, remend.cache_teacher(model, out, data=data, **rest))
+def _cache_teacher(fixed: Values, given: Values) -> None:
+    show_cache(fixed["out"], remend.cache_teacher(fixed["model"], fixed["out"], **given))
 
 
-def _arguments(
-    words: list[str] | None, held_as: str | None, **options: str | None
-) -> tuple[Path | None, dict[str, Any]]:
+def _arguments(words: list[str] | None, held_as: str | None, **options: str | None) -> tuple[Path | None, Values]:
     from remend.files.settings import parse_overrides
 
     if held_as not in (None, "dense"):
@@ -146,4 +136,5 @@ def add_to(app: typer.Typer) -> None:
     """Put the verbs of this module into the command line."""
     for verb in (demo, recover, check, export, prompts):
         app.command()(verb)
-    app.command("cache-teacher")(cache_teacher)
+    about = "Store a teacher's completions and its top-k scores of them, for where it does not fit beside the student."
+    app.command("cache-teacher")(command(FIXED, options_of(CacheSettings), _cache_teacher, about))

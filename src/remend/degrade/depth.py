@@ -25,9 +25,9 @@ GIVEN = "list"
 class Depth(Calibrated):
     """Remove whole layers."""
 
-    layers: int | list[int] = Field(5, description="How many to remove, or which: 5; 23,24; 23, is that one.")
+    layers: int | list[int] = Field(5, description="how many to remove, or which: 5; 23,24; 23, is that one")
     method: str = Field(
-        "block-influence", description="How they are chosen: block-influence, angular; list goes with given ones."
+        "block-influence", description="how they are chosen: block-influence, angular; list goes with given ones"
     )
 
     @model_validator(mode="before")

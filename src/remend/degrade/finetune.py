@@ -29,17 +29,17 @@ class Finetune(DegradeSettings):
 
     learns: ClassVar[bool] = True
 
-    data: str = Field(description="Rows with a prompt and a completion: JSON lines or a datasets id.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; by default one epoch.")
+    data: str = Field(description="rows with a prompt and a completion: JSON lines or a datasets id")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; by default one epoch")
     epochs: Number | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Passes over the data, in place of steps."
+        None, gt=0, allow_inf_nan=False, description="passes over the data, in place of steps"
     )
-    learning_rate: Number | None = Field(None, gt=0, le=1, description="AdamW's peak.")
-    batch_size: int = Field(4, ge=1, description="Rows a step.")
-    gradient_accumulation: int = Field(1, ge=1, description="Micro-batches a step, of batch_size rows each.")
-    max_tokens: int = Field(1024, ge=1, description="Longer rows are dropped, never cut.")
-    lora: LoraConfig | None = Field(None, description="Train an adapter and fold it in.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the arithmetic.")
+    learning_rate: Number | None = Field(None, gt=0, le=1, description="AdamW's peak")
+    batch_size: int = Field(4, ge=1, description="rows a step")
+    gradient_accumulation: int = Field(1, ge=1, description="Micro-batches a step, of batch_size rows each")
+    max_tokens: int = Field(1024, ge=1, description="longer rows are dropped, never cut")
+    lora: LoraConfig | None = Field(None, description="train an adapter and fold it in")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the arithmetic")
 
     @property
     def rate(self) -> float:

@@ -4,7 +4,7 @@
 class Noise(DegradeSettings):
     "Add Gaussian noise to the weights."
 
-    scale: float = Field(0.1, gt=0, description="Standard deviation, relative to that of a matrix.")
+    scale: float = Field(0.1, gt=0, description="standard deviation, relative to that of a matrix")
 
     def change(self, damage: Damage) -> Changed:
         ...
@@ -37,10 +37,10 @@ class DegradeSettings(Settings):
     learns: ClassVar[bool] = False
     """Whether it trains on rows of a task. A study gives such a kind its own task's rows where `data` is left out."""
 
-    seed: int = Field(0, description="Seed of calibration text and training order.")
-    probe: bool = Field(True, description="Measure the damage on the demo's held-out prompts.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps.")
-    trust_remote_code: bool = Field(False, description="Let a model directory run its own Python.")
+    seed: int = Field(0, description="seed of calibration text and training order")
+    probe: bool = Field(True, description="measure the damage on the demo's held-out prompts")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
+    trust_remote_code: bool = Field(False, description="let a model directory run its own Python")
 
     def check(self) -> None:
         """Raise InputError for what can't be made, before a model is loaded."""
@@ -57,8 +57,8 @@ class DegradeSettings(Settings):
 class Calibrated(DegradeSettings):
     """What a kind takes that may look at text: the reference's own completions of some prompts."""
 
-    data: str | None = Field(None, description="Prompts for calibration; by default bundled ones.")
-    samples: int = Field(48, description="Calibration prompts; the reference answers them itself.")
+    data: str | None = Field(None, description="prompts for calibration; by default bundled ones")
+    samples: int = Field(48, description="calibration prompts; the reference answers them itself")
 
     @field_validator("samples")
     @classmethod

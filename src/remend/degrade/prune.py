@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class Prune(Calibrated):
     """Set weights of every linear layer of the decoder to zero."""
 
-    method: str = Field("magnitude", description="Which weights become zero: magnitude, wanda, sparsegpt.")
-    sparsity: str | float = Field("0.5", description="Share of zeros, 0.5, or how many of how many stay, 2:4.")
-    scope: str = Field("layer", description="The share holds in every layer, or over all: layer, global.")
-    skip: Patterns = Field(default_factory=list, description="Layers to leave as they are, e.g. '*.down_proj'.")
+    method: str = Field("magnitude", description="which weights become zero: magnitude, wanda, sparsegpt")
+    sparsity: str | float = Field("0.5", description="share of zeros, 0.5, or how many of how many stay, 2:4")
+    scope: str = Field("layer", description="the share holds in every layer, or over all: layer, global")
+    skip: Patterns = Field(default_factory=list, description="layers to leave as they are, e.g. '*.down_proj'")
 
     def amount(self) -> Sparsity:
         """`sparsity`, read. Raises InputError for one out of range."""

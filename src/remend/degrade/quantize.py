@@ -23,8 +23,8 @@ class Quantize(Calibrated):
     """Quantize every linear layer of the decoder onto a grid."""
 
     format: str = Field("int3-g64", description="int3-g64, int4-g32-sym, gguf:q4_0, nf4, nvfp4, …")
-    method: str = Field("rtn", description="How weights are put on the grid: rtn or gptq.")
-    skip: Patterns = Field(default_factory=list, description="Layers to leave as they are, e.g. '*.down_proj'.")
+    method: str = Field("rtn", description="how weights are put on the grid: rtn or gptq")
+    skip: Patterns = Field(default_factory=list, description="layers to leave as they are, e.g. '*.down_proj'")
 
     def grid_format(self) -> GridFormat:
         """`format`, read. Raises InputError for an unknown one."""

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Width(Calibrated):
     """Remove feed-forward channels and attention heads from every layer."""
 
-    ffn: Number = Field(0.25, description="Share of feed-forward channels to remove.")
-    heads: int = Field(0, description="Key-value head groups to remove from each layer.")
+    ffn: Number = Field(0.25, description="share of feed-forward channels to remove")
+    heads: int = Field(0, description="Key-value head groups to remove from each layer")
 
     def check(self) -> None:
         """Raise InputError for a share out of range, and where nothing would be dropped."""

@@ -29,7 +29,7 @@ class EvaluateSettings(Settings):
     data: str | dict[str, str] | None = Field(
         None, description="rows: JSON lines or a datasets id; by task where there are several"
     )
-    engine: str = Field("hf", description="hf (transformers) or vllm")
+    engine: str = Field("hf", description="transformers (hf) or vllm")
     grader: str | None = Field(
         None, description="paper (default) grades as the authors do, robust what was meant, both"
     )

@@ -14,7 +14,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,17 +24,20 @@ from remend.data.examples import Example, data_hash, load_examples, split_held_o
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.errors import InputError
-from remend.files.atomic import json_line, new_directory, write_json, write_text
+from remend.files.atomic import JsonObject, json_line, new_directory, write_json, write_text
 from remend.files.run_directory import occupied
+from remend.files.settings import build
 from remend.maths.losses import divergence
 from remend.maths.topk import TopK, entropy_lost, top_k
 from remend.models.device import choose_device, choose_dtype, chunk_rows
 from remend.models.find import ModelSource, find_model, hash_files, origin_note
 from remend.models.load import load_config, load_model, load_tokenizer
+from remend.models.protocols import Tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import Scorer, pack, scorer
 from remend.models.tokens import eos_ids
+from remend.training.cache_settings import CacheSettings
 from remend.training.teachers.cache import PROMPTS, RECORD, VERSION, template_hash, vocabulary_hash
 
 SHARD_BYTES = 32 * 2**20
@@ -45,49 +47,27 @@ ROWS = 8
 """Completions a forward pass, as recovery takes them."""
 
 
-def cache_teacher(
-    model: str,
-    out: str | Path,
-    *,
-    data: str,
-    k: int = 64,
-    max_new_tokens: int = 48,
-    held_out: int | None = None,
-    eval_data: str | None = None,
-    max_prompt_tokens: int = 1024,
-    temperature: float = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
+def cache_teacher(model: str, out: str | Path, **settings: object) -> JsonObject:
     """Let a teacher answer prompts and store how it scores its own answers.
 
     Args:
         model: the teacher: directory, GGUF file, hub id[@revision] or smollm2.
         out: a new directory; see remend.teacher_cache for what it holds.
-        data: prompts, a JSON lines file or a datasets id. Each gets one sampled completion.
-        k: tokens stored by name at each position; all others are one tail. 6 bytes each.
-        max_new_tokens: tokens a completion.
-        held_out: how many distinct prompts are set apart and answered greedily; by default as in a recipe.
-        eval_data: held-out prompts of their own.
-        max_prompt_tokens: longer prompts are dropped, never cut.
-        temperature: of the sampling. The stored probabilities are at temperature 1 whatever it is.
-        seed: of the split and of the sampling.
-        device: auto, cpu, cuda, cuda:N, mps. The teacher computes in float32, on a GPU in bfloat16 where that is fast.
-        trust_remote_code: let a model directory run its own Python.
+        **settings: fields of CacheSettings; `data` is needed. Each of its prompts gets one sampled completion.
 
     Returns:
         The content of teacher-cache.json.
 
     Raises:
-        InputError, FileError: settings out of range, an occupied directory, no prompt left, unreadable data or model.
+        InputError, FileError: unknown settings or ones out of range, an occupied directory, no prompt left, unreadable
+            data or model.
     """
-    plan = _Plan(model, data, k, max_new_tokens, held_out, eval_data, max_prompt_tokens, temperature, seed)
-    out = Path(out)
+    plan, out = build(CacheSettings, dict(settings), "cache-teacher"), Path(out)
     _check(plan, out)
-    where, source = choose_device(device), find_model(model)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    rows = load_config(source, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+    k, trust = plan.k, plan.trust_remote_code
+    where, source = choose_device(plan.device), find_model(model)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    rows = load_config(source, trust_remote_code=trust).get_text_config().vocab_size
     # rows above the tokenizer's ids are padding, and a student of the same family may have more or fewer of them
     shared = min(rows, 1 + max(tokenizer.get_vocab().values()))
     if not 1 <= k <= shared:
@@ -95,34 +75,19 @@ def cache_teacher(
     prompts = _prompts(plan, tokenizer)
     dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
     with stage(f"loading {model}"):
-        teacher: Any = load_model(source, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+        teacher = load_model(source, dtype=dtype, device=where, trust_remote_code=trust)
         teacher.requires_grad_(False)
-        record = _record(plan, source, tokenizer, shared, prompts)
+        record = _record(plan, model, source, tokenizer, shared, prompts)
     parts = scorer(teacher, shared)
     sampler = TransformersSampler(teacher, shared, eos_ids(teacher, tokenizer))
     rollouts = {
-        "train": _answers(plan, sampler, prompts.train, "training", temperature),
+        "train": _answers(plan, sampler, prompts.train, "training", plan.temperature),
         "held_out": _answers(plan, sampler, prompts.held_out, "held-out", 0.0),
     }
     return _write(out, record, rollouts, parts, k)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The settings; see cache_teacher."""
-
-    model: str
-    data: str
-    k: int
-    max_new_tokens: int
-    held_out: int | None
-    eval_data: str | None
-    max_prompt_tokens: int
-    temperature: float
-    seed: int
-
-
-def _check(plan: _Plan, out: Path) -> None:
+def _check(plan: CacheSettings, out: Path) -> None:
     problem = occupied(out)
     if problem:
         raise InputError(problem)
@@ -136,12 +101,14 @@ def _check(plan: _Plan, out: Path) -> None:
         )
 
 
-def _record(plan: _Plan, source: ModelSource, tokenizer: Any, shared: int, prompts: _Prompts) -> dict[str, Any]:
+def _record(
+    plan: CacheSettings, model: str, source: ModelSource, tokenizer: Tokenizer, shared: int, prompts: _Prompts
+) -> JsonObject:
     """What teacher-cache.json says before anything is sampled."""
     note = origin_note(source)
     return {
         "version": VERSION,
-        "model": plan.model,
+        "model": model,
         "files": hash_files(source),
         **({"note": note} if note else {}),
         "data": prompts.hashes,
@@ -165,7 +132,7 @@ class _Prompts:
     hashes: dict[str, str]
 
 
-def _prompts(plan: _Plan, tokenizer: Any) -> _Prompts:
+def _prompts(plan: CacheSettings, tokenizer: Tokenizer) -> _Prompts:
     """Split and encoded as `remend recover` does it: the same data, seed and held_out give the same sides."""
     data, eval_data = plan.data, plan.eval_data
     examples = load_examples(data)
@@ -190,7 +157,9 @@ def _prompts(plan: _Plan, tokenizer: Any) -> _Prompts:
     return _Prompts(encoded["train"], encoded["held_out"], dropped, hashes)
 
 
-def _encoded(tokenizer: Any, what: str, examples: Sequence[Example], limit: int) -> tuple[list[Encoded], list[str]]:
+def _encoded(
+    tokenizer: Tokenizer, what: str, examples: Sequence[Example], limit: int
+) -> tuple[list[Encoded], list[str]]:
     kept, dropped = encode_within(tokenizer, examples, limit)
     if not dropped:
         return kept, dropped
@@ -202,7 +171,7 @@ def _encoded(tokenizer: Any, what: str, examples: Sequence[Example], limit: int)
 
 
 def _answers(
-    plan: _Plan, sampler: TransformersSampler, prompts: Sequence[Encoded], what: str, temperature: float
+    plan: CacheSettings, sampler: TransformersSampler, prompts: Sequence[Encoded], what: str, temperature: float
 ) -> list[Rollout]:
     seeds = [derive_seed(plan.seed, "cache", i) for i in range(len(prompts))]
     with stage(f"the teacher answers the {what} prompts", len(prompts)) as advance:
@@ -210,10 +179,8 @@ def _answers(
         return sampler(prompts, max_new_tokens=plan.max_new_tokens, temperature=temperature, seeds=seeds)
 
 
-def _write(
-    out: Path, record: dict[str, Any], rollouts: dict[str, list[Rollout]], parts: Scorer, k: int
-) -> dict[str, Any]:
-    everything = [(split, r) for split, found in rollouts.items() for r in found]
+def _write(out: Path, record: JsonObject, rollouts: dict[str, list[Rollout]], parts: Scorer, k: int) -> JsonObject:
+    everything = [(split, r) for split, answers in rollouts.items() for r in answers]
     with new_directory(out) as directory:
         shards, errors = _Shards(directory), _Errors()
         with stage(f"scoring: the {k} most likely tokens and the rest", len(everything)) as advance:
@@ -225,8 +192,10 @@ def _write(
         write_text(directory / PROMPTS, "".join(lines))
         record = {
             **record,
-            "prompts": {split: len(found) for split, found in rollouts.items()},
-            "clipped_share": {split: sum(r.clipped for r in found) / len(found) for split, found in rollouts.items()},
+            "prompts": {split: len(answers) for split, answers in rollouts.items()},
+            "clipped_share": {
+                split: sum(r.clipped for r in answers) / len(answers) for split, answers in rollouts.items()
+            },
             "tokens": errors.tokens,
             "bytes_per_token": shards.bytes_per_token,
             "bytes": sum(s["bytes"] for s in shards.written),
@@ -299,7 +268,7 @@ class _Shards:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.written: list[dict[str, Any]] = []
+        self.written: list[JsonObject] = []
         self.bytes_per_token = 0
         self._held: list[_Stored] = []
 

@@ -1,0 +1,22 @@
+"""What cache-teacher is asked for. Nothing here waits for torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from remend.files.settings import Number, Settings
+
+
+class CacheSettings(Settings):
+    """Which prompts a teacher answers, and how much of its scores is stored."""
+
+    data: str = Field(description="prompts that the teacher answers: JSON lines or a datasets id")
+    k: int = Field(64, description="tokens stored by name at each position, 6 bytes each; the rest is one tail")
+    max_new_tokens: int = Field(48, description="tokens a completion")
+    held_out: int | None = Field(None, description="prompts set apart, answered greedily; by default as in a recipe")
+    eval_data: str | None = Field(None, description="a file of prompts to hold out, in place of that")
+    max_prompt_tokens: int = Field(1024, description="longer prompts are dropped, never cut")
+    temperature: Number = Field(1.0, description="of the sampling; scores are stored at 1")
+    seed: int = Field(0, description="seed of split and sampling")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps; float32, on a GPU bfloat16 where it is fast")
+    trust_remote_code: bool = Field(False, description="let a model directory run its own Python")
