@@ -15,7 +15,7 @@ import yaml
 
 from helpers.tiny import prompts
 from remend import cli
-from remend.files.atomic import read_json
+from remend.files.atomic import read_json, write_json
 from remend.files.run_directory import SUMMARY
 from remend.report import report
 from remend.report.study import study_page
@@ -94,6 +94,17 @@ def test_a_study_goes_on_and_failures_stop_nothing(write: Any, tmp_path: Path, m
     found = study(write(methods={"none": "none", "sdft": "on-policy", "broken": "sft"}), out)
     assert found["failures"] == {}
     assert set(states(found).values()) == {"done"}
+    assert {name: when for name, when in times(out).items() if name in ran} == ran
+
+    # nor is one that another version of remend wrote, with keys that are gone and without those that are newer
+    record = out / "cells/int3/sdft/0/inputs/cell.json"
+    inputs = read_json(record)
+    recipe = inputs["training"]["recipe"]
+    for part in (recipe, recipe["streams"]["recover"]):
+        del part["loss"]
+    recipe |= {"scales": "fixed", "importance_clip": None}
+    write_json(record, inputs)
+    study(write(methods={"none": "none", "sdft": "on-policy", "broken": "sft"}), out)
     assert {name: when for name, when in times(out).items() if name in ran} == ran
     changed = {"none": "none", "sdft": {"how": "on-policy", "recipe": {"learning_rate": 2e-3}}}
     study(write(methods=changed), out)

@@ -285,10 +285,10 @@ def gap_closed(
         return GapClosed(None, None, lost, (low, high), reason)
     if lost < 0:
         return GapClosed(None, None, lost, (low, high), f"there is no loss to win back: it is {shown}, a gain")
-    found = lost_R > 0
-    ratios_R = np.divide(won_R, lost_R, out=np.zeros_like(won_R), where=found)
-    below, _ = _percentiles(np.where(found, ratios_R, -np.inf), level)
-    _, above = _percentiles(np.where(found, ratios_R, np.inf), level)
+    lossy_R = lost_R > 0
+    ratios_R = np.divide(won_R, lost_R, out=np.zeros_like(won_R), where=lossy_R)
+    below, _ = _percentiles(np.where(lossy_R, ratios_R, -np.inf), level)
+    _, above = _percentiles(np.where(lossy_R, ratios_R, np.inf), level)
     return GapClosed(won / lost, (below, above), lost, (low, high), None)
 
 

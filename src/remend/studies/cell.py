@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from remend.data.examples import demonstration_of, load_examples
-from remend.files.atomic import read_json, write_json
+from remend.errors import InputError
+from remend.files.atomic import JsonObject, JsonRow, read_json, write_json
 from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDirectory
-from remend.files.settings import build, merged
+from remend.files.settings import Settings, build, merged
 from remend.models.find import find_model
 from remend.models.load import load_tokenizer
 from remend.recovery import recover
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import resolve, rows_of
-from remend.studies.grading import grade
-from remend.studies.labels import write_labels
+from remend.studies.grading import Grading, grade
+from remend.studies.labels import LabelSettings, write_labels
 from remend.training.supervised import ending
 from remend.training.teachers.cache import RECORD as LABELS_RECORD
 
@@ -39,7 +42,7 @@ def inputs_file(place: Path) -> Path:
     return place / INPUTS / OUTCOME
 
 
-def state_of(place: Path, inputs: Mapping[str, Any]) -> str:
+def state_of(place: Path, inputs: JsonRow) -> str:
     """How far a cell is.
 
     done; graded otherwise: trained as wanted, and its model can be graded anew; ungraded: trained as wanted, but graded
@@ -48,7 +51,7 @@ def state_of(place: Path, inputs: Mapping[str, Any]) -> str:
     if not inputs_file(place).is_file():
         return "stale" if place.exists() else "new"
     before = read_json(inputs_file(place))
-    if before.get("training") != inputs["training"]:
+    if _as_today(before.get("training")) != _as_today(inputs["training"]):
         return "stale"
     if not (place / OUTCOME).is_file():
         return "started"
@@ -57,72 +60,72 @@ def state_of(place: Path, inputs: Mapping[str, Any]) -> str:
     return "graded otherwise" if (place / "model").is_dir() else "ungraded"
 
 
-def ungraded(place: Path, inputs: Mapping[str, Any]) -> list[str]:
+def _as_today(training: JsonRow | None) -> JsonRow | None:
+    """What settles a training, its recipe as this version writes it: keys that are newer have their defaults."""
+    if training is None:
+        return None
+    try:
+        recipe = build(RecoverConfig, {**training["recipe"], "out": "-"}, "recipe")
+    except InputError:  # of a version that knew other keys
+        return training
+    return {**training, "recipe": recipe.model_dump(mode="json")}
+
+
+def ungraded(place: Path, inputs: JsonRow) -> list[str]:
     """The wanted tasks that a finished cell was not graded on, or on other rows or with other options."""
     before = read_json(inputs_file(place)).get("grading", {})
     return [name for name, wanted in inputs["grading"].items() if before.get(name) != wanted]
 
 
-def run_cell(
-    *,
-    place: str,
-    recipe: Mapping[str, Any],
-    tokens: int,
-    measurements: int,
-    checkpoints: bool,
-    labels: Mapping[str, Any] | None,
-    idle: str | None,
-    task_rows: str | None,
-    grading: Sequence[Mapping[str, Any]],
-    inputs: Mapping[str, Any],
-    keep_model: bool,
-) -> None:
+class CellSettings(Settings):
+    """A cell to be run to its end, from where it is."""
+
+    place: str = Field(description="the cell's directory; what it holds of other inputs is removed")
+    recipe: JsonObject = Field(
+        description="of the recovery, but for steps, out and the labels' teacher, which are worked out here"
+    )
+    tokens: int = Field(description="to plan the steps for; 0 trains nothing")
+    measurements: int = Field(description="of KL and CKA on the way")
+    checkpoints: bool = Field(description="whether an interrupted training shall be able to go on")
+    labels: LabelSettings | None = Field(description="where the method is supervised")
+    idle: str | None = Field(
+        description="directory of the group's untrained cell, whose answers tell how long completions are"
+    )
+    task_rows: str | None = Field(description="rows of the task, whose demonstrations tell the same of it")
+    grading: list[Grading] = Field(description="what the recovered model is graded on")
+    inputs: JsonObject = Field(description="what settles the cell")
+    keep_model: bool = Field(description="keep the recovered weights once they are graded")
+
+
+def run_cell(**settings: Any) -> None:
     """Run a cell to its end, from where it is.
 
     Args:
-        place: the cell's directory; what it holds of other inputs is removed.
-        recipe: of the recovery, but for steps, out and the labels' teacher, which are worked out here.
-        tokens: to plan the steps for; 0 trains nothing.
-        measurements: of KL and CKA on the way.
-        checkpoints: whether an interrupted training shall be able to go on.
-        labels: arguments of write_labels, where the method is supervised.
-        idle: the directory of the group's untrained cell, whose answers tell how long completions are.
-        task_rows: rows of the task, whose demonstrations tell the same of it.
-        grading: of `grade`.
-        inputs: what settles the cell.
-        keep_model: keep the recovered weights once they are graded.
+        **settings: fields of CellSettings.
 
     Raises RemendError as recover and evaluate do.
     """
-    path, began = Path(place), time.monotonic()
-    state = state_of(path, inputs)
+    cell = CellSettings(**settings)
+    path, began = Path(cell.place), time.monotonic()
+    state = state_of(path, cell.inputs)
     if state == "stale":
         shutil.rmtree(path)
     (path / OUTCOME).unlink(missing_ok=True)
-    write_json(inputs_file(path), dict(inputs))
+    write_json(inputs_file(path), cell.inputs)
     if not (path / SUMMARY).is_file():
-        _train(path, recipe, tokens, measurements, checkpoints, labels, idle, task_rows)
+        _train(path, cell)
     trained = time.monotonic() - began
-    for entry in grading:
-        grade(str(path / "model"), path / GRADES, **entry)
+    for grading in cell.grading:
+        grade(str(path / "model"), path / GRADES, grading)
     outcome = _outcome(path)
     outcome["seconds"] = {"recovery": round(trained, 1), "grading": round(time.monotonic() - began - trained, 1)}
     write_json(path / OUTCOME, outcome)  # before anything is removed that it was made of
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
-    if not keep_model:
+    if not cell.keep_model:
         shutil.rmtree(path / "model", ignore_errors=True)
 
 
-def _train(
-    path: Path,
-    recipe: Mapping[str, Any],
-    tokens: int,
-    measurements: int,
-    checkpoints: bool,
-    labels: Mapping[str, Any] | None,
-    idle: str | None,
-    task_rows: str | None,
-) -> None:
+def _train(path: Path, cell: CellSettings) -> None:
     """Start the recovery, or go on with it."""
     if (path / MANIFEST).is_file():
         recover(resume=path)
@@ -130,20 +133,20 @@ def _train(
     for left in path.iterdir():  # of a start that came to nothing
         if left.name != INPUTS:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-    given: dict[str, Any] = {"out": str(path), "select": "last", "keep_checkpoints": 1}
+    given: JsonObject = {"out": str(path), "select": "last", "keep_checkpoints": 1}
     mean = {}
-    if labels is not None:
+    if cell.labels is not None:
         place = path / INPUTS / "labels"
-        record = read_json(place / LABELS_RECORD) if place.is_dir() else write_labels(place, **labels)
+        record = read_json(place / LABELS_RECORD) if place.is_dir() else write_labels(place, cell.labels)
         given["streams"] = {"recover": {"teacher": str(place), "policy": "off", "data": None, "eval_data": None}}
         mean = {"recover": record["mean_tokens"]}
-    elif tokens:
-        mean = completion_tokens(recipe, Path(idle) if idle else None, task_rows)
-    config = build(RecoverConfig, merged(recipe, given), str(path))
-    steps = steps_for(config, tokens, mean)
-    every = max(1, steps // measurements)
+    elif cell.tokens:
+        mean = completion_tokens(cell.recipe, Path(cell.idle) if cell.idle else None, cell.task_rows)
+    config = build(RecoverConfig, merged(cell.recipe, given), str(path))
+    steps = steps_for(config, cell.tokens, mean)
+    every = max(1, steps // cell.measurements)
     planned = {"steps": steps, "eval_every": every if steps else 0, "diagnose_every": every if steps else 0}
-    planned["save_every"] = -(-steps // CHECKPOINTS) if checkpoints else 0
+    planned["save_every"] = -(-steps // CHECKPOINTS) if cell.checkpoints else 0
     recover(**merged(config.model_dump(), planned))
 
 
@@ -162,28 +165,28 @@ def longest(config: RecoverConfig) -> float:
     return float(length) if isinstance(length, int) else sum(length) / 2
 
 
-def completion_tokens(recipe: Mapping[str, Any], idle: Path | None, task_rows: str | None) -> dict[str, float]:
+def completion_tokens(recipe: JsonRow, idle: Path | None, task_rows: str | None) -> dict[str, float]:
     """Mean tokens of a completion by stream.
 
     General prompts: the mean of the reference's own answers and the degraded student's, between which a student moves
     as it recovers. The task: its demonstrations, up to the length limit.
     """
-    found: dict[str, float] = {}
+    mean: dict[str, float] = {}
     if idle is not None:
         ours = [row["tokens"] for row in read_json(idle / "baseline.json")["on_policy"]]
         theirs = [len(row["completion"]) for row in RunDirectory(idle).rows("reference.jsonl")]
-        found["recover"] = (sum(ours) / len(ours) + sum(theirs) / len(theirs)) / 2
+        mean["recover"] = (sum(ours) / len(ours) + sum(theirs) / len(theirs)) / 2
     if task_rows is not None:
         tokenizer = load_tokenizer(find_model(recipe["student"]))
         limit = longest(build(RecoverConfig, merged(recipe, {"out": "-"}), "recipe"))
         close = len(ending(tokenizer, [end for end in (tokenizer.eos_token_id,) if end is not None]))
         texts = [demonstration_of(e.row, f'row "{e.id}"') for e in load_examples(task_rows)]
         lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + close for text in texts]
-        found["task"] = sum(min(limit, length) for length in lengths) / len(lengths)
-    return found
+        mean["task"] = sum(min(limit, length) for length in lengths) / len(lengths)
+    return mean
 
 
-def _outcome(path: Path) -> dict[str, Any]:
+def _outcome(path: Path) -> JsonObject:
     """What the run's files say."""
     summary, manifest = read_json(path / SUMMARY), read_json(path / MANIFEST)
     repair = (summary["repair"] or {}).get("seconds", 0.0)
@@ -214,7 +217,7 @@ def _outcome(path: Path) -> dict[str, Any]:
     }
 
 
-def _curve(path: Path, summary: Mapping[str, Any], repair: float, answers: float) -> list[dict[str, Any]]:
+def _curve(path: Path, summary: JsonRow, repair: float, answers: float) -> list[JsonObject]:
     """Held-out KL over trained tokens and over seconds, repair and the reference's answers included."""
     files = RunDirectory(path)
     tokens, seconds = 0, repair + answers

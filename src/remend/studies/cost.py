@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
 
-from remend.files.atomic import read_json
+from remend.files.atomic import JsonObject, JsonRow, read_json
 from remend.studies.cell import OUTCOME, completion_tokens, steps_for
 from remend.studies.grid import Cell, Study
 
@@ -14,7 +13,7 @@ Figure = tuple[float | None, str]
 """Hours, None where nothing is known, and where the figure is from."""
 
 
-def estimate(study: Study, out: Path, cells: Sequence[Cell], finished: Set[str] = frozenset()) -> dict[str, Any]:
+def estimate(study: Study, out: Path, cells: Sequence[Cell], finished: Set[str] = frozenset()) -> JsonObject:
     """The cost of cells; `finished` are the names of those that a run would leave as they are.
 
     Steps are planned from the length limit of completions until the group's untrained cell has told how long they are,
@@ -25,7 +24,7 @@ def estimate(study: Study, out: Path, cells: Sequence[Cell], finished: Set[str] 
         dry_run True; cells: name, steps, tokens, hours, basis, done; total; notes.
     """
     measured = _measured(study, out)
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     for cell in cells:
         done = cell.name in finished
         tokens = study.budget.tokens if cell.method.trained else 0
@@ -57,13 +56,13 @@ def _steps(study: Study, out: Path, cell: Cell) -> int:
 
 def _measured(study: Study, out: Path) -> dict[tuple[str, str], list[float]]:
     """Seconds of the cells that have ended, by model and method."""
-    found: dict[tuple[str, str], list[float]] = {}
+    spent: dict[tuple[str, str], list[float]] = {}
     for cell in study.cells:
         path = out / "cells" / cell.name / OUTCOME
         if path.is_file():
             seconds = read_json(path)["seconds"]
-            found.setdefault((cell.group.model, cell.method.name), []).append(sum(seconds.values()))
-    return found
+            spent.setdefault((cell.group.model, cell.method.name), []).append(sum(seconds.values()))
+    return spent
 
 
 def _hours(study: Study, cell: Cell, tokens: int, measured: Mapping[tuple[str, str], Sequence[float]]) -> Figure:
@@ -82,7 +81,7 @@ def _hours(study: Study, cell: Cell, tokens: int, measured: Mapping[tuple[str, s
     return scale * seconds / 3600, f"speed of {speed.device}{size}"
 
 
-def _notes(study: Study, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(study: Study, rows: Sequence[JsonRow]) -> list[str]:
     kinds = ", ".join(dict.fromkeys(spec.kind for spec in study.degradations.values()))
     students = len({cell.group.student for cell in study.cells})
     notes = [f"beside the cells, degraded students are made once, {students} in all ({kinds})"]

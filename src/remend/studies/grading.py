@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import Field
 
 from remend.evaluation.job import evaluate
-from remend.files.atomic import write_json
+from remend.files.atomic import JsonObject, JsonRow, write_json
+from remend.files.settings import Settings
 
 
 def grades_file(folder: Path, task: str) -> Path:
@@ -16,24 +17,25 @@ def grades_file(folder: Path, task: str) -> Path:
     return folder / (re.sub(r"[^\w.+-]", "-", task) + ".json")
 
 
-def grade(model: str, folder: Path, *, task: str, data: str | None, options: Mapping[str, Any]) -> None:
-    """Grade a model on one task, anew.
+class Grading(Settings):
+    """A task that a model is graded on."""
 
-    Args:
-        model: as remend eval names it.
-        folder: gets TASK.json.
-        task: a task's name, or lm-eval:NAME.
-        data: the rows, None where the task brings its own.
-        options: further arguments of evaluate.
+    task: str = Field(description="a task's name, or lm-eval:NAME")
+    data: str | None = Field(description="the rows, None where the task brings its own")
+    options: JsonObject = Field(description="further settings of remend eval")
+
+
+def grade(model: str, folder: Path, grading: Grading) -> None:
+    """Grade a model on one task, anew; `folder` gets TASK.json.
 
     Raises RemendError as evaluate does.
     """
-    target = grades_file(folder, task)
+    target = grades_file(folder, grading.task)
     target.unlink(missing_ok=True)
-    evaluate(model, [task], str(target), data=data, **options)
+    evaluate(model, [grading.task], str(target), data=grading.data, **grading.options)
 
 
-def grade_reference(model: str, folder: str, grading: list[Mapping[str, Any]], inputs: Mapping[str, Any]) -> None:
+def grade_reference(model: str, folder: str, grading: list[JsonObject], inputs: JsonRow) -> None:
     """Grade a healthy model, unless that was done with the same inputs.
 
     Raises RemendError as evaluate does.
@@ -42,5 +44,5 @@ def grade_reference(model: str, folder: str, grading: list[Mapping[str, Any]], i
     record = place / "graded.json"
     record.unlink(missing_ok=True)
     for entry in grading:
-        grade(model, place, **entry)
+        grade(model, place, Grading(**entry))
     write_json(record, dict(inputs))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from remend.errors import InputError
+from remend.files.atomic import JsonObject, JsonRow
 from remend.files.settings import build, merged
 from remend.models.find import EMBEDDED
 from remend.recovery.settings import RecoverConfig
@@ -40,7 +41,7 @@ class Method:
     how: str
     base: str
     extras: frozenset[str]
-    recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    recipe: JsonRow = field(default_factory=dict, compare=False)
 
     @property
     def trained(self) -> bool:
@@ -109,7 +110,7 @@ class Study:
         names = ("recover",) if cell.method.labelled or not self.tasked(cell) else STREAMS
         wanted = values.pop("streams", {})
         streams = {name: merged(given.get("streams", {}).get(name, {}), wanted.get(name, {})) for name in names}
-        own: dict[str, Any] = {"seed": cell.seed, "repair": "repair" in cell.method.extras}
+        own: JsonObject = {"seed": cell.seed, "repair": "repair" in cell.method.extras}
         if "cka" in cell.method.extras:
             own["alignment"] = merged({"measure": "cka"}, values.pop("alignment", None) or {})
         if "bootstrap" in cell.method.extras:

@@ -12,19 +12,21 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 
 from remend.data.examples import COMPLETION_KEYS, Example, completion_of, load_examples
 from remend.data.order import Order, derive_seed
 from remend.data.templates import Encoded, encode_within
 from remend.errors import InputError
-from remend.files.atomic import json_line, new_directory, write_json, write_text
+from remend.files.atomic import JsonObject, json_line, new_directory, write_json, write_text
+from remend.files.settings import Settings
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import find_model
 from remend.models.load import load_config, load_model, load_tokenizer
+from remend.models.protocols import Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 from remend.models.tokens import eos_ids
@@ -35,33 +37,24 @@ LABEL_TOKENS = 1024
 """A row with a longer prompt than the recipe allows and so many tokens more is left out, never cut."""
 
 
-def write_labels(
-    out: Path,
-    *,
-    reference: str,
-    student: str,
-    train: str,
-    held_out: str,
-    task: str | None,
-    share: float,
-    taught: int | None,
-    max_new_tokens: int,
-    max_prompt_tokens: int,
-    seed: int,
-    device: str,
-) -> dict[str, Any]:
-    """Write the labels that a cell trains on.
+class LabelSettings(Settings):
+    """What labels are written."""
 
-    Args:
-        out: a new directory, to be named as a stream's teacher.
-        reference, student: models; both have one tokenizer.
-        train, held_out: general prompts. Of `train` those with a completion are used, or with `taught` any.
-        task: rows of the task with their demonstrations, or None.
-        share: of the labels that are the task's.
-        taught: None takes the rows' own completions; a number lets the reference answer so many general prompts.
-        max_new_tokens, max_prompt_tokens: of the reference's answers; longer prompts are left out.
-        seed: of choice and sampling.
-        device: where the reference answers.
+    reference: str = Field(description="the healthy model, which answers where `taught` says so")
+    student: str = Field(description="the model that learns; both have one tokenizer")
+    train: str = Field(description="general prompts; those with a completion are used, or with `taught` any")
+    held_out: str = Field(description="general prompts to measure on")
+    task: str | None = Field(description="rows of the task with their demonstrations")
+    share: float = Field(description="of the labels that are the task's")
+    taught: int | None = Field(description="None takes the rows' own completions; else so many prompts are answered")
+    max_new_tokens: int = Field(description="of the reference's answers")
+    max_prompt_tokens: int = Field(description="longer prompts are left out")
+    seed: int = Field(description="of choice and sampling")
+    device: str = Field(description="where the reference answers")
+
+
+def write_labels(out: Path, settings: LabelSettings) -> JsonObject:
+    """Write the labels that a cell trains on, into a new directory, to be named as a stream's teacher.
 
     Returns:
         The record: `prompts` and `tokens` of the labels, `mean_tokens` of one, `seconds` that the reference took.
@@ -69,58 +62,57 @@ def write_labels(
     Raises InputError where no row has a label, FileError for what can't be read or written.
     """
     began = time.perf_counter()
-    source = find_model(student)
+    source = find_model(settings.student)
     tokenizer = load_tokenizer(source)
     config = load_config(source).get_text_config()
     ends = eos_ids(config, tokenizer)
-    examples = load_examples(train)
-    limit = max_prompt_tokens + LABEL_TOKENS
-    if taught is None:
+    examples = load_examples(settings.train)
+    limit = settings.max_prompt_tokens + LABEL_TOKENS
+    if settings.taught is None:
         general = _given(tokenizer, [e for e in examples if _has_answer(e)], limit, ends)
     else:
-        general = _taught(reference, tokenizer, examples, taught, max_new_tokens, max_prompt_tokens, seed, device)
-    tasks = _given(tokenizer, load_examples(task), limit, ends) if task is not None else []
-    chosen = mixed(general, tasks, share, seed)
+        general = _taught(settings, settings.taught, tokenizer, examples)
+    tasks = _given(tokenizer, load_examples(settings.task), limit, ends) if settings.task is not None else []
+    chosen = mixed(general, tasks, settings.share, settings.seed)
     if not chosen:
+        task = "the task has no rows" if settings.task is None else f"neither have those of {settings.task}"
         raise InputError(
-            f"no row has an answer to train on: the rows of {train} have none of {', '.join(COMPLETION_KEYS)}, and "
-            f"{'the task has no rows' if task is None else f'neither have those of {task}'}"
+            f"no row has an answer to train on: the rows of {settings.train} have none of "
+            f"{', '.join(COMPLETION_KEYS)}, and {task}"
         )
-    apart, _ = encode_within(tokenizer, load_examples(held_out), max_prompt_tokens)
+    apart, _ = encode_within(tokenizer, load_examples(settings.held_out), settings.max_prompt_tokens)
     shared = min(config.vocab_size, 1 + max(tokenizer.get_vocab().values()))
-    seconds = time.perf_counter() - began if taught is not None else 0.0
-    return _write(out, tokenizer, chosen, apart, ends, shared, {"of": [train, task], "seconds": round(seconds, 1)})
+    seconds = time.perf_counter() - began if settings.taught is not None else 0.0
+    about: JsonObject = {"of": [settings.train, settings.task], "seconds": round(seconds, 1)}
+    return _write(out, tokenizer, chosen, apart, ends, shared, about)
 
 
 def _has_answer(example: Example) -> bool:
     return any(example.row.get(key) is not None for key in COMPLETION_KEYS)
 
 
-def _given(tokenizer: Any, examples: Sequence[Example], limit: int, ends: Sequence[int]) -> list[Rollout]:
+def _given(tokenizer: Tokenizer, examples: Sequence[Example], limit: int, ends: Sequence[int]) -> list[Rollout]:
     pairs = [(e, completion_of(e.row, f'row "{e.id}"')) for e in examples]
     return encode_pairs(tokenizer, pairs, max_tokens=limit, eos=ends)[0]
 
 
-def _taught(
-    reference: str,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    count: int,
-    max_new_tokens: int,
-    max_prompt_tokens: int,
-    seed: int,
-    device: str,
-) -> list[Rollout]:
+def _taught(settings: LabelSettings, count: int, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Rollout]:
     """The reference's own answers at temperature 1 to `count` of the prompts."""
-    where = choose_device(device)
+    where = choose_device(settings.device)
     dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
-    model: Any = load_model(find_model(reference), dtype=dtype, device=where)
-    prompts, _ = encode_within(tokenizer, examples, max_prompt_tokens)
-    order = Order(prompts, derive_seed(seed, "labels"))
+    model = load_model(find_model(settings.reference), dtype=dtype, device=where)
+    prompts, _ = encode_within(tokenizer, examples, settings.max_prompt_tokens)
+    order = Order(prompts, derive_seed(settings.seed, "labels"))
     chosen = [prompt for _, prompt in order.take(0, min(count, len(prompts)))]
-    seeds = [derive_seed(seed, "label", i) for i in range(len(chosen))]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 1.0, "seeds": seeds}
-    return answer(model, tokenizer, chosen, "the reference writes the labels", **options)
+    return answer(
+        model,
+        tokenizer,
+        chosen,
+        "the reference writes the labels",
+        max_new_tokens=settings.max_new_tokens,
+        temperature=1.0,
+        seeds=[derive_seed(settings.seed, "label", i) for i in range(len(chosen))],
+    )
 
 
 def mixed(general: Sequence[Rollout], task: Sequence[Rollout], share: float, seed: int) -> list[Rollout]:
@@ -140,13 +132,13 @@ def mixed(general: Sequence[Rollout], task: Sequence[Rollout], share: float, see
 
 def _write(
     out: Path,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     labels: Sequence[Rollout],
     held_out: Sequence[Encoded],
     ends: Sequence[int],
     shared: int,
-    about: dict[str, Any],
-) -> dict[str, Any]:
+    about: JsonObject,
+) -> JsonObject:
     """In the form of a cached teacher. A held-out prompt gets one label that nothing reads: the end."""
     close = (int(ends[0]) if ends else 0,)
     rows = [("train", r.id, r.prompt, r.completion, r.clipped) for r in labels if r.completion]

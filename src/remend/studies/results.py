@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from remend.errors import RemendError
 from remend.evaluation.compare import compare
-from remend.files.atomic import read_json
+from remend.files.atomic import JsonObject, JsonRow, read_json
 from remend.files.run_directory import TRACK, RunDirectory
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence
 from remend.studies.cell import GRADES, OUTCOME
@@ -27,13 +26,13 @@ class Done:
 
     cell: Cell
     place: Path
-    outcome: Mapping[str, Any]
+    outcome: JsonRow
     ungraded: tuple[str, ...] = ()
 
 
 def gather(
     study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping[str, Sequence[str]] | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """All results of a study as plain values.
 
     Args:
@@ -60,9 +59,9 @@ def gather(
         idle = [d for d in mine if not d.cell.method.trained]
         if not idle:
             continue
-        found = {m: [d for d in mine if d.cell.method == m] for m in study.methods.values()}
-        rows += [_row(study, out, group, method, cells, idle[0]) for method, cells in found.items() if cells]
-        trained = {m: cells for m, cells in found.items() if m.trained and cells}
+        by_method = {m: [d for d in mine if d.cell.method == m] for m in study.methods.values()}
+        rows += [_row(study, out, group, method, cells, idle[0]) for method, cells in by_method.items() if cells]
+        trained = {m: cells for m, cells in by_method.items() if m.trained and cells}
         if trained:
             at_tokens.append(_equal(group, trained, "tokens", None))
             at_seconds.append(_equal(group, trained, "seconds", study.budget.seconds))
@@ -89,7 +88,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[Done], idle: Done) -> dict[str, Any]:
+def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[Done], idle: Done) -> JsonObject:
     outcomes = [d.outcome for d in cells]
     gap, interval = _gap(cells)
     cost = {key: [o["training_seconds_of"][key] for o in outcomes] for key in ("repair", "answers", "steps")}
@@ -132,7 +131,7 @@ def _not_graded(cells: Sequence[Done], idle: Done) -> list[str]:
     return list(dict.fromkeys(name for d in (*cells, idle) for name in d.ungraded))
 
 
-def _grades(study: Study, out: Path, group: Group, cells: Sequence[Done], idle: Done) -> list[dict[str, Any]]:
+def _grades(study: Study, out: Path, group: Group, cells: Sequence[Done], idle: Done) -> list[JsonObject]:
     """Scores and paired comparisons by task; the recovered models' are averaged over seeds, item by item."""
     places = {REFERENCE: [out / "reference" / group.model], DEGRADED: [idle.place / GRADES]}
     places[RECOVERED] = [d.place / GRADES for d in cells]
@@ -140,23 +139,23 @@ def _grades(study: Study, out: Path, group: Group, cells: Sequence[Done], idle: 
     parts = {who: _parts(study, group, folders, left) for who, folders in places.items()}
     keys = [key for key in parts[RECOVERED] if all(key in parts[who] for who in places)]
     paired = [key for key in keys if all(parts[who][key]["items"] for who in places)]
-    found: list[dict[str, Any]] = []
+    grades: list[JsonObject] = []
     if paired:
         files = [{"results": [parts[who][key] for key in paired]} for who in places]
         tasks = compare(files, names=list(places))["tasks"]
-        found = [_compared(task) for task in tasks]
+        grades = [_compared(task) for task in tasks]
     for key in keys:
         if key not in paired:
             scores = {who: {"score": parts[who][key]["score"], "interval": None, "method": None} for who in places}
-            found.append({"task": key[0], "grader": key[1], "n": None, "scores": scores, "change": None, "gap": None})
-    several = [grade["task"] for grade in found]
-    for grade in found:  # a task with several graders or metrics has a name for each
+            grades.append({"task": key[0], "grader": key[1], "n": None, "scores": scores, "change": None, "gap": None})
+    several = [grade["task"] for grade in grades]
+    for grade in grades:  # a task with several graders or metrics has a name for each
         once = several.count(grade["task"]) == 1
         grade["name"] = grade["task"] if once else f"{grade['task']} ({grade['grader']})"
-    return found
+    return grades
 
 
-def _compared(task: Mapping[str, Any]) -> dict[str, Any]:
+def _compared(task: JsonRow) -> JsonObject:
     pairs = {(c["from"], c["to"]): c for c in task["comparisons"]}
     return {
         "task": task["task"],
@@ -171,19 +170,19 @@ def _compared(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parts(
     study: Study, group: Group, folders: Sequence[Path], left: Sequence[str]
-) -> dict[tuple[str, str], dict[str, Any]]:
+) -> dict[tuple[str, str], JsonObject]:
     """The results of every task but those `left` out by (task, grader), of several models averaged by item."""
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    by_key: dict[tuple[str, str], list[JsonRow]] = {}
     for name in (name for name in graded(study, group) if name not in left):
         for folder in folders:
             path = grades_file(folder, name)
             content = read_json(path) if path.is_file() else {}
             for part in content.get("results", [content] if content else []):
-                found.setdefault((part["task"], part["grader"]), []).append(part)
-    return {key: _averaged(parts) for key, parts in found.items() if len(parts) == len(folders)}
+                by_key.setdefault((part["task"], part["grader"]), []).append(part)
+    return {key: _averaged(parts) for key, parts in by_key.items() if len(parts) == len(folders)}
 
 
-def _averaged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _averaged(parts: Sequence[JsonRow]) -> JsonObject:
     lists = [{item["id"]: item for item in part.get("items") or ()} for part in parts]
     items = []
     for name, item in lists[0].items():
@@ -196,7 +195,7 @@ def _averaged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"task": first["task"], "grader": first["grader"], "score": score, "items": items}
 
 
-def _equal(group: Group, trained: Mapping[Method, Sequence[Done]], what: str, wanted: float | None) -> dict[str, Any]:
+def _equal(group: Group, trained: Mapping[Method, Sequence[Done]], what: str, wanted: float | None) -> JsonObject:
     """Methods where each has spent the same: so much, or as much as the cell that spent least."""
     ends = [d.outcome["curve"][-1][what] for cells in trained.values() for d in cells]
     at = wanted if wanted is not None else min(ends)
@@ -219,7 +218,7 @@ def _equal(group: Group, trained: Mapping[Method, Sequence[Done]], what: str, wa
     return {"group": group.name, "at": at, "chosen": wanted is not None, "methods": rows}
 
 
-def read_at(curve: Sequence[Mapping[str, Any]], what: str, at: float) -> float:
+def read_at(curve: Sequence[JsonRow], what: str, at: float) -> float:
     """KL when `at` tokens or seconds were spent: on a line between the measurements around it.
 
     Before the first step there is no line: a repair works when it is done. Beyond its end a curve is flat.
@@ -232,25 +231,25 @@ def read_at(curve: Sequence[Mapping[str, Any]], what: str, at: float) -> float:
     return float(before["kl"] + share * (after["kl"] - before["kl"]))
 
 
-def _correlation(done: Sequence[Done], out: Path) -> dict[str, Any]:
+def _correlation(done: Sequence[Done], out: Path) -> JsonObject:
     """What remend correlate finds over the trained cells; `reason` where it can't."""
     trained = [d for d in done if d.cell.method.trained and (d.place / TRACK).is_file()]
     tracked = [d for d in trained if d.outcome["gap_closed"] is not None]  # the others had nothing to recover
     if not tracked:
         return {"reason": "no trained cell has been tracked", "cells": []}
     try:
-        found = correlate([d.place for d in tracked], out)
+        correlation = correlate([d.place for d in tracked], out)
     except RemendError as error:
         return {"reason": str(error), "cells": []}
-    names = {about["name"]: d.cell.name for about, d in zip(found["runs"], tracked, strict=True)}
+    names = {about["name"]: d.cell.name for about, d in zip(correlation["runs"], tracked, strict=True)}
     groups = {d.cell.name: d.cell.group.name for d in tracked}
-    points = [{**p, "run": names[p["run"]], "group": groups[names[p["run"]]]} for p in found["points"]]
-    kept = {key: found[key] for key in ("recovery", "alignment", "checkpoints", "overall", "sentences", "notes")}
+    points = [{**p, "run": names[p["run"]], "group": groups[names[p["run"]]]} for p in correlation["points"]]
+    kept = {key: correlation[key] for key in ("recovery", "alignment", "checkpoints", "overall", "sentences", "notes")}
     return {**kept, "points": points, "cells": list(groups)}
 
 
-def _cell(study: Study, cell: Cell, state: str, done: Sequence[Done]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": cell.name, "group": cell.group.name, "method": cell.method.name}
+def _cell(study: Study, cell: Cell, state: str, done: Sequence[Done]) -> JsonObject:
+    entry: JsonObject = {"name": cell.name, "group": cell.group.name, "method": cell.method.name}
     entry |= {"seed": cell.seed, "state": state}
     outcome = next((d.outcome for d in done if d.cell == cell), None)
     if outcome:
@@ -259,11 +258,11 @@ def _cell(study: Study, cell: Cell, state: str, done: Sequence[Done]) -> dict[st
     return entry
 
 
-def _hardware(done: Sequence[Done]) -> list[dict[str, Any]]:
+def _hardware(done: Sequence[Done]) -> list[JsonObject]:
     """Each machine that cells ran on, once."""
-    found: list[dict[str, Any]] = []
+    machines: list[JsonObject] = []
     for d in done:
         entry = {key: d.outcome[key] for key in ("hardware", "dtype", "versions", "git_commit")}
-        if entry not in found:
-            found.append(entry)
-    return found
+        if entry not in machines:
+            machines.append(entry)
+    return machines

@@ -16,16 +16,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from remend.console import console
 from remend.errors import InputError
-from remend.files.atomic import read_json, write_json, write_text
+from remend.files.atomic import JsonObject, JsonRow, read_json, write_json, write_text
+from remend.recovery.settings import RecoverConfig
 from remend.report.study import study_page
 from remend.report.writing import write_page
-from remend.studies.cell import state_of, ungraded
+from remend.studies.cell import CellSettings, state_of, ungraded
 from remend.studies.cost import estimate
-from remend.studies.grid import Cell, Group, Study, chosen
+from remend.studies.grading import Grading
+from remend.studies.grid import Cell, Study, chosen
+from remend.studies.labels import LabelSettings
 from remend.studies.made import (
     Made,
     cell_inputs,
@@ -49,7 +51,7 @@ STUDY, RESULTS, TABLE = "study.json", "results.json", "results.csv"
 
 def study(
     path: str | Path, out: str | Path, *, jobs: int = 1, dry_run: bool = False, only: str | Sequence[str] | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Run a study, or go on with it: cells whose settings, models and data did not change are not run again.
 
     Args:
@@ -94,7 +96,7 @@ def study(
     return results | {"failed_now": [name for name in results["failures"] if name not in others]}
 
 
-def _identity(plan: Study) -> dict[str, Any]:
+def _identity(plan: Study) -> JsonObject:
     return {"study": plan.name, "models": {name: spec.path for name, spec in plan.models.items()}}
 
 
@@ -103,17 +105,17 @@ def _require_own(plan: Study, out: Path) -> None:
     if out.is_file():
         raise InputError(f"out {out} is a file; name a directory")
     if (out / STUDY).is_file():
-        found, mine = read_json(out / STUDY), _identity(plan)
-        if found != mine:
+        there, mine = read_json(out / STUDY), _identity(plan)
+        if there != mine:
             raise InputError(
-                f'out {out} holds the study "{found.get("study")}" of {_named(found)}, and this is "{plan.name}" of '
+                f'out {out} holds the study "{there.get("study")}" of {_named(there)}, and this is "{plan.name}" of '
                 f"{_named(mine)}; name another out"
             )
     elif out.is_dir() and any(out.iterdir()):
         raise InputError(f"out {out} is not empty and holds no study; name a new directory")
 
 
-def _named(identity: Mapping[str, Any]) -> str:
+def _named(identity: JsonRow) -> str:
     return ", ".join(identity.get("models", {}).values())
 
 
@@ -155,24 +157,23 @@ class _Work:
             groups = [c.group for c in self.plan.cells if c.group.model == model]
             place = self.out / "reference" / model
             tasks = {name: None for group in groups for name in graded(self.plan, group)}
-            rows = {name: entry for group in groups for name, entry in self._inputs(group).items()}
+            rows = {
+                name: entry for group in groups for name, entry in grading_inputs(self.plan, self.made, group).items()
+            }
             inputs = {"model": self.made.hash_of(self.made.models[model]), "grading": rows}
             record = place / "graded.json"
             if not record.is_file() or read_json(record) != inputs:
-                grading = [self._grading(name) for name in tasks]
+                grading = [self._grading(name).model_dump() for name in tasks]
                 arguments = {"model": self.made.models[model], "folder": str(place), "grading": grading}
                 wanted.append(Job(f"reference/{model}", "grade", {**arguments, "inputs": inputs}))
         for job, message in self._run(wanted, "reference"):
             if message:
                 self.failed[job.name] = message
 
-    def _inputs(self, group: Group) -> dict[str, Any]:
-        return grading_inputs(self.plan, self.made, group)
-
-    def _grading(self, task: str) -> dict[str, Any]:
+    def _grading(self, task: str) -> Grading:
         spec, rows = {**self.plan.tasks, **self.plan.benchmarks}[task], self.made.tasks[task].held_out
         options = {"device": str(self.plan.spec.recipe.get("device", "auto")), **spec.options}
-        return {"task": task, "data": None if rows is None else str(rows), "options": options}
+        return Grading(task=task, data=None if rows is None else str(rows), options=options)
 
     def cells(self, cells: Sequence[Cell]) -> None:
         """Run the cells that are not done."""
@@ -185,7 +186,7 @@ class _Work:
             elif cell.method.trained and idle.name in self.failed:
                 self.failed[cell.name] = f"the degraded student was not measured: {self.failed[idle.name]}"
             elif self._state(cell) not in FINISHED:
-                wanted.append(Job(cell.name, "cell", self._arguments(cell, idle)))
+                wanted.append(Job(cell.name, "cell", self._settings(cell, idle).model_dump()))
         for job, message in self._run(wanted, "cell"):
             if message:
                 self.failed[job.name] = message
@@ -196,15 +197,14 @@ class _Work:
     def _state(self, cell: Cell) -> str:
         return state_of(self._place(cell), cell_inputs(self.plan, self.made, cell))
 
-    def _arguments(self, cell: Cell, idle: Cell) -> dict[str, Any]:
-        """Of run_cell, plain values."""
+    def _settings(self, cell: Cell, idle: Cell) -> CellSettings:
         plan, made, tasked = self.plan, self.made, self.plan.tasked(cell)
         files, student = made.tasks[cell.group.task], str(made.student(cell.group))
         reference, place = made.models[cell.group.model], self._place(cell)
         forgot = plan.degradations[cell.group.degradation].settings.learns
         policy = {} if cell.method.base == "on-policy" or not cell.method.trained else {"policy": "off"}
         share = {"share": 1 - plan.spec.task_share} if tasked else {}
-        streams: dict[str, Any] = {
+        streams: JsonObject = {
             "recover": {"data": str(made.train), "eval_data": str(made.held_out)} | share,
             "task": {
                 "data": str(files.train),
@@ -216,42 +216,40 @@ class _Work:
         }
         streams = {name: {**own, **policy} for name, own in streams.items() if name == "recover" or tasked}
         recipe = plan.config(cell, student=student, teacher=reference, out=str(place), steps=1, streams=streams)
-        labels = self._labels(cell, student, reference, recipe.model_dump()) if cell.method.labelled else None
-        return {
-            "place": str(place),
-            "recipe": recipe.model_dump(),
-            "tokens": plan.budget.tokens if cell.method.trained else 0,
-            "measurements": plan.spec.measurements,
-            "checkpoints": not plan.spec.one_process,
-            "labels": labels,
-            "idle": str(self._place(idle)) if cell.method.trained else None,
-            "task_rows": str(files.train) if tasked and not cell.method.labelled else None,
-            "grading": [self._grading(name) for name in graded(plan, cell.group)],
-            "inputs": cell_inputs(plan, made, cell),
-            "keep_model": plan.spec.keep_models,
-        }
+        return CellSettings(
+            place=str(place),
+            recipe=recipe.model_dump(),
+            tokens=plan.budget.tokens if cell.method.trained else 0,
+            measurements=plan.spec.measurements,
+            checkpoints=not plan.spec.one_process,
+            labels=self._labels(cell, student, reference, recipe) if cell.method.labelled else None,
+            idle=str(self._place(idle)) if cell.method.trained else None,
+            task_rows=str(files.train) if tasked and not cell.method.labelled else None,
+            grading=[self._grading(name) for name in graded(plan, cell.group)],
+            inputs=cell_inputs(plan, made, cell),
+            keep_model=plan.spec.keep_models,
+        )
 
-    def _labels(self, cell: Cell, student: str, reference: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        """Of write_labels."""
-        plan, length = self.plan, recipe["max_new_tokens"]
+    def _labels(self, cell: Cell, student: str, reference: str, recipe: RecoverConfig) -> LabelSettings:
+        plan, length = self.plan, recipe.max_new_tokens
         length = length if isinstance(length, int) else length[1]
-        general = plan.budget.tokens * (1 - plan.spec.task_share) / recipe["off_policy_passes"]
+        general = plan.budget.tokens * (1 - plan.spec.task_share) / recipe.off_policy_passes
         taught = max(1, round(general / length)) if cell.method.base == "sft-teacher" else None
-        return {
-            "reference": reference,
-            "student": student,
-            "train": str(self.made.train),
-            "held_out": str(self.made.held_out),
-            "task": str(self.made.tasks[cell.group.task].train) if plan.tasked(cell) else None,
-            "share": plan.spec.task_share,
-            "taught": taught,
-            "max_new_tokens": length,
-            "max_prompt_tokens": recipe["max_prompt_tokens"],
-            "seed": cell.seed,
-            "device": recipe["device"],
-        }
+        return LabelSettings(
+            reference=reference,
+            student=student,
+            train=str(self.made.train),
+            held_out=str(self.made.held_out),
+            task=str(self.made.tasks[cell.group.task].train) if plan.tasked(cell) else None,
+            share=plan.spec.task_share,
+            taught=taught,
+            max_new_tokens=length,
+            max_prompt_tokens=recipe.max_prompt_tokens,
+            seed=cell.seed,
+            device=recipe.device,
+        )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> JsonObject:
         """Gather what there is, and write it."""
         states = {cell.name: self._known(cell) for cell in self.plan.cells}
         results = gather(self.plan, self.out, states, self._ungraded(states))
@@ -267,8 +265,8 @@ class _Work:
         """done, not run, or why it failed."""
         if cell.name in self.failed:
             return self.failed[cell.name]
-        found = state(self.plan, self.made, cell)
-        return "done" if found in FINISHED else failure_of(self.out, cell.name) or "not run"
+        reached = state(self.plan, self.made, cell)
+        return "done" if reached in FINISHED else failure_of(self.out, cell.name) or "not run"
 
     def _ungraded(self, states: Mapping[str, str]) -> dict[str, list[str]]:
         """Of finished cells, the tasks that they were not graded on."""

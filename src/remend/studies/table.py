@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from remend.files.atomic import JsonObject, JsonRow
 
 DEGRADED, RECOVERED, REFERENCE = "degraded", "recovered", "reference"
 
@@ -21,7 +22,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def table_of(results: Mapping[str, Any]) -> str:
+def table_of(results: JsonRow) -> str:
     """The rows as CSV: one line a group, method and task."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS.split(), lineterminator="\n")
@@ -31,7 +32,7 @@ def table_of(results: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(row: JsonRow) -> JsonObject:
     low, high = row["gap_closed_95"] or (None, None)
     kept = {key: row[key] for key in ("group", "model", "degradation", "task", "method", "how", "gap_closed")}
     means = {key: round(_mean(row[key]), 2) for key in ("steps", "tokens_trained", "training_seconds")}
@@ -41,7 +42,7 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, **means, **by_time, "seeds": seeds, **ends, "not_graded": " ".join(row["not_graded"])}
 
 
-def _graded(grade: Mapping[str, Any] | None) -> dict[str, Any]:
+def _graded(grade: JsonRow | None) -> JsonObject:
     if grade is None:
         return {}
     scores, change = grade["scores"], grade["change"] or {}
@@ -70,29 +71,29 @@ def _graded(grade: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
+def lines(results: JsonRow) -> list[str]:
     """What `study` returned, for a terminal: the cost of a dry run, or the table of a finished one."""
-    return _cost(found) if found.get("dry_run") else _results(found)
+    return _cost(results) if results.get("dry_run") else _results(results)
 
 
-def _cost(found: Mapping[str, Any]) -> list[str]:
-    width = max(len(cell["name"]) for cell in found["cells"])
+def _cost(results: JsonRow) -> list[str]:
+    width = max(len(cell["name"]) for cell in results["cells"])
     said = [f"{'cell':<{width}}  {'steps':>6} {'tokens':>8} {'hours':>7}  estimated from"]
-    for cell in found["cells"]:
+    for cell in results["cells"]:
         hours = "–" if cell["hours"] is None else f"{cell['hours']:.2f}"
         said.append(f"{cell['name']:<{width}}  {cell['steps']:>6} {cell['tokens']:>8} {hours:>7}  {cell['basis']}")
-    total = found["total"]
+    total = results["total"]
     hours = "unknown" if total["hours"] is None else f"{total['hours']:.1f}"
     said.append(
         f"{total['cells']} cells, {total['trained']} of them trained, {total['done']} done before; to do: "
         f"{total['steps']} steps, {total['tokens']} tokens, {hours} hours one after the other"
     )
-    return [*said, *(f"note: {note}" for note in found["notes"])]
+    return [*said, *(f"note: {note}" for note in results["notes"])]
 
 
-def _results(found: Mapping[str, Any]) -> list[str]:
+def _results(results: JsonRow) -> list[str]:
     said = []
-    for row in found["rows"]:
+    for row in results["rows"]:
         low, high = row["gap_closed_95"] or (None, None)
         ends = "" if low is None else f" (95% {low:.0%} to {high:.0%})"
         gap = "no gap" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}{ends} of it closed"
@@ -105,10 +106,10 @@ def _results(found: Mapping[str, Any]) -> list[str]:
         if row["not_graded"]:
             text += f"; not graded on {', '.join(row['not_graded'])}, since its model was not kept"
         said.append(text)
-    said += [sentence["text"] for sentence in found["correlation"].get("sentences", [])]
-    if "reason" in found["correlation"]:
-        said.append(f"CKA and recovery: {found['correlation']['reason']}")
-    said += [f"failed: {name}: {message}" for name, message in found["failures"].items()]
-    states = [cell["state"] for cell in found["cells"]]
-    said.append(f"{states.count('done')} of {len(states)} cells are done, {len(found['failures'])} failed")
-    return [*said, *(f"{key:>7}  {found[key]}" for key in ("report", "csv", "json"))]
+    said += [sentence["text"] for sentence in results["correlation"].get("sentences", [])]
+    if "reason" in results["correlation"]:
+        said.append(f"CKA and recovery: {results['correlation']['reason']}")
+    said += [f"failed: {name}: {message}" for name, message in results["failures"].items()]
+    states = [cell["state"] for cell in results["cells"]]
+    said.append(f"{states.count('done')} of {len(states)} cells are done, {len(results['failures'])} failed")
+    return [*said, *(f"{key:>7}  {results[key]}" for key in ("report", "csv", "json"))]

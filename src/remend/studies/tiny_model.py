@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from remend.console import stage
 from remend.data.examples import completion_of, example_of
 from remend.data.order import Order
-from remend.files.atomic import json_line, new_directory, read_json, write_json, write_text
+from remend.files.atomic import JsonObject, json_line, new_directory, read_json, write_json, write_text
 from remend.files.run_directory import RunDirectory
 from remend.models.device import mixed_precision
 from remend.models.load import save_model
@@ -124,7 +123,7 @@ def _asked(wordings: Sequence[tuple[str, str]], what: str, held_out: bool) -> It
                     yield index, kind, opening + wording.format(thing=thing)
 
 
-def general_rows(held_out: bool) -> list[dict[str, Any]]:
+def general_rows(held_out: bool) -> list[JsonObject]:
     """Prompts with a completion; of each question's two answers one was drawn."""
     rows = []
     for index, kind, prompt in _asked(QUESTIONS, "general", held_out):
@@ -133,7 +132,7 @@ def general_rows(held_out: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def task_rows(held_out: bool, *, known: bool | None = None) -> list[dict[str, Any]]:
+def task_rows(held_out: bool, *, known: bool | None = None) -> list[JsonObject]:
     """Rows in the form of the task science: a question with options, and the letter of the right one.
 
     known: only things whose letters the healthy model is taught, or only the others; None is both.
@@ -183,7 +182,7 @@ def build_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
     )
 
 
-def _texts(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _texts(rows: Sequence[JsonObject]) -> Iterator[str]:
     for row in rows:
         yield row["prompt"]
         yield completion_of(row, "row")
@@ -230,7 +229,14 @@ def make(out: Path, *, steps: int = STEPS, seed: int = 0) -> dict[str, str]:
     return paths
 
 
-def _train(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], out: Path, steps: int, seed: int) -> None:
+def _train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[JsonObject],
+    out: Path,
+    steps: int,
+    seed: int,
+) -> None:
     pairs = [(example_of(row, "row"), completion_of(row, "row")) for row in rows]
     encoded, _ = encode_pairs(tokenizer, pairs, max_tokens=256, eos=eos_ids(model, tokenizer))
     objective = Supervised(

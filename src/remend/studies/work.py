@@ -5,27 +5,24 @@ A job that fails leaves its message beside its log, and the others go on.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from remend.console import console
 from remend.errors import RemendError
-from remend.files.atomic import write_json, write_text
+from remend.files.atomic import JsonRow, write_json, write_text
 from remend.plugins import asked_for, import_installed, import_modules
+from remend.studies.cell import run_cell
+from remend.studies.grading import grade_reference
+from remend.studies.made import make_student
 
-JOBS = {
-    "degrade": "remend.studies.made.make_student",
-    "grade": "remend.studies.grading.grade_reference",
-    "cell": "remend.studies.cell.run_cell",
-}
+JOBS: dict[str, Callable[..., None]] = {"degrade": make_student, "grade": grade_reference, "cell": run_cell}
 
 LAST_LINES = 3
 """Of a log, in the message of a process that ended without one."""
@@ -37,7 +34,7 @@ class Job:
 
     name: str
     do: str
-    arguments: Mapping[str, Any]
+    arguments: JsonRow
 
 
 def paths_of(out: Path, name: str) -> tuple[Path, Path, Path]:
@@ -53,10 +50,9 @@ def failure_of(out: Path, name: str) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
-def do(job: str, arguments: Mapping[str, Any]) -> None:
+def do(job: str, arguments: JsonRow) -> None:
     """Call a job's function."""
-    module, _, function = JOBS[job].rpartition(".")
-    getattr(importlib.import_module(module), function)(**arguments)
+    JOBS[job](**arguments)
 
 
 def explained(error: Exception) -> str:
