@@ -18,6 +18,7 @@ from remend.data.tasks.topics import TOPICS
 from remend.errors import InputError
 
 TICKS = "```"
+TASK = tasks.get("general")
 
 # kind, arguments, responses that follow it, responses that don't
 KINDS: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
@@ -114,22 +115,19 @@ def test_variants_are_those_of_ifeval() -> None:
 def test_strict_and_loose(item: dict[str, Any], response: str, strict: bool, loose: bool) -> None:
     assert (holds(response, item), holds_loosely(response, item)) == (strict, loose)
     row = {"prompt": "p", "checks": [item]}
-    grades = [tasks.get("general").grade(response, row, mode=mode) for mode in ("paper", "robust")]
+    grades = [TASK.grade(response, row, mode=mode) for mode in ("paper", "robust")]
     assert [g.correct for g in grades] == [strict, loose]
-    assert general.outcomes(response, row) == {"strict": [strict], "loose": [loose]}
     assert ("only by the loose criterion" in grades[1].reason) == (loose and not strict)
 
 
 def test_all_checks_must_be_followed_and_reasons_name_the_others() -> None:
     row = {"prompt": "p", "checks": [{"kind": "no_commas"}, {"kind": "words_at_most", "n": 2}, {"kind": "no_digits"}]}
-    task = tasks.get("general")
-    assert task.grade("a b", row) == tasks.Grade(True, "correct")
+    assert TASK.grade("a b", row) == tasks.Grade(True, "correct")
     reason = "2 of 3 not followed: Don't use any commas. Use at most 2 words."
-    assert task.grade("a, b, c", row) == tasks.Grade(False, reason)
-    assert general.outcomes("a, b, c", row)["strict"] == [False, False, True]
-    assert task.grade("", row).reason == task.grade(" ", row, mode="robust").reason == "the response is empty"
+    assert TASK.grade("a, b, c", row) == tasks.Grade(False, reason)
+    assert TASK.grade("", row).reason == TASK.grade(" ", row, mode="robust").reason == "the response is empty"
     thought = "<think>a, b, 1</think>a b"
-    assert [task.grade(thought, row, mode=mode).correct for mode in ("paper", "robust")] == [False, True]
+    assert [TASK.grade(thought, row, mode=mode).correct for mode in ("paper", "robust")] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +148,7 @@ def test_all_checks_must_be_followed_and_reasons_name_the_others() -> None:
 )
 def test_rows_that_can_not_be_graded(checks: Any, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        tasks.get("general").grade("a b", {"id": "r1", "prompt": "p", "checks": checks})
+        TASK.grade("a b", {"id": "r1", "prompt": "p", "checks": checks})
     assert message in str(caught.value)
 
 
@@ -160,7 +158,7 @@ def test_rows_that_can_not_be_graded(checks: Any, message: str) -> None:
 def test_degenerate_responses_are_graded_in_time(filler: str) -> None:
     row = {"prompt": "p", "checks": [{"kind": kind, **arguments} for kind, arguments, *_ in KINDS]}
     began = time.monotonic()
-    assert not tasks.get("general").grade(filler * (20000 // len(filler)), row, mode="robust").correct
+    assert not TASK.grade(filler * (20000 // len(filler)), row, mode="robust").correct
     assert time.monotonic() - began < 5
 
 
@@ -168,8 +166,8 @@ def test_degenerate_responses_are_graded_in_time(filler: str) -> None:
 
 
 def test_there_are_enough_distinct_prompts() -> None:
-    rows = general.prompts()
-    assert len(rows) == general.PROMPTS >= 300
+    rows = TASK.rows("held_out", TASK.graded_rows)
+    assert len(rows) == 360
     assert len({row["prompt"] for row in rows}) == len({row["id"] for row in rows}) == len(rows)
     assert Counter(len(row["checks"]) for row in rows) == {1: 72, 2: 144, 3: 144}
     kinds = Counter(check["kind"] for row in rows for check in row["checks"])
@@ -177,13 +175,6 @@ def test_there_are_enough_distinct_prompts() -> None:
     assert min(kinds.values()) >= 10
     assert len({row["topic"] for row in rows}) == len(TOPICS["held_out"])
     assert max(len(row["prompt"]) for row in rows) < 400
-
-
-def test_the_bundled_prompts_are_the_first_held_out_rows() -> None:
-    assert general.prompts(50) == tasks.get("general").rows("held_out", 50)
-    assert [row["prompt"] for row in general.prompts(50)] != [row["prompt"] for row in general.prompts(50, seed=1)]
-    with pytest.raises(InputError, match="n is 0"):
-        general.prompts(0)
 
 
 def test_topics_are_distinct_and_their_words_fit() -> None:
@@ -266,26 +257,24 @@ def shaped(by: dict[str, dict[str, Any]], body: str) -> str:
 @pytest.mark.parametrize("split", tasks.SPLITS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_prompt_can_be_followed(split: str, seed: int) -> None:
-    task = tasks.get("general")
-    for row in task.rows(split, general.PROMPTS, seed):
+    for row in TASK.rows(split, TASK.graded_rows, seed):
         assert compatible(check["kind"] for check in row["checks"])
-        assert task.grade(witness(row["checks"]), row) == tasks.Grade(True, "correct"), row
+        assert TASK.grade(witness(row["checks"]), row) == tasks.Grade(True, "correct"), row
         assert all(describe(check) in row["prompt"] for check in row["checks"])
 
 
 def test_every_compatible_pair_can_be_followed() -> None:
-    task, rng = tasks.get("general"), Random(0)
+    rng = Random(0)
     pairs = [pair for pair in combinations(CHECKS.names(), 2) if compatible(pair)]
     assert len(pairs) > 300
     for pair in pairs:
         for topic in rng.sample(TOPICS["held_out"], 3):
             row = {"prompt": "p", "checks": [general.draw_check(kind, rng, topic) for kind in pair]}
-            assert task.grade(witness(row["checks"]), row) == tasks.Grade(True, "correct"), row
+            assert TASK.grade(witness(row["checks"]), row) == tasks.Grade(True, "correct"), row
 
 
 def test_checks_are_not_followed_by_chance() -> None:
     """A response to another prompt follows few: the checks do ask for something."""
-    rows = general.prompts()
-    task = tasks.get("general")
-    right = sum(task.grade("The hotel rests here. It is grey, I think.", row).correct for row in rows)
+    rows = TASK.rows("held_out", TASK.graded_rows)
+    right = sum(TASK.grade("The hotel rests here. It is grey, I think.", row).correct for row in rows)
     assert right < len(rows) / 8

@@ -201,18 +201,6 @@ def test_both_graders_and_several_tasks_stand_in_one_file(reference_dir: Path, t
     assert [item["id"] for item in found["results"][0]["items"]] == [row["id"] for row in held_out]
 
 
-def test_compare_takes_the_files(
-    tooluse: Callable[..., dict[str, Any]], student_dir: Path, tools: str, tmp_path: Path
-) -> None:
-    tooluse("reference")
-    tooluse("again")
-    evaluate(str(student_dir), ["tooluse"], tmp_path / "student.json", data=tools, **OPTIONS)
-    paths = [tmp_path / "reference" / "results.json", tmp_path / "again" / "results.json"]
-    same = compare(paths)["tasks"][0]["comparisons"][0]
-    assert same["verdict"] == "identical: not distinguishable"
-    assert compare([paths[0], tmp_path / "student.json"])["tasks"][0]["n"] == 10
-
-
 def test_several_answers_give_pass_at_k(tooluse: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     found = tooluse("three", samples=3)
     assert set(found["pass_at"]) == {"1", "2", "3"}

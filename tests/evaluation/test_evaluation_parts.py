@@ -248,25 +248,22 @@ def test_without_the_package_the_line_that_installs_it_is_named(monkeypatch: pyt
     def absent(name: str) -> Any:
         raise ImportError(name)
 
-    harness._manager.cache_clear()
     monkeypatch.setattr(harness.importlib, "import_module", absent)
     with pytest.raises(FileError, match=r"pip install 'remend\[eval\]'"):
         harness.Tasks()
 
 
-def test_unknown_names_and_code_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names_and_code_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     manager = SimpleNamespace(all_tasks=["hellaswag", "humaneval"])
     module = SimpleNamespace(TaskManager=lambda include_path: manager)
-    harness._manager.cache_clear()
     monkeypatch.setattr(harness.importlib, "import_module", lambda name: module)
     monkeypatch.setattr(harness.importlib.metadata, "version", lambda name: "1")
-    found = harness.Tasks()
+    found = harness.Tasks(tmp_path)
     with pytest.raises(
         CheckError, match=r'(?s)unknown task "lm-eval:helaswag".*Did you mean "lm-eval:hellaswag".*code'
     ):
         found.check(["lm-eval:helaswag", "lm-eval:humaneval"], allow_code=False)
     found.check(["lm-eval:hellaswag", "lm-eval:humaneval"], allow_code=True)
-    harness._manager.cache_clear()
 
 
 YAML = """task: rain

@@ -23,17 +23,6 @@ from remend.data.tasks.topics import TOPICS, Topic
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
 
-PROMPTS = 360
-"""How many prompts of the held-out split an evaluation takes by default."""
-
-
-def prompts(n: int = PROMPTS, seed: int = 0) -> list[JsonObject]:
-    """The bundled prompts: the first `n` rows of `general`'s held-out split, the same ones everywhere.
-
-    Raises InputError when n is below 1, or more than there are distinct prompts.
-    """
-    return TASKS.get("general").rows("held_out", n, seed)
-
 
 def make(draw: Draw) -> JsonObject:
     """One row: a topic and one to three checks; topics, kinds of the first check and counts take turns."""
@@ -75,29 +64,17 @@ def checks_of(row: Row) -> list[Check]:
     return items
 
 
-def outcomes(response: str, row: Row) -> dict[str, list[bool]]:
-    """Whether each check is followed, in order: {"strict": […], "loose": […]}, for IFEval's score per instruction.
-
-    Raises InputError as `checks_of`.
-    """
-    items = checks_of(row)
-    answer = response.rpartition("</think>")[2]
-    return {
-        "strict": [holds(response, item) for item in items],
-        "loose": [holds_loosely(answer, item) for item in items],
-    }
-
-
 def grade_general(response: str, row: Row, mode: Mode) -> Grade:
     """Right when all of row["checks"] are followed: strictly (paper) or loosely (robust); see the module.
 
     Raises InputError as `checks_of`.
     """
     items = checks_of(row)
-    by_criterion = outcomes(response, row)
-    followed = by_criterion["strict" if mode == "paper" else "loose"]
+    strict = [holds(response, item) for item in items]
+    answer = response.rpartition("</think>")[2]
+    followed = strict if mode == "paper" else [holds_loosely(answer, item) for item in items]
     if all(followed):
-        return Grade(True, "correct" if all(by_criterion["strict"]) else "correct; only by the loose criterion")
+        return Grade(True, "correct" if all(strict) else "correct; only by the loose criterion")
     if not response.strip():
         return Grade(False, "the response is empty")
     missed = " ".join(describe(item) for item, ok in zip(items, followed, strict=True) if not ok)
@@ -112,6 +89,6 @@ TASKS.register("general", source="checks after IFEval, arXiv 2311.07911; prompts
         grade_general,
         columns=("prompt", "checks"),
         max_new_tokens=400,
-        graded_rows=PROMPTS,
+        graded_rows=360,
     )
 )
