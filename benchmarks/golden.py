@@ -46,7 +46,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers.golden import DEGRADE, KILLED_AT, MORE_RECIPES, RECIPES, write_inputs, write_recipes  # noqa: E402
+from helpers.golden import DEGRADE, KILLED_AT, MORE_RECIPES, RECIPES, cpu_kind, write_inputs, write_recipes  # noqa: E402
 
 AFTERWARDS = [
     "diagnose --reference reference --student given/int3 --student given/runs/grid --out after/diagnosis --rows 24",
@@ -219,8 +219,8 @@ class Side:
         )
 
 
-def both(sides: tuple[Side, Side], jobs: list[dict[str, Any]]) -> None:
-    """Run the same jobs on both sides at once. Exits where one ends otherwise than it should."""
+def both(sides: tuple[Side, ...], jobs: list[dict[str, Any]]) -> None:
+    """Run the same jobs on all sides at once. Exits where one ends otherwise than it should."""
     running = [one.start(jobs) for one in sides]
     for one, process in zip(sides, running, strict=True):
         lines = process.communicate()[0].splitlines()
@@ -351,6 +351,7 @@ def main() -> None:
     parser.add_argument("--old", default="13d6498", help="commit of the old code")
     parser.add_argument("--keep", type=Path, help="a new directory for everything, to look at afterwards")
     parser.add_argument("--compare", type=Path, help="only compare what --keep has kept there")
+    parser.add_argument("--fixture", type=Path, help="only write a new directory with runs of OLD, for the tests")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.side:
@@ -364,7 +365,10 @@ def main() -> None:
         old = subprocess.run(["git", "-C", str(ROOT), "archive", chosen.old], check=True, capture_output=True).stdout
         with tarfile.open(fileobj=io.BytesIO(old)) as archive:
             archive.extractall(Path(temporary) / "tree", filter="data")
-        sys.exit(golden(Path(temporary) / "tree", directory.resolve(), chosen.old))
+        if chosen.fixture:
+            fixture(Path(temporary) / "tree", chosen.fixture.resolve())
+        else:
+            sys.exit(golden(Path(temporary) / "tree", directory.resolve(), chosen.old))
 
 
 def golden(tree: Path, directory: Path, commit: str) -> int:
@@ -384,6 +388,28 @@ def golden(tree: Path, directory: Path, commit: str) -> int:
     both(sides, [part for name in MORE_RECIPES for part in killed_and_resumed(name)])
     both(sides, [job(f"{i + 1:02d}-{words.split()[0]}", words) for i, words in enumerate(AFTERWARDS)])
     return verdict(directory, f"{(time.monotonic() - began) / 60:.1f} min, OLD is {commit}")
+
+
+def fixture(tree: Path, directory: Path) -> None:
+    """A complete and a killed run as OLD writes them, with what they were made from. Paths in them are relative."""
+    write_inputs(directory, width=32, layers=2, steps=60)
+    write_recipes(directory)
+    (directory / "logs").mkdir()
+    one = Side("old", tree / "src", directory)
+    jobs = [
+        job("student", "degrade quantize reference --format int2-g32 --out student"),
+        job("complete", "recover complete.yaml"),
+        job("killed", "recover killed.yaml", KILLED_AT),
+    ]
+    both((one,), jobs)
+    set_seconds(directory)
+    both((one,), [job("report", "report complete")])
+    unneeded = [directory / "tools.jsonl", directory / "letters-train.jsonl"]
+    for path in [*directory.glob("*.yaml"), *unneeded]:
+        path.unlink()
+    shutil.rmtree(directory / "logs")
+    (directory.parent / "old.txt").unlink()
+    (directory / "cpu.json").write_text(json.dumps(cpu_kind(), indent=1) + "\n", encoding="utf-8")
 
 
 def verdict(directory: Path, about: str) -> int:

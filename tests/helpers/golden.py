@@ -5,11 +5,16 @@ Two users: benchmarks/golden.py runs them with old and new code side by side, te
 
 from __future__ import annotations
 
+import hashlib
 import json
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -17,8 +22,8 @@ from helpers.task_rows import letter_rows, tool_rows
 from helpers.tiny import TOPICS, build_model, build_tokenizer
 
 KILLED_AT = 6
-"""The row of metrics.jsonl before which an interrupted run dies: that of step 5, after the rows of steps 1 to 4 and the
-evaluation at step 3. The last checkpoint is that of step 4."""
+"""The row of metrics.jsonl before which an interrupted run dies: that of step 5, or of step 4 where the layers are
+compared at step 3. The evaluation at step 3 is behind it, and so is a checkpoint that is older than the last row."""
 
 SHARED: dict[str, Any] = {
     "steps": 6,
@@ -110,7 +115,7 @@ MORE_RECIPES: dict[str, dict[str, Any]] = {
 """What the five leave out: other damage, other containers, other teachers, other choices."""
 
 DEGRADE = {
-    "int3": "degrade quantize reference --format int3-g64",
+    "int3": "degrade quantize reference --format int3-g32",
     "int4": "degrade quantize reference --format int4-g32-sym",
     "gptq": "degrade quantize reference --format gguf:q4_0 --method gptq --data prompts.jsonl",
     "mask": "degrade prune reference --method wanda --sparsity 2:4 --data prompts.jsonl",
@@ -139,13 +144,30 @@ def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_inputs(directory: Path, steps: int = 150) -> None:
+def cpu_kind() -> dict[str, object]:
+    """What the last bits of a figure depend on: the processor's instructions, its maker's libraries, torch."""
+    flags: set[str] = set()
+    maker = platform.processor()
+    if (about := Path("/proc/cpuinfo")).is_file():
+        values = dict(re.findall(r"^(\w[\w ]*?)\s*: (.*)$", about.read_text(), re.MULTILINE))
+        maker, flags = values.get("vendor_id", maker), set(values.get("flags", "").split())
+    telling = {"amx_bf16", "amx_tile", "avx2", "avx512_bf16", "avx512_vnni", "avx512f", "fma"}
+    return {
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "maker": maker,
+        "flags": sorted(flags & telling),
+        "torch": torch.__version__,
+    }
+
+
+def write_inputs(directory: Path, width: int = 64, layers: int = 3, steps: int = 150) -> None:
     """A healthy tiny model, prompts, rows with demonstrations and task rows; by no code of the package.
 
     The model learns for `steps` steps to ask and to answer, so that it can write prompts itself.
     """
     tokenizer = build_tokenizer()
-    model = build_model(len(tokenizer), layers=3)
+    model = build_model(len(tokenizer), width=width, layers=layers)
     asked = [f"{verb} {form.format(topic)}" for form in FORMS for topic in TOPICS for verb in VERBS]
     chats = [f"{TEXT[0]}{ask}.{TEXT[1]}{ask.split()[2]} is good.{TEXT[2]}" for ask in asked]
     _learn(model, [tokenizer.encode(chat) for chat in chats], steps)
@@ -160,6 +182,17 @@ def write_inputs(directory: Path, steps: int = 150) -> None:
     _lines(directory / "letters.jsonl", letters[:12])
     _lines(directory / "letters-train.jsonl", letters[12:])
 
+
+OLD_RUN: dict[str, Any] = {
+    **SHARED,
+    "learning_rate": 1e-3,
+    "student": "student",
+    "teacher": "reference",
+    "data": "prompts.jsonl",
+    "diagnose_every": 3,
+    "keep_checkpoints": 1,
+}
+"""Of the two runs that a fixture keeps as an old version wrote them, one complete and one killed."""
 
 STUDY: dict[str, Any] = {
     "model": "reference",
@@ -190,9 +223,40 @@ def _learn(model: PreTrainedModel, rows: list[list[int]], steps: int) -> None:
         optimizer.zero_grad()
 
 
+def figures(run: Path) -> dict[str, Any]:
+    """What a recovery computed: losses and held-out KL by step, before and after, and a hash of each tensor file."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    numbers = {f"{key} at step {row['step']}": row[key] for row in rows for key in ("loss", "eval/kl") if key in row}
+    numbers |= {f"{key}, {which}": summary[which][key] for which in ("degraded", "recovered") for key in summary[which]}
+    files = [*(run / "model").glob("*.safetensors"), *run.glob("checkpoints/step-000006/*.safetensors")]
+    return {"numbers": numbers, "sha256": {str(path.relative_to(run)): _hash(path) for path in sorted(files)}}
+
+
+def _hash(path: Path) -> str:
+    """Of the tensors with their names; the file's own metadata stand in any order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any], kind: dict[str, object]) -> None:
+    """Exactly where `theirs` comes of this kind of CPU, else the numbers to 1e-4."""
+    if cpu_kind() == kind:
+        assert ours == theirs
+    else:
+        assert ours["numbers"] == pytest.approx(theirs["numbers"], rel=1e-4)
+        assert ours["sha256"].keys() == theirs["sha256"].keys()
+
+
 def write_recipes(directory: Path) -> None:
     """One file a recipe, and a study's; JSON is YAML."""
     for name, settings in {**RECIPES, **MORE_RECIPES}.items():
         text = json.dumps({**SHARED, **settings, "out": f"runs/{name}"}, indent=1)
+        (directory / f"{name}.yaml").write_text(text, encoding="utf-8")
+    for name in ("complete", "killed"):
+        text = json.dumps({**OLD_RUN, "out": name}, indent=1)
         (directory / f"{name}.yaml").write_text(text, encoding="utf-8")
     (directory / "study.yaml").write_text(json.dumps(STUDY, indent=1), encoding="utf-8")
