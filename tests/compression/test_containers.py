@@ -83,8 +83,3 @@ def test_every_container_claims_its_own_files_alone(on_grid: Any, tmp_path: Path
     model = build_model(len(tokenizer))
     put_on_grid(model, "nf4").write(tmp_path / "compressed-tensors")  # remend's own description goes first
     assert packed_by(find_model(str(tmp_path / "compressed-tensors"))) is None
-
-
-def test_what_is_only_read_is_no_format(reference_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match='unknown container "bitsandbytes"; known: compressed-tensors, dense, gguf'):
-        export(str(reference_dir), tmp_path / "out", format="bitsandbytes")

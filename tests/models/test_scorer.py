@@ -90,12 +90,6 @@ def test_pack_refuses_an_empty_prompt() -> None:
         pack([([1], [2]), ([], [3])], device=CPU)
 
 
-def test_a_completion_shorter_than_what_is_skipped_gives_no_positions() -> None:
-    batch = pack([([1], [2]), ([1], [2, 3, 4])], device=CPU, skip_first=2)
-    assert batch.rows_N.tolist() == [1]
-    assert batch.targets_N.tolist() == [4]
-
-
 def test_the_head_keeps_the_shared_ids_only(model: LlamaForCausalLM) -> None:
     states, logits, _ = slow_states(model, PAIRS)
     torch.testing.assert_close(scorer(model, 10).head(states), logits[:, :10], rtol=1e-4, atol=1e-5)
