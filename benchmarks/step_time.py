@@ -49,30 +49,28 @@ def side_remend(model_dir: str, options: argparse.Namespace, work: str) -> list[
     from remend.models.load import load_model, load_tokenizer
     from remend.models.sampling.transformers_engine import TransformersSampler
     from remend.models.scorer import scorer
-    from remend.recovery.distillation import Distillation, Lane
+    from remend.recovery.distillation import Distillation
+    from remend.recovery.rounds import Rounds, Source
     from remend.recovery.settings import RecoverConfig
     from remend.recovery.streams import resolve
     from remend.training.constraints import Free
     from remend.training.loop import Optimization, Saving, Watch, train
+    from remend.training.teachers.frozen import Frozen
 
-    source, cpu = find_model(model_dir), torch.device("cpu")
-    tokenizer = load_tokenizer(source)
-    student = load_model(source, dtype=torch.float32, device=cpu)
-    teacher = load_model(source, dtype=torch.float32, device=cpu).requires_grad_(False)
+    files, cpu = find_model(model_dir), torch.device("cpu")
+    tokenizer = load_tokenizer(files)
+    student = load_model(files, dtype=torch.float32, device=cpu)
+    teacher = load_model(files, dtype=torch.float32, device=cpu).requires_grad_(False)
     encoded = [encode(tokenizer, Example(str(i), p, {})) for i, p in enumerate(prompts())]
     accelerator = Accelerator(cpu=True)
     parts = scorer(student, checkpointing=not options.no_checkpointing)
     recipe = {"student": "s", "teacher": "t", "data": "d", "out": "o", "max_new_tokens": options.new_tokens}
     (stream,) = resolve(build(RecoverConfig, recipe, "benchmark"))
-    objective = Distillation(
-        student=parts,
-        lanes=[Lane(stream, scorer(teacher), Order(encoded, 0), rows=options.prompts)],
-        sampler=TransformersSampler(student, parts.shared, ()),  # no end: every rollout is full length
-        steps=options.steps + 1,
-        micro_rows=options.prompts,
-        seed=0,
-        precision=mixed_precision(torch.float32, cpu),
-    )
+    precision = mixed_precision(torch.float32, cpu)
+    source = Source(stream, Frozen(scorer(teacher)), Order(encoded, 0), rows=options.prompts)
+    sampler = TransformersSampler(student, parts.shared, ())  # no end: every rollout is full length
+    rounds = Rounds([source], sampler, options.steps + 1, seed=0, precision=precision)
+    objective = Distillation(parts, rounds, options.prompts, precision)
     seconds: list[float] = []
     saving = Saving(RunDirectory.create(Path(work) / "run"), 0, 1)
     optimization = Optimization(options.steps + 1, LEARNING_RATE, 0)

@@ -46,7 +46,7 @@ from remend.files.environment import environment
 from remend.files.run_directory import METRICS, REPAIR, SUMMARY, RunDirectory
 from remend.models.find import find_model
 from remend.models.load import load_model, load_tokenizer, save_model
-from remend.recovery.side_streams import BASELINE
+from remend.recovery.judge import SIDE_BASELINE
 from remend.studies.demo import write_prompts
 from time_lines import DEGRADE, LINES, MODEL, TOKENS, Line
 from time_tables import TABLES, show
@@ -187,7 +187,7 @@ def setup(place: Path) -> dict[str, float]:
         if row["step"] == 0:
             spent[row["stage"]] = spent.get(row["stage"], 0.0) + row["seconds"]
     if not spent:  # a run that did not time its stages
-        before, pools = place / BASELINE, list(place.glob("off-policy-*.jsonl"))
+        before, pools = place / SIDE_BASELINE, list(place.glob("off-policy-*.jsonl"))
         if pools and before.is_file():
             spent["pool"] = max(0.0, max(p.stat().st_mtime for p in pools) - before.stat().st_mtime)
     if (place / REPAIR).is_file() and "repair" not in spent:

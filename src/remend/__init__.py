@@ -13,7 +13,7 @@ _HOMES = {
     "RecoverConfig": "recovery.settings",
     "RecoverResult": "recovery",
     "RemendError": "errors",
-    "cache_teacher": "training.teachers.write_cache",
+    "cache_teacher": "training.write_cache",
     "check": "recovery",
     "demo": "studies.demo",
     "diagnose": "diagnosis.job",
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from remend.recovery.settings import RecoverConfig as RecoverConfig
     from remend.studies.demo import demo as demo
     from remend.studies.study import study as study
-    from remend.training.teachers.write_cache import cache_teacher as cache_teacher
+    from remend.training.write_cache import cache_teacher as cache_teacher
 
 
 def __getattr__(name: str) -> Any:

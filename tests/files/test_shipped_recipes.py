@@ -27,10 +27,9 @@ def test_every_recipe_passes_check_without_files(name: str, capsys: pytest.Captu
 def test_every_recipe_runs_for_two_steps(
     name: str, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import remend.recovery.run
-
     monkeypatch.setattr(
-        remend.recovery.run, "generate", lambda *_, n, **__: ([f"What is number {i}?" for i in range(n)], None)
+        "remend.recovery.written_prompts.generate",
+        lambda *_, n, **__: ([f"What is number {i}?" for i in range(n)], None),
     )
     task = tmp_path / "task.jsonl"
     rows = [{"prompt": f"Task {p}", "demonstration": f"Do {i}."} for i, p in enumerate(prompts(30))]

@@ -8,100 +8,141 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
+from helpers.resuming import torn_copy
+from helpers.steps import distillation, encoded, source
 from helpers.tiny import build_model
 from remend.errors import CheckError
-from remend.models.scorer import pack
+from remend.models.layers import decoder_layers
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import scorer
 from remend.recovery import recover
-from remend.recovery.alignment import BALANCE_EVERY, Alignment, Seen, pairs_of
+from remend.recovery.alignment import BALANCE_EVERY, Aligned, Alignment, aligned
+from remend.recovery.settings import AlignmentConfig
+from remend.training.teachers.frozen import Frozen
 
-PAIRS = [((5, 6, 7), (8, 9, 10, 11, 12)), ((5, 9), (20, 21, 22, 23, 24, 25))]
-
-
-def batch() -> Any:
-    return pack(PAIRS, device=torch.device("cpu"))
+MEASURES = ["cka", "l2"]
 
 
-def seen(alignment: Alignment, whose: str, model: Any) -> Seen:
-    found = Seen()
-    with found.by(alignment, whose, batch()):
-        model.base_model(batch().tokens_BT, use_cache=False)
-    return found
+def objective(student: LlamaForCausalLM, teacher: LlamaForCausalLM, measure: str, **rest: Any) -> Aligned:
+    """A step of three prompts in one micro-batch, 15 completion tokens."""
+    plain = distillation(student, source(Frozen(scorer(teacher)), encoded(3), 3), steps=99, **rest)
+    return aligned(plain, AlignmentConfig(measure=measure, weight=0.25), student, [0, 1])
 
 
-@pytest.mark.parametrize("measure", ["cka", "l2"])
+def total(made: Aligned, step: int) -> tuple[Tensor, list[Rollout]]:
+    """The sum of the step's loss, and what it was taken on."""
+    (micro_batch,) = made.prepare(step).micro_batches
+    return made(micro_batch).sums["recover"][0], list(micro_batch[1])
+
+
+def blocks_and_logits(model: LlamaForCausalLM, rollouts: list[Rollout]) -> tuple[list[list[Tensor]], Tensor]:
+    """Block outputs by layer and rollout, each [T, D], and logits [N, V]; one sequence at a time."""
+    outputs: list[list[Tensor]] = [[] for _ in decoder_layers(model)]
+    handles = [
+        block.register_forward_hook(lambda _module, _args, output, kept=kept: kept.append(output))
+        for block, kept in zip(decoder_layers(model), outputs, strict=True)
+    ]
+    logits = [
+        model(input_ids=torch.tensor([[*r.prompt, *r.completion]])).logits[0, len(r.prompt) - 1 : -1] for r in rollouts
+    ]
+    for handle in handles:
+        handle.remove()
+    return outputs, torch.cat(logits)
+
+
+def at_tokens(outputs: list[list[Tensor]], rollouts: list[Rollout]) -> list[Tensor]:
+    """The states [N, D] that predict the completions, by layer."""
+    return [
+        torch.cat([states[0, len(r.prompt) - 1 : -1] for states, r in zip(layer, rollouts, strict=True)])
+        for layer in outputs
+    ]
+
+
+def length(loss: Tensor, outputs: list[list[Tensor]]) -> float:
+    """Of the loss's gradient with respect to all blocks' outputs."""
+    gradients = torch.autograd.grad(loss, [s for layer in outputs for s in layer], retain_graph=True, allow_unused=True)
+    return float(sum(g.square().sum() for g in gradients if g is not None)) ** 0.5
+
+
+@pytest.mark.parametrize("measure", MEASURES)
 def test_gradient_agrees_with_finite_differences(measure: str) -> None:
     """With respect to the blocks' outputs, in float64 (a Llama's own norms compute in float32)."""
-    student = build_model(64, width=16)
-    alignment = Alignment(measure, 1.0, [(0, 0), (1, 1)], student, student)
     generator = torch.Generator().manual_seed(3)
-    ours, theirs = (
-        [torch.randn(2, 8, 5, dtype=torch.float64, generator=generator) for _ in range(2)] for _ in range(2)
+    ours, theirs = ([torch.randn(11, 5, dtype=torch.float64, generator=generator) for _ in "ab"] for _ in "ab")
+    alignment = Alignment(measure, 1.0, (), ())
+    assert torch.autograd.gradcheck(
+        lambda *states: alignment.loss(states, theirs), [state.requires_grad_() for state in ours]
     )
 
-    def loss(*states: torch.Tensor) -> torch.Tensor:
-        found = alignment.loss(Seen(list(states), batch()), Seen(theirs, batch()))
-        assert found is not None
-        return found
 
-    assert torch.autograd.gradcheck(loss, [state.requires_grad_() for state in ours])
-
-
-@pytest.mark.parametrize("measure", ["cka", "l2"])
-def test_a_model_is_aligned_with_itself(measure: str) -> None:
-    model = build_model(64, width=16)
-    alignment = Alignment(measure, 1.0, pairs_of(None, [0, 1]), model, model)
-    loss = alignment.loss(seen(alignment, "student", model), seen(alignment, "teacher", model))
-    assert float(loss) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_the_factor_makes_the_gradients_lengths_stand_in_the_given_ratio() -> None:
-    student, teacher = (build_model(64, seed=s, width=16) for s in (1, 2))
-    alignment = Alignment("l2", 0.25, [(0, 0), (1, 1)], student, teacher)
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_loss_is_the_divergence_and_the_alignment_by_the_factor(measure: str) -> None:
+    """Against one sequence at a time; the factor makes the gradients' lengths stand in the ratio 0.25."""
+    student, teacher = (build_model(320, seed=s, width=16) for s in (1, 2))
+    made = objective(student, teacher, measure)
+    loss, rollouts = total(made, 1)
+    outputs, logits_NV = blocks_and_logits(student, rollouts)
     with torch.no_grad():
-        theirs = seen(alignment, "teacher", teacher)
-    ours = seen(alignment, "student", student)
-    divergence = ours.states[-1].square().mean()
-    wanted = torch.autograd.grad(divergence, [ours.states[-1]], retain_graph=True)[0].norm()
-    aligned = alignment.loss(ours, theirs)
-    assert aligned is not None
-    gradients = torch.autograd.grad(aligned, ours.states, retain_graph=True)
-    length = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-    assert alignment.due(1)
-    # the divergence here reaches the first block's output too, through the second
-    both = torch.autograd.grad(divergence, ours.states, retain_graph=True, allow_unused=True)
-    wanted = torch.stack([g.square().sum() for g in both if g is not None]).sum().sqrt()
-    alignment.balance(1, divergence, ours, theirs)
-    assert alignment.scale == pytest.approx(float(0.25 * wanted / length), rel=1e-4)
-    assert not alignment.due(1)
-    assert not alignment.due(2)
-    assert alignment.due(1 + BALANCE_EVERY)
+        theirs, taught_NV = blocks_and_logits(teacher, rollouts)
+    log_q_NV, log_p_NV = logits_NV.log_softmax(-1), taught_NV.log_softmax(-1)
+    divergence_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+    alignment = made.alignment.loss(at_tokens(outputs, rollouts), at_tokens(theirs, rollouts))
+    assert alignment is not None
+    wanted = 0.25 * length(divergence_N.mean(), outputs) / length(alignment, outputs)
+    assert made.scale == pytest.approx(wanted, rel=1e-3)
+    assert loss.item() == pytest.approx((divergence_N.sum() + made.scale * 15 * alignment).item(), rel=1e-4)
+
+
+def test_the_factor_is_renewed_every_few_steps() -> None:
+    made = objective(*(build_model(320, seed=s, width=16) for s in (1, 2)), "l2")
+    scales = []
+    for step in range(1, BALANCE_EVERY + 2):
+        made.scale = 0.0
+        total(made, step)
+        scales.append(made.scale)
+    assert [scale > 0 for scale in scales] == [True, *[False] * (BALANCE_EVERY - 1), True]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_model_is_aligned_with_itself(measure: str) -> None:
+    model = build_model(320, width=16)
+    made = objective(model, model, measure)
+    made.scale = 1.0
+    loss, _ = total(made, 2)
+    assert loss.item() == pytest.approx(0.0, abs=1e-4)
 
 
 def test_too_few_tokens_give_no_alignment() -> None:
-    model = build_model(64, width=16)
-    alignment = Alignment("cka", 1.0, [(0, 0)], model, model)
-    few = pack([((5,), (6, 7))], device=torch.device("cpu"))
-    assert alignment.loss(Seen([torch.zeros(1, 3, 16)], few), Seen([torch.zeros(1, 3, 16)], few)) is None
+    few = [torch.zeros(7, 16)]
+    assert Alignment("cka", 1.0, (), ()).loss(few, few) is None
 
 
 def test_the_state_is_the_factor() -> None:
-    model = build_model(64, width=16)
-    one, other = (Alignment("cka", 1.0, [(0, 0)], model, model) for _ in range(2))
+    one, other = (objective(build_model(320, width=16), build_model(320, 2, width=16), "cka") for _ in "ab")
     one.scale = 0.37
     other.load(one.state())
     assert other.scale == 0.37
 
 
-@pytest.mark.parametrize("measure", ["cka", "l2"])
-def test_it_changes_the_run_and_resumes_exactly(recipe: dict[str, Any], tmp_path: Path, measure: str) -> None:
-    plain = recover(**recipe)
-    with_it = {**recipe, "alignment": {"measure": measure}}
-    whole = recover(**{**with_it, "out": str(tmp_path / "whole")})
-    assert [r["loss"] for r in whole.metrics] != [r["loss"] for r in plain.metrics]
-    again = recover(**{**with_it, "out": str(tmp_path / "cut"), "gradient_checkpointing": True})
-    for name, tensor in load_file(whole.model / "model.safetensors").items():
-        assert torch.equal(tensor, load_file(again.model / "model.safetensors")[name]), name
+def test_recomputed_layers_give_the_same_gradient() -> None:
+    gradients = []
+    for recomputed in (False, True):
+        student = build_model(320, seed=1)
+        loss, _ = total(objective(student, build_model(320, seed=2), "cka", checkpointing=recomputed), 1)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+    assert all(gradients[0][name].equal(gradients[1][name]) for name in gradients[0])
+
+
+def test_a_run_with_it_resumes_exactly(recipe: dict[str, Any], tmp_path: Path) -> None:
+    whole = recover(**recipe, alignment={"measure": "cka"})
+    again = recover(resume=torn_copy(whole.out, tmp_path / "torn", 2))
+    assert again.metrics == whole.metrics
+    ours, theirs = (load_file(run.model / "model.safetensors") for run in (whole, again))
+    assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +152,9 @@ def test_it_changes_the_run_and_resumes_exactly(recipe: dict[str, Any], tmp_path
         ({"alignment": {"layers": []}}, "none for all"),
         ({"alignment": {"measure": "angle"}}, "measure"),
         ({"alignment": {"weight": 0}}, "weight"),
+        ({"alignment": {"measure": "cka"}, "streams": {"keep": {"teacher": "initial"}, "recover": {}}}, "frozen model"),
     ],
 )
 def test_what_makes_no_sense_is_refused(recipe: dict[str, Any], change: dict[str, Any], part: str) -> None:
     with pytest.raises((CheckError, ValueError), match=part):
         recover(**{**recipe, **change})
-
-
-def test_a_moving_teacher_is_refused(recipe: dict[str, Any]) -> None:
-    streams = {"keep": {"teacher": "initial"}, "recover": {}}
-    with pytest.raises(CheckError, match="frozen model"):
-        recover(**{**recipe, "streams": streams, "alignment": {"measure": "cka"}})

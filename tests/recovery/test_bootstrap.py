@@ -14,6 +14,7 @@ from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
 from remend.recovery.bootstrap import EVERY, Gate, Verdict, judge_demonstrations, judge_rollouts, likelihood_gain
 from remend.training.measure import PromptSums, negative_log_likelihoods, repetition
+from remend.training.teachers.frozen import Frozen
 
 FLUENT = Rollout("a", (1,), tuple(range(3, 23)), False)
 LOOP = Rollout("b", (1,), (3, 4) * 10, True)
@@ -50,13 +51,13 @@ def test_demonstrations_that_help_and_that_do_not() -> None:
 
 
 def test_likelihood_gain_is_the_difference_of_two_measurements() -> None:
-    model = scorer(build_model(320))
+    teacher = Frozen(scorer(build_model(320)))
     rollouts = [
         Rollout("a", (3, 4), (5, 6, 7), False, (9, 8, 5, 6, 7, 3, 4)),
         Rollout("b", (3,), (8, 9), False, (4, 3)),
     ]
-    gain = likelihood_gain(model, rollouts, device=model.device)
-    without, shown = (negative_log_likelihoods(model, rollouts, device=model.device, shown=s) for s in (False, True))
+    gain = likelihood_gain(teacher, rollouts)
+    without, shown = (negative_log_likelihoods(teacher, rollouts, shown=s) for s in (False, True))
     assert gain == pytest.approx([a - b for a, b in zip(without, shown, strict=True)])
     assert gain[0] != 0
 

@@ -13,13 +13,20 @@ from helpers.tiny import build_model, build_tokenizer, prompts
 from remend.degrade.depth import prune_depth
 from remend.errors import CheckError
 from remend.recovery import check, recover, settings
+from remend.recovery.hold import learning_rate
+from remend.recovery.plan import Checked, Plan
 from remend.recovery.preflight import preflight
-from remend.recovery.training import learning_rate
-from remend.training.teachers.write_cache import cache_teacher
+from remend.training.write_cache import cache_teacher
 
 
-def found(recipe: dict[str, Any], **changes: Any) -> Any:
+def found(recipe: dict[str, Any], **changes: Any) -> Checked:
     return preflight(settings(overrides={**recipe, **changes}))
+
+
+def plan_of(recipe: dict[str, Any], **changes: Any) -> Plan:
+    checked = found(recipe, **changes)
+    assert checked.plan is not None, checked.problems
+    return checked.plan
 
 
 def write_rows(path: Path, rows: list[Any]) -> str:
@@ -30,10 +37,11 @@ def write_rows(path: Path, rows: list[Any]) -> str:
 def test_good_recipe_has_no_findings(recipe: dict[str, Any]) -> None:
     result = check(**recipe)
     assert (result.problems, result.warnings) == ([], [])
-    assert (len(result.main.train), len(result.main.held_out)) == (34, 6)
-    assert result.constraint == "int3-g64-asym"
-    assert result.shared == 320
-    assert result.parameters == 94_528
+    plan = plan_of(recipe)
+    assert (len(plan.main.train), len(plan.main.held_out)) == (34, 6)
+    assert plan.constraint == "int3-g64-asym"
+    assert plan.shared == 320
+    assert plan.parameters == 94_528
     assert not Path(str(recipe["out"])).exists()
 
 
@@ -103,20 +111,25 @@ def test_prompts_over_the_limit_are_dropped_and_named(
 ) -> None:
     rows: list[Any] = [{"id": f"long-{i}", "prompt": f"word {i} " * 80} for i in range(long)]
     rows += [{"prompt": p} for p in prompts(40)]
-    result = found(recipe, data=write_rows(tmp_path / "long.jsonl", rows), max_prompt_tokens=120, held_out=2)
+    held = write_rows(tmp_path / "held.jsonl", [{"prompt": p} for p in prompts(2)])
+    changes = {"data": write_rows(tmp_path / "long.jsonl", rows), "eval_data": held, "held_out": None}
+    result = found(recipe, **changes, max_prompt_tokens=120)
     text = "\n".join(getattr(result, severity))
     assert "dropped, not cut" in text
     assert "long-" in text
-    assert sum(map(len, result.dropped.values())) == long
-    assert all(len(p.tokens) <= 120 for p in [*result.main.train, *result.main.held_out])
+    assert (result.plan is None) == (severity == "problems")
+    if result.plan:
+        assert sum(map(len, result.plan.dropped.values())) == long
+        assert all(len(p.tokens) <= 120 for p in [*result.plan.main.train, *result.plan.main.held_out])
 
 
 def test_eval_data_is_never_trained_on(recipe: dict[str, Any], tmp_path: Path) -> None:
     held = write_rows(tmp_path / "held.jsonl", [{"prompt": p} for p in prompts(3)])
     values = {k: v for k, v in recipe.items() if k != "held_out"}
     result = found(values, eval_data=held)
-    assert len(result.main.held_out) == 3
-    assert len(result.main.train) == 37
+    assert result.plan is not None
+    assert len(result.plan.main.held_out) == 3
+    assert len(result.plan.main.train) == 37
     assert "3 training prompts are also in eval_data" in result.warnings[0]
     assert "held_out has no effect" in "\n".join(found(recipe, eval_data=held).warnings)
     nothing = found(values, data=held, eval_data=held)
@@ -155,11 +168,12 @@ def test_a_layer_map_must_fit_the_teacher(recipe: dict[str, Any], reference_dir:
     assert "layer_map, [0, 2], does not fit a student of 2 layers and a teacher of 2" in problem
     prune_depth(str(reference_dir), tmp_path / "cut", layers=[0], method="list", probe=False)
     values = {**recipe, "student": str(tmp_path / "cut"), "repair": True}
-    assert found(values).layer_map == [1]
+    assert plan_of(values).facts.layer_map == [1]
     build_model(320, layers=1).save_pretrained(tmp_path / "shallow")
     build_tokenizer().save_pretrained(tmp_path / "shallow")
     result = found(values, teacher=str(tmp_path / "shallow"))
-    assert (result.problems, result.layer_map) == ([], None)
+    assert result.plan is not None
+    assert result.plan.facts.layer_map is None
     assert "degradation.json, [1], does not fit a student of 1 layers and a teacher of 1" in "\n".join(result.warnings)
 
 
@@ -180,12 +194,12 @@ def test_a_repair_that_does_nothing_is_said(
         values |= {"teacher": None, "data": None, "held_out": None, "streams": streams}
     result = found(values)
     said = [note for note in result.notes if "is not repaired before training" in note]
-    assert result.problems == []
-    assert len(said) == (why is not None) == (not result.repairs)
+    assert result.plan is not None
+    assert len(said) == (why is not None) == (not result.plan.repairs)
     assert all(str(why) in note for note in said)
     if why != "an adapter is trained":
-        rate = learning_rate(settings(None, {**values, "learning_rate": None}), result)
+        rate = learning_rate(plan_of(values, learning_rate=None))
         assert rate == (2e-4 if why else 1e-4)  # the rate after a repair belongs to a repair that is made
-    without = found({**values, "repair": False})
+    without = plan_of(values, repair=False)
     assert not any("not repaired" in note for note in without.notes)
     assert not without.repairs

@@ -311,12 +311,10 @@ def test_patience_stops_early(both: dict[str, Any]) -> None:
 
 
 def test_self_written_prompts(both: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    import remend.recovery.run
-
     def written(model: Any, tokenizer: Any, *, n: int, **rest: Any) -> tuple[list[str], None]:
         return [f"What is number {i}?" for i in range(n)], None
 
-    monkeypatch.setattr(remend.recovery.run, "generate", written)
+    monkeypatch.setattr("remend.recovery.written_prompts.generate", written)
     also = {"data": "self", "teacher": "initial", "held_out": 5}
     streams = {**both["streams"], "recover": {"data": "self", "held_out": 3}, "also": also}
     result = recover(**{**both, "streams": streams, "self_prompts": 12})
@@ -386,7 +384,9 @@ def test_demonstrations_of_message_prompts(both: dict[str, Any], tokenizer: Any,
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {**changed(both, data=str(path), teacher="ema", demonstrations=True), "steps": 2}
-    keep = next(s for s in remend.check(**values).streams if s.stream.name == "keep")
+    plan = remend.check(**values).plan
+    assert plan is not None
+    keep = next(s for s in plan.streams if s.stream.name == "keep")
     prompt = keep.train[0]
     seen, shown = (tokenizer.decode(tokens) for tokens in (prompt.tokens, prompt.shown or ()))
     system, asked = seen.split("<|im_start|>user\n")
@@ -476,8 +476,9 @@ def test_two_processes_share_pools_gate_and_streams(both: dict[str, Any], tmp_pa
 def test_what_one_stream_is_measured_on_no_other_trains_on(both: dict[str, Any]) -> None:
     first = both["streams"]["recover"]["data"]
     found = remend.check(**changed(both, data=first, held_out=3))
-    held = {p.tokens for s in found.streams for p in s.held_out}
-    assert not held & {p.tokens for s in found.streams for p in s.train}
+    assert found.plan is not None
+    held = {p.tokens for s in found.plan.streams for p in s.held_out}
+    assert not held & {p.tokens for s in found.plan.streams for p in s.train}
     assert any("are held out in another stream" in warning for warning in found.warnings)
 
 

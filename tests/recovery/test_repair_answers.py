@@ -15,9 +15,10 @@ from helpers.killing import kill_at
 from remend.files.run_directory import METRICS, RunDirectory
 from remend.files.settings import build
 from remend.recovery import recover
+from remend.recovery.bootstrap import repair_budget, reuses_repair
 from remend.recovery.pools import REPAIR_ANSWERS
 from remend.recovery.settings import RecoverConfig
-from remend.recovery.streams import repair_budget, resolve, reuses_repair
+from remend.recovery.streams import resolve
 
 NAMES = {"student": "s", "teacher": "t", "data": "d", "out": "o", "bootstrap": "repair"}
 GIVEN: dict[str, Any] = {

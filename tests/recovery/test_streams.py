@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import remend.recovery.rules
-import remend.recovery.streams
 from remend.errors import InputError
 from remend.files.settings import build
 from remend.maths.losses import choose, of_beta
 from remend.recovery.rules import notes, problems, warnings
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import reference_of, resolve, rows_of
+from remend.training.teachers.cache import RECORD
 
 PLAIN = {"data": "d", "teacher": "t"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    """The name of a cached teacher; nobody opens it here."""
+    (tmp_path / RECORD).touch()
+    return str(tmp_path)
 
 
 def config(**values: Any) -> RecoverConfig:
@@ -28,7 +35,7 @@ def two(**adapt: Any) -> dict[str, Any]:
 
 def test_a_recipe_without_streams_is_one() -> None:
     (stream,) = resolve(config(teacher="t", data="d", beta=0.5, max_new_tokens=7))
-    assert (stream.name, stream.teacher, stream.data, stream.loss) == ("recover", "t", "d", of_beta(0.5))
+    assert (stream.name, stream.teacher.name, stream.data, stream.loss) == ("recover", "t", "d", of_beta(0.5))
     assert (stream.lengths, stream.on_policy, stream.skip_first, stream.top_k) == ((7, 7), 1.0, 0, None)
 
 
@@ -123,7 +130,7 @@ def test_more_streams_than_prompts() -> None:
 )
 def test_nonsense_is_refused_with_the_reason(values: dict[str, Any], part: str) -> None:
     made = config(**values)
-    found = problems(made, resolve(made), {})
+    found = problems(made, resolve(made))
     assert any(part in line for line in found), found
 
 
@@ -136,9 +143,9 @@ def test_nonsense_is_refused_with_the_reason(values: dict[str, Any], part: str) 
         ({"policy": "off", "top_k": 5}, "cut to its own top k"),
     ],
 )
-def test_what_a_cached_teacher_cannot_do(stream: dict[str, Any], part: str) -> None:
-    made = config(streams={"a": {"data": "d", "teacher": "cache", **stream}})
-    assert any(part in line for line in problems(made, resolve(made), {"cache": True}))
+def test_what_a_cached_teacher_cannot_do(cache: str, stream: dict[str, Any], part: str) -> None:
+    made = config(streams={"a": {"data": "d", "teacher": cache, **stream}})
+    assert any(part in line for line in problems(made, resolve(made)))
 
 
 @pytest.mark.parametrize(
@@ -160,13 +167,11 @@ def test_settings_without_effect_are_said(values: dict[str, Any], part: str) -> 
     assert warnings(config(streams=two()), resolve(config(streams=two()))) == []
 
 
-def test_what_a_cached_teacher_brings_itself_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remend.recovery.rules, "is_cache", lambda name: name == "cache")
-    monkeypatch.setattr(remend.recovery.streams, "is_cache", lambda name: name == "cache")
-    alone = {"streams": {"a": {"teacher": "cache", "policy": "off", "held_out": 3}}, "temperature": 0.5}
+def test_what_a_cached_teacher_brings_itself_is_said(cache: str) -> None:
+    alone = {"streams": {"a": {"teacher": cache, "policy": "off", "held_out": 3}}, "temperature": 0.5}
     found = warnings(config(**alone), resolve(config(**alone)))
     assert any(line.startswith("held_out, temperature of a changes nothing") for line in found)
-    beside = {"streams": {"a": {"teacher": "cache", "policy": "off"}, **two()}, "temperature": 0.5, "eval_data": "e"}
+    beside = {"streams": {"a": {"teacher": cache, "policy": "off"}, **two()}, "temperature": 0.5, "eval_data": "e"}
     assert not any("changes nothing" in line for line in warnings(config(**beside), resolve(config(**beside))))
 
 
@@ -182,7 +187,7 @@ def test_what_a_cached_teacher_brings_itself_is_said(monkeypatch: pytest.MonkeyP
 )
 def test_a_run_that_is_all_bootstrap_is_told(values: dict[str, Any], said: str | None) -> None:
     made = config(streams=two(), steps=48, save_every=0, **values)
-    assert problems(made, resolve(made), {}) == []
+    assert problems(made, resolve(made)) == []
     found = notes(made, resolve(made))
     assert (said in found[0]) if said else found == []
 
@@ -216,4 +221,4 @@ def test_the_best_is_saved_where_some_are_evaluated(values: dict[str, Any], sele
 def test_a_round_of_sampling_feeds_two_steps_where_nothing_is_said(values: dict[str, Any], each: int) -> None:
     made = config(streams=two(), **values)
     assert made.updates_a_round == each
-    assert problems(made, resolve(made), {}) == []
+    assert problems(made, resolve(made)) == []

@@ -36,8 +36,11 @@ def test_the_last_row_is_what_the_saved_model_gives(recipe: dict[str, Any]) -> N
     result = recover(**{**recipe, "diagnose_every": 4, "held_out": 12})
     last = RunDirectory(result.out).rows(TRACK)[-1]
     checked = preflight(settings(None, {**recipe, "out": str(result.out) + "-x", "held_out": 12}))
+    assert checked.plan is not None
     answers = {r["id"]: r["completion"] for r in RunDirectory(result.out).rows("reference.jsonl")}
-    rollouts = [Rollout(p.id, p.tokens, tuple(answers[p.id]), False) for p in checked.main.held_out if answers[p.id]]
+    rollouts = [
+        Rollout(p.id, p.tokens, tuple(answers[p.id]), False) for p in checked.plan.main.held_out if answers[p.id]
+    ]
     picks = pick_positions(
         [len(r.completion) for r in rollouts], [derive_seed(0, "row", r.id) / 2**63 for r in rollouts]
     )
@@ -96,7 +99,7 @@ def test_without_the_setting_nothing_is_tracked(recipe: dict[str, Any]) -> None:
 
 
 def test_a_cached_reference_has_no_layers(recipe: dict[str, Any], tmp_path: Path) -> None:
-    from remend.training.teachers.write_cache import cache_teacher
+    from remend.training.write_cache import cache_teacher
 
     cache_teacher(str(recipe["teacher"]), tmp_path / "cache", data=str(recipe["data"]), max_new_tokens=8, held_out=6)
     values = {k: v for k, v in recipe.items() if k != "held_out"}

@@ -10,10 +10,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from helpers.tiny import build_model
+from remend.maths.losses import Target
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
 from remend.training import measure
 from remend.training.measure import PromptSums, compare, pool
+from remend.training.teachers.frozen import Frozen
 
 VOCABULARY = 64
 
@@ -65,7 +67,7 @@ def test_compare_equals_the_slow_loop(
     student, reference = models
     rows = rollouts()
     counted: list[int] = []
-    ours = compare(scorer(student), scorer(reference), rows, max_rows=max_rows, on_rows=counted.append)
+    ours = compare(scorer(student), Frozen(scorer(reference)), rows, max_rows=max_rows, on_rows=counted.append)
     for own, rollout in zip(ours, rows, strict=True):
         expected = slow_sums(student, reference, rollout, VOCABULARY)
         assert (own.id, own.tokens, own.agree) == (expected.id, expected.tokens, expected.agree)
@@ -78,9 +80,9 @@ def test_compare_equals_the_slow_loop(
 def test_what_the_reference_gave_is_kept_and_not_computed_again(
     models: tuple[LlamaForCausalLM, LlamaForCausalLM],
 ) -> None:
-    student, reference = (scorer(m) for m in models)
+    student, reference = scorer(models[0]), Frozen(scorer(models[1]))
     rows, passes = rollouts(), []
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[int, Target] = {}
     hook = models[1].model.register_forward_hook(lambda *_: passes.append(1))
     plain = compare(student, reference, rows, max_rows=3)
     first, second = (compare(student, reference, rows, max_rows=3, kept=kept) for _ in "ab")
@@ -93,7 +95,7 @@ def test_what_the_reference_gave_is_kept_and_not_computed_again(
 def test_only_shared_ids_are_compared(models: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
     student, reference = models
     rows = [Rollout(r.id, r.prompt, tuple(t % 20 for t in r.completion), r.clipped) for r in rollouts(1, 3)]
-    ours = compare(scorer(student, 20), scorer(reference, 20), rows)
+    ours = compare(scorer(student, 20), Frozen(scorer(reference, 20)), rows)
     for own, rollout in zip(ours, rows, strict=True):
         expected = slow_sums(student, reference, rollout, 20)
         assert own.kl == pytest.approx(expected.kl, rel=2e-4, abs=1e-5)
@@ -103,8 +105,8 @@ def test_only_shared_ids_are_compared(models: tuple[LlamaForCausalLM, LlamaForCa
 def test_models_of_different_width_and_direction_of_the_divergence() -> None:
     wide, narrow = build_model(VOCABULARY, 3, width=64), build_model(VOCABULARY, 4, width=32)
     rows = rollouts(2, 3)
-    there = compare(scorer(narrow), scorer(wide), rows)
-    back = compare(scorer(wide), scorer(narrow), rows)
+    there = compare(scorer(narrow), Frozen(scorer(wide)), rows)
+    back = compare(scorer(wide), Frozen(scorer(narrow)), rows)
     for own, rollout in zip(there, rows, strict=True):
         assert own.kl == pytest.approx(slow_sums(narrow, wide, rollout, VOCABULARY).kl, rel=2e-4)
     assert [s.nll for s in there] == pytest.approx([s.reference_nll for s in back])
@@ -113,7 +115,7 @@ def test_models_of_different_width_and_direction_of_the_divergence() -> None:
 
 def test_a_model_against_itself(models: tuple[LlamaForCausalLM, LlamaForCausalLM]) -> None:
     parts = scorer(models[1])
-    figures = pool(compare(parts, parts, rollouts()))
+    figures = pool(compare(parts, Frozen(parts), rollouts()))
     assert figures["kl"] == pytest.approx(0, abs=1e-7)
     assert figures["top1_agreement"] == 1.0
     assert figures["perplexity"] == figures["reference_perplexity"]

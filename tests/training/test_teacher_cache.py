@@ -25,7 +25,7 @@ from remend.maths.losses import Head, chunked_loss_sum, divergence, of_beta
 from remend.models.find import find_model, hash_files
 from remend.models.load import load_model
 from remend.models.sampling.rollout import Rollout
-from remend.training.teachers import write_cache
+from remend.training import write_cache
 from remend.training.teachers.cache import PROMPTS, RECORD, TeacherCache, is_cache
 
 K = 12
@@ -66,7 +66,7 @@ def own_log_probabilities(teacher: Any, rollout: Rollout) -> Tensor:
 def test_targets_are_the_teachers_own_top_k(made: Path, teacher: Any) -> None:
     cache = TeacherCache.open(made)
     rollouts = [*cache.held_out, *cache.train[::-1]]
-    target = cache.targets(rollouts)
+    target = cache.score(rollouts)
     exact = torch.cat([own_log_probabilities(teacher, r) for r in rollouts])
     assert len(target) == len(exact) == cache.record["tokens"]
     ordered = exact.sort(-1, descending=True)
@@ -82,17 +82,17 @@ def test_targets_are_the_teachers_own_top_k(made: Path, teacher: Any) -> None:
 def test_a_part_and_skipped_tokens(made: Path) -> None:
     cache = TeacherCache.open(made)
     some = [cache.train[3], cache.held_out[1], cache.train[0]]
-    apart = [cache.targets([r]) for r in some]
-    joined = cache.targets(some)
+    apart = [cache.score([r]) for r in some]
+    joined = cache.score(some)
     assert torch.equal(joined.ids_NK, torch.cat([t.ids_NK for t in apart]))
-    skipped = cache.targets(some, skip_first=2)
+    skipped = cache.score(some, skip_first=2)
     assert torch.equal(skipped.folded_NK1, torch.cat([t[2:].folded_NK1 for t in apart]))
-    assert len(cache.targets(some, skip_first=99)) == len(cache.targets([])) == 0
-    assert cache.targets([]).ids_NK.shape == (0, K)
+    assert len(cache.score(some, skip_first=99)) == len(cache.score([])) == 0
+    assert cache.score([]).ids_NK.shape == (0, K)
     # what else a rollout carries does not matter
-    assert torch.equal(cache.targets([replace(some[0], id="x", off_policy=False)]).ids_NK, apart[0].ids_NK)
+    assert torch.equal(cache.score([replace(some[0], id="x", off_policy=False)]).ids_NK, apart[0].ids_NK)
     with pytest.raises(InputError, match="is not of the cached teacher"):
-        cache.targets([replace(some[0], completion=(1, 2, 3))])
+        cache.score([replace(some[0], completion=(1, 2, 3))])
 
 
 def test_the_teacher_itself_costs_nothing_but_rounding(made: Path, teacher: Any) -> None:
@@ -100,7 +100,7 @@ def test_the_teacher_itself_costs_nothing_but_rounding(made: Path, teacher: Any)
     cache = TeacherCache.open(made)
     exact = torch.cat([own_log_probabilities(teacher, r) for r in cache.train])
     identity = Head(torch.eye(exact.shape[1]))
-    total = chunked_loss_sum(exact.float(), identity, cache.targets(cache.train), of_beta(0.0), rows=64)
+    total = chunked_loss_sum(exact.float(), identity, cache.score(cache.train), of_beta(0.0), rows=64)
     assert 0 <= float(total) / len(exact) < 1e-5
 
 
@@ -137,7 +137,7 @@ def test_the_record(made: Path, teacher: Any, reference_dir: Path) -> None:
     assert errors["tail_max"] == pytest.approx(float(tail.max()), **close)
     assert errors["entropy"] == pytest.approx(float(entropy.mean()), **close)
     assert errors["entropy_lost"] == pytest.approx(float(lost.mean()), **close)
-    stored = cache.targets([*cache.train, *cache.held_out]).folded_NK1.double()
+    stored = cache.score([*cache.train, *cache.held_out]).folded_NK1.double()
     rounding = divergence(stored, folded.log())
     assert errors["rounding_kl"] == pytest.approx(float(rounding.mean()), rel=0.05)
     assert 0 < errors["rounding_kl"] < 1e-5
@@ -183,7 +183,7 @@ def test_shards(reference_dir: Path, data: Path, made: Path, tmp_path: Path, mon
         assert shard["rows"] * small.record["bytes_per_token"] <= 2000
     assert small.train == whole.train
     for rollouts in (small.train, small.held_out[::-1]):
-        a, b = small.targets(rollouts), whole.targets(rollouts)
+        a, b = small.score(rollouts), whole.score(rollouts)
         assert torch.equal(a.ids_NK, b.ids_NK)
         assert torch.equal(a.folded_NK1, b.folded_NK1)
 
@@ -192,7 +192,7 @@ def test_k_the_whole_vocabulary_leaves_no_tail(reference_dir: Path, data: Path, 
     done = remend.cache_teacher(str(reference_dir), tmp_path / "all", data=str(data), **{**SETTINGS, "k": 320})
     assert {done["errors"][name] for name in ("tail_mean", "tail_max", "entropy_lost")} == {0.0}
     cache = TeacherCache.open(tmp_path / "all")
-    assert torch.isneginf(cache.targets(cache.train).log_tail_N).all()
+    assert torch.isneginf(cache.score(cache.train).log_tail_N).all()
 
 
 def test_eval_data_and_dropped_prompts(reference_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +236,7 @@ def test_repeated_prompts_keep_their_own_completions(reference_dir: Path, tmp_pa
     )
     cache = TeacherCache.open(tmp_path / "out")
     assert len(cache.train) + len(cache.held_out) in (2, 6)
-    assert len(cache.targets(cache.train)) == sum(len(r.completion) for r in cache.train)
+    assert len(cache.score(cache.train)) == sum(len(r.completion) for r in cache.train)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_damage_that_reading_scores_finds(copied: Path) -> None:
     (copied / SHARD).write_bytes(content)
     cache = TeacherCache.open(copied)
     with pytest.raises(FileError, match="is damaged"):
-        cache.targets(cache.train[:1])
+        cache.score(cache.train[:1])
 
 
 def test_is_cache(made: Path, reference_dir: Path, tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_padding_rows_of_the_teacher_are_no_part_of_it(data: Path, tokenizer: An
     remend.cache_teacher(str(tmp_path / "padded"), tmp_path / "out", data=str(data), **SETTINGS)
     cache = TeacherCache.open(tmp_path / "out")
     assert cache.shared == 320
-    target = cache.targets(cache.train)
+    target = cache.score(cache.train)
     assert int(target.ids_NK.max()) < 320
     torch.testing.assert_close(target.folded_NK1.exp().sum(1), torch.ones(len(target)), rtol=0, atol=3e-3)
 

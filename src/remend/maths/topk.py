@@ -59,7 +59,7 @@ class TopK:
             raise ValueError(f"the teacher's top k names id {int(self.ids_NK.max())}, ids go to {vocabulary - 1}")
 
     def reader(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Callable[[slice], TopK]:
-        """A function from positions to their part of this on `device`; see losses.Target."""
+        """A function from positions to their part of this on `device`; see losses.HeadTarget."""
         self.check(len(self), vocabulary)
         return lambda part: self[part].to(device)
 

@@ -14,9 +14,11 @@ from remend.files.atomic import read_json
 from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory
 from remend.files.settings import build, merged, read_yaml
 from remend.plugins import asked_for, import_modules
-from remend.recovery.preflight import Preflight, preflight
-from remend.recovery.run import Recovery
+from remend.recovery.plan import Checked, Plan
+from remend.recovery.preflight import preflight
+from remend.recovery.run import carry_out
 from remend.recovery.settings import RecoverConfig
+from remend.recovery.tracking import track_run
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def settings(recipe: str | Path | None = None, overrides: Mapping[str, Any] | No
     return build(RecoverConfig, values, f"recipe {recipe}" if recipe is not None else "settings")
 
 
-def check(recipe: str | Path | None = None, *, files: bool = True, **overrides: Any) -> Preflight:
+def check(recipe: str | Path | None = None, *, files: bool = True, **overrides: Any) -> Checked:
     """Check a recovery without training; see `preflight`. Problems are in the result, not raised."""
     return preflight(settings(recipe, overrides), files=files)
 
@@ -86,11 +88,18 @@ def run_recovery(
     """
     began = time.monotonic() if began is None else began
     with stage("checking the recipe"):
-        checked = preflight(config, resuming=directory is not None)
-    checked.raise_problems()
-    for warning in checked.warnings:
+        plan = _plan(config, resuming=directory is not None)
+    for warning in plan.warnings:
         console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
-    return result_of(Recovery(config, checked, directory, began).run())
+    return result_of(carry_out(plan, directory, began))
+
+
+def _plan(config: RecoverConfig, *, resuming: bool) -> Plan:
+    """The plan of a recipe. Raises CheckError with all problems."""
+    checked = preflight(config, resuming=resuming)
+    checked.raise_problems()
+    assert checked.plan is not None
+    return checked.plan
 
 
 def track(path: str | Path) -> list[dict[str, Any]]:
@@ -107,13 +116,10 @@ def track(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         CheckError, InputError, FileError: no run, its inputs have changed, a reference without layers.
     """
-    began = time.monotonic()
     directory = RunDirectory.open(Path(path))
     import_again(directory)
     config = build(RecoverConfig, read_yaml(directory.path / RECIPE), f"recipe {directory.path / RECIPE}")
-    checked = preflight(config, resuming=True)
-    checked.raise_problems()
-    return Recovery(config, checked, directory, began).track()
+    return track_run(_plan(config, resuming=True), directory)
 
 
 def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any]) -> tuple[RecoverConfig, RunDirectory]:

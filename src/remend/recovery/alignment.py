@@ -9,6 +9,8 @@ is added to the divergence. The two are balanced by their gradients at those blo
 every BALANCE_EVERY steps the factor is set so that the alignment's gradient is `weight` times as long as the
 divergence's.
 
+`aligned` wraps the step function of a recovery; nothing else knows of it.
+
 Legend: N completion tokens, D width, B batch, T time.
 """
 
@@ -16,15 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from remend.maths.cka import cka_alignment
-from remend.models.layers import decoder_layers
-from remend.models.scorer import Packed
+from remend.models.layers import decoder_layers, infer_layer_map
+from remend.models.protocols import CausalLM
+from remend.models.scorer import pack
+from remend.recovery.distillation import Distillation, MicroBatch
+from remend.recovery.settings import AlignmentConfig
+from remend.training.loop import Prepared, StepOutput
+from remend.training.teachers.frozen import Frozen
 
 BALANCE_EVERY = 10
 
@@ -32,95 +38,153 @@ LEAST_TOKENS = 8
 """A micro-batch with fewer completion tokens gives no alignment: CKA needs 4, and is wild there."""
 
 
-@dataclass
-class Seen:
-    """What one forward pass of a model showed: its chosen blocks' outputs [B, T, D], and how its batch is laid out."""
-
-    states: list[Tensor] = field(default_factory=list)
-    batch: Packed | None = None
-
-    @contextmanager
-    def by(self, alignment: Alignment | None, whose: str, batch: Packed) -> Iterator[None]:
-        """Look at the forward pass inside, where there is an alignment."""
-        if alignment is None:
-            yield
-            return
-        with alignment.watching(whose) as self.states:
-            yield
-        self.batch = batch
-
-
+@dataclass(frozen=True)
 class Alignment:
-    """Keeps the chosen blocks' outputs of both models, and makes the loss of them.
+    """What is aligned.
 
-    Args:
-        measure: cka or l2.
-        weight: length of its gradient as a share of the divergence's.
-        pairs: the student's layers and the teacher's that they are compared with.
-        student, teacher: transformers models.
+    measure: cka or l2.
+    weight: length of its gradient as a share of the divergence's.
+    student, teacher: the blocks that are compared, pair by pair.
     """
 
-    def __init__(
-        self, measure: str, weight: float, pairs: Sequence[tuple[int, int]], student: Any, teacher: Any
-    ) -> None:
-        self.measure, self.weight = measure, weight
-        blocks = [list(decoder_layers(model)) for model in (student, teacher)]
-        self._student = [blocks[0][ours] for ours, _ in pairs]
-        self._teacher = [blocks[1][theirs] for _, theirs in pairs]
-        self.scale = 0.0
-        self._balanced = 0
+    measure: str
+    weight: float
+    student: Sequence[nn.Module]
+    teacher: Sequence[nn.Module]
 
-    @contextmanager
-    def watching(self, whose: str) -> Iterator[list[Tensor]]:
-        """Outputs [B, T, D] of the chosen blocks of 'student' or 'teacher', in order."""
-        found: list[Tensor] = []
-
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-
-        # gone before the backward pass, where recomputed layers would call them again
-        handles = [m.register_forward_hook(hook) for m in (self._student if whose == "student" else self._teacher)]
-        try:
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def loss(self, ours: Seen, theirs: Seen) -> Tensor | None:
-        """Mean over layers at the positions that predict completion tokens; None for too small a micro-batch."""
-        assert ours.batch is not None
-        assert theirs.batch is not None
-        if len(ours.batch.targets_N) < LEAST_TOKENS:
+    def loss(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor | None:
+        """Mean over layers of states [N, D] at the same tokens; None for too small a micro-batch."""
+        if len(ours[0]) < LEAST_TOKENS:
             return None
         measure = _cka if self.measure == "cka" else _l2
-        pairs = zip(ours.states, theirs.states, strict=True)
-        return torch.stack([measure(ours.batch.gather(a), theirs.batch.gather(b)) for a, b in pairs]).mean()
+        return torch.stack([measure(a_ND, b_ND) for a_ND, b_ND in zip(ours, theirs, strict=True)]).mean()
 
-    def due(self, step: int) -> bool:
-        """Whether the factor is to be set anew before this step's first micro-batch."""
-        return self._balanced != step and (step - 1) % BALANCE_EVERY == 0
 
-    def balance(self, step: int, divergence: Tensor, ours: Seen, theirs: Seen) -> None:
-        """Set the factor. `divergence` is a mean a token; its graph is spent."""
-        self._balanced = step
-        aligned = self.loss(ours, theirs)
-        if aligned is None:
+def aligned(
+    objective: Distillation, config: AlignmentConfig, student: CausalLM, layer_map: Sequence[int] | None
+) -> Aligned:
+    """The step function with an alignment of the first stream's blocks, whose teacher must be a frozen model.
+
+    Args:
+        objective: the step function as it is.
+        config: the recipe's.
+        student: its model.
+        layer_map: for each of its layers the teacher's; None finds it by the weights.
+    """
+    first = objective.rounds.sources[0].teacher
+    assert isinstance(first, Frozen), "the checks refuse other teachers"
+    placed = layer_map or infer_layer_map(student, first.model)
+    chosen = range(len(placed)) if config.layers is None else config.layers
+    ours, theirs = list(decoder_layers(student)), list(decoder_layers(first.model))
+    alignment = Alignment(
+        config.measure, config.weight, [ours[layer] for layer in chosen], [theirs[placed[layer]] for layer in chosen]
+    )
+    return Aligned(objective, alignment)
+
+
+class Aligned:
+    """A step function with a second signal; see the module docstring."""
+
+    def __init__(self, plain: Distillation, alignment: Alignment) -> None:
+        self.plain, self.alignment = plain, alignment
+        self.scale = 0.0
+        self._step = self._balanced = 0
+        # the blocks are looked at whole: what all prompts open with is not run apart
+        self._whole = replace(plain, student=replace(plain.student, prefixes=False))
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """See Objective."""
+        return self.plain.weights
+
+    def prepare(self, step: int) -> Prepared[MicroBatch]:
+        """See Objective."""
+        self._step = step
+        return self.plain.prepare(step)
+
+    def __call__(self, micro_batch: MicroBatch) -> StepOutput:
+        """See Objective."""
+        source, rollouts = micro_batch
+        trained = sum(map(source.trained_tokens, rollouts))
+        if source is not self.plain.rounds.sources[0] or not trained:
+            return self.plain(micro_batch)
+        assert isinstance(source.teacher, Frozen)
+        teacher = Frozen(replace(source.teacher.parts, prefixes=False))
+        whole = replace(source, teacher=teacher), rollouts
+        name = source.stream.name
+        if self._balanced != self._step and (self._step - 1) % BALANCE_EVERY == 0:
+            # a pass of its own: the divergence's gradient can be taken once only
+            output, ours, theirs = self._seen(whole)
+            self._balance(whole, output.sums[name][0] / trained, ours, theirs)
+        output, ours, theirs = self._seen(whole)
+        total = output.sums[name][0]
+        if (loss := self.alignment.loss(*self._at_tokens(whole, ours, theirs))) is not None:
+            total = total + self.scale * trained * loss  # weighted as if it were a mean over tokens too
+        return StepOutput({name: (total, trained)})
+
+    def _seen(self, micro_batch: MicroBatch) -> tuple[StepOutput, list[Tensor], list[Tensor]]:
+        """The divergence, and the outputs [B, T, D] of both sides' blocks on the way."""
+        with _watched(self.alignment.student) as ours, _watched(self.alignment.teacher) as theirs:
+            output = self._whole(micro_batch)
+        return output, ours, theirs
+
+    def _at_tokens(
+        self, micro_batch: MicroBatch, ours: Sequence[Tensor], theirs: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The states [N, D] that predict the completion tokens, of both sides."""
+        source, rollouts = micro_batch
+        device, skip = self.plain.student.device, source.stream.skip_first
+        own = pack([(r.prompt, r.completion) for r in rollouts], device=device, skip_first=skip)
+        shown = pack([(r.shown or r.prompt, r.completion) for r in rollouts], device=device, skip_first=skip)
+        return [own.gather(states) for states in ours], [shown.gather(states) for states in theirs]
+
+    def _balance(
+        self, micro_batch: MicroBatch, divergence: Tensor, ours: Sequence[Tensor], theirs: Sequence[Tensor]
+    ) -> None:
+        """Set the factor. `divergence` is a mean over tokens; its graph is spent."""
+        self._balanced = self._step
+        alignment = self.alignment.loss(*self._at_tokens(micro_batch, ours, theirs))
+        if alignment is None:
             return
-        lengths = []
-        for loss in (aligned, divergence):
-            gradients = torch.autograd.grad(loss, ours.states, retain_graph=loss is aligned, allow_unused=True)
-            squares = [g.float().square().sum() for g in gradients if g is not None]
-            lengths.append(float(torch.stack(squares).sum().sqrt()) if squares else 0.0)
+        lengths = [_length_of_gradient(alignment, ours, keep=True), _length_of_gradient(divergence, ours, keep=False)]
         if lengths[0] > 0:
-            self.scale = self.weight * lengths[1] / lengths[0]
+            self.scale = self.alignment.weight * lengths[1] / lengths[0]
+
+    def updated(self, step: int) -> None:
+        """See Follower."""
+        self.plain.updated(step)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds."""
-        return {"alignment.scale": torch.tensor(self.scale, dtype=torch.float64)}
+        """See Follower."""
+        return {**self.plain.state(), "alignment.scale": torch.tensor(self.scale, dtype=torch.float64)}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`."""
+        """See Follower."""
+        self.plain.load(saved)
         self.scale = float(saved["alignment.scale"])
+
+
+@contextmanager
+def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Outputs [B, T, D] of the blocks in the forward pass inside, in order."""
+    states: list[Tensor] = []
+
+    def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    # gone before the backward pass, where recomputed layers would call them again
+    handles = [block.register_forward_hook(hook) for block in blocks]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _length_of_gradient(loss: Tensor, states: Sequence[Tensor], *, keep: bool) -> float:
+    gradients = torch.autograd.grad(loss, list(states), retain_graph=keep, allow_unused=True)
+    squares = [g.float().square().sum() for g in gradients if g is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
 def _cka(ours_ND: Tensor, theirs_ND: Tensor) -> Tensor:
@@ -131,9 +195,3 @@ def _l2(ours_ND: Tensor, theirs_ND: Tensor) -> Tensor:
     dtype = torch.promote_types(ours_ND.dtype, torch.float32)
     theirs_ND = theirs_ND.to(dtype)
     return (ours_ND.to(dtype) - theirs_ND).square().sum() / theirs_ND.square().sum().clamp(min=1e-12)
-
-
-def pairs_of(layers: Sequence[int] | None, layer_map: Sequence[int]) -> list[tuple[int, int]]:
-    """The student's layers, all or the chosen ones, with the teacher's that each is."""
-    chosen = range(len(layer_map)) if layers is None else layers
-    return [(layer, layer_map[layer]) for layer in chosen]

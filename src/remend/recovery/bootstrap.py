@@ -15,10 +15,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from remend.console import console
+from remend.data import tasks
 from remend.files.run_directory import RunDirectory
 from remend.maths.gap import bootstrap_mean
+from remend.models.protocols import Tokenizer
+from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
+from remend.recovery.prompts import StreamData
+from remend.recovery.settings import RecoverConfig
+from remend.recovery.streams import Stream, reference_of
 from remend.training.measure import PromptSums, negative_log_likelihoods, pool, repetition
+from remend.training.teachers import Teacher
 
 GATE = "gate.jsonl"
 
@@ -33,6 +40,9 @@ REPEATED_LIMIT = 0.3
 
 UNENDED_LIMIT = 0.5
 """By how much more often the student's samples than the reference's answers may run into the length limit."""
+
+GRADED_ROWS, GRADED_TOKENS = 32, 128
+"""Held-out rows whose answers a task grades, and tokens per answer, at most."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +97,63 @@ def judge_demonstrations(name: str, gains: Mapping[str, Sequence[float]], seed: 
     return Verdict(reasons, figures)
 
 
-def likelihood_gain(model: Any, rollouts: Sequence[Rollout], *, device: Any) -> list[float]:
-    """By how many nats a token the negative log-likelihood of each row's answer falls when the teacher sees it."""
-    without, shown = (negative_log_likelihoods(model, rollouts, device=device, shown=s) for s in (False, True))
+def likelihood_gain(teacher: Teacher, rollouts: Sequence[Rollout]) -> list[float]:
+    """By how many nats per token the negative log-likelihood of each row's answer falls when the teacher sees it."""
+    without, shown = (negative_log_likelihoods(teacher, rollouts, shown=s) for s in (False, True))
     return [a - b for a, b in zip(without, shown, strict=True)]
+
+
+def score_gain(data: StreamData, teacher: Teacher, tokenizer: Tokenizer, shared: int) -> list[float]:
+    """Does the teacher solve more of the stream's task when it sees the row's demonstration?
+
+    Greedy answers, graded by the stream's task in `robust` mode.
+
+    Args:
+        data: a stream with a task.
+        teacher: answers its first held-out prompts, at most GRADED_ROWS.
+        tokenizer: of the answers.
+        shared: only ids below it are sampled.
+
+    Returns:
+        1 for a row that is solved only with its demonstration, −1 for one solved only without, else 0.
+    """
+    assert data.stream.task is not None
+    task, prompts = tasks.get(data.stream.task), data.held_out[:GRADED_ROWS]
+    solved: list[list[bool]] = []
+    with teacher.policy() as model:
+        for shown in (False, True):
+            title = f"the teacher of {data.stream.name} answers {'with' if shown else 'without'} demonstrations"
+            answers = answer(model, tokenizer, prompts, title, max_new_tokens=GRADED_TOKENS, shared=shared, shown=shown)
+            texts = [tokenizer.decode(r.completion, skip_special_tokens=True) for r in answers]
+            rows = [data.examples[p.id].row for p in prompts]
+            solved.append([task.grade(text, row, mode="robust").correct for text, row in zip(texts, rows, strict=True)])
+    return [float(b) - float(a) for a, b in zip(*solved, strict=True)]
+
+
+def asks_for_pools(config: RecoverConfig) -> bool:
+    """Whether teachers may be asked for completions to begin with; repair's answers are there already."""
+    return config.bootstrap in ("auto", "on")
+
+
+def reuses_repair(config: RecoverConfig, streams: Sequence[Stream]) -> bool:
+    """Whether training begins with repair's answers, and they are of the kind that the streams want."""
+    (first, *others) = streams
+    plain = not (others or first.demonstrations or first.teacher.moving)
+    alike = plain and first.on_policy == 1 and first.temperature == 1
+    return config.bootstrap == "repair" and alike and first.teacher.name == reference_of(config)
+
+
+def repair_budget(config: RecoverConfig, answers: int, processes: int) -> int:
+    """Steps that so many answers serve, in whole rounds of sampling; each is trained on off_policy_passes times."""
+    rows, each = config.batch_size * config.gradient_accumulation * processes, config.updates_a_round
+    served = min(config.steps, config.bootstrap_steps or config.steps, config.off_policy_passes * answers // rows)
+    return served if served == config.steps else served // each * each
+
+
+def bootstrap_budget(config: RecoverConfig) -> int:
+    """Steps of bootstrap at most; whole rounds of sampling, since the gate is asked once per round."""
+    wanted, each = config.bootstrap_steps or max(1, config.steps // 3), config.updates_a_round
+    return -(-wanted // each) * each
 
 
 @dataclass

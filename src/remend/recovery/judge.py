@@ -1,32 +1,41 @@
 """Judge a student on held-out prompts before, during and after recovery.
 
-Three views, all in nats a token of forward KL(reference ‖ student) unless said otherwise: on the reference's greedy
-completions; on the student's own seeded samples, since a student can look well on text that it would never write; and
-samples to read.
+`Judge` measures the main stream in three views, all in nats per token of forward KL(reference ‖ student) unless said
+otherwise: on the reference's greedy completions; on the student's own seeded samples, since a student can look well on
+text that it would never write; and samples to read.
+
+`SideJudge` measures the streams beside the main one: is the task kept while the rest is won back? It does so on fixed
+completions of the stream's held-out prompts: the rows' own answers where they have them (demonstrations), else the
+teacher's greedy ones from before training. `kl` is the forward KL(teacher ‖ student) with the teacher as it is now,
+shown its demonstration if the stream says so; `nll` the student's negative log-likelihood; both nats per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
 from remend.console import stage
+from remend.data.examples import demonstration_of
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded, display
 from remend.files.atomic import json_line, read_json, write_json, write_text
-from remend.files.run_directory import REPAIR, RunDirectory
+from remend.files.run_directory import REPAIR
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence, gap_closed_score
+from remend.maths.losses import Target
+from remend.models.protocols import CausalLM
 from remend.models.sampling.answers import answer, kept, spoken
 from remend.models.sampling.rollout import Rollout
-from remend.models.scorer import Scorer, scorer
-from remend.recovery.preflight import Preflight
-from remend.recovery.settings import RecoverConfig
+from remend.models.scorer import Scorer
+from remend.models.tokens import eos_ids
+from remend.recovery.begin import Run
+from remend.recovery.bootstrap import Verdict, judge_demonstrations, judge_rollouts, likelihood_gain, score_gain
+from remend.recovery.prompts import StreamData
+from remend.recovery.rounds import Source
 from remend.training.measure import PromptSums, compare, pool
-from remend.training.teachers.cache import TeacherCache
-from remend.training.teachers.views import Teacher, policy_of
+from remend.training.supervised import ending
+from remend.training.teachers import Teacher
 
 SHOWN = 4
 """How many held-out prompts are answered for people to read."""
@@ -34,10 +43,18 @@ SHOWN = 4
 FITTED = 32
 """Of the answers that repair was fitted to, so many are measured."""
 
+SIDE_ROWS = 64
+"""Held-out rows of a stream beside the main one that are measured at most."""
+
+GATE_PROMPTS = 16
+"""Held-out prompts that the gate lets the student answer."""
+
+BASELINE, SIDE_BASELINE = "baseline.json", "streams-baseline.json"
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One model's measurement: sums a prompt on the reference's and on its own completions, and greedy answers."""
+    """One model's measurement: sums per prompt on the reference's and on its own completions, and greedy answers."""
 
     on_reference: list[PromptSums]
     on_policy: list[PromptSums]
@@ -91,129 +108,243 @@ def summarize(degraded: HeldOut, recovered: HeldOut, seed: int) -> dict[str, Any
     }
 
 
+@dataclass(frozen=True)
 class Judge:
-    """Measures models against one reference, in memory or cached, on the main stream's held-out prompts."""
+    """Measures models against one reference, on the main stream's held-out prompts; `judge_of` makes it.
 
-    def __init__(
-        self,
-        reference: Teacher | TeacherCache,
-        checked: Preflight,
-        config: RecoverConfig,
-        directory: RunDirectory,
-    ) -> None:
-        self.reference, self.checked, self.config = reference, checked, config
-        self.directory = directory
-        # measured without demonstrations, whatever the main stream's teacher is shown
-        self.prompts = [replace(p, shown=None) for p in checked.main.held_out]
-        self.examples = checked.main.examples
-        self.tokens = checked.main.stream.lengths[1]
-        self.completions = self._reference_completions()
-        self._kept: dict[int, Tensor] = {}  # of the reference on them, which does not move: N · D numbers
+    run: whose held-out prompts they are.
+    reference: what is measured against.
+    prompts: without demonstrations, whatever the main stream's teacher is shown.
+    completions: the reference's greedy answers to them.
+    """
 
-    def _sample(self, model: Any, prompts: list[Encoded], title: str, temperature: float) -> list[Rollout]:
-        seeds = [derive_seed(self.config.seed, "held-out", i) for i in range(len(prompts))]
-        settings: dict[str, Any] = {"shared": self.checked.shared, "temperature": temperature, "seeds": seeds}
-        return answer(model, self.checked.tokenizer, prompts, title, max_new_tokens=self.tokens, **settings)
+    run: Run
+    reference: Teacher
+    prompts: Sequence[Encoded]
+    completions: Sequence[Rollout]
+    _kept: dict[int, Target] = field(default_factory=dict)  # of the reference on them, which does not move
 
-    def _reference_completions(self) -> list[Rollout]:
-        reference, title = self.reference, "reference answers the held-out prompts"
-        if isinstance(reference, TeacherCache):
-            return reference.held_out
-        return kept(
-            self.directory,
-            "reference.jsonl",
-            self.prompts,
-            self.checked.tokenizer,
-            lambda: self._by(reference, title),
-        )
-
-    def _by(self, reference: Teacher, title: str) -> list[Rollout]:
-        model, worn = policy_of(reference)
-        with worn:
-            return self._sample(model, self.prompts, title, 0.0)
-
-    def _text(self, rollout: Rollout) -> str:
-        return spoken(self.checked.tokenizer, rollout)
-
-    def _compare(self, student: Scorer, rollouts: list[Rollout], title: str) -> list[PromptSums]:
-        with stage(title, len(rollouts)) as advance:
-            kept = self._kept if rollouts is self.completions else None
-            return compare(student, self.reference, rollouts, on_rows=advance, kept=kept)
-
-    def own_answers(self, model: Any, count: int, title: str) -> tuple[list[Rollout], list[PromptSums]]:
-        """The model's own seeded samples at temperature 1 to the first prompts, and its divergence on them.
-
-        A cached reference can't score them: no sums.
-        """
-        own = self._sample(model, self.prompts[:count], title, 1.0)
-        if isinstance(self.reference, TeacherCache):
-            return own, []
-        return own, self._compare(scorer(model, self.checked.shared), own, "measuring its own answers")
-
-    def measure(self, model: Any, name: str) -> HeldOut:
+    def measure(self, model: CausalLM, name: str) -> HeldOut:
         """All three views of one model."""
-        student = scorer(model, self.checked.shared)
+        student = self.run.parts(model)
         on_reference = self._compare(student, self.completions, f"measuring the {name} model")
         _, on_policy = self.own_answers(model, len(self.prompts), f"the {name} model answers")
-        shown = self._sample(model, self.prompts[:SHOWN], "sampling answers to read", 0.0)
-        return HeldOut(on_reference, on_policy, [self._text(r) for r in shown])
+        shown = _sample(self.run, model, self.prompts[:SHOWN], "sampling answers to read", 0.0)
+        return HeldOut(on_reference, on_policy, [spoken(self.run.plan.tokenizer, r) for r in shown])
 
-    def baseline(self, student: Any) -> HeldOut:
-        """The degraded student's measurement, made once a run."""
-        path = self.directory.path / "baseline.json"
+    def degraded(self, student: CausalLM) -> HeldOut:
+        """The measurement of the student as it came in, made once per run."""
+        path = self.run.directory.path / BASELINE
         if path.is_file():
             return HeldOut.from_json(read_json(path))
         measured = self.measure(student, "degraded")
         write_json(path, measured.to_json())
         return measured
 
-    def after_repair(self, student: Any, seconds: float, answers: Sequence[Rollout]) -> list[PromptSums]:
-        """Measure the repaired student on the reference's answers; writes repair.json and held_out_repaired.jsonl.
+    def repaired(
+        self, student: CausalLM, before: HeldOut, seconds: float, answers: Sequence[Rollout]
+    ) -> tuple[list[PromptSums], bool]:
+        """Measure a repaired student on the reference's answers; writes repair.json and held_out_repaired.jsonl.
 
-        repair.json's `kept` is false where its KL is above that of the student as it came in. `kl_fitted` is on some
-        of the `answers` that repair was fitted to: where it is far below, repair is short of text.
+        Args:
+            student: as it is now.
+            before: as it came in.
+            seconds: that repair took.
+            answers: what it was fitted to. `kl_fitted` is on some of them: where it is far below, repair is short of
+                text.
+
+        Returns:
+            The sums, and whether repair is kept: its KL is not above that of the student as it came in.
         """
-        ours = scorer(student, self.checked.shared)
+        directory, ours = self.run.directory.path, self.run.parts(student)
         sums = self._compare(ours, self.completions, "measuring the repaired model")
         fitted = [replace(r, shown=None) for r in answers[:FITTED] if r.completion]
         rows = [{"id": s.id, "tokens": s.tokens, "kl_sum": s.kl} for s in sums]
-        write_text(self.directory.path / "held_out_repaired.jsonl", "".join(json_line(row) for row in rows))
+        write_text(directory / "held_out_repaired.jsonl", "".join(json_line(row) for row in rows))
         figures = pool(sums)
-        shown = {key: figures[key] for key in ("kl", "top1_agreement", "perplexity")}
-        kept = figures["kl"] <= self.baseline(student).figures()["kl"]
+        helped = figures["kl"] <= before.figures()["kl"]
         on_fitted = pool(self._compare(ours, fitted, "and on what it was fitted to"))["kl"] if fitted else None
-        record = {**shown, "kl_fitted": on_fitted, "seconds": round(seconds, 1), "kept": kept}
-        write_json(self.directory.path / REPAIR, record)
-        return sums
+        record = {key: figures[key] for key in ("kl", "top1_agreement", "perplexity")}
+        write_json(directory / REPAIR, {**record, "kl_fitted": on_fitted, "seconds": round(seconds, 1), "kept": helped})
+        return sums, helped
 
-    def final(self, recovered: Any) -> HeldOut:
-        """The recovered model's measurement; writes held_out.jsonl (by prompt) and samples.jsonl."""
-        measured = self.measure(recovered, "recovered")
-        degraded = HeldOut.from_json(read_json(self.directory.path / "baseline.json"))
-        pairs = zip(degraded.on_reference, measured.on_reference, strict=True)
+    def recovered(self, model: CausalLM, before: HeldOut) -> HeldOut:
+        """The recovered model's measurement; writes held_out.jsonl (per prompt) and samples.jsonl."""
+        measured, directory = self.measure(model, "recovered"), self.run.directory.path
+        pairs = zip(before.on_reference, measured.on_reference, strict=True)
         rows = [{"id": a.id, "tokens": a.tokens, "kl_sum_degraded": a.kl, "kl_sum_recovered": b.kl} for a, b in pairs]
-        write_text(self.directory.path / "held_out.jsonl", "".join(json_line(row) for row in rows))
-        samples = []
-        for i, rollout in enumerate(self.completions[:SHOWN]):
-            samples.append(
-                {
-                    "id": rollout.id,
-                    "prompt": self._prompt(rollout),
-                    "reference": self._text(rollout),
-                    "degraded": degraded.answers[i],
-                    "recovered": measured.answers[i],
-                }
-            )
-        write_text(self.directory.path / "samples.jsonl", "".join(json_line(row) for row in samples))
+        write_text(directory / "held_out.jsonl", "".join(json_line(row) for row in rows))
+        samples = [
+            {
+                "id": rollout.id,
+                "prompt": self._prompt(rollout),
+                "reference": spoken(self.run.plan.tokenizer, rollout),
+                "degraded": before.answers[i],
+                "recovered": measured.answers[i],
+            }
+            for i, rollout in enumerate(self.completions[:SHOWN])
+        ]
+        write_text(directory / "samples.jsonl", "".join(json_line(row) for row in samples))
         return measured
 
-    def _prompt(self, rollout: Rollout) -> str:
-        if rollout.id in self.examples:
-            return display(self.examples[rollout.id].prompt)
-        text: str = self.checked.tokenizer.decode(rollout.prompt, skip_special_tokens=True)  # of a cache
-        return text
+    def own_answers(self, model: CausalLM, count: int, title: str) -> tuple[list[Rollout], list[PromptSums]]:
+        """The model's own seeded samples at temperature 1 to the first prompts, and its divergence on them.
+
+        A reference that brings its completions along can't score others: no sums.
+        """
+        own = _sample(self.run, model, self.prompts[:count], title, 1.0)
+        if self.reference.held_out is not None:
+            return own, []
+        return own, self._compare(self.run.parts(model), own, "measuring its own answers")
 
     def quick(self, student: Scorer) -> dict[str, float]:
         """KL and agreement on the reference's completions, during training."""
-        figures = pool(compare(student, self.reference, self.completions, kept=self._kept))
-        return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"]}
+        return figures_of(compare(student, self.reference, self.completions, kept=self._kept))
+
+    def _compare(self, student: Scorer, rollouts: Sequence[Rollout], title: str) -> list[PromptSums]:
+        with stage(title, len(rollouts)) as advance:
+            kept_targets = self._kept if rollouts is self.completions else None
+            return compare(student, self.reference, rollouts, on_rows=advance, kept=kept_targets)
+
+    def _prompt(self, rollout: Rollout) -> str:
+        example = self.run.plan.main.examples.get(rollout.id)
+        if example is not None:
+            return display(example.prompt)
+        return self.run.plan.tokenizer.decode(rollout.prompt, skip_special_tokens=True)  # the teacher brought it
+
+
+def figures_of(sums: Sequence[PromptSums]) -> dict[str, float]:
+    """kl and top1_agreement."""
+    pooled = pool(sums)
+    return {key: pooled[key] for key in ("kl", "top1_agreement")}
+
+
+def judge_of(run: Run, reference: Teacher) -> Judge | None:
+    """The judge, once the reference has answered the held-out prompts; None in a process that only shares the steps."""
+    if not run.main:
+        return None
+    prompts = [replace(p, shown=None) for p in run.plan.main.held_out]
+    if reference.held_out is not None:
+        return Judge(run, reference, prompts, reference.held_out)
+
+    def write() -> list[Rollout]:
+        with reference.policy() as model:
+            return _sample(run, model, prompts, "reference answers the held-out prompts", 0.0)
+
+    return Judge(run, reference, prompts, kept(run.directory, "reference.jsonl", prompts, run.plan.tokenizer, write))
+
+
+def _sample(run: Run, model: CausalLM, prompts: Sequence[Encoded], title: str, temperature: float) -> list[Rollout]:
+    return answer(
+        model,
+        run.plan.tokenizer,
+        prompts,
+        title,
+        max_new_tokens=run.plan.main.stream.lengths[1],
+        shared=run.plan.shared,
+        temperature=temperature,
+        seeds=[derive_seed(run.plan.config.seed, "held-out", i) for i in range(len(prompts))],
+    )
+
+
+@dataclass(frozen=True)
+class SideJudge:
+    """Measures the streams beside the main one; `side_judge_of` makes it.
+
+    run: whose streams they are.
+    sources: by name, with their teachers as at the start.
+    student: as it is trained.
+    completions: of the streams that are measured, and of all that have demonstrations.
+    """
+
+    run: Run
+    sources: Mapping[str, Source]
+    student: Scorer
+    completions: Mapping[str, Sequence[Rollout]]
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """kl and nll of each stream beside the main one."""
+        figures = {}
+        for name, rollouts in self.completions.items():
+            if name == self.run.plan.main.stream.name:
+                continue
+            sums = compare(self.student, self.sources[name].teacher, rollouts)
+            tokens = sum(s.tokens for s in sums)
+            figures[name] = {"kl": pool(sums)["kl"], "nll": sum(s.nll for s in sums) / tokens}
+        return figures
+
+    def baseline(self) -> dict[str, dict[str, float]]:
+        """`measure` before training, made once per run."""
+        path = self.run.directory.path / SIDE_BASELINE
+        if not path.is_file():
+            write_json(path, self.measure())
+        measured: dict[str, dict[str, float]] = read_json(path)
+        return measured
+
+    def goal(self, name: str, figures: Mapping[str, float]) -> float:
+        """What selection goes by: the answers' nll where the teacher moves with the student, else the KL."""
+        stream = self.sources[name].stream
+        return figures["nll" if stream.teacher.moving and stream.demonstrations else "kl"]
+
+    def demonstration_gains(self) -> list[Verdict]:
+        """For each stream with demonstrations: do they help its teacher?"""
+        verdicts = []
+        for data in self.run.plan.streams:
+            name, stream = data.stream.name, data.stream
+            teacher = self.sources[name].teacher
+            if not stream.demonstrations or teacher.train is not None:
+                continue
+            gains = {"nll": likelihood_gain(teacher, self.completions[name])}
+            if stream.task:
+                gains["score"] = score_gain(data, teacher, self.run.plan.tokenizer, self.student.shared)
+            verdicts.append(judge_demonstrations(name, gains, self.run.plan.config.seed))
+        return verdicts
+
+
+def gate_verdict(student: CausalLM, judge: Judge, side: SideJudge) -> Verdict:
+    """Whether the student as it is can learn from its own answers, and the teachers from demonstrations."""
+    own, sums = judge.own_answers(student, GATE_PROMPTS, "the gate lets the student answer")
+    verdicts = [judge_rollouts(own, sums, judge.completions[:GATE_PROMPTS])] if sums else []
+    verdicts += side.demonstration_gains()
+    reasons = [reason for verdict in verdicts for reason in verdict.reasons]
+    return Verdict(reasons, {name: value for verdict in verdicts for name, value in verdict.figures.items()})
+
+
+def side_judge_of(run: Run, sources: Sequence[Source], student: Scorer) -> SideJudge:
+    """The judge of the streams beside the main one, once their teachers have answered what the rows don't answer."""
+    named = {source.stream.name: source for source in sources}
+    streams = run.plan.streams
+    completions: dict[str, Sequence[Rollout]] = {
+        s.stream.name: _row_answers(run, s, student) for s in streams if s.stream.demonstrations
+    }
+    for data in streams:
+        name = data.stream.name
+        if data is not run.plan.main and data.held_out and name not in completions:
+            completions[name] = _taught_answers(run, data, named[name].teacher, student)
+    return SideJudge(run, named, student, completions)
+
+
+def _row_answers(run: Run, data: StreamData, student: Scorer) -> list[Rollout]:
+    """The held-out rows' own answers as completions."""
+    tokenizer = run.plan.tokenizer
+    close = ending(tokenizer, eos_ids(student.model, tokenizer))
+    rollouts = []
+    for prompt in data.held_out[:SIDE_ROWS]:
+        text = demonstration_of(data.examples[prompt.id].row, f'row "{prompt.id}"')
+        tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        rollouts.append(Rollout(prompt.id, prompt.tokens, (*tokens, *close), False, prompt.shown))
+    return rollouts
+
+
+def _taught_answers(run: Run, data: StreamData, teacher: Teacher, student: Scorer) -> Sequence[Rollout]:
+    """The teacher's greedy answers before training, from the run's directory or sampled into it."""
+    if teacher.held_out is not None:
+        return teacher.held_out[:SIDE_ROWS]
+    name, prompts = data.stream.name, data.held_out[:SIDE_ROWS]
+
+    def write() -> list[Rollout]:
+        title, length = f"the teacher of {name} answers", data.stream.lengths[1]
+        with teacher.policy() as model:
+            return answer(model, run.plan.tokenizer, prompts, title, max_new_tokens=length, shared=student.shared)
+
+    return kept(run.directory, f"reference-{name}.jsonl", prompts, run.plan.tokenizer, write)

@@ -13,13 +13,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from remend.data.order import Order
 from remend.data.templates import Encoded
 from remend.models.activations.walk import completions
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout
+from remend.recovery.begin import Run
 from remend.training.constraints import Calibration, Start, StudentFacts, kind_of
+from remend.training.teachers import Teacher
 
 TOKENS = 64
 """Of a calibration sample, the reference's own completion of a training prompt."""
@@ -105,3 +108,29 @@ def repair(
         teacher = copy.deepcopy(teacher).to(torch.float32)
     start = kind.repair(student, facts, Calibration(teacher, text, precision))
     return Repaired(start, time.perf_counter() - began, text)
+
+
+def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaired:
+    """Repair the student in place where the plan asks for it; `seconds` is 0 where nothing was done."""
+    plan, config = run.plan, run.plan.config
+    # a checkpoint holds what came of repair, so a resumed run need not do it again
+    if run.resumed or not config.repair or plan.facts.adapted or reference.model is None:
+        return Repaired()
+    questions = Questions(plan.tokenizer, plan.main.train, config.repair_samples, config.seed, plan.shared)
+    return repair(student, reference.model, plan.facts, questions, run.precision())
+
+
+@torch.no_grad()
+def take_back(run: Run, student: CausalLM) -> None:
+    """The weights that the student came in with, in place: teachers may be views of it."""
+    before = dict(run.read(run.plan.student).named_parameters())
+    for name, parameter in student.named_parameters():
+        parameter.copy_(before[name])
+
+
+def initial_weights(run: Run, student: CausalLM) -> dict[str, Tensor] | None:
+    """The weights as the student came in, where repair may change what a stream's teacher needs."""
+    wanted = any(s.stream.teacher.name == "initial" for s in run.plan.streams)
+    if run.plan.config.lora is not None or not wanted:
+        return None
+    return {n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from remend.errors import InputError
 from remend.files.settings import build
 from remend.maths.losses import Loss, choose, of_beta
-from remend.recovery.settings import BASE, MOVING, RecoverConfig, StreamConfig
-from remend.training.teachers.cache import is_cache
+from remend.recovery.settings import RecoverConfig, StreamConfig
+from remend.training.teachers import NamedTeacher, named
 
 RECOVER = "recover"
 """Name of the stream of a recipe without streams."""
@@ -32,13 +32,13 @@ example…' (SDFT authors' code)."""
 class Stream:
     """One stream with every setting in its place.
 
-    `teacher` is a model's or a cache's name, or one of config.MOVING; `on_policy` the share of completions that the
-    student samples; `lengths` the tokens a rollout at the first and the last step; `data` None only with a cache.
+    `teacher` is what the recipe names; `on_policy` the share of completions that the student samples; `lengths` the
+    tokens per rollout at the first and the last step; `data` is None only where the teacher brings its own prompts.
     """
 
     name: str
     data: str | None
-    teacher: str
+    teacher: NamedTeacher
     demonstrations: bool
     on_policy: float
     weight: float
@@ -51,11 +51,6 @@ class Stream:
     eval_data: str | None
     held_out: int | None
     task: str | None
-
-    @property
-    def moving(self) -> bool:
-        """Whether the teacher is a view of the student, and no model of its own."""
-        return self.teacher in MOVING
 
     def length_at(self, step: int, steps: int) -> int:
         """Tokens a rollout at `step` of `steps`, from 1: on a line from the first length to the last."""
@@ -79,7 +74,7 @@ def reference_of(config: RecoverConfig) -> str:
 
     Raises InputError when there is none, or when it would move with the student.
     """
-    if config.teacher in MOVING and config.teacher != BASE:
+    if config.teacher and not named(config.teacher).healthy:
         raise InputError(
             f"teacher {config.teacher} is a view of the student, which is damaged, and recovery is measured against a "
             "healthy model: name that (or base, where the student is an adapter), and give "
@@ -87,9 +82,10 @@ def reference_of(config: RecoverConfig) -> str:
         )
     if config.teacher:
         return config.teacher
-    named = [stream.teacher for stream in (config.streams or {}).values() if stream.teacher]
-    for teacher in (*(t for t in named if t not in MOVING), *(t for t in named if t == BASE)):
-        return teacher
+    taught_by = [named(stream.teacher) for stream in (config.streams or {}).values() if stream.teacher]
+    healthy = sorted((t for t in taught_by if t.healthy), key=lambda teacher: teacher.moving)
+    if healthy:
+        return healthy[0].name
     raise InputError('"teacher" is missing: the healthy model that recovery is measured against')
 
 
@@ -97,7 +93,7 @@ def _missing(name: str, stream: StreamConfig, config: RecoverConfig) -> Iterator
     teacher = stream.teacher or config.teacher
     if not teacher:
         yield f'streams.{name}: "teacher" is missing (the healthy reference that scores the tokens)'
-    if not (stream.data or config.data or (teacher and is_cache(teacher))):
+    if not (stream.data or config.data or (teacher and named(teacher).brings_prompts)):
         yield f'streams.{name}: "data" is missing (prompts: a file, a datasets id, or self)'
 
 
@@ -108,7 +104,7 @@ def _resolved(name: str, stream: StreamConfig, config: RecoverConfig) -> Stream:
     return Stream(
         name=name,
         data=stream.data or config.data,
-        teacher=stream.teacher or config.teacher or "",
+        teacher=named(stream.teacher or config.teacher or ""),
         demonstrations=stream.demonstrations,
         on_policy=float(stream.policy) if share is None else share,
         weight=stream.weight,
@@ -149,28 +145,3 @@ def rows_of(streams: Sequence[Stream], size: int) -> dict[str, int]:
         if sum(rows.values()) < size:
             rows[name] += 1
     return rows
-
-
-def asks_for_pools(config: RecoverConfig) -> bool:
-    """Whether teachers may be asked for completions to begin with; repair's answers are there already."""
-    return config.bootstrap in ("auto", "on")
-
-
-def reuses_repair(config: RecoverConfig, streams: Sequence[Stream]) -> bool:
-    """Whether training begins with repair's answers, and they are of the kind that the streams want."""
-    (first, *others) = streams
-    plain = not (others or first.demonstrations or first.moving) and first.on_policy == 1 and first.temperature == 1
-    return config.bootstrap == "repair" and plain and first.teacher == reference_of(config)
-
-
-def repair_budget(config: RecoverConfig, answers: int, processes: int) -> int:
-    """Steps that so many answers serve, in whole rounds of sampling; each is trained on off_policy_passes times."""
-    rows, each = config.batch_size * config.gradient_accumulation * processes, config.updates_a_round
-    served = min(config.steps, config.bootstrap_steps or config.steps, config.off_policy_passes * answers // rows)
-    return served if served == config.steps else served // each * each
-
-
-def bootstrap_budget(config: RecoverConfig) -> int:
-    """Steps of bootstrap at most; whole rounds of sampling, since the gate is asked once a round."""
-    wanted, each = config.bootstrap_steps or max(1, config.steps // 3), config.updates_a_round
-    return -(-wanted // each) * each

@@ -6,64 +6,70 @@ One row a held-out prompt, so a recovery with 64 of them gives noisier figures t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from remend.console import stage
 from remend.data.order import derive_seed
-from remend.files.atomic import json_line, write_text
-from remend.files.run_directory import TRACK, RunDirectory
+from remend.errors import InputError
+from remend.files.atomic import json_line, read_json, write_text
+from remend.files.run_directory import SUMMARY, TRACK, RunDirectory
 from remend.maths.cka import debiased_cka
 from remend.models.activations.capture import as_layers, capture, pick_positions, usable
 from remend.models.layers import infer_layer_map
+from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer
-from remend.training.measure import PromptSums, pool
+from remend.recovery.begin import Run, begin, load
+from remend.recovery.hold import hold
+from remend.recovery.judge import Judge, judge_of
+from remend.recovery.plan import Plan
+from remend.recovery.repair import Repaired
+from remend.recovery.save import saved_model
+from remend.training.loop import restore_masters
+from remend.training.teachers import Teacher
+from remend.training.teachers.frozen import Frozen
 
 
+@dataclass
 class Tracker:
-    """Measures a student's layers, and keeps the figures in track.jsonl.
+    """Measures a student's layers, and keeps the figures in track.jsonl; `tracker_of` makes it.
 
-    Args:
-        reference: the healthy model.
-        completions: its answers to the held-out prompts.
-        directory: of the run.
-        layer_map: for each of the student's layers the reference's; None finds it.
-        seed: settles which token of each answer gives the row.
+    run: whose directory it writes to.
+    reference: the healthy model.
+    completions: its answers to the held-out prompts.
+    picks: which token of each answer gives the row.
+    layer_map: for each of the student's layers the reference's; None finds it.
     """
 
-    def __init__(
-        self,
-        reference: Scorer,
-        completions: Sequence[Rollout],
-        directory: RunDirectory,
-        *,
-        layer_map: Sequence[int] | None,
-        seed: int,
-    ) -> None:
-        self.reference, self.directory = reference, directory
-        self.completions = [r for r in completions if r.completion]
-        draws = [derive_seed(seed, "row", r.id) / 2**63 for r in self.completions]
-        self.picks = pick_positions([len(r.completion) for r in self.completions], draws)
-        self.layer_map = list(layer_map) if layer_map is not None else None
-        self._theirs: Tensor | None = None
-
-    def _rows(self, parts: Scorer, name: str) -> Tensor:
-        found = capture(parts, name, self.completions, self.picks)
-        return as_layers(found["residual"], len(self.completions))
+    run: Run
+    reference: Scorer
+    completions: Sequence[Rollout]
+    picks: Sequence[int]
+    layer_map: Sequence[int] | None
+    _theirs: Tensor | None = None
 
     def measured(self, step: int, stage: str) -> bool:
         """Whether the figures are there already, from before an interruption."""
-        return any(row["step"] == step and row["stage"] == stage for row in self.directory.rows(TRACK))
+        return any(row["step"] == step and row["stage"] == stage for row in self.run.directory.rows(TRACK))
 
     def sorted_rows(self) -> list[dict[str, Any]]:
         """All rows by step and stage; the file is put in that order."""
         order = ("degraded", "repaired", "training", "recovered")
-        rows = sorted(self.directory.rows(TRACK), key=lambda row: (row["step"], order.index(row["stage"])))
-        write_text(self.directory.path / TRACK, "".join(map(json_line, rows)))
+        directory = self.run.directory
+        rows = sorted(directory.rows(TRACK), key=lambda row: (row["step"], order.index(row["stage"])))
+        write_text(directory.path / TRACK, "".join(map(json_line, rows)))
         return rows
 
-    def note(self, student: Scorer, step: int, stage: str, figures: Mapping[str, Any]) -> list[float]:
+    def note_once(self, model: CausalLM, step: int, name: str, figures: Mapping[str, float]) -> None:
+        """`note` under a progress line, where the row is not there yet."""
+        if not self.measured(step, name):
+            with stage(f"comparing the layers of the {name} model"):
+                self.note(self.run.parts(model), step, name, figures)
+
+    def note(self, student: Scorer, step: int, stage: str, figures: Mapping[str, float]) -> list[float]:
         """Add a row.
 
         Args:
@@ -86,13 +92,48 @@ class Tracker:
         ]
         row = {"step": step, "stage": stage, "kl": figures["kl"], "top1_agreement": figures["top1_agreement"]}
         plain = [value if value == value else None for value in values]
-        self.directory.append(
-            TRACK, {**row, "cka": plain, "reference_layers": self.layer_map, "rows": int(keep_S.sum())}
-        )
+        of = {"cka": plain, "reference_layers": list(self.layer_map), "rows": int(keep_S.sum())}
+        self.run.directory.append(TRACK, {**row, **of})
         return values
 
+    def _rows(self, parts: Scorer, name: str) -> Tensor:
+        states = capture(parts, name, self.completions, self.picks)
+        return as_layers(states["residual"], len(self.completions))
 
-def figures_of(sums: Sequence[PromptSums]) -> dict[str, Any]:
-    """kl and top1_agreement, as `note` wants them."""
-    pooled = pool(sums)
-    return {key: pooled[key] for key in ("kl", "top1_agreement")}
+
+def tracker_of(run: Run, reference: Teacher, judge: Judge | None) -> Tracker | None:
+    """A tracker of the reference's layers on the judge's prompts; None where there are no layers or no judge."""
+    if judge is None or not isinstance(reference, Frozen):
+        return None
+    completions = [r for r in judge.completions if r.completion]
+    draws = [derive_seed(run.plan.config.seed, "row", r.id) / 2**63 for r in completions]
+    picks = pick_positions([len(r.completion) for r in completions], draws)
+    return Tracker(run, reference.parts, completions, picks, run.plan.facts.layer_map)
+
+
+def track_run(plan: Plan, directory: RunDirectory) -> list[dict[str, Any]]:
+    """Measure what track.jsonl lacks: the student as it came in, the checkpoints that are kept, the saved model.
+
+    Raises InputError where the reference's layers can't be looked at.
+    """
+    run = begin(plan, directory)
+    student, teachers = load(run)
+    reference = teachers[plan.reference]
+    judge = judge_of(run, reference)
+    tracker = tracker_of(run, reference, judge)
+    if judge is None or tracker is None:
+        kind = "a cache, which has no layers" if reference.held_out is not None else "no model of its own"
+        raise InputError(f"the reference of this run is {kind} to compare with")
+    parts = run.parts(student)
+    tracker.note_once(student, 0, "degraded", judge.quick(parts))
+    saved = [c for c in directory.checkpoints() if not tracker.measured(c.step, "training")]
+    if saved:
+        constraint = hold(run, student, reference, Repaired())
+        for checkpoint in saved:
+            restore_masters(checkpoint, constraint)
+            tracker.note_once(student, checkpoint.step, "training", judge.quick(parts))
+    if (directory.path / SUMMARY).is_file():
+        model = saved_model(run)
+        steps = read_json(directory.path / SUMMARY)["selected"]["step"]
+        tracker.note_once(model, steps, "recovered", judge.quick(run.parts(model)))
+    return tracker.sorted_rows()

@@ -29,6 +29,7 @@ from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
 from remend.training.measure import compare, pool
+from remend.training.teachers.frozen import Frozen
 
 PROBE_PROMPTS, PROBE_TOKENS = 32, 48
 CALIBRATION_TOKENS = 64
@@ -168,7 +169,7 @@ def probe_against(reference: CausalLM, student: CausalLM, tokenizer: Tokenizer) 
     parts = scorer(reference)
     rollouts = answer(reference, tokenizer, prompts, "probing: the reference answers", max_new_tokens=PROBE_TOKENS)
     with stage("probing: comparing", len(prompts)) as advance:
-        figures = pool(compare(scorer(student), parts, rollouts, on_rows=advance))
+        figures = pool(compare(scorer(student), Frozen(parts), rollouts, on_rows=advance))
     return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"], "prompts": len(prompts)}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,26 +53,6 @@ class Head:
         return replace(self, weight_VD=self.weight_VD.to(dtype), bias_V=bias_V)
 
 
-class Target(Protocol):
-    """What the teacher said at N positions: its states with a head (HeadTarget), or stored distributions (TopK)."""
-
-    def __len__(self) -> int:
-        """N."""
-        ...
-
-    def reader(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Callable[[slice], Tensor | TopK]:
-        """A function from positions to the teacher's logits [n, V] there, or to its folded distributions.
-
-        Args:
-            vocabulary: ids that the student's head scores.
-            dtype: of products with a head.
-            device: where the student's logits are.
-
-        Raises ValueError when the two vocabularies don't fit together.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class HeadTarget:
     """A teacher's hidden states and its head, from which its logits are made chunk by chunk.
@@ -88,9 +68,25 @@ class HeadTarget:
     def __len__(self) -> int:
         return self.states_NE.shape[0]
 
+    def __getitem__(self, part: slice) -> HeadTarget:
+        """The positions of a slice."""
+        return replace(self, states_NE=self.states_NE[part])
+
+    def to(self, device: torch.device) -> HeadTarget:
+        """The same with the states in another device's memory; the head stays where its model is."""
+        return replace(self, states_NE=self.states_NE.to(device))
+
     @torch.no_grad()
     def reader(self, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Callable[[slice], Tensor | TopK]:
-        """See Target."""
+        """A function from positions to the teacher's logits [n, V] there, or to its folded distributions.
+
+        Args:
+            vocabulary: ids that the student's head scores.
+            dtype: of products with a head.
+            device: where the student's logits are.
+
+        Raises ValueError when the two vocabularies don't fit together.
+        """
         head = self.head.to(dtype)
         if vocabulary != (theirs := head.weight_VD.shape[0]):
             raise ValueError(f"the student's head scores {vocabulary} ids and the teacher's {theirs}")
@@ -103,6 +99,10 @@ class HeadTarget:
             return logits_NV if self.top_k is None else largest(logits_NV, self.top_k)
 
         return said
+
+
+Target = HeadTarget | TopK
+"""What a teacher said at N positions: its states with a head, or stored distributions."""
 
 
 _Loss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]

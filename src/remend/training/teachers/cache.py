@@ -1,7 +1,7 @@
 """A cached teacher, read: completions that it wrote, and its scores at each of their tokens.
 
-`remend cache-teacher` writes such a directory once (remend.caching), and a student can then be taught where the
-teacher itself does not fit:
+`remend cache-teacher` writes such a directory once (training/write_cache.py), and a student can then be taught where
+the teacher itself does not fit:
 
     teacher-cache.json   settings, hashes, and the errors that cutting and rounding make
     prompts.jsonl        one completion a line: id, split, prompt, completion (token ids), clipped, shard, start
@@ -17,8 +17,10 @@ Legend: N completion tokens, K kept tokens.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,18 @@ from remend.data.examples import read_lines
 from remend.errors import FileError, InputError
 from remend.files.atomic import read_json
 from remend.maths.topk import TopK
+from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout
+from remend.training.teachers.teacher import (
+    TEACHERS,
+    Brought,
+    Comparison,
+    NamedTeacher,
+    Pupil,
+    StreamView,
+    Unmoved,
+    Workplace,
+)
 
 RECORD, PROMPTS = "teacher-cache.json", "prompts.jsonl"
 SPLITS = ("train", "held_out")
@@ -50,15 +63,15 @@ def vocabulary_hash(vocabulary: Mapping[str, int], shared: int) -> str:
     ).hexdigest()
 
 
-def template_hash(tokenizer: Any) -> str | None:
+def template_hash(tokenizer: Tokenizer) -> str | None:
     """SHA-256 of a tokenizer's chat template, None where it has none."""
     text = (tokenizer.chat_template or "").strip()
     return hashlib.sha256(text.encode()).hexdigest() if text else None
 
 
 @dataclass(frozen=True)
-class TeacherCache:
-    """An opened cache. Scores stay on disk until `targets` asks for them.
+class TeacherCache(Unmoved):
+    """An opened cache, a teacher that has scored its own completions only. Scores stay on disk until asked for.
 
     record: the content of teacher-cache.json.
     train, held_out: the teacher's completions, sampled for training prompts and greedy for held-out ones.
@@ -66,9 +79,9 @@ class TeacherCache:
 
     path: Path
     record: Mapping[str, Any]
-    train: list[Rollout]
-    held_out: list[Rollout]
     _places: Mapping[tuple[tuple[int, ...], tuple[int, ...]], tuple[str, int]] = field(repr=False)
+    train: Sequence[Rollout] = ()
+    held_out: Sequence[Rollout] = ()
     _files: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -104,7 +117,7 @@ class TeacherCache:
         """Tokens kept by name at each position."""
         return int(self.record["k"])
 
-    def check(self, tokenizer: Any, rows: int | None = None) -> list[str]:
+    def check(self, tokenizer: Tokenizer, rows: int | None = None) -> list[str]:
         """Warnings about a student that is to learn from this cache.
 
         Args:
@@ -125,20 +138,29 @@ class TeacherCache:
                 f"{self.shared} token ids don't all stand for the same tokens. Distillation needs one vocabulary; "
                 "choose a teacher of the same family and cache that"
             )
-        found = []
+        warnings = []
         if tokenizer.eos_token != self.record["eos_token"]:
-            found.append(
+            warnings.append(
                 f"the end-of-sequence token differs: {tokenizer.eos_token!r} for the student, "
                 f"{self.record['eos_token']!r} for the cached teacher, whose completions end with that"
             )
         if template_hash(tokenizer) != self.record["chat_template_sha256"]:
-            found.append(
+            warnings.append(
                 "the chat template differs between student and cached teacher; its prompts are in the teacher's"
             )
-        return found
+        return warnings
 
-    def targets(self, rollouts: Sequence[Rollout], *, skip_first: int = 0) -> TopK:
-        """The teacher's folded distributions at the rollouts' completion tokens, rollout after rollout, on the CPU.
+    @property
+    def model(self) -> None:
+        """See Teacher: there is none."""
+        return None
+
+    def policy(self) -> AbstractContextManager[CausalLM]:
+        """See Teacher. Raises InputError: a cache answers nothing new."""
+        raise InputError(f"the cached teacher {self.path} holds completions, and no model that could write others")
+
+    def score(self, rollouts: Sequence[Rollout], *, skip_first: int = 0) -> TopK:
+        """See Teacher: folded distributions, on the CPU.
 
         Only these rows are read. `skip_first` tokens at the start of each completion are left out, as `pack` does.
 
@@ -197,7 +219,7 @@ def _opened(path: Path, record: Mapping[str, Any]) -> TeacherCache:
         raise _damaged(path, f"{RECORD} lacks {', '.join(missing) or 'the vocabulary'}")
     if found != expected:
         raise _damaged(path, f"{PROMPTS} has (training, held-out, tokens) {found} of {expected}")
-    return TeacherCache(path, record, train, held_out, places)
+    return TeacherCache(path, record, places, train, held_out)
 
 
 def _rollout(row: Mapping[str, Any]) -> Rollout:
@@ -213,3 +235,57 @@ def _check_size(path: Path, shard: Path, size: int) -> None:
 
 def _damaged(path: Path, reason: str) -> FileError:
     return FileError(f"the cached teacher {path} is damaged ({reason}); write it again with remend cache-teacher")
+
+
+@TEACHERS.register("cache", source="remend cache-teacher")
+@dataclass(frozen=True)
+class NamedCache(NamedTeacher):
+    """A directory that `remend cache-teacher` wrote: prompts, completions and scores in one."""
+
+    cache: TeacherCache | None = None
+    brings_prompts = True
+    no_layers = "a cache has none"
+
+    @classmethod
+    def claims(cls, name: str) -> bool:
+        """See NamedTeacher."""
+        return is_cache(name)
+
+    def refuses(self, stream: StreamView) -> list[str]:
+        """See NamedTeacher."""
+        reasons = []
+        if stream.on_policy:
+            reasons.append("a cached teacher has scored its own completions only, never the student's; set policy: off")
+        if stream.data:
+            reasons.append("a cached teacher brings its own prompts; leave data out")
+        if stream.demonstrations:
+            reasons.append("a cached teacher has seen no demonstrations; leave them out, or name the model")
+        if stream.top_k:
+            reasons.append(f"the cache {self.name} was cut to its own top k when it was made; leave top_k out")
+        return reasons
+
+    def opened(self) -> NamedCache:
+        """See NamedTeacher."""
+        return replace(self, cache=TeacherCache.open(Path(self.name)))
+
+    def brings(self) -> Brought:
+        """See NamedTeacher. The digest is over the cache's own record of what it holds."""
+        assert self.cache is not None
+        digest = hashlib.sha256(json.dumps(dict(self.cache.record), sort_keys=True).encode()).hexdigest()
+        return Brought(self.cache.train, self.cache.held_out, digest)
+
+    def compare(self, pupil: Pupil, *, shown_more: bool) -> Comparison:
+        """See NamedTeacher."""
+        assert self.cache is not None
+        return Comparison(self.cache.shared, (), self.cache.check(pupil.tokenizer, pupil.rows))
+
+    def hashes(self) -> Mapping[str, str]:
+        """See NamedTeacher."""
+        assert self.cache is not None
+        files: Mapping[str, str] = self.cache.record["files"]
+        return files
+
+    def load(self, workplace: Workplace) -> TeacherCache:
+        """See NamedTeacher."""
+        assert self.cache is not None
+        return self.cache

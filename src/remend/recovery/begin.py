@@ -1,0 +1,185 @@
+"""How a run begins: its processes, its directory and manifest, its models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from remend.console import stage
+from remend.errors import InputError
+from remend.files.atomic import read_json, write_json, write_text
+from remend.files.environment import environment
+from remend.files.run_directory import MANIFEST, RECIPE, Checkpoint, RunDirectory
+from remend.models.device import mixed_precision
+from remend.models.find import ModelSource, hash_files
+from remend.models.load import load_model
+from remend.models.protocols import CausalLM
+from remend.models.scorer import Scorer, scorer
+from remend.recovery.plan import Plan
+from remend.training.teachers import Teacher
+from remend.training.teachers.teacher import Workplace
+
+
+@dataclass(frozen=True)
+class Run:
+    """A plan being carried out.
+
+    plan: what was checked.
+    directory: where everything is written.
+    accelerator: the processes that share a step.
+    resumed: the checkpoint that the run goes on from, or None.
+    """
+
+    plan: Plan
+    directory: RunDirectory
+    accelerator: Accelerator
+    resumed: Checkpoint | None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process measures, writes and saves; the others only share the steps."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.resumed.step if self.resumed else 0
+
+    def precision(self) -> torch.autocast:
+        """The context of forward passes over float32 weights."""
+        return mixed_precision(self.plan.dtype, self.device)
+
+    def read(self, source: ModelSource, dtype: torch.dtype = torch.float32) -> CausalLM:
+        """Load a model onto the device."""
+        with stage(f"loading {source.spec}"):
+            return load_model(
+                source, dtype=dtype, device=self.device, trust_remote_code=self.plan.config.trust_remote_code
+            )
+
+    def parts(self, model: CausalLM) -> Scorer:
+        """A model as body and head over the shared ids."""
+        return scorer(model, self.plan.shared)
+
+    def workplace(self, student: Scorer, initial: Mapping[str, torch.Tensor] | None = None) -> Workplace:
+        """What the teachers are loaded into."""
+        # a GPU's memory is dear, so its teacher is held in bfloat16; a CPU's measures in float32
+        dtype = self.plan.dtype if self.device.type == "cuda" else torch.float32
+        return Workplace(student, initial, dtype, self.device, self.plan.config.model_dump(), self.read)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+    def with_plan(self, plan: Plan) -> Run:
+        """The run with another plan."""
+        return replace(self, plan=plan)
+
+
+def begin(plan: Plan, directory: RunDirectory | None) -> Run:
+    """Start the processes, and the run's directory where there is none yet.
+
+    Args:
+        plan: what was checked.
+        directory: a run to continue; None starts one.
+
+    Raises:
+        InputError: the directory is taken, or its inputs have changed since the run began.
+    """
+    config = plan.config
+    accelerator = Accelerator(
+        cpu=plan.device.type == "cpu",
+        log_with=config.report_to,
+        project_dir=config.out if config.report_to else None,
+        # the others wait while one process measures and samples, which may take longer than the usual ten minutes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+    )
+    # creating the Accelerator joined all processes, so none still looks whether `out` is free
+    if accelerator.is_main_process:
+        inputs = _inputs(plan)
+        if directory is None:
+            _create(plan, inputs)
+        else:
+            _require_same_inputs(directory, inputs)
+    directory = directory or RunDirectory(Path(config.out))
+    saved = directory.checkpoints()
+    return Run(plan, directory, accelerator, saved[-1] if saved else None)
+
+
+def directions(plan: Plan) -> str:
+    """The divergences of all streams, in words."""
+    return "; ".join(dict.fromkeys(s.stream.loss.words for s in plan.streams))
+
+
+def load(run: Run) -> tuple[CausalLM, dict[str, Teacher]]:
+    """The student, and the teachers that do not follow it, by name; the reference is among them."""
+    plan = run.plan
+    student = run.read(plan.student)
+    workplace = run.workplace(run.parts(student))
+    early = (name for name, teacher in plan.teachers.items() if not teacher.moving or name == plan.reference)
+    return student, {name: plan.teachers[name].load(workplace) for name in early}
+
+
+def _inputs(plan: Plan) -> dict[str, Any]:
+    """Hashes of models and data."""
+    main = plan.main.stream.teacher.name
+    with stage("hashing the models' files"):
+        hashes: dict[str, Any] = {"student": hash_files(plan.student)}
+        if plan.teachers[plan.reference].moving:
+            hashes["teacher"] = hash_files(plan.student.base or plan.student)
+        for name, teacher in plan.teachers.items():
+            files = teacher.hashes()
+            first = name == (plan.reference if teacher.source else main)
+            if files is not None:
+                hashes["teacher" if first else f"teacher {name}"] = files
+    return {"models": hashes, "data": plan.data_hashes}
+
+
+def _create(plan: Plan, inputs: Mapping[str, Any]) -> None:
+    recipe, counts = plan.config.model_dump(), plan.counts()
+    manifest = {
+        "kind": "recover",
+        "recipe": recipe,
+        "reference": plan.reference,
+        "answer_tokens": plan.main.stream.lengths[1],
+        "kl_direction": directions(plan),
+        "seeds": {"seed": plan.config.seed},
+        **inputs,
+        "prompts": counts[plan.main.stream.name],
+        "streams": counts,
+        "dropped": plan.dropped,
+        "shared_vocabulary": plan.shared,
+        "constraint": plan.constraint,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
+        **environment(),
+    }
+    directory = RunDirectory.create(Path(plan.config.out))
+    write_text(directory.path / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    write_json(directory.path / MANIFEST, manifest)
+
+
+def _require_same_inputs(directory: RunDirectory, inputs: Mapping[str, Any]) -> None:
+    recorded = read_json(directory.path / MANIFEST)
+    names = {**inputs["models"], "data": inputs["data"]}
+    before = {**recorded["models"], "data": recorded["data"]}
+    changed = [name for name, hashes in names.items() if before.get(name) != hashes]
+    if changed:
+        raise InputError(
+            f"the files of {' and '.join(changed)} changed since the run in {directory.path} began, so it can't be "
+            "continued as it was. Put them back, or start a new run with another out."
+        )

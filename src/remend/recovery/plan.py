@@ -1,0 +1,110 @@
+"""A recovery that has passed its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from remend.errors import CheckError
+from remend.maths.losses import of_beta
+from remend.models.find import ModelSource
+from remend.models.protocols import Tokenizer
+from remend.recovery.prompts import StreamData
+from remend.recovery.settings import RecoverConfig
+from remend.training.constraints import StudentFacts, kind_of
+from remend.training.teachers import NamedTeacher
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before anything is loaded or written.
+
+    config: the recipe.
+    student: its files; `tokenizer` its own, `parameters` how many it has.
+    shared: token ids, from 0, that mean the same to the student and to every teacher.
+    device, dtype: where and in what the arithmetic runs.
+    facts: of the student: what its files say that it is held to.
+    repairs: a closed-form repair comes first.
+    reference: the name of the healthy teacher that everything is measured against.
+    teachers: by name, with their files found.
+    streams: with their prompts; those that the reference is to write have none yet.
+    """
+
+    config: RecoverConfig
+    student: ModelSource
+    tokenizer: Tokenizer
+    shared: int
+    parameters: int
+    device: torch.device
+    dtype: torch.dtype
+    facts: StudentFacts
+    repairs: bool
+    reference: str
+    teachers: Mapping[str, NamedTeacher]
+    streams: Sequence[StreamData]
+    warnings: Sequence[str]
+    notes: Sequence[str]
+
+    @property
+    def main(self) -> StreamData:
+        """The stream whose held-out prompts say how much was recovered: the first that the reference teaches."""
+        return next((s for s in self.streams if s.by_reference), self.streams[0])
+
+    @property
+    def data_hashes(self) -> Mapping[str, object]:
+        """Of the prompts: of the one stream, or by stream."""
+        hashes = {s.stream.name: dict(s.hashes) for s in self.streams}
+        return dict(self.main.hashes) if len(hashes) == 1 else hashes
+
+    @property
+    def dropped(self) -> dict[str, list[str]]:
+        """Ids of prompts over the length limit, by part."""
+        return {part: ids for s in self.streams for part, ids in s.dropped.items()}
+
+    @property
+    def constraint(self) -> str:
+        """What training holds, in words: a grid's name, a mask's share of zeros, or 'none'."""
+        return kind_of(self.facts).describe(self.facts)
+
+    @property
+    def rows(self) -> int:
+        """Prompts of a step, in this process."""
+        return self.config.batch_size * self.config.gradient_accumulation
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many prompts each stream has."""
+        return {s.stream.name: {"train": len(s.train), "held_out": len(s.held_out)} for s in self.streams}
+
+    def verdict(self) -> str:
+        """One line."""
+        prompts = "; ".join(
+            (f"{s.stream.name}: " if len(self.streams) > 1 else "")
+            + ("prompts that the reference writes" if s.unwritten else f"{len(s.train)} training")
+            + f" and {len(s.held_out)} held-out prompts"
+            for s in self.streams
+        )
+        held = f"; held to {self.constraint}" if self.constraint != "none" else ""
+        losses = list(dict.fromkeys(s.stream.loss.words for s in self.streams))
+        loss = f"; loss {'; '.join(losses)}" if losses != [of_beta(0.0).words] else ""
+        return f"ok: {prompts}, {self.parameters / 1e6:.1f}M parameters, {self.shared} shared token ids{held}{loss}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The result of all checks: a plan, or all problems. Without a look at files there may be neither."""
+
+    plan: Plan | None
+    problems: Sequence[str]
+    warnings: Sequence[str]
+    notes: Sequence[str]
+
+    def raise_problems(self) -> None:
+        """Raise CheckError when there are problems."""
+        if self.problems:
+            raise CheckError(list(self.problems))
+
+    def verdict(self) -> str:
+        """One line for a recipe without problems."""
+        return self.plan.verdict() if self.plan else "ok: the settings agree; no file was looked at"

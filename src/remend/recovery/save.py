@@ -1,0 +1,84 @@
+"""How a run ends: the model is saved, loaded again and measured, and the summary says what was won back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from remend.compression.recognise import RECORD, record_to_keep
+from remend.console import stage
+from remend.files.atomic import new_directory, read_json, write_json
+from remend.files.environment import peak_rss_mib
+from remend.files.run_directory import METRICS, REPAIR, SUMMARY
+from remend.maths.losses import of_beta
+from remend.models.adapters import is_adapted, merge
+from remend.models.find import find_model
+from remend.models.load import save_model
+from remend.models.protocols import CausalLM
+from remend.recovery.begin import Run, directions
+from remend.recovery.judge import HeldOut, summarize
+from remend.report import write_report
+from remend.training.constraints import Constraint
+from remend.training.teachers import Teacher
+
+
+def save(run: Run, student: CausalLM, constraint: Constraint) -> None:
+    """Write the model as it was measured, with its constraint's file and its record of damage."""
+    plan = run.plan
+    with stage("saving the model"), new_directory(run.directory.path / "model") as target:
+        if plan.config.merge:
+            merge(student)
+        save_model(student, plan.tokenizer, target)
+        constraint.save(target)
+        record = record_to_keep(plan.student, plan.facts.recognised)
+        if record and not is_adapted(student):
+            write_json(target / RECORD, record)
+
+
+def saved_model(run: Run) -> CausalLM:
+    """The model that `save` wrote."""
+    return run.read(find_model(str(run.directory.path / "model")))
+
+
+def reopened(run: Run, reference: Teacher) -> CausalLM:
+    """The saved model. A reference that is its base moves over to it, so that the trained student can go."""
+    reference.move_to(None)
+    saved = saved_model(run)
+    if reference.model is None and reference.held_out is None:
+        # what was merged has no base any more
+        based = saved if is_adapted(saved) else run.read(run.plan.student, torch.float32)
+        reference.move_to(run.parts(based))
+    return saved
+
+
+def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str, Any], began: float) -> None:
+    """Write the report and the summary.
+
+    Args:
+        run: that ends.
+        degraded, recovered: the student as it came in, and as saved and loaded again.
+        outcome: what training says of itself.
+        began: time.monotonic() when the user's command began.
+    """
+    directory, plan = run.directory, run.plan
+    repair = directory.path / REPAIR
+    summary = {
+        **summarize(degraded, recovered, plan.config.seed),
+        "kl_direction": of_beta(0.0).words,
+        "training_loss": directions(plan),
+        "constraint": plan.constraint,
+        "repair": read_json(repair) if repair.is_file() else None,
+        **outcome,
+        "tokens_trained": sum(row["tokens"] for row in directory.rows(METRICS) if "loss" in row),
+        "seconds": round(time.monotonic() - began, 1),
+        "training_seconds": round(sum(directory.step_seconds().values()), 1),
+        "peak_rss_mib": round(peak_rss_mib()),
+        "held_out_prompts": len(plan.main.held_out),
+        "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
+    }
+    write_report(directory.path, summary)
+    write_json(directory.path / SUMMARY, summary)  # last: its presence says that the run is complete

@@ -1,0 +1,74 @@
+"""Let the reference write the prompts of the streams that have none (data: self), once per run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from remend.console import console, stage
+from remend.data.examples import example_of
+from remend.errors import InputError
+from remend.files.atomic import json_line, read_json, write_json, write_text
+from remend.files.run_directory import MANIFEST
+from remend.recovery.begin import Run
+from remend.recovery.findings import Findings
+from remend.recovery.plan import Plan
+from remend.recovery.prompts import StreamData, kept_apart, with_prompts
+from remend.recovery.self_prompts import generate
+from remend.recovery.settings import SELF
+from remend.recovery.streams import SELF_PROMPTS
+from remend.training.teachers import Teacher
+
+WRITTEN = "prompts.jsonl"
+
+
+def with_written_prompts(run: Run, reference: Teacher) -> Run:
+    """The run with a plan whose streams all have prompts.
+
+    Raises InputError where too few are left.
+    """
+    plan = run.plan
+    if not any(data.unwritten for data in plan.streams):
+        return run
+    path = run.directory.path / WRITTEN
+    if run.main and not path.is_file():
+        _write(run, reference)
+    run.wait()
+    written, say = [example_of(row, str(path)) for row in run.directory.rows(WRITTEN)], Findings()
+    streams: Sequence[StreamData] = [
+        with_prompts(data, plan.config, plan.tokenizer, written, list(data.examples.values()), say)
+        if data.unwritten
+        else data
+        for data in plan.streams
+    ]
+    streams = kept_apart(streams, say)  # two streams may have split the same prompts otherwise
+    if say.problems:
+        raise InputError("\n".join(say.problems))
+    new = [warning for warning in dict.fromkeys(say.warnings) if warning not in plan.warnings]
+    for warning in new:
+        console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
+    plan = replace(plan, streams=tuple(streams), warnings=(*plan.warnings, *new))
+    if run.main:
+        _note(run, plan)
+    return run.with_plan(plan)
+
+
+def _write(run: Run, reference: Teacher) -> None:
+    plan, config = run.plan, run.plan.config
+    n = config.self_prompts or min(SELF_PROMPTS, max(2, config.steps * plan.rows))
+    began = time.perf_counter()
+    with reference.policy() as model, stage(f"the reference writes {n} prompts", n) as advance:
+        texts, _ = generate(
+            model, plan.tokenizer, n=n, seed=config.seed, shared=plan.shared, on_kept=lambda count: advance(count)
+        )
+    write_text(run.directory.path / WRITTEN, "".join(json_line({"prompt": text}) for text in texts))
+    run.directory.note_seconds("prompts", time.perf_counter() - began)
+
+
+def _note(run: Run, plan: Plan) -> None:
+    """Into the manifest: how many prompts there are now, and their hashes."""
+    path, counts = run.directory.path / MANIFEST, plan.counts()
+    written = {s.stream.name: dict(s.hashes) for s in plan.streams if s.stream.data == SELF}
+    noted = {"prompts": counts[plan.main.stream.name], "streams": counts, "self_prompts": written}
+    write_json(path, {**read_json(path), **noted})

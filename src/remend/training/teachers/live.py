@@ -1,0 +1,33 @@
+"""live: the student as it is, which teaches itself where it is shown a demonstration (SDFT, arXiv 2601.19897)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from remend.training.teachers.teacher import TEACHERS, NamedTeacher, StreamView, Workplace
+from remend.training.teachers.views import View
+
+
+@TEACHERS.register("live", source="arXiv 2601.19897")
+@dataclass(frozen=True)
+class Live(NamedTeacher):
+    """See the module docstring."""
+
+    moving = True
+    healthy = False
+    no_layers = "live has the student's own"
+
+    @classmethod
+    def claims(cls, name: str) -> bool:
+        """See NamedTeacher."""
+        return name == "live"
+
+    def refuses(self, stream: StreamView) -> list[str]:
+        """See NamedTeacher."""
+        if stream.demonstrations:
+            return []
+        return ["teacher live without demonstrations is the student itself: it teaches nothing"]
+
+    def load(self, workplace: Workplace) -> View:
+        """See NamedTeacher."""
+        return View(workplace.student)
