@@ -199,9 +199,9 @@ def test_device_and_trust_are_handed_on(
     trusted = []
     load = load_tokenizer
 
-    def listen(source: Any, *, trust_remote_code: bool = False) -> Any:
-        trusted.append(trust_remote_code)
-        return load(source, trust_remote_code=trust_remote_code)
+    def listen(source: Any) -> Any:
+        trusted.append(source.trust_remote_code)
+        return load(source)
 
     replace_everywhere(monkeypatch, load, listen)
     assert run(*command, "--device", "cpu", "--trust-remote-code")[0] == 0

@@ -200,7 +200,7 @@ def test_names_and_data_as_they_are_typed() -> None:
 
 def test_vllm_reads_directories_only() -> None:
     with pytest.raises(InputError, match="x is a gguf; use engine hf"):
-        VllmSampler(ModelSource("x", "gguf", Path("x")), dtype="float32", eos=(1,), trust_remote_code=False)
+        VllmSampler(ModelSource("x", "gguf", Path("x")), dtype="float32", eos=(1,))
 
 
 # lm-evaluation-harness

@@ -147,8 +147,10 @@ def test_incomplete_weights_are_refused(reference_dir: Path, tmp_path: Path) -> 
 
 
 def test_count_parameters_allocates_nothing_and_counts_tied_once(reference_dir: Path) -> None:
-    config = load_config(find_model(str(reference_dir)))
-    assert count_parameters(skeleton(config)) == sum(p.numel() for p in build_model(320).parameters())
+    source = find_model(str(reference_dir))
+    assert count_parameters(skeleton(source, load_config(source))) == sum(
+        p.numel() for p in build_model(320).parameters()
+    )
 
 
 def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,9 +52,7 @@ class Examination:
     def load(self, source: ModelSource, name: str) -> CausalLM:
         """A model, its weights without gradients."""
         with stage(f"loading {name}"):
-            trust = self.settings.trust_remote_code
-            model = load_model(source, dtype=self.dtype, device=self.device, trust_remote_code=trust)
-            return model.requires_grad_(False)
+            return load_model(source, dtype=self.dtype, device=self.device).requires_grad_(False)
 
 
 def examination(settings: DiagnoseSettings) -> Examination:
@@ -67,9 +65,10 @@ def examination(settings: DiagnoseSettings) -> Examination:
     device = choose_device(settings.device)
     state = PartialState(cpu=device.type == "cpu")
     trust = settings.trust_remote_code
-    source, students = find_model(settings.reference), subjects.find(settings.students)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust)
-    vocabulary = subjects.compare(source, students, tokenizer, trust=trust)
+    source = find_model(settings.reference, trust_remote_code=trust)
+    students = subjects.find(settings.students, trust_remote_code=trust)
+    tokenizer = load_tokenizer(source)
+    vocabulary = subjects.compare(source, students, tokenizer)
     wanted = settings.rows or (GPU_ROWS if device.type == "cuda" else CPU_ROWS)
     if settings.data is None:
         chosen = (bundled("held_out") + bundled("train"))[:wanted]  # first those that no recovery trains on

@@ -35,7 +35,7 @@ class Subject:
     made_from: str | None
 
 
-def find(specs: Sequence[str]) -> list[Subject]:
+def find(specs: Sequence[str], *, trust_remote_code: bool = False) -> list[Subject]:
     """All students. Raises InputError for none or for one that is given twice, FileError for one that is not there."""
     if not specs:
         raise InputError("no student is given; name at least one with --student")
@@ -43,7 +43,7 @@ def find(specs: Sequence[str]) -> list[Subject]:
     for spec in specs:
         path = Path(spec)
         folder = path / "model" if (path / MANIFEST).is_file() and (path / "model").is_dir() else path
-        source = find_model(str(folder) if folder != path else spec)
+        source = find_model(str(folder) if folder != path else spec, trust_remote_code=trust_remote_code)
         if any(source == other.source for other in students):
             raise InputError(f"student {spec} is given twice; every student is measured once")
         students.append(Subject(_name(spec, [s.name for s in students]), spec, source, _made_from(folder)))
@@ -90,13 +90,13 @@ class Vocabulary:
     warnings: list[str]
 
 
-def compare(reference: ModelSource, subjects: Sequence[Subject], tokenizer: Tokenizer, *, trust: bool) -> Vocabulary:
+def compare(reference: ModelSource, subjects: Sequence[Subject], tokenizer: Tokenizer) -> Vocabulary:
     """One vocabulary for all. Raises InputError with every student that has another."""
-    rows = load_config(reference, trust_remote_code=trust).get_text_config().vocab_size
+    rows = load_config(reference).get_text_config().vocab_size
     shared, problems, warnings = rows, [], []
     for subject in subjects:
-        theirs = load_config(subject.source, trust_remote_code=trust).get_text_config().vocab_size
-        other = load_tokenizer(subject.source, trust_remote_code=trust)
+        theirs = load_config(subject.source).get_text_config().vocab_size
+        other = load_tokenizer(subject.source)
         match = compare_vocabularies(other.get_vocab(), tokenizer.get_vocab(), theirs, rows)
         problems += [f"{subject.spec}: {problem}" for problem in match.problems]
         warnings += [f"{subject.spec}: {w}" for w in [*match.warnings, *template_warnings(other, tokenizer)]]

@@ -63,7 +63,7 @@ def evaluate(model: str, tasks: Sequence[str], out: str | Path, **settings: obje
     plan, out = make_plan(model, tasks, settings), Path(out)
     if out.suffix != ".json" or out.is_dir():
         raise InputError(f"out {out} must be the name of a .json file, e.g. {out.with_suffix('.json')}")
-    source = _source(plan.model)
+    source = _source(plan.model, plan.settings.trust_remote_code)
     tables = [read(name, plan.data.get(name), plan.settings.limit) for name in plan.own]
     if plan.settings.how == "choices":
         for table in tables:
@@ -87,12 +87,12 @@ def evaluate(model: str, tasks: Sequence[str], out: str | Path, **settings: obje
     return content
 
 
-def _source(model: str) -> ModelSource:
+def _source(model: str, trust_remote_code: bool) -> ModelSource:
     """Where the model is; of a recovery's run directory its model is meant."""
     path = Path(model)
     if (path / MANIFEST).is_file() and (path / "model" / "config.json").is_file():
-        return find_model(str(path / "model"))
-    return find_model(model)
+        model = str(path / "model")
+    return find_model(model, trust_remote_code=trust_remote_code)
 
 
 def _package(plan: Plan) -> harness.Tasks | None:
@@ -118,14 +118,13 @@ class _Evaluation:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.source, trust_remote_code=self.settings.trust_remote_code)
+        return load_tokenizer(self.source)
 
     @cached_property
     def model(self) -> CausalLM:
-        plan, trust = self.plan, self.settings.trust_remote_code
+        plan = self.plan
         with stage(f"loading {plan.model}"):
-            model = load_model(self.source, dtype=plan.dtype, device=plan.device, trust_remote_code=trust)
-            return model.requires_grad_(False)
+            return load_model(self.source, dtype=plan.dtype, device=plan.device).requires_grad_(False)
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -137,8 +136,7 @@ class _Evaluation:
         told = path is not None and (path / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(str(path)) if told else None
         eos = eos_ids(SimpleNamespace(generation_config=generation), self.tokenizer)
-        dtype, trust = self.plan.hardware["dtype"], self.settings.trust_remote_code
-        return VllmSampler(self.source, dtype=dtype, eos=eos, trust_remote_code=trust)
+        return VllmSampler(self.source, dtype=self.plan.hardware["dtype"], eos=eos)
 
     def limits(self) -> Limits:
         """Of a batch of answers. What fits the memory is settled by the first call, for those that go on with it."""
@@ -150,8 +148,7 @@ class _Evaluation:
 
     def own(self, table: Table) -> list[JsonObject]:
         """The parts of a task of remend.tasks, one a grader."""
-        name, trust = table.task.name, self.settings.trust_remote_code
-        config = load_config(self.source, trust_remote_code=trust).get_text_config()
+        name, config = table.task.name, load_config(self.source).get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         choices = self.settings.how == "choices"
         reserve = len(self.tokenizer(f"{letters.LEAD}A")["input_ids"]) if choices else self.plan.tokens(name)

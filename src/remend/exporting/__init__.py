@@ -54,7 +54,7 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
         with stage(f"writing {format}"):
             facts = container.write(measured, target, kind)
         with stage("reading it back"):
-            check = compare_file(target, measured, trust_remote_code=trust_remote_code)
+            check = compare_file(target, measured)
         if measured.degradation is not None:
             write_json(target / RECORD, measured.degradation)
         write_text(target / "README.md", write_card(measured, facts["container"], check))

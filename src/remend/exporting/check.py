@@ -30,13 +30,14 @@ def verify(exported: str | Path, measured_dir: str | Path, *, trust_remote_code:
     Raises:
         FileError: one of the two can't be read.
     """
-    return _compare(Path(exported), _load(find_model(str(measured_dir)), trust_remote_code), trust_remote_code)
+    old = _load(find_model(str(measured_dir), trust_remote_code=trust_remote_code))
+    return _compare(Path(exported), old, trust_remote_code)
 
 
-def compare_file(target: Path, measured: Measured, *, trust_remote_code: bool = False) -> JsonObject:
+def compare_file(target: Path, measured: Measured) -> JsonObject:
     """`verify` against the measured model's own files. Raises FileError when anything differs."""
-    old = _load(measured.source, trust_remote_code)  # anew: a writer may have packed the loaded one in place
-    check = _compare(target, old, trust_remote_code)
+    old = _load(measured.source)  # anew: a writer may have packed the loaded one in place
+    check = _compare(target, old, measured.source.trust_remote_code)
     if not check["weights_equal"] or check["max_logit_difference"] != 0:
         raise FileError(
             f"what was written is not what was measured: {len(check['different'])} tensors differ "
@@ -47,14 +48,14 @@ def compare_file(target: Path, measured: Measured, *, trust_remote_code: bool = 
     return check
 
 
-def _load(source: ModelSource, trust_remote_code: bool) -> CausalLM:
-    return load_model(source, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
+def _load(source: ModelSource) -> CausalLM:
+    return load_model(source, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def _compare(exported: Path, old: CausalLM, trust_remote_code: bool) -> JsonObject:
     files = sorted(exported.glob("*.gguf")) if exported.is_dir() else [exported]
-    source = find_model(str(files[0] if files else exported))
-    check = compare(_load(source, trust_remote_code), old)
+    source = find_model(str(files[0] if files else exported), trust_remote_code=trust_remote_code)
+    check = compare(_load(source), old)
     container = container_of(source)
     if container is None or container.differing is None or source.path is None:
         return {**check, "read_by": "transformers"}

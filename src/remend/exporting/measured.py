@@ -31,7 +31,7 @@ def open_measured(source: str, *, trust_remote_code: bool = False) -> Measured:
         raise InputError(
             f"the run {path} has no recovered model yet; finish it with remend recover --resume {path}, then export"
         )
-    where = find_model(str(path / "model") if of_run else source)
+    where = find_model(str(path / "model") if of_run else source, trust_remote_code=trust_remote_code)
     if where.kind == "adapter":
         raise InputError(
             f"{where.spec} is an adapter, which stays apart from its base: it is a peft directory already, and merged "
@@ -40,8 +40,8 @@ def open_measured(source: str, *, trust_remote_code: bool = False) -> Measured:
     where = fetch_model(where, weights=True)
     held = recognise(where, as_dense=True)
     with stage(f"loading {where.spec}"):
-        tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
-        model = load_model(where, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(where)
+        model = load_model(where, dtype=torch.float32, device=torch.device("cpu"))
     if held.stored:
         held.stored.check(model)
     mask = held.why if held.mask else None

@@ -30,6 +30,7 @@ class ModelSource:
     """Where a model comes from. `path` is a directory, or a GGUF file; None for a hub id not yet fetched.
 
     An adapter (LoRA, peft) has a `base`, the model under it. `repo` and `revision` stay when a hub id was fetched.
+    `trust_remote_code` lets the Python run that lies beside the model; what loads it asks here.
     """
 
     spec: str
@@ -38,6 +39,7 @@ class ModelSource:
     repo: str | None = None
     revision: str | None = None
     base: ModelSource | None = None
+    trust_remote_code: bool = False
 
 
 def embedded_path() -> Path:
@@ -59,26 +61,28 @@ def embedded_path() -> Path:
     )
 
 
-def find_model(spec: str) -> ModelSource:
-    """Tell what a model's name refers to, without reading weights.
+def find_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
+    """Tell what a model's name refers to, without reading weights. Its own code runs only if it is trusted.
 
     Raises FileError when it is no existing directory or file and can't be a hub id either.
     """
+    trust = trust_remote_code
     if spec == EMBEDDED:
-        return ModelSource(spec, "gguf", embedded_path())
+        return ModelSource(spec, "gguf", embedded_path(), trust_remote_code=trust)
     path = Path(spec)
     if path.is_dir() and adapters.is_adapter(path):
-        return ModelSource(spec, "adapter", path, base=find_model(adapters.base_of(path)))
+        base = find_model(adapters.base_of(path), trust_remote_code=trust)
+        return ModelSource(spec, "adapter", path, base=base, trust_remote_code=trust)
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = f" It looks like a run: its model is in {path / 'model'}." if (path / "model").is_dir() else ""
             raise FileError(f"model directory {path} has no config.json, so it is no transformers model.{hint}")
         _require_safetensors(path)
-        return ModelSource(spec, "directory", path)
+        return ModelSource(spec, "directory", path, trust_remote_code=trust)
     if path.is_file():
         with path.open("rb") as stream:
             if stream.read(4) == b"GGUF":
-                return ModelSource(spec, "gguf", path)
+                return ModelSource(spec, "gguf", path, trust_remote_code=trust)
         raise FileError(f"model file {path} is not a GGUF file; give a GGUF file or a transformers directory")
     match = _HUB_ID.fullmatch(spec)
     if (
@@ -88,7 +92,7 @@ def find_model(spec: str) -> ModelSource:
         or (path.parent.is_dir() and "/" in spec)
     ):
         raise FileError(f"model {spec} does not exist: no such directory or GGUF file")
-    return ModelSource(spec, "hub", None, match["repo"], match["revision"])
+    return ModelSource(spec, "hub", None, match["repo"], match["revision"], trust_remote_code=trust)
 
 
 def _require_safetensors(directory: Path) -> None:
@@ -138,10 +142,11 @@ def _download(source: ModelSource, weights: bool) -> ModelSource:
             "Give a local directory or GGUF file, or run with a network."
         ) from None
     if adapters.is_adapter(Path(path)):
-        return replace(find_model(path), spec=source.spec, repo=source.repo, revision=source.revision)
+        adapter = find_model(path, trust_remote_code=source.trust_remote_code)
+        return replace(adapter, spec=source.spec, repo=source.repo, revision=source.revision)
     if weights:
         _require_safetensors(Path(path))
-    return ModelSource(source.spec, "directory", Path(path), source.repo, source.revision)
+    return replace(source, kind="directory", path=Path(path))
 
 
 ORIGIN_FILE = "origin.json"

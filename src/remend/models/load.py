@@ -60,18 +60,20 @@ def _explained(source: ModelSource, what: str) -> Iterator[None]:
         raise FileError(f"the {what} of {source.spec} can't be read: {type(error).__name__}: {reason}") from error
 
 
-def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(source: ModelSource) -> PreTrainedConfig:
     """The model's transformers configuration."""
     from transformers import AutoConfig
 
     source = fetch_model(source, weights=False)
     where, extra = _location(source.base or source)
     with _quietly(), parsed_once(), _explained(source, "configuration"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            where, trust_remote_code=source.trust_remote_code, **extra
+        )
     return config
 
 
-def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(source: ModelSource) -> Tokenizer:
     """The model's tokenizer."""
     from transformers import AutoTokenizer
 
@@ -79,13 +81,11 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> T
     own = source.base is None or bool(source.path and (source.path / "tokenizer_config.json").is_file())
     where, extra = _location(source if own or source.base is None else source.base)
     with _quietly(), parsed_once(), _explained(source, "tokenizer"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code, **extra)
     return tokenizer
 
 
-def load_model(
-    source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
-) -> CausalLM:
+def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device) -> CausalLM:
     """The model, in evaluation mode.
 
     Packed tensors (GGUF, compressed-tensors, bitsandbytes) are dequantized, so that the model can be trained and
@@ -97,7 +97,7 @@ def load_model(
 
     source = fetch_model(source, weights=True)
     if source.base and source.path:
-        model = load_model(source.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        model = load_model(source.base, dtype=dtype, device=device)
         adapters.load_adapter(model, source.path)
         return model
     where, extra = _location(source)
@@ -113,7 +113,7 @@ def load_model(
             where,
             dtype=dtype,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
             **extra,
         )
@@ -142,10 +142,10 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path) -> None:
         tokenizer.save_pretrained(directory)
 
 
-def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> CausalLM:
-    """A configuration's model without weights: names and shapes, nothing allocated."""
+def skeleton(source: ModelSource, config: PreTrainedConfig) -> CausalLM:
+    """The model of `config`, which is the source's, without weights: names and shapes, nothing allocated."""
     from transformers import AutoModelForCausalLM
 
     with _quietly(), torch.device("meta"):
-        model: CausalLM = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: CausalLM = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     return model

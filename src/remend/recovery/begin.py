@@ -66,9 +66,7 @@ class Run:
     def read(self, source: ModelSource, dtype: torch.dtype = torch.float32) -> CausalLM:
         """Load a model onto the device."""
         with stage(f"loading {source.spec}"):
-            return load_model(
-                source, dtype=dtype, device=self.device, trust_remote_code=self.plan.config.trust_remote_code
-            )
+            return load_model(source, dtype=dtype, device=self.device)
 
     def parts(self, model: CausalLM) -> Scorer:
         """A model as body and head over the shared ids."""

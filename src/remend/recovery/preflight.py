@@ -83,8 +83,8 @@ def _plan(
     """The plan, after a look at all files; None where the student can't be told. Problems go to `say`."""
     source = None
     with say.collecting():
-        source = fetch_model(find_model(config.student), weights=False)
-    teachers = _opened_teachers([reference, *(s.teacher.name for s in streams)], say)
+        source = fetch_model(find_model(config.student, trust_remote_code=config.trust_remote_code), weights=False)
+    teachers = _opened_teachers(config, [reference, *(s.teacher.name for s in streams)], say)
     student, facts, shared = None, None, 0
     if source:
         student = _student(config, source, say)
@@ -129,11 +129,11 @@ def _plan(
     )
 
 
-def _opened_teachers(names: Sequence[str], say: Findings) -> dict[str, NamedTeacher]:
+def _opened_teachers(config: RecoverConfig, names: Sequence[str], say: Findings) -> dict[str, NamedTeacher]:
     teachers: dict[str, NamedTeacher] = {}
     for name in dict.fromkeys(names):
         with say.collecting():
-            teacher = teachers[name] = named(name).opened()
+            teacher = teachers[name] = named(name).opened(trust_remote_code=config.trust_remote_code)
             note = origin_note(teacher.source) if teacher.source else None
             say.notes.extend([note] if note and note not in say.notes else [])
     return teachers
@@ -177,11 +177,11 @@ def _check_tracker(name: str | None, say: Findings) -> None:
 
 def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Student | None:
     with say.collecting():
-        settings = load_config(source, trust_remote_code=config.trust_remote_code)
+        settings = load_config(source)
         text = settings.get_text_config()
-        tokenizer: Tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+        tokenizer: Tokenizer = load_tokenizer(source)
         say.warnings += _ending(tokenizer, source)
-        model = skeleton(settings, trust_remote_code=config.trust_remote_code)
+        model = skeleton(source, settings)
         if config.lora:
             check_targets(model, config.lora.targets)
         _check_layer_map(config.layer_map, text.num_hidden_layers)
@@ -238,7 +238,7 @@ def _shared(
     for name, teacher in sorted(teachers.items(), key=lambda item: item[1].brings_prompts):
         with say.collecting():
             rows = shared if teacher.brings_prompts else student.rows
-            pupil = Pupil(source, student.tokenizer, rows, config.trust_remote_code)
+            pupil = Pupil(source, student.tokenizer, rows)
             fit = teacher.compare(pupil, shown_more=name not in alike)
             say.problems.extend(fit.problems)
             say.warn_once(list(fit.warnings))
@@ -254,8 +254,8 @@ def _fit_to_reference(
         return False, facts
     theirs = None
     if reference.source is not None:
-        settings = load_config(reference.source, trust_remote_code=config.trust_remote_code)
-        theirs = shapes(skeleton(settings, trust_remote_code=config.trust_remote_code))
+        settings = load_config(reference.source)
+        theirs = shapes(skeleton(reference.source, settings))
         facts = _with_fitting_layers(config, student, facts, settings.get_text_config().num_hidden_layers, say)
     elif not reference.brings_prompts:
         return False, facts  # the reference is the student's own base

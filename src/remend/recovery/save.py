@@ -40,7 +40,7 @@ def save(run: Run, student: CausalLM, constraint: Constraint) -> None:
 
 def saved_model(run: Run) -> CausalLM:
     """The model that `save` wrote."""
-    return run.read(find_model(str(run.directory.path / "model")))
+    return run.read(find_model(str(run.directory.path / "model"), trust_remote_code=run.plan.config.trust_remote_code))
 
 
 def reopened(run: Run, reference: Teacher) -> CausalLM:

@@ -243,13 +243,13 @@ def write_self_prompts(
     for path in (out, stats_path(out)):
         if path.exists():
             raise InputError(f"out {path} exists, and nothing is overwritten; name a new file")
-    source, where = find_model(model), choose_device(device)
+    source, where = find_model(model, trust_remote_code=trust_remote_code), choose_device(device)
     _writable(out)
     # on a CPU float32, as for calibration text: only in it does the sampler multiply thin batches weight first
     dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
     with stage(f"loading {model}"):
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-        loaded: Any = load_model(source, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(source)
+        loaded: Any = load_model(source, dtype=dtype, device=where)
         hashes = hash_files(source)
     shared = min(loaded.get_output_embeddings().weight.shape[0], len(tokenizer))
     settings: dict[str, Any] = {"n": n, "seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}

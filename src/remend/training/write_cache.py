@@ -64,10 +64,10 @@ def cache_teacher(model: str, out: str | Path, **settings: object) -> JsonObject
     """
     plan, out = build(CacheSettings, dict(settings), "cache-teacher"), Path(out)
     _check(plan, out)
-    k, trust = plan.k, plan.trust_remote_code
-    where, source = choose_device(plan.device), find_model(model)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust)
-    rows = load_config(source, trust_remote_code=trust).get_text_config().vocab_size
+    k, where = plan.k, choose_device(plan.device)
+    source = find_model(model, trust_remote_code=plan.trust_remote_code)
+    tokenizer = load_tokenizer(source)
+    rows = load_config(source).get_text_config().vocab_size
     # rows above the tokenizer's ids are padding, and a student of the same family may have more or fewer of them
     shared = min(rows, 1 + max(tokenizer.get_vocab().values()))
     if not 1 <= k <= shared:
@@ -75,7 +75,7 @@ def cache_teacher(model: str, out: str | Path, **settings: object) -> JsonObject
     prompts = _prompts(plan, tokenizer)
     dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
     with stage(f"loading {model}"):
-        teacher = load_model(source, dtype=dtype, device=where, trust_remote_code=trust)
+        teacher = load_model(source, dtype=dtype, device=where)
         teacher.requires_grad_(False)
         record = _record(plan, model, source, tokenizer, shared, prompts)
     parts = scorer(teacher, shared)

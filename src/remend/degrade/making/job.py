@@ -147,17 +147,16 @@ def share_of_zeros(weights: Sequence[torch.Tensor]) -> float:
 
 
 def _load(model: str, settings: DegradeSettings) -> tuple[Damage, dict[str, str]]:
-    source, trust = find_model(model), settings.trust_remote_code
+    source = find_model(model, trust_remote_code=settings.trust_remote_code)
     if source.kind == "adapter":
         raise InputError(
             f"{model} is an adapter on a base, and degrading one without the other makes no model; degrade the base, "
             "or merge the adapter (merge: true in a recipe) and degrade that"
         )
     where = choose_device(settings.device)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    tokenizer = load_tokenizer(source)
     with stage(f"loading {model}"):
-        reference = load_model(source, dtype=torch.float32, device=where, trust_remote_code=trust)
-        reference.requires_grad_(False)
+        reference = load_model(source, dtype=torch.float32, device=where).requires_grad_(False)
         hashes = hash_files(source)
     return Damage(reference, copy.deepcopy(reference), tokenizer, source, settings), hashes
 

@@ -25,13 +25,12 @@ class VllmSampler:
         source: a transformers directory or a hub id.
         dtype: float32 or bfloat16.
         eos: ids that end an answer.
-        trust_remote_code: let a model directory run its own Python.
 
     Raises:
         InputError: vLLM is not installed, or the model is of a kind that it does not read.
     """
 
-    def __init__(self, source: ModelSource, *, dtype: str, eos: Sequence[int], trust_remote_code: bool) -> None:
+    def __init__(self, source: ModelSource, *, dtype: str, eos: Sequence[int]) -> None:
         if source.kind not in ("directory", "hub"):
             raise InputError(
                 f"engine vllm reads transformers directories and hub ids, and {source.spec} is a {source.kind}; "
@@ -43,7 +42,7 @@ class VllmSampler:
             raise InputError("engine vllm needs the package vllm, which is not installed: pip install vllm") from None
         path = fetch_model(source, weights=True).path
         try:
-            self._model = vllm.LLM(model=str(path), dtype=dtype, trust_remote_code=trust_remote_code)
+            self._model = vllm.LLM(model=str(path), dtype=dtype, trust_remote_code=source.trust_remote_code)
         except Exception as error:  # it raises many kinds
             raise FileError(
                 f"vllm can't load {source.spec}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -264,7 +264,7 @@ class NamedCache(NamedTeacher):
             reasons.append(f"the cache {self.name} was cut to its own top k when it was made; leave top_k out")
         return reasons
 
-    def opened(self) -> NamedCache:
+    def opened(self, *, trust_remote_code: bool) -> NamedCache:
         """See NamedTeacher."""
         return replace(self, cache=TeacherCache.open(Path(self.name)))
 

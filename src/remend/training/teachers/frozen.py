@@ -54,9 +54,10 @@ class NamedModel(NamedTeacher):
 
     found: ModelSource | None = None
 
-    def opened(self) -> NamedModel:
+    def opened(self, *, trust_remote_code: bool) -> NamedModel:
         """See NamedTeacher."""
-        return replace(self, found=fetch_model(find_model(self.name), weights=False))
+        source = find_model(self.name, trust_remote_code=trust_remote_code)
+        return replace(self, found=fetch_model(source, weights=False))
 
     @property
     def source(self) -> ModelSource | None:
@@ -75,8 +76,8 @@ class NamedModel(NamedTeacher):
                     "Name the healthy checkpoint from before the damage, or initial for the student as it came in."
                 ]
             )
-        rows = load_config(self.found, trust_remote_code=pupil.trust_remote_code).get_text_config().vocab_size
-        tokenizer = load_tokenizer(self.found, trust_remote_code=pupil.trust_remote_code)
+        rows = load_config(self.found).get_text_config().vocab_size
+        tokenizer = load_tokenizer(self.found)
         match = compare_vocabularies(pupil.tokenizer.get_vocab(), tokenizer.get_vocab(), pupil.rows, rows)
         return Comparison(
             match.shared, match.problems, [*match.warnings, *template_warnings(pupil.tokenizer, tokenizer)]

@@ -94,7 +94,6 @@ class Pupil:
     source: ModelSource
     tokenizer: Tokenizer
     rows: int
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class NamedTeacher(ABC):
         """Why a stream can't be taught by it, a sentence each."""
         return []
 
-    def opened(self) -> NamedTeacher:
+    def opened(self, *, trust_remote_code: bool) -> NamedTeacher:
         """Itself with its files found. Raises FileError or InputError where they can't be used."""
         return self
 
