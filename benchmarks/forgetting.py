@@ -43,7 +43,7 @@ from remend.maths.paired import gap_closed, paired_bootstrap
 from remend.models.device import choose_device
 from remend.models.find import find_model
 from remend.models.load import load_model, load_tokenizer
-from remend.models.sampling.answers import answer, kept
+from remend.models.sampling.answers import answer, answered_once
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import scorer
@@ -97,7 +97,7 @@ class Measure:
             title = "the reference answers the general prompts"
             return answer(self.reference, self.tokenizer, prompts, title, max_new_tokens=GENERAL_TOKENS)
 
-        found = kept(RunDirectory(self.folder), "general_answers.jsonl", prompts, self.tokenizer, write)
+        found = answered_once(RunDirectory(self.folder), "general_answers.jsonl", prompts, self.tokenizer, write)
         return {r.id: self.tokenizer.decode(r.completion, skip_special_tokens=True) for r in found}
 
     def __call__(self, spec: str) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from remend.files.atomic import write_json
 from remend.files.run_directory import METRICS, SUMMARY, RunDirectory
 from remend.models.find import find_model
 from remend.models.load import load_model, load_tokenizer
-from remend.models.sampling.answers import answer, kept
-from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.answers import answer, answered_once
+from remend.models.sampling.rollout import Draws, Rollout
 from remend.models.scorer import scorer
 from remend.training.measure import compare, pool
 
@@ -39,7 +39,9 @@ class Held:
         self.teacher = self.load(options.reference)
         self.prompts = [encode_prompt(self.tokenizer, e) for e in load_examples(options.held_out)]
         place = RunDirectory(Path(options.answers))
-        self.answers = kept(place, "reference.jsonl", self.prompts, self.tokenizer, lambda: self._said(self.teacher, 0))
+        self.answers = answered_once(
+            place, "reference.jsonl", self.prompts, self.tokenizer, lambda: self._said(self.teacher, 0)
+        )
 
     def load(self, model: str) -> Any:
         """A model in float32, frozen."""
@@ -48,8 +50,10 @@ class Held:
 
     def _said(self, model: Any, temperature: float) -> list[Rollout]:
         seeds = [derive_seed(self.options.seed, "held-out", i) for i in range(len(self.prompts))]
-        settings: dict[str, Any] = {"max_new_tokens": self.options.tokens, "temperature": temperature, "seeds": seeds}
-        return answer(model, self.tokenizer, self.prompts, "held-out prompts", **settings)
+        how = Draws(temperature, seeds)
+        return answer(
+            model, self.tokenizer, self.prompts, "held-out prompts", max_new_tokens=self.options.tokens, draws=how
+        )
 
     def kl(self, model: Any) -> float:
         """On the reference's answers, in float32 also where accelerate has wrapped the forward pass in autocast."""

@@ -38,7 +38,7 @@ from remend.files.run_directory import RunDirectory
 from remend.maths import cka
 from remend.models.activations.capture import LEAST_ROWS, Batch, as_layers, capture, pick_positions, usable
 from remend.models.protocols import CausalLM, Tokenizer
-from remend.models.sampling.answers import answer, spoken
+from remend.models.sampling.answers import answer, as_text
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer, scorer
 
@@ -149,7 +149,7 @@ def _answer(
         shared=conditions.shared,
     )
     lines = [
-        {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": spoken(tokenizer, r)}
+        {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": as_text(tokenizer, r)}
         for r in rollouts
     ]
     write_text(folder / "completions.jsonl", "".join(map(json_line, lines)))

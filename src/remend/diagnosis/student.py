@@ -18,7 +18,7 @@ from remend.diagnosis.subjects import Subject
 from remend.files.atomic import JsonObject
 from remend.models.activations.capture import Batch, as_layers, capture, usable
 from remend.models.protocols import CausalLM, Tokenizer
-from remend.models.sampling.answers import answer, spoken
+from remend.models.sampling.answers import answer, as_text
 from remend.models.scorer import Scorer, scorer
 from remend.training.measure import repetition
 
@@ -134,8 +134,8 @@ def _answers(exam: Examination, student: CausalLM, subject: Subject, text: Refer
         {
             "id": r.id,
             "prompt": display(exam.examples[r.id].prompt),
-            "reference": spoken(exam.tokenizer, r),
-            "student": spoken(exam.tokenizer, o),
+            "reference": as_text(exam.tokenizer, r),
+            "student": as_text(exam.tokenizer, o),
         }
         for r, o in zip(theirs[:SHOWN], ours[:SHOWN], strict=True)
     ]

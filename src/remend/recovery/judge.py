@@ -25,8 +25,8 @@ from remend.files.run_directory import REPAIR
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence, gap_closed_score
 from remend.maths.losses import Target
 from remend.models.protocols import CausalLM
-from remend.models.sampling.answers import answer, kept, spoken
-from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.answers import answer, answered_once, as_text
+from remend.models.sampling.rollout import Draws, Rollout
 from remend.models.scorer import Scorer
 from remend.models.tokens import eos_ids
 from remend.recovery.begin import Run
@@ -130,7 +130,7 @@ class Judge:
         on_reference = self._compare(student, self.completions, f"measuring the {name} model")
         _, on_policy = self.own_answers(model, len(self.prompts), f"the {name} model answers")
         shown = _sample(self.run, model, self.prompts[:SHOWN], "sampling answers to read", 0.0)
-        return HeldOut(on_reference, on_policy, [spoken(self.run.plan.tokenizer, r) for r in shown])
+        return HeldOut(on_reference, on_policy, [as_text(self.run.plan.tokenizer, r) for r in shown])
 
     def degraded(self, student: CausalLM) -> HeldOut:
         """The measurement of the student as it came in, made once per run."""
@@ -178,7 +178,7 @@ class Judge:
             {
                 "id": rollout.id,
                 "prompt": self._prompt(rollout),
-                "reference": spoken(self.run.plan.tokenizer, rollout),
+                "reference": as_text(self.run.plan.tokenizer, rollout),
                 "degraded": before.answers[i],
                 "recovered": measured.answers[i],
             }
@@ -231,7 +231,9 @@ def judge_of(run: Run, reference: Teacher) -> Judge | None:
         with reference.policy() as model:
             return _sample(run, model, prompts, "reference answers the held-out prompts", 0.0)
 
-    return Judge(run, reference, prompts, kept(run.directory, "reference.jsonl", prompts, run.plan.tokenizer, write))
+    return Judge(
+        run, reference, prompts, answered_once(run.directory, "reference.jsonl", prompts, run.plan.tokenizer, write)
+    )
 
 
 def _sample(run: Run, model: CausalLM, prompts: Sequence[Encoded], title: str, temperature: float) -> list[Rollout]:
@@ -242,8 +244,7 @@ def _sample(run: Run, model: CausalLM, prompts: Sequence[Encoded], title: str, t
         title,
         max_new_tokens=run.plan.main.stream.lengths[1],
         shared=run.plan.shared,
-        temperature=temperature,
-        seeds=[derive_seed(run.plan.config.seed, "held-out", i) for i in range(len(prompts))],
+        draws=Draws(temperature, [derive_seed(run.plan.config.seed, "held-out", i) for i in range(len(prompts))]),
     )
 
 
@@ -347,4 +348,4 @@ def _taught_answers(run: Run, data: StreamData, teacher: Teacher, student: Score
         with teacher.policy() as model:
             return answer(model, run.plan.tokenizer, prompts, title, max_new_tokens=length, shared=student.shared)
 
-    return kept(run.directory, f"reference-{name}.jsonl", prompts, run.plan.tokenizer, write)
+    return answered_once(run.directory, f"reference-{name}.jsonl", prompts, run.plan.tokenizer, write)

@@ -12,8 +12,8 @@ from torch import Tensor
 from remend.console import console
 from remend.data.order import Order, derive_seed
 from remend.data.templates import Encoded
-from remend.models.sampling.answers import answer, kept
-from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.answers import answer, answered_once
+from remend.models.sampling.rollout import Draws, Rollout
 from remend.models.scorer import Scorer
 from remend.recovery.begin import Run
 from remend.recovery.prompts import StreamData
@@ -108,14 +108,13 @@ def _sampled_pool(
                 f"the teacher of {stream.name} writes {count} completions",
                 max_new_tokens=stream.lengths[1],
                 shared=shared,
-                temperature=stream.temperature,
-                seeds=[source.seed(config.seed, "off-policy", i) for i in range(count)],
+                draws=Draws(stream.temperature, [source.seed(config.seed, "off-policy", i) for i in range(count)]),
                 shown=True,
             )
         run.directory.note_seconds("pool", time.perf_counter() - began, stream.name)
         return rollouts
 
-    rollouts = kept(run.directory, f"off-policy-{stream.name}.jsonl", prompts, run.plan.tokenizer, write)
+    rollouts = answered_once(run.directory, f"off-policy-{stream.name}.jsonl", prompts, run.plan.tokenizer, write)
     return [replace(r, off_policy=True) for r in rollouts]
 
 
@@ -131,5 +130,5 @@ def repair_answers(run: Run, fresh: Sequence[Rollout] = ()) -> list[Rollout]:
     if not ids:
         return []
     asked = [prompts[i] for i in ids]
-    rollouts = kept(run.directory, REPAIR_ANSWERS, asked, run.plan.tokenizer, lambda: list(fresh))
+    rollouts = answered_once(run.directory, REPAIR_ANSWERS, asked, run.plan.tokenizer, lambda: list(fresh))
     return [replace(r, off_policy=True) for r in rollouts if r.completion]

@@ -28,7 +28,7 @@ from remend.models.find import find_model
 from remend.models.load import load_config, load_model, load_tokenizer
 from remend.models.protocols import Tokenizer
 from remend.models.sampling.answers import answer
-from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.rollout import Draws, Rollout
 from remend.models.tokens import eos_ids
 from remend.training.supervised import encode_pairs
 from remend.training.teachers.cache import PROMPTS, RECORD, VERSION, template_hash, vocabulary_hash
@@ -110,8 +110,7 @@ def _taught(settings: LabelSettings, count: int, tokenizer: Tokenizer, examples:
         chosen,
         "the reference writes the labels",
         max_new_tokens=settings.max_new_tokens,
-        temperature=1.0,
-        seeds=[derive_seed(settings.seed, "label", i) for i in range(len(chosen))],
+        draws=Draws(1.0, [derive_seed(settings.seed, "label", i) for i in range(len(chosen))]),
     )
 
 

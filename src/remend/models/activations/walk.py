@@ -33,7 +33,7 @@ from remend.models.activations.targets import Targets, teacher_states
 from remend.models.layers import decoder_layers
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer
-from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.rollout import Draws, Rollout
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def completions(
     title = "the reference writes calibration text"
     seeds = [derive_seed(seed, "calibration", i) for i in range(len(prompts))]
     return answer(
-        reference, tokenizer, prompts, title, max_new_tokens=max_new_tokens, shared=shared, temperature=1.0, seeds=seeds
+        reference, tokenizer, prompts, title, max_new_tokens=max_new_tokens, shared=shared, draws=Draws(1.0, seeds)
     )
 
 

@@ -9,7 +9,7 @@ from remend.data.templates import Encoded
 from remend.files.atomic import json_line, write_text
 from remend.files.run_directory import RunDirectory
 from remend.models.protocols import CausalLM, Tokenizer
-from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.rollout import Draws, Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.tokens import eos_ids
 
@@ -22,8 +22,7 @@ def answer(
     *,
     max_new_tokens: int,
     shared: int | None = None,
-    temperature: float = 0.0,
-    seeds: Sequence[int] | None = None,
+    draws: Draws | None = None,
     shown: bool = False,
 ) -> list[Rollout]:
     """A model's completions of prompts, in order.
@@ -34,17 +33,17 @@ def answer(
         title: of the progress bar.
         max_new_tokens: tokens an answer.
         shared: only ids below it are sampled; None is the model's whole vocabulary.
-        temperature, seeds: 0 is greedy, which draws nothing and needs no seeds.
+        draws: None is greedy.
         shown: answer the teacher's prompts, where there are any.
     """
     ids = model.get_output_embeddings().weight.shape[0] if shared is None else shared
     with stage(title, len(prompts)) as advance:
         sampler = TransformersSampler(model, ids, eos_ids(model, tokenizer), on_rows=advance, shown=shown)
-        draws = seeds if seeds is not None else [0] * len(prompts)
-        return sampler(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seeds=draws)
+        draws = draws or Draws(0.0, [0] * len(prompts))
+        return sampler(prompts, max_new_tokens=max_new_tokens, temperature=draws.temperature, seeds=draws.seeds)
 
 
-def kept(
+def answered_once(
     directory: RunDirectory,
     name: str,
     prompts: Sequence[Encoded],
@@ -64,7 +63,7 @@ def kept(
     if [row["id"] for row in saved] != [p.id for p in prompts]:
         rollouts = write()
         saved = [
-            {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": spoken(tokenizer, r)}
+            {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": as_text(tokenizer, r)}
             for r in rollouts
         ]
         write_text(directory.path / name, "".join(map(json_line, saved)))
@@ -72,7 +71,7 @@ def kept(
     return [Rollout(p.id, p.tokens, tuple(row["completion"]), row["clipped"], p.shown) for p, row in pairs]
 
 
-def spoken(tokenizer: Tokenizer, rollout: Rollout) -> str:
+def as_text(tokenizer: Tokenizer, rollout: Rollout) -> str:
     """A completion as text; … marks one that met the length limit."""
     text = tokenizer.decode(rollout.completion, skip_special_tokens=True)
     return text + (" …" if rollout.clipped else "")

@@ -24,6 +24,14 @@ class Rollout:
     off_policy: bool = False
 
 
+@dataclass(frozen=True)
+class Draws:
+    """How completions are drawn: the temperature, 0 being greedy, and for each prompt the seed of its draws."""
+
+    temperature: float
+    seeds: Sequence[int]
+
+
 class Sampler(Protocol):
     """Completions for prompts, from the policy as it is served."""
 
