@@ -113,13 +113,6 @@ def test_what_it_is_invariant_to(form: Callable[[Tensor, Tensor], float], width:
     assert form(x, 5.0 - 2.0 * x @ rotation(4, width)) == pytest.approx(1.0, abs=EXACT)
 
 
-@each_form
-def test_a_general_linear_map_changes_it(form: Callable[[Tensor, Tensor], float]) -> None:
-    (x,) = features(5, (60, 8))
-    stretched = x * torch.tensor([30.0] + [1.0] * 7)
-    assert form(x, stretched) < 0.6  # one of eight equal directions is left, 1/√8 = 0.35 but for sampling
-
-
 @pytest.mark.parametrize("width", [16, 300])
 def test_independent_features_average_zero(width: int) -> None:
     draws = [features(seed, (64, width), (64, width)) for seed in range(100)]
@@ -199,14 +192,6 @@ def test_what_can_not_be_compared_is_nan(rows: int, value: float) -> None:
         assert permutation_null([x], [y], permutations=5).isnan().all()
     assert math.isnan(procrustes(constant, y))
     assert math.isnan(procrustes(y, constant.float()))
-
-
-def test_features_that_vary_little_are_not_constant() -> None:
-    """1e-6 of the offset in float32: the rounding is noise that both forms see alike."""
-    x, y = related(12, 40, 6, 50, noise=0.3)
-    little = ((x - 7) * 1e-6 + 1).float()
-    assert debiased_cka(little, y) == pytest.approx(debiased_cka(x, y), abs=1e-2)
-    assert from_sums(little, y) == pytest.approx(from_grams(little, y), abs=1e-8)
 
 
 def test_two_shared_massive_tokens_hide_everything_else() -> None:
@@ -348,7 +333,7 @@ def test_relative_l2() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "width", "other"),
-    [(40, 6, 6), (40, 6, 9), (10, 30, 30), (10, 30, 25), (12, 30, 4), (10, 10, 11), (2, 3, 5)],
+    [(40, 6, 6), (40, 6, 9), (10, 30, 30), (12, 30, 4), (2, 3, 5)],
 )
 def test_procrustes_against_the_direct_formula(rows: int, width: int, other: int) -> None:
     """The same to 1e-8 whether or not the sides are reduced to N columns first."""
@@ -362,11 +347,6 @@ def test_procrustes_against_the_direct_formula(rows: int, width: int, other: int
         assert procrustes(x, y) == pytest.approx(1 - math.sqrt(1 - disparity), abs=1e-8)
     assert procrustes(x, 4 - 0.1 * x @ rotation(19, width)) == pytest.approx(0, abs=1e-8)
     assert procrustes(x.float(), x) < 1e-6
-
-
-def test_procrustes_of_orthogonal_sides_is_one() -> None:
-    basis = torch.linalg.qr(torch.cat([torch.ones(8, 1), features(20, (8, 4))[0]], 1)).Q
-    assert procrustes(basis[:, 1:3], basis[:, 3:5]) == pytest.approx(1, abs=1e-12)
 
 
 def slow_knn(x: Tensor, y: Tensor, k: int) -> float:
@@ -439,16 +419,6 @@ def test_alignment_of_constant_features_moves_nothing(value: float) -> None:
     x.grad = None
     cka_alignment(y.requires_grad_(), x).backward()
     assert not y.grad.any()
-
-
-def test_alignment_where_one_row_is_all_there_is_stays_finite() -> None:
-    """HSIC₁(X, X) is 0 there: what is left is rounding noise over a floor, not over itself."""
-    x, y = torch.ones(16, 8), features(26, (16, 8))[0].float()
-    x[0] = 3
-    value = cka_alignment(x.requires_grad_(), y)
-    value.backward()
-    assert abs(float(value.detach())) < 0.01
-    assert x.grad.isfinite().all()
 
 
 def test_following_the_alignment_aligns() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import re
 from typing import Any
 
@@ -52,15 +51,6 @@ def test_t_interval() -> None:
     assert paired.t_interval(scores, 0.8) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_copies_of_an_item_teach_nothing() -> None:
-    scores = np.random.default_rng(1).random(20)
-    copied, names = np.repeat(scores, 4), np.repeat(np.arange(20), 4)
-    assert paired.standard_error(copied, names) == pytest.approx(paired.standard_error(scores))
-    assert paired.standard_error(copied, names) > 1.9 * paired.standard_error(copied)
-    apart = paired.paired_bootstrap(scores, scores[::-1])
-    assert paired.paired_bootstrap(copied, copied[::-1], clusters=names) == pytest.approx(apart, abs=0.02)
-
-
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 6), (7, 7), (3, 9), (120, 213), (1400, 1290)])
 def test_mcnemar_is_the_binomial_test_in_whole_numbers(b: int, c: int) -> None:
     tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
@@ -88,17 +78,6 @@ def draw(rng: np.random.Generator, n: int, shares: tuple[float, ...]) -> tuple[n
     return tuple(
         (difficulty + rng.normal(size=n) < math.sqrt(2) * stats.norm.ppf(share)).astype(float) for share in shares
     )
-
-
-def test_difference_of_paired_shares_covers() -> None:
-    """2,000 experiments: standard error 0.5 points."""
-    rng, n = np.random.default_rng(2), 48
-    covered = 0
-    for _ in range(2000):
-        a, b = draw(rng, n, (0.7, 0.5))
-        low, high = paired.paired_share_interval(int((b > a).sum()), int((b < a).sum()), n)
-        covered += low <= -0.2 <= high
-    assert abs(covered / 2000 - 0.95) <= 0.02
 
 
 def test_paired_bootstrap_covers() -> None:
@@ -135,13 +114,6 @@ def test_clustered_interval_covers(groups: int, bias: float) -> None:
     assert students < covered
     assert abs(covered / 1000 - 0.95) <= 0.02
     assert alone / 1000 < 0.87
-
-
-def test_clusters_of_one_item_are_wilsons_items() -> None:
-    """With many single items, t is z and the standard error is the binomial one but for N / (N − 1)."""
-    scores = (np.random.default_rng(0).random(20_000) < 0.3).astype(float)
-    low, high = paired.wilson(int(scores.sum()), scores.size)
-    assert paired.clustered_interval(scores, range(scores.size)) == pytest.approx((low, high), abs=1e-6)
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
@@ -240,23 +212,17 @@ def test_the_test_that_fits() -> None:
     assert paired.paired_test(a, b, clusters=["x", "x", "y"])[0] == "sign flips of clusters"
 
 
-def slow_holm(p: list[float]) -> list[float]:
-    """By definition: the largest of (m − rank) · p over the p-values that are no larger."""
-    ranked = sorted(range(len(p)), key=lambda i: (p[i], i))
-    return [
-        min(1.0, max((len(p) - rank) * p[j] for rank, j in enumerate(ranked[: ranked.index(i) + 1])))
-        for i in range(len(p))
-    ]
-
-
-def test_holm() -> None:
-    assert paired.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert paired.holm([0.2]).tolist() == [0.2]
-    assert paired.holm([]).tolist() == []
-    rng = random.Random(0)
-    for _ in range(50):
-        p = [round(rng.random(), 2) for _ in range(rng.randint(1, 9))]
-        assert paired.holm(p).tolist() == pytest.approx(slow_holm(p))
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+        ([0.02, 0.02, 0.9, 0.5], [0.08, 0.08, 1.0, 1.0]),
+        ([0.2], [0.2]),
+        ([], []),
+    ],
+)
+def test_holm(p_values: list[float], adjusted: list[float]) -> None:
+    assert paired.holm(p_values).tolist() == pytest.approx(adjusted)
 
 
 def slow_power(n: int, discordant: float, difference: float) -> float:
@@ -275,7 +241,7 @@ def test_minimum_detectable_effect_against_every_outcome() -> None:
     assert slow_power(30, max(0.25, effect), effect) == pytest.approx(0.8, abs=1e-4)
 
 
-@pytest.mark.parametrize(("n", "discordant", "power"), [(48, 0.3, 0.8), (254, 0.2, 0.9), (254, 0.0, 0.8)])
+@pytest.mark.parametrize(("n", "discordant", "power"), [(48, 0.3, 0.8), (254, 0.0, 0.9)])
 def test_minimum_detectable_effect_by_simulation(n: int, discordant: float, power: float) -> None:
     """4,000 experiments with just that effect: the test finds it as often as promised, to 3 standard errors."""
     effect = paired.minimum_detectable_effect(n, discordant, power)
@@ -338,13 +304,12 @@ def test_gap_closed_is_the_enumeration_of_all_resamples() -> None:
     assert closed.value == pytest.approx(2.1 / 4.1)
 
 
-@pytest.mark.parametrize("n", [100, 254])
-def test_gap_closed_covers_the_truth(n: int) -> None:
+def test_gap_closed_covers_the_truth() -> None:
     """400 experiments of 80%, 40%, 60%: half is won back. Standard error 1.1 points; 3 of them."""
     rng = np.random.default_rng(9)
     covered = 0
     for trial in range(400):
-        closed = paired.gap_closed(*draw(rng, n, (0.8, 0.4, 0.6)), trial, 1000)
+        closed = paired.gap_closed(*draw(rng, 100, (0.8, 0.4, 0.6)), trial, 1000)
         assert closed.interval is not None
         covered += closed.interval[0] <= 0.5 <= closed.interval[1]
     assert abs(covered / 400 - 0.95) <= 3 * math.sqrt(0.95 * 0.05 / 400)

@@ -1,4 +1,4 @@
-"""A small study end to end: it goes on where it was, a failing cell stops nothing, and its files say what was found."""
+"""A small study end to end: it goes on where it was, a failing cell stops nothing, and its files say what came out."""
 
 from __future__ import annotations
 
@@ -72,28 +72,28 @@ def times(out: Path) -> dict[str, int]:
     return {str(p.parent.relative_to(out / "cells")): p.stat().st_mtime_ns for p in out.glob(f"cells/*/*/*/{OUTCOME}")}
 
 
-def states(found: dict[str, Any]) -> dict[str, str]:
-    return {cell["name"]: cell["state"] for cell in found["cells"]}
+def states(results: dict[str, Any]) -> dict[str, str]:
+    return {cell["name"]: cell["state"] for cell in results["cells"]}
 
 
 def test_a_study_goes_on_and_failures_stop_nothing(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    found = study(write(), out, only="int3/none")
-    assert states(found) == {"int3/none/0": "done", "int3/sdft/0": "not run", "int3/broken/0": "not run"}
+    results = study(write(), out, only="int3/none")
+    assert states(results) == {"int3/none/0": "done", "int3/sdft/0": "not run", "int3/broken/0": "not run"}
     begun = times(out)
 
-    found = study(write(), out)
-    assert list(found["failures"]) == ["int3/broken/0"]
-    assert "no_such_layer" in found["failures"]["int3/broken/0"]
+    results = study(write(), out)
+    assert list(results["failures"]) == ["int3/broken/0"]
+    assert "no_such_layer" in results["failures"]["int3/broken/0"]
     assert list(times(out)) == ["int3/none/0", "int3/sdft/0"]
     assert times(out)["int3/none/0"] == begun["int3/none/0"]
-    assert [row["method"] for row in found["rows"]] == ["none", "sdft"]
+    assert [row["method"] for row in results["rows"]] == ["none", "sdft"]
     ran = times(out)
 
     # an unchanged cell is not run again, a changed one is, and one that failed is tried again
-    found = study(write(methods={"none": "none", "sdft": "on-policy", "broken": "sft"}), out)
-    assert found["failures"] == {}
-    assert set(states(found).values()) == {"done"}
+    results = study(write(methods={"none": "none", "sdft": "on-policy", "broken": "sft"}), out)
+    assert results["failures"] == {}
+    assert set(states(results).values()) == {"done"}
     assert {name: when for name, when in times(out).items() if name in ran} == ran
 
     # nor is one that another version of remend wrote, with keys that are gone and without those that are newer
@@ -134,12 +134,12 @@ def test_a_new_benchmark_leaves_finished_cells_as_they_are(write: Any, tmp_path:
     )
     dry = study(more, out, dry_run=True)
     assert dry["total"]["done"] == 2  # as the run will have it
-    found = study(more, out)
+    results = study(more, out)
     assert times(out) == ran
-    assert found["failures"] == {}
-    assert [row["not_graded"] for row in found["rows"]] == [["science-short"]] * 2
-    assert [[grade["name"] for grade in row["grades"]] for row in found["rows"]] == [["science"]] * 2
-    assert any("not graded on science-short" in line for line in lines(found))
+    assert results["failures"] == {}
+    assert [row["not_graded"] for row in results["rows"]] == [["science-short"]] * 2
+    assert [[grade["name"] for grade in row["grades"]] for row in results["rows"]] == [["science"]] * 2
+    assert any("not graded on science-short" in line for line in lines(results))
     assert "not graded on science-short" in (out / "report.html").read_text()
     # another recipe is another cell, and the dry run knows it
     dry = study(
@@ -157,17 +157,17 @@ def test_kept_models_are_graded_on_a_new_benchmark(write: Any, tmp_path: Path) -
         tmp_path / "more.jsonl", [{"prompt": f"{p}\nA: tea\nB: rain", "answer": "A"} for p in prompts(4)]
     )
     benchmarks = {"science-short": {"held_out": held_out, "options": {"max_new_tokens": 2}}}
-    found = study(write(methods=methods, keep_models=True, benchmarks=benchmarks), out)
+    results = study(write(methods=methods, keep_models=True, benchmarks=benchmarks), out)
     assert (place / SUMMARY).stat().st_mtime_ns == trained
-    assert [[grade["name"] for grade in row["grades"]] for row in found["rows"]] == [["science", "science-short"]] * 2
+    assert [[grade["name"] for grade in row["grades"]] for row in results["rows"]] == [["science", "science-short"]] * 2
 
 
 def test_every_how_runs(write: Any, tmp_path: Path) -> None:
     hows = ["sft", "sft-teacher", "off-policy", "on-policy", "on-policy+bootstrap", "on-policy+repair", "on-policy+cka"]
     methods = {"none": "none", **{how.replace("+", "-"): how for how in hows}}
-    found = study(write(methods=methods, budget={"tokens": 40}, measurements=1), tmp_path / "out")
-    assert found["failures"] == {}
-    rows = {row["how"]: row for row in found["rows"]}
+    results = study(write(methods=methods, budget={"tokens": 40}, measurements=1), tmp_path / "out")
+    assert results["failures"] == {}
+    rows = {row["how"]: row for row in results["rows"]}
     assert list(rows) == ["none", *hows]
     for how, row in rows.items():
         assert (row["steps"][0] >= 1) == (how != "none"), how
@@ -182,10 +182,10 @@ def test_every_how_runs(write: Any, tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert "loss won back" not in page.lower()  # no loss, nothing to say in a column of its own
     grade["gap"] = {"value": 0.5, "interval": [0.25, 0.75]}
-    assert "50% (25% to 75%)" in write_page(tmp_path, study_page(found)).read_text()
+    assert "50% (25% to 75%)" in write_page(tmp_path, study_page(results)).read_text()
     for text in ("can show", "Intervals of scores: Wilson; of changes: Bonett-Price"):
         assert text in page
-    for note in found["correlation"]["notes"]:
+    for note in results["correlation"]["notes"]:
         assert html.escape(note, quote=False) in page or html.escape(note) in page
     (line, *_) = csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines())
     assert line["interval_method"] == "Wilson"

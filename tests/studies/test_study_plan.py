@@ -154,15 +154,15 @@ def test_tasks_of_the_harness_are_checked_before_anything_is_made(
 
 def test_the_cost_scales_with_size_and_method(tmp_path: Path) -> None:
     speed = {"device": "a toy", "parameters": 134.5e6, "tokens_per_second": {"sft": 100, "on-policy": 10}}
-    found = study(write(tmp_path, speed={**speed, "overhead_minutes": 6}), tmp_path / "out", dry_run=True)
-    cells = {cell["name"]: cell for cell in found["cells"]}
+    dry = study(write(tmp_path, speed={**speed, "overhead_minutes": 6}), tmp_path / "out", dry_run=True)
+    cells = {cell["name"]: cell for cell in dry["cells"]}
     assert cells["int3/none/0"]["hours"] == pytest.approx(0.1)
     assert cells["int3/sft/0"]["hours"] == pytest.approx(0.1 + 38.4 / 3600)
     assert cells["int3/sdft/0"]["hours"] == pytest.approx(0.1 + 384 / 3600)
     assert cells["int3/sdft/0"]["steps"] == 10  # 8 completions of 48 tokens
-    assert found["total"]["trained"] == 8
-    assert found["total"]["tokens"] == 8 * 3840
-    said = "\n".join(lines(found))
+    assert dry["total"]["trained"] == 8
+    assert dry["total"]["tokens"] == 8 * 3840
+    said = "\n".join(lines(dry))
     assert "10 cells, 8 of them trained, 0 done before" in said
     larger = write(tmp_path, model=None, models={"b": {"path": "org/x", "parameters": 1345e6}}, speed=speed)
     hours = study(larger, tmp_path / "out", dry_run=True)["cells"][1]["hours"]
@@ -190,15 +190,15 @@ def test_a_methods_recipe_goes_over_the_studys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", shipped_studies())
 def test_every_shipped_study_can_be_costed(name: str, tmp_path: Path) -> None:
-    found = study(name, tmp_path / "out", dry_run=True)
-    assert found["total"]["hours"] is not None
-    assert [len(found["cells"]), found["total"]["trained"]] == {
+    dry = study(name, tmp_path / "out", dry_run=True)
+    assert dry["total"]["hours"] is not None
+    assert [len(dry["cells"]), dry["total"]["trained"]] == {
         "tiny": [30, 27],
         "small": [30, 27],
         "full": [264, 252],
         "paper": [84, 72],
     }[name]
     hours = {"tiny": (0.05, 0.167), "small": (2, 27 * 0.2), "full": (24, 96), "paper": (150, 250)}[name]
-    assert hours[0] < found["total"]["hours"] < hours[1]
+    assert hours[0] < dry["total"]["hours"] < hours[1]
     if name == "small":
-        assert max(cell["hours"] for cell in found["cells"]) <= 0.2  # 12 minutes
+        assert max(cell["hours"] for cell in dry["cells"]) <= 0.2  # 12 minutes

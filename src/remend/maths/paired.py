@@ -86,7 +86,7 @@ def clustered_interval(scores: ArrayLike, clusters: Clusters, level: float = 0.9
 
     Clusters are items that stand or fall together: questions on one text, translations of one problem. With few of them
     it covers more than the t interval of a share (Dean & Pagano 2015, J. Surv. Stat. Methodol. 3:484; simulated in
-    tests/test_paired.py). Scores lie in [0, 1], not all the same.
+    tests/maths/test_paired.py). Scores lie in [0, 1], not all the same.
     """
     (scores_N,) = _vectors(scores)
     mean, error = float(scores_N.mean()), standard_error(scores_N, clusters)
