@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from remend.errors import InputError, did_you_mean
@@ -58,6 +59,15 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._entries)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """What is registered inside is forgotten afterwards, as a test wants it."""
+        entries, sources = dict(self._entries), dict(self.sources)
+        try:
+            yield
+        finally:
+            self._entries, self.sources = entries, sources
 
 
 def register_all(package: str) -> None:

@@ -1,0 +1,121 @@
+"""The pages of docs/extending: their files are written, and their commands run, as they stand on the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from remend import plugins
+from remend.cli import main
+from remend.compression.containers import CONTAINERS
+from remend.data.tasks import TASKS
+from remend.training.constraints import CONSTRAINTS
+
+PAGES = Path(__file__).parents[1] / "docs" / "extending"
+QUICK = ["steps=2", "batch_size=2", "max_new_tokens=6", "held_out=4", "save_every=0", "repair=false"]
+QUICK += ["device=cpu", "dtype=float32"]
+"""What makes a recovery of the tiny model short; a page's recipe names what it is about."""
+
+
+def blocks_of(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (PAGES / f"{page}.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def workplace(
+    tmp_path: Path, reference_dir: Path, student_dir: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """The directory that the pages speak of; what they register is forgotten afterwards."""
+    shutil.copytree(reference_dir, tmp_path / "reference")
+    shutil.copytree(student_dir, tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    with ExitStack() as stack:
+        for registry in (CONSTRAINTS, CONTAINERS, TASKS):
+            stack.enter_context(registry.restored())
+        yield tmp_path
+    plugins.forget()
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == tmp_path:
+            del sys.modules[name]
+
+
+def manifest(run: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((Path("runs") / run / "manifest.json").read_text(encoding="utf-8"))
+    return values
+
+
+def summary(run: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((Path("runs") / run / "summary.json").read_text(encoding="utf-8"))
+    return values
+
+
+def softened_by_its_teacher() -> None:
+    assert manifest("softened")["imports"] == ["softened"]
+    assert "teacher softened:reference" in manifest("softened")["models"]
+    assert summary("softened")["streams"]["soft"]["before"]["kl"] >= 0
+
+
+def held_to_its_constraint() -> None:
+    assert summary("norms")["constraint"] == "only norms move"
+    before, after = (load_file(f"{d}/model.safetensors") for d in ("student", "runs/norms/model"))
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if "norm" in n}
+
+
+def recognised_in_its_container() -> None:
+    assert json.loads(Path("served/export.json").read_text())["check"]["weights_equal"] is True
+    assert summary("npz")["constraint"] == "int3-g64-asym"
+    assert any("npz: the grid" in note for note in summary("npz")["notes"])
+
+
+def graded_by_its_task() -> None:
+    (graded,) = json.loads(Path("grades.json").read_text())["tasks"].values()
+    assert graded["n"] == 4
+    gate = [json.loads(line) for line in Path("runs/capitals/gate.jsonl").read_text().splitlines()]
+    assert "words/score_gain" in gate[0]
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "teacher": softened_by_its_teacher,
+    "constraint": held_to_its_constraint,
+    "container": recognised_in_its_container,
+    "task": graded_by_its_task,
+}
+
+
+def test_every_page_is_run() -> None:
+    assert {path.stem for path in PAGES.glob("*.md")} == {"index", *CHECKS}
+
+
+@pytest.mark.parametrize("page", sorted(CHECKS))
+def test_a_page_runs_as_it_stands(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in [*blocks_of(page, "python"), *blocks_of(page, "yaml")]:
+        name = re.match(r"# (\S+)\n", text)
+        assert name, f"a block of {page} does not begin with the name of its file"
+        (workplace / name[1]).write_text(text, encoding="utf-8")
+    commands = [line for text in blocks_of(page, "bash") for line in text.splitlines()]
+    assert sum(" recover " in command for command in commands) == 1
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "touch":
+            Path(words[1]).touch()
+            continue
+        assert words[0] == "remend"
+        quick = QUICK if {"recover", "check"} & set(words) else []
+        monkeypatch.setattr(sys, "argv", [*words, *quick, *(["--device", "cpu"] if "eval" in words else [])])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0, command
+    CHECKS[page]()
