@@ -56,5 +56,5 @@ def _import(name: str, whose: str) -> None:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{whose} can't be imported: {type(error).__name__}: {reason}. A module is named as Python names it "
-            "(my_losses for my_losses.py), from the working directory or from what is installed"
+            "(my_losses for a file my_losses.py), from the working directory or from what is installed"
         ) from error
