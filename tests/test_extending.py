@@ -20,6 +20,7 @@ from remend import plugins
 from remend.cli import main
 from remend.compression.containers import CONTAINERS
 from remend.data.tasks import TASKS
+from remend.maths.losses import LOSSES
 from remend.training.constraints import CONSTRAINTS
 
 PAGES = Path(__file__).parents[1] / "docs" / "extending"
@@ -43,7 +44,7 @@ def workplace(
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     with ExitStack() as stack:
-        for registry in (CONSTRAINTS, CONTAINERS, TASKS):
+        for registry in (LOSSES, CONSTRAINTS, CONTAINERS, TASKS):
             stack.enter_context(registry.restored())
         yield tmp_path
     plugins.forget()
@@ -60,6 +61,12 @@ def manifest(run: str) -> dict[str, Any]:
 def summary(run: str) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((Path("runs") / run / "summary.json").read_text(encoding="utf-8"))
     return values
+
+
+def trained_by_its_loss() -> None:
+    assert summary("variation")["training_loss"] == "total variation, scale 2"
+    rows = [json.loads(line) for line in Path("runs/variation/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["loss"] < 2 for row in rows)  # a distance of distributions is at most 1
 
 
 def softened_by_its_teacher() -> None:
@@ -88,6 +95,7 @@ def graded_by_its_task() -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
+    "loss": trained_by_its_loss,
     "teacher": softened_by_its_teacher,
     "constraint": held_to_its_constraint,
     "container": recognised_in_its_container,
