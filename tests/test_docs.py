@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").rglob("*.py")])
 FILES = [path.relative_to(ROOT).as_posix() for path in SOURCES]
-ELSEWHERE = {"convert_hf_to_gguf.py", "my_losses.py"}
+ELSEWHERE = {"convert_hf_to_gguf.py", "my_file.py", "my_losses.py"}
 """Files of other projects, and of readers, that are named."""
 
 OWN = re.compile(r"^# (\w+\.py)$", re.M)

@@ -20,6 +20,7 @@ from remend import plugins
 from remend.cli import main
 from remend.compression.containers import CONTAINERS
 from remend.data.tasks import TASKS
+from remend.degrade import DEGRADATIONS
 from remend.maths.losses import LOSSES
 from remend.training.constraints import CONSTRAINTS
 
@@ -44,7 +45,7 @@ def workplace(
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     with ExitStack() as stack:
-        for registry in (LOSSES, CONSTRAINTS, CONTAINERS, TASKS):
+        for registry in (LOSSES, DEGRADATIONS, CONSTRAINTS, CONTAINERS, TASKS):
             stack.enter_context(registry.restored())
         yield tmp_path
     plugins.forget()
@@ -87,6 +88,15 @@ def recognised_in_its_container() -> None:
     assert any("npz: the grid" in note for note in summary("npz")["notes"])
 
 
+def damaged_by_its_kind() -> None:
+    record = json.loads(Path("noisy/degradation.json").read_text())
+    assert (record["kind"], record["scale"], record["probe"]["kl"] > 0) == ("noise", 0.2, True)
+    assert json.loads(Path("shrunk/degradation.json").read_text())["method"] == "shrunk"
+    before, after = (load_file(f"{d}/model.safetensors") for d in ("reference", "noisy"))
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if "proj" in n}
+    assert summary("noisy")["degraded"]["kl"] > 0
+
+
 def graded_by_its_task() -> None:
     graded = json.loads(Path("grades.json").read_text())
     assert (graded["task"], graded["n"], graded["items"][0]["reason"][:8]) == ("capitals", 4, "expected")
@@ -97,6 +107,7 @@ def graded_by_its_task() -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     "loss": trained_by_its_loss,
     "teacher": softened_by_its_teacher,
+    "degradation": damaged_by_its_kind,
     "constraint": held_to_its_constraint,
     "container": recognised_in_its_container,
     "task": graded_by_its_task,

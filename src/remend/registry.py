@@ -63,11 +63,11 @@ class Registry(Generic[T]):
     @contextmanager
     def restored(self) -> Iterator[None]:
         """What is registered inside is forgotten afterwards, as a test wants it."""
-        entries, sources = dict(self._entries), dict(self.sources)
+        entries = dict(self._entries)
         try:
             yield
         finally:
-            self._entries, self.sources = entries, sources
+            self._entries = entries
 
 
 def register_all(package: str) -> None:
