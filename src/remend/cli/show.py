@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+
+from remend.files.atomic import JsonRow
+
+if TYPE_CHECKING:
+    from remend.recovery import RecoverResult
 
 
 def print_line(text: str) -> None:
@@ -15,7 +20,7 @@ def print_line(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def show_damage(out: str, done: Mapping[str, Any]) -> None:
+def show_damage(out: str, done: JsonRow) -> None:
     """What a degradation made, on one line each."""
     size = done["packed_bytes"] / 2**20
     bits = f"{done['bits_per_weight']:g} bits a weight, " if done.get("bits_per_weight") else ""
@@ -30,7 +35,7 @@ def show_damage(out: str, done: Mapping[str, Any]) -> None:
         )
 
 
-def show_cache(out: str, done: Mapping[str, Any]) -> None:
+def show_cache(out: str, done: JsonRow) -> None:
     """A cached teacher's size, and what cutting and rounding cost."""
     prompts, errors = done["prompts"], done["errors"]
     print_line(
@@ -48,7 +53,7 @@ def show_cache(out: str, done: Mapping[str, Any]) -> None:
     )
 
 
-def show(result: Any) -> None:
+def show(result: RecoverResult) -> None:
     """The result's table, samples and paths."""
     from remend.report.recovery import table, verdict
 
@@ -76,16 +81,16 @@ def show(result: Any) -> None:
         console.print(f"{name:>7}  {path}", soft_wrap=True)
 
 
-def show_diagnosis(out: str, done: Mapping[str, Any]) -> None:
+def show_diagnosis(out: str, done: JsonRow) -> None:
     """Each student's severity and sentences, and one line a layer for up to the eight worst."""
     console = Console(highlight=False, soft_wrap=True)
-    for found in (done, *done["others"]):
-        console.rule(f"{found['name']}: {found['severity']}", style="dim")
-        for sentence in (*found["sentences"], found["recommendation"]):
+    for student in (done, *done["others"]):
+        console.rule(f"{student['name']}: {student['severity']}", style="dim")
+        for sentence in (*student["sentences"], student["recommendation"]):
             console.print(sentence["text"], markup=False)
         grid = Table("worst layers", "CKA", "95%", "relative L2", "Procrustes", "shared neighbours")
-        for index in found["ranking"][:8]:
-            layer = found["layers"][index]
+        for index in student["ranking"][:8]:
+            layer = student["layers"][index]
             interval = f"{_figure(layer['cka_low'])} to {_figure(layer['cka_high'])}"
             rest = [_figure(layer[key]) for key in ("l2", "procrustes", "knn")]
             grid.add_row(str(layer["layer"]), _figure(layer["cka"]), interval, *rest)
@@ -99,7 +104,7 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def show_track(rows: Sequence[Mapping[str, Any]]) -> None:
+def show_track(rows: Sequence[JsonRow]) -> None:
     """One line a measurement: KL, agreement, mean CKA over layers, and the least."""
     grid = Table("step", "stage", "KL", "top-1 agreement", "mean CKA", "least CKA (layer)")
     for row in rows:
@@ -111,7 +116,7 @@ def show_track(rows: Sequence[Mapping[str, Any]]) -> None:
     Console(highlight=False).print(grid)
 
 
-def show_scores(out: str, done: Mapping[str, Any]) -> None:
+def show_scores(out: str, done: JsonRow) -> None:
     """One line a task and grader: score, its interval, and what qualifies it."""
     parts = done.get("results", [done])
     names = {part["interval_method"] for part in parts}
@@ -127,14 +132,14 @@ def show_scores(out: str, done: Mapping[str, Any]) -> None:
     console.print(f"{out}  {done['seconds']:.0f} s", markup=False, soft_wrap=True)
 
 
-def _qualifiers(part: Mapping[str, Any]) -> list[str]:
+def _qualifiers(part: JsonRow) -> list[str]:
     """What a score must be read with: chance, pass@k, and answers that are no usual ones."""
-    found = [f"pass@{k} {value:.1%}" for k, value in part.get("pass_at", {}).items()]
+    said = [f"pass@{k} {value:.1%}" for k, value in part.get("pass_at", {}).items()]
     if "metric" in part:
-        found.append(part["metric"])
+        said.append(part["metric"])
     if "chance" in part:
         verdict = "above chance" if part["p_shuffled"] < 0.05 else "not distinguishable from chance"
         figures = f"{part['chance']:.1%}; its letters at random {part['shuffled']:.1%}, p {part['p_shuffled']:.2g}"
-        found.append(f"{verdict} ({figures})")
-    found += [f"{part[key]} {key}" for key in ("clipped", "empty", "raised") if part.get(key)]
-    return found + ([f"{len(part['dropped'])} dropped"] if part.get("dropped") else [])
+        said.append(f"{verdict} ({figures})")
+    said += [f"{part[key]} {key}" for key in ("clipped", "empty", "raised") if part.get(key)]
+    return said + ([f"{len(part['dropped'])} dropped"] if part.get("dropped") else [])

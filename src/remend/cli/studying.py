@@ -22,10 +22,10 @@ def study(
     """Degradations x methods x tasks x seeds as a grid of recoveries, compared on one page; goes on where it was."""
     from remend.studies.study import lines
 
-    found = remend.study(path, out, jobs=jobs, dry_run=dry_run, only=only)
-    for line in lines(found):
+    results = remend.study(path, out, jobs=jobs, dry_run=dry_run, only=only)
+    for line in lines(results):
         print_line(line)
-    if found.get("failed_now"):
+    if results.get("failed_now"):
         raise typer.Exit(1)
 
 

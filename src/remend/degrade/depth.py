@@ -23,7 +23,10 @@ GIVEN = "list"
 
 @DEGRADATIONS.register("depth", source="ways to choose blocks: making/blocks.py")
 class Depth(Calibrated):
-    """Remove whole layers."""
+    """Remove whole layers.
+
+    In degradation.json `layer_map` holds, for every layer that stays, its number in the reference, from 0.
+    """
 
     layers: int | list[int] = Field(5, description="how many to remove, or which: 5; 23,24; 23, is that one")
     method: str = Field(
@@ -52,11 +55,10 @@ class Depth(Calibrated):
             METHODS.get(self.method)
 
     def title(self) -> str:
-        """See DegradeSettings."""
         return "removing blocks"
 
     def change(self, damage: Damage) -> Changed:
-        """See DegradeSettings. Raises InputError for blocks that are not there, and where none would stay."""
+        """Raises InputError for blocks that are not there, and where none would stay."""
         from remend.degrade.making import blocks
         from remend.degrade.making.job import Changed
 
@@ -66,21 +68,6 @@ class Depth(Calibrated):
         return Changed(student, entry)
 
 
-def prune_depth(model: str, out: str | Path, **settings: object) -> JsonObject:
-    """Remove blocks from a model and save what is left as a standard, shallower model.
-
-    Args:
-        model: what to prune: directory, GGUF file, hub id[@revision] or smollm2.
-        out: a new directory.
-        **settings: fields of Depth. `layers` is how many blocks to remove, or their numbers, from 0; `method` is
-            'block-influence' (the least influential ones, arXiv 2403.03853), 'angular' (neighbours whose ends are most
-            alike, arXiv 2403.17887), or 'list' for given numbers.
-
-    Returns:
-        The content of degradation.json; `layer_map` holds, for every block that stays, its number in the reference.
-
-    Raises:
-        InputError, FileError: unknown setting, no block would stay, no such block, an unknown method or architecture,
-            unreadable model, occupied directory.
-    """
-    return degrade("depth", model, out, settings)
+def prune_depth(model: str, out: str | Path, **overrides: object) -> JsonObject:
+    """Remove blocks of a model and save the shallower one. See kinds.degrade; `overrides` are fields of Depth."""
+    return degrade("depth", model, out, overrides)

@@ -25,7 +25,12 @@ FULL_RATE, LORA_RATE = 2e-4, 2e-3
 
 @DEGRADATIONS.register("finetune", source="the baseline of SDFT, arXiv 2604.15794")
 class Finetune(DegradeSettings):
-    """Fine-tune on a task by cross-entropy of its completions: how forgetting is produced."""
+    """Fine-tune on a task by cross-entropy of its completions: how forgetting is produced.
+
+    The learning rate is reached after a tenth of the steps, and the cosine ends at a tenth of it; by default it is
+    FULL_RATE for all weights, LORA_RATE for an adapter, which is folded into the dense weights at the end. Trained
+    weights are float32 whatever the arithmetic. The training's rows are in metrics.jsonl beside the model.
+    """
 
     learns: ClassVar[bool] = True
 
@@ -64,35 +69,15 @@ class Finetune(DegradeSettings):
         load_pairs(self.data)  # it is read again later, but a large model should not be loaded for nothing
 
     def title(self) -> str:
-        """See DegradeSettings."""
         return f"fine-tuning on {self.data} ({'LoRA' if self.lora else 'all weights'})"
 
     def change(self, damage: Damage) -> Changed:
-        """See DegradeSettings. Raises InputError for a quantized or pruned model, and where no row is short enough."""
+        """Raises InputError for a quantized or pruned model, and where no row is short enough."""
         from remend.degrade.making.tuning import tuned
 
         return tuned(damage, self)
 
 
-def finetune(model: str, out: str | Path, **settings: object) -> JsonObject:
-    """Fine-tune a model by cross-entropy of given completions and save it as a plain directory.
-
-    Args:
-        model: directory, GGUF file, hub id[@revision] or smollm2.
-        out: a new directory; the training rows are in its metrics.jsonl.
-        **settings: fields of Finetune. `data` holds rows with a prompt and a completion (data.completion_of). The
-            learning rate is reached after a tenth of the steps, and the cosine ends at a tenth of it; by default it is
-            FULL_RATE for all weights, LORA_RATE for an adapter. Rows with more than `max_tokens` tokens, prompt and
-            completion together, are dropped, never cut. `lora` are settings of an adapter to train in place of the
-            weights, folded into the dense weights at the end. `dtype` is of the arithmetic: trained weights are
-            float32.
-
-    Returns:
-        The content of degradation.json.
-
-    Raises:
-        InputError, FileError: unknown setting or one out of range, unreadable data, no row left, an unreadable or
-            quantized model.
-        TrainingError: loss or gradient is not finite.
-    """
-    return degrade("finetune", model, out, settings)
+def finetune(model: str, out: str | Path, **overrides: object) -> JsonObject:
+    """Fine-tune a model on given completions and save it. See kinds.degrade; `overrides` are fields of Finetune."""
+    return degrade("finetune", model, out, overrides)

@@ -84,8 +84,9 @@ def degrade(kind: str, model: str, out: str | Path, settings: Mapping[str, objec
         The content of degradation.json.
 
     Raises:
-        InputError, FileError: unknown kind or key, values out of range, an unreadable model, one that can't be changed
-            so, an occupied directory.
+        InputError, FileError: unknown kind or setting, values out of range, an unreadable model, one that can't be
+            changed so, an occupied directory.
+        TrainingError: loss or gradient is not finite.
     """
     chosen = build(DEGRADATIONS.get(kind), dict(settings), kind)
     chosen.check()

@@ -1,8 +1,6 @@
 """Set weights to zero, unstructured or n of every m, and save a plain transformers directory.
 
 remend degrade prune smollm2 --method wanda --sparsity 2:4 --out student
-
-The zeros themselves are the mask: nothing else is stored.
 """
 
 from __future__ import annotations
@@ -22,7 +20,11 @@ if TYPE_CHECKING:
 
 @DEGRADATIONS.register("prune", source="ways to choose zeros: making/zeros.py")
 class Prune(Calibrated):
-    """Set weights of every linear layer of the decoder to zero."""
+    """Set weights of every linear layer of the decoder to zero.
+
+    The zeros themselves are the mask: nothing else is stored. In degradation.json `sparsity` is their measured share in
+    the pruned matrices, and `bits_per_weight` what these take as packed, see making.zeros.bits_per_weight.
+    """
 
     method: str = Field("magnitude", description="which weights become zero: magnitude, wanda, sparsegpt")
     sparsity: str | float = Field("0.5", description="share of zeros, 0.5, or how many of how many stay, 2:4")
@@ -42,36 +44,17 @@ class Prune(Calibrated):
         check(self.amount(), self.method, self.scope)
 
     def title(self) -> str:
-        """See DegradeSettings."""
         return f"pruning to {self.amount().name} ({self.method})"
 
     def change(self, damage: Damage) -> Changed:
-        """See DegradeSettings. Raises InputError that names the layers whose width m does not divide."""
+        """Raises InputError that names the layers whose width m does not divide."""
         from remend.degrade.making import zeros
 
-        layers = zeros.fitting(damage.student, self.skip, self.amount())
-        zeros.prune_in_place(damage, layers, self.amount(), self.method, self.scope)
+        layers = zeros.prune_in_place(damage, self.amount(), self.method, self.scope, self.skip)
         entry = {"method": self.method, "format": self.amount().name, "scope": self.scope, "skip": self.skip}
         return zeros.described(damage.student, layers, entry)
 
 
-def prune(model: str, out: str | Path, **settings: object) -> JsonObject:
-    """Set weights of the decoder's linear layers to zero and save the model.
-
-    Args:
-        model: what to prune: directory, GGUF file, hub id[@revision] or smollm2.
-        out: a new directory.
-        **settings: fields of Prune. `method` is 'magnitude' (compared within each matrix), 'wanda' (within each output
-            row, arXiv 2306.11695) or 'sparsegpt' (with compensation, arXiv 2301.00774); `sparsity` is a share of zeros
-            or how many of how many neighbours in a row are kept, '2:4'; `scope` is 'layer', the share holds in every
-            matrix, or 'global', over all of them (magnitude only).
-
-    Returns:
-        The content of degradation.json. `sparsity` is the measured share of zeros in the pruned matrices, and
-        `bits_per_weight` theirs as packed: see making.zeros.bits_per_weight.
-
-    Raises:
-        InputError, FileError: unknown setting, sparsity out of range, a width that m does not divide (the layers are
-            named), unknown method, unreadable model, occupied directory.
-    """
-    return degrade("prune", model, out, settings)
+def prune(model: str, out: str | Path, **overrides: object) -> JsonObject:
+    """Set weights of a model to zero and save it. See kinds.degrade; `overrides` are fields of Prune."""
+    return degrade("prune", model, out, overrides)

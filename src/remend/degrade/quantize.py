@@ -40,11 +40,10 @@ class Quantize(Calibrated):
         METHODS.get(self.method)
 
     def title(self) -> str:
-        """See DegradeSettings."""
         return f"quantizing to {self.grid_format().name} ({self.method})"
 
     def change(self, damage: Damage) -> Changed:
-        """See DegradeSettings. Raises InputError that names the layers whose rows the group size does not divide."""
+        """Raises InputError that names the layers whose rows the group size does not divide."""
         from remend.degrade.making import onto_grid
 
         fmt = self.grid_format()
@@ -53,20 +52,6 @@ class Quantize(Calibrated):
         return onto_grid.described(damage.student, stored, entry)
 
 
-def quantize(model: str, out: str | Path, **settings: object) -> JsonObject:
-    """Quantize a model and save it with its grid.
-
-    Args:
-        model: what to quantize: directory, GGUF file, hub id[@revision] or smollm2.
-        out: a new directory.
-        **settings: fields of Quantize. `format` is read by GridFormat.parse: 'int3-g64', 'int4-g32-sym', 'gguf:q4_0',
-            'nvfp4' …; `method` is 'rtn', or 'gptq' (calibrated on the reference's own completions); `skip` holds
-            patterns of layer names that stay as they are. Head and embeddings always do.
-
-    Returns:
-        The content of degradation.json.
-
-    Raises:
-        InputError, FileError: unknown setting, format or method, unreadable model, occupied directory.
-    """
-    return degrade("quantize", model, out, settings)
+def quantize(model: str, out: str | Path, **overrides: object) -> JsonObject:
+    """Quantize a model and save it with its grid. See kinds.degrade; `overrides` are fields of Quantize."""
+    return degrade("quantize", model, out, overrides)

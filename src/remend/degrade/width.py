@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @DEGRADATIONS.register("width", source="Minitron, arXiv 2407.14679, section 2.2")
 class Width(Calibrated):
-    """Remove feed-forward channels and attention heads from every layer."""
+    """Remove feed-forward channels and attention heads from every layer, the least active ones.
+
+    width.safetensors beside the model holds which ones stayed, int32, rising: '<block>.mlp.channels' and, where heads
+    were dropped, '<block>.self_attn.groups'; a group is the query heads that share one key-value head. The new width is
+    a multiple of 32 where possible. In degradation.json `kept_channels` is the SHA-256 of that file.
+    """
 
     ffn: Number = Field(0.25, description="share of feed-forward channels to remove")
     heads: int = Field(0, description="Key-value head groups to remove from each layer")
@@ -34,34 +39,15 @@ class Width(Calibrated):
             raise InputError("ffn 0 and heads 0 drop nothing; give one of them")
 
     def title(self) -> str:
-        """See DegradeSettings."""
         return "cutting the width"
 
     def change(self, damage: Damage) -> Changed:
-        """See DegradeSettings. Raises InputError for an architecture without these parts, and where none would stay."""
+        """Raises InputError for an architecture without these parts, and where none would stay."""
         from remend.degrade.making import channels
 
         return channels.narrower(damage, self.ffn, self.heads)
 
 
-def prune_width(model: str, out: str | Path, **settings: object) -> JsonObject:
-    """Drop the least active MLP channels and attention heads of every block and save a standard, narrower model.
-
-    `width.safetensors` beside the model holds which ones stayed, int32, rising: '<block>.mlp.channels' and, where heads
-    were dropped, '<block>.self_attn.groups'.
-
-    Args:
-        model: what to prune: directory, GGUF file, hub id[@revision] or smollm2.
-        out: a new directory.
-        **settings: fields of Width. `ffn` is the share of each MLP's channels to drop, 0 … 1; the new width is a
-            multiple of 32 where possible. `heads` are the groups of heads to drop in every block; a group is the query
-            heads that share one key-value head.
-
-    Returns:
-        The content of degradation.json; `kept_channels` is the SHA-256 of width.safetensors.
-
-    Raises:
-        InputError, FileError: unknown setting, nothing would be dropped or nothing kept, an architecture without these
-            parts, unreadable model, occupied directory.
-    """
-    return degrade("width", model, out, settings)
+def prune_width(model: str, out: str | Path, **overrides: object) -> JsonObject:
+    """Remove channels and heads of a model and save the rest. See kinds.degrade; `overrides` are fields of Width."""
+    return degrade("width", model, out, overrides)

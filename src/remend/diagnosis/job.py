@@ -35,7 +35,7 @@ DISCLAIMER = (
 )
 
 
-def diagnose(reference: str, students: Sequence[str], out: str | Path, **settings: Any) -> JsonObject:
+def diagnose(reference: str, students: Sequence[str], out: str | Path, **overrides: Any) -> JsonObject:
     """Measure students against a healthy reference and write diagnosis.json and report.html.
 
     Args:
@@ -43,7 +43,7 @@ def diagnose(reference: str, students: Sequence[str], out: str | Path, **setting
         students: named likewise, or a recovery's run directory. Each is compared with the student that it was
             recovered from, where that is among them, else with the first.
         out: a new directory.
-        **settings: further fields of DiagnoseSettings: data, rows, max_new_tokens, sites, layer_map, seed, device,
+        **overrides: further fields of DiagnoseSettings: data, rows, max_new_tokens, sites, layer_map, seed, device,
             cache, trust_remote_code.
 
     Returns:
@@ -55,9 +55,9 @@ def diagnose(reference: str, students: Sequence[str], out: str | Path, **setting
             numbers that are not finite (with the layer), an occupied directory.
     """
     began = time.monotonic()
-    lists = {key: list(settings[key]) for key in ("sites", "layer_map") if settings.get(key) is not None}
+    lists = {key: list(overrides[key]) for key in ("sites", "layer_map") if overrides.get(key) is not None}
     named = {"reference": reference, "students": list(students), "out": str(out)}
-    exam = examination(build(DiagnoseSettings, {**settings, **lists, **named}, "settings"))
+    exam = examination(build(DiagnoseSettings, {**overrides, **lists, **named}, "settings"))
     teacher = scorer(exam.load(exam.source, reference), exam.shared)
     hashes, asked = hash_files(exam.source), exam.settings
     conditions = Conditions(asked.max_new_tokens, exam.shared, asked.seed, exam.sites, str(exam.dtype)[len("torch.") :])

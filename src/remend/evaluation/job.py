@@ -41,7 +41,7 @@ layer makes stays in its cache, nothing is padding, and a score can't hang on wh
 """
 
 
-def evaluate(model: str, tasks: Sequence[str], out: str | Path, **settings: object) -> JsonObject:
+def evaluate(model: str, tasks: Sequence[str], out: str | Path, **overrides: object) -> JsonObject:
     """Grade a model on tasks and write the results, as `remend compare` reads them.
 
     Args:
@@ -49,7 +49,7 @@ def evaluate(model: str, tasks: Sequence[str], out: str | Path, **settings: obje
             recovery's run directory.
         tasks: of remend.tasks, and lm-eval:NAME for those of lm-evaluation-harness.
         out: a new .json file. One that holds the results of the same settings is returned as it is.
-        **settings: fields of EvaluateSettings, e.g. data="dev.jsonl", how="choices", samples=4, limit=100.
+        **overrides: fields of EvaluateSettings, e.g. data="dev.jsonl", how="choices", samples=4, limit=100.
 
     Returns:
         The content of `out`: task, grader, n, score, items and more (results.py), for several tasks or graders under
@@ -60,7 +60,7 @@ def evaluate(model: str, tasks: Sequence[str], out: str | Path, **settings: obje
             that all exceed the context, a model that answers nothing at all, an occupied `out`, a missing package.
     """
     began = time.monotonic()
-    plan, out = make_plan(model, tasks, settings), Path(out)
+    plan, out = make_plan(model, tasks, overrides), Path(out)
     if out.suffix != ".json" or out.is_dir():
         raise InputError(f"out {out} must be the name of a .json file, e.g. {out.with_suffix('.json')}")
     source = _source(plan.model, plan.settings.trust_remote_code)

@@ -47,13 +47,13 @@ ROWS = 8
 """Completions a forward pass, as recovery takes them."""
 
 
-def cache_teacher(model: str, out: str | Path, **settings: object) -> JsonObject:
+def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObject:
     """Let a teacher answer prompts and store how it scores its own answers.
 
     Args:
         model: the teacher: directory, GGUF file, hub id[@revision] or smollm2.
         out: a new directory; see remend.teacher_cache for what it holds.
-        **settings: fields of CacheSettings; `data` is needed. Each of its prompts gets one sampled completion.
+        **overrides: fields of CacheSettings; `data` is needed. Each of its prompts gets one sampled completion.
 
     Returns:
         The content of teacher-cache.json.
@@ -62,7 +62,7 @@ def cache_teacher(model: str, out: str | Path, **settings: object) -> JsonObject
         InputError, FileError: unknown settings or ones out of range, an occupied directory, no prompt left, unreadable
             data or model.
     """
-    plan, out = build(CacheSettings, dict(settings), "cache-teacher"), Path(out)
+    plan, out = build(CacheSettings, dict(overrides), "cache-teacher"), Path(out)
     _check(plan, out)
     k, where = plan.k, choose_device(plan.device)
     source = find_model(model, trust_remote_code=plan.trust_remote_code)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from remend.degrade.making.job import Damage
 from remend.degrade.making.smaller import path_of, rebuild
@@ -79,9 +79,9 @@ def _given(layers: Sequence[int], depth: int) -> list[int]:
     return sorted(layers)
 
 
-def _per_layer(config: Any, kept: Sequence[int], depth: int) -> dict[str, Any]:
+def _per_layer(config: PreTrainedConfig, kept: Sequence[int], depth: int) -> dict[str, object]:
     """Configuration of the blocks that stay: their number, and every list with one value a block."""
-    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    changes: dict[str, object] = {"num_hidden_layers": len(kept)}
     for name, value in config.to_dict().items():
         if not isinstance(value, list | tuple) or "layer" not in name or not value:
             continue
@@ -97,7 +97,7 @@ def _per_layer(config: Any, kept: Sequence[int], depth: int) -> dict[str, Any]:
 def without_blocks(reference: CausalLM, removed: Iterable[int]) -> tuple[CausalLM, list[int]]:
     """A model without some blocks, and the original indices of those that it keeps.
 
-    Raises InputError for an architecture whose blocks can't be found or renumbered.
+    Raises InputError for an architecture whose blocks are not where they should be, or can't be renumbered.
     """
     blocks = decoder_layers(reference)
     gone = set(removed)

@@ -13,9 +13,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -29,61 +28,32 @@ from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 
 WIDTH_FILE = "width.safetensors"
-Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 MULTIPLE = 32
 """Widths are rounded to it where that leaves something to drop: quantization groups then still divide them."""
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The parts of one decoder block that are cut, with the prefix of their names."""
+class _Block(NamedTuple):
+    """The parts of one decoder block before which something is dropped, with the prefix of their names."""
 
     prefix: str
-    gate: nn.Linear
-    up: nn.Linear
     down: nn.Linear
     attention_out: nn.Linear
 
 
 def _blocks(model: CausalLM) -> list[_Block]:
     layers = decoder_layers(model)
-    root, result = path_of(model, layers), []
+    root, blocks = path_of(model, layers), []
     for index, layer in enumerate(layers):
         named = dict(layer.named_modules())
         parts = [named.get(n) for n in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj")]
-        if not all(isinstance(p, nn.Linear) for p in parts):
+        linear = [part for part in parts if isinstance(part, nn.Linear)]
+        if len(linear) < len(parts):
             raise InputError(
                 f"block {index} of {type(model).__name__} is not made of mlp.gate_proj, up_proj, down_proj and "
                 "self_attn.o_proj, so its width can't be cut; depth and mask pruning need no such names"
             )
-        result.append(_Block(f"{root}.{index}.", *parts))  # type: ignore[arg-type]
-    return result
-
-
-class _Activity:
-    """Sums over tokens of what enters each block's down and output projections."""
-
-    def __init__(self, blocks: Sequence[_Block], groups: int) -> None:
-        self.channels = [torch.zeros(b.down.in_features, dtype=torch.float64) for b in blocks]
-        self.groups = [torch.zeros(groups, dtype=torch.float64) for _ in blocks]
-        self.tokens = 0
-
-    def channel_hook(self, index: int) -> Hook:
-        """Adds Σ |x| of each channel."""
-
-        def note(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.channels[index] += args[0].flatten(0, -2).abs().double().sum(0).cpu()
-
-        return note
-
-    def group_hook(self, index: int) -> Hook:
-        """Adds Σ ‖x‖ of each group of heads."""
-
-        def note(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x_NGH = args[0].reshape(-1, len(self.groups[index]), args[0].shape[-1] // len(self.groups[index]))
-            self.groups[index] += torch.linalg.vector_norm(x_NGH, dim=-1).double().sum(0).cpu()
-
-        return note
+        blocks.append(_Block(f"{root}.{index}.", *linear[2:]))
+    return blocks
 
 
 @torch.no_grad()
@@ -98,21 +68,36 @@ def scores(model: CausalLM, rollouts: Sequence[Rollout]) -> tuple[list[Tensor], 
         A block each, float64: [C] mean |input of down_proj| · norm of its column there, and [G] mean norm of the
         group's part of the input of o_proj.
     """
-    blocks = _blocks(model)
-    activity = _Activity(blocks, model.config.get_text_config().num_key_value_heads)
+    blocks, count = _blocks(model), model.config.get_text_config().num_key_value_heads
+    channels = [torch.zeros(block.down.in_features, dtype=torch.float64) for block in blocks]
+    groups = [torch.zeros(count, dtype=torch.float64) for _ in blocks]
+
+    def sizes(x_BTC: Tensor) -> Tensor:
+        return x_BTC.flatten(0, -2).abs()
+
+    def norms(x_BTD: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x_BTD.reshape(-1, count, x_BTD.shape[-1] // count), dim=-1)
+
     with ExitStack() as hooks:
-        for i, block in enumerate(blocks):
-            hooks.callback(block.down.register_forward_pre_hook(activity.channel_hook(i)).remove)
-            hooks.callback(block.attention_out.register_forward_pre_hook(activity.group_hook(i)).remove)
+        for block, sum_C, sum_G in zip(blocks, channels, groups, strict=True):
+            for layer, total, of in ((block.down, sum_C, sizes), (block.attention_out, sum_G, norms)):
+                hooks.callback(layer.register_forward_pre_hook(_adding(total, of)).remove)
         for rollout in rollouts:  # one at a time: no padding among the tokens
             tokens_BT = torch.tensor([rollout.prompt + rollout.completion], device=model.device)
             model.base_model(input_ids=tokens_BT, use_cache=False)
-            activity.tokens += tokens_BT.shape[1]
-    channels = [
-        sum_C / activity.tokens * torch.linalg.vector_norm(b.down.weight.double(), dim=0).cpu()
-        for sum_C, b in zip(activity.channels, blocks, strict=True)
-    ]
-    return channels, [sum_G / activity.tokens for sum_G in activity.groups]
+    tokens = sum(len(rollout.prompt) + len(rollout.completion) for rollout in rollouts)
+    norms_C = [torch.linalg.vector_norm(block.down.weight.double(), dim=0).cpu() for block in blocks]
+    means_C = [sum_C / tokens * norm_C for sum_C, norm_C in zip(channels, norms_C, strict=True)]
+    return means_C, [sum_G / tokens for sum_G in groups]
+
+
+def _adding(total: Tensor, of: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that adds to `total` the sum over tokens of something of a layer's input."""
+
+    def note(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        total.add_(of(args[0]).double().sum(0).cpu())
+
+    return note
 
 
 def kept_width(width: int, drop: float) -> int:
@@ -140,7 +125,7 @@ def narrowed(reference: CausalLM, channels: Sequence[Tensor] | None, groups: Seq
     """
     config = reference.config.get_text_config()
     blocks, state = _blocks(reference), dict(reference.state_dict())
-    changes: dict[str, Any] = {}
+    changes: dict[str, int] = {}
     if channels is not None:
         changes["intermediate_size"] = len(channels[0])
         for block, kept_C in zip(blocks, channels, strict=True):
@@ -151,11 +136,8 @@ def narrowed(reference: CausalLM, channels: Sequence[Tensor] | None, groups: Seq
     if groups is not None:
         old, ratio = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         size = blocks[0].attention_out.in_features // config.num_attention_heads
-        changes |= {
-            "num_attention_heads": len(groups[0]) * ratio,
-            "num_key_value_heads": len(groups[0]),
-            "head_dim": size,
-        }
+        count = len(groups[0])
+        changes |= {"num_attention_heads": count * ratio, "num_key_value_heads": count, "head_dim": size}
         for block, kept_G in zip(blocks, groups, strict=True):
             shared_H = torch.arange(old * size).view(old, size)[kept_G].flatten()
             query_H = torch.arange(old * ratio * size).view(old, ratio * size)[kept_G].flatten()

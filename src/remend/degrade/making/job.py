@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from remend.compression.recognise import RECORD
 from remend.console import console, stage
@@ -19,7 +20,7 @@ from remend.degrade.kinds import Calibrated, DegradeSettings
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.run_directory import occupied
-from remend.models.activations.walk import completions
+from remend.models.activations.walk import Sites, completions, walk
 from remend.models.device import choose_device
 from remend.models.find import ModelSource, find_model, hash_files, origin_note
 from remend.models.layers import linear_layers
@@ -172,7 +173,7 @@ def probe_against(reference: CausalLM, student: CausalLM, tokenizer: Tokenizer) 
     return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"], "prompts": len(prompts)}
 
 
-def chosen_layers(model: CausalLM, skip: Sequence[str]) -> dict[str, torch.nn.Linear]:
+def chosen_layers(model: CausalLM, skip: Sequence[str]) -> dict[str, nn.Linear]:
     """`models.linear_layers` without those that a skip pattern matches (shell patterns over the full name).
 
     Raises InputError for a pattern that matches nothing, or when nothing is left.
@@ -186,3 +187,39 @@ def chosen_layers(model: CausalLM, skip: Sequence[str]) -> dict[str, torch.nn.Li
     if not kept:
         raise InputError(f"skip {', '.join(skip)} leaves no layer to change")
     return kept
+
+
+def undivided(layers: Mapping[str, nn.Linear], number: int) -> str:
+    """Those layers whose input width `number` does not divide, named for a message; empty where it divides all."""
+    names = [f"{name} ({layer.in_features})" for name, layer in layers.items() if layer.in_features % number]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@torch.no_grad()
+def change_each(
+    model: CausalLM,
+    layers: Mapping[str, nn.Linear],
+    change: Callable[[str, nn.Linear, torch.Tensor | None], None],
+    calibrated_on: Damage | None,
+    title: str,
+) -> None:
+    """Change layers of a model in place, one by one.
+
+    Args:
+        model: has the layers.
+        layers: by name.
+        change: called with a layer's name, itself, and the Gram matrix [I, I] of its inputs where it is calibrated.
+        calibrated_on: None where it is not. A layer's inputs are those that the layers changed before give it.
+        title: of the walk through the calibration text.
+    """
+    if calibrated_on is None:
+        for name, layer in layers.items():
+            change(name, layer, None)
+        return
+
+    def visit(sites: Sites) -> None:
+        for name, layer in zip(sites.names, sites.layers, strict=True):
+            if name in layers:
+                change(name, layer, sites.gram_II)
+
+    walk(model, calibrated_on.calibration(), visit, title=title)

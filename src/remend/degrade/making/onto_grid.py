@@ -5,20 +5,26 @@ Legend: O rows (outputs), I columns (inputs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from remend.compression.grids import Grid, GridFormat, decode
 from remend.compression.grids import quantize as quantize_matrix
 from remend.compression.solvers import gptq
 from remend.compression.stored_grid import StoredGrid
-from remend.degrade.making.job import DENSE_BITS, Changed, Damage, chosen_layers, share_of_zeros
+from remend.degrade.making.job import (
+    DENSE_BITS,
+    Changed,
+    Damage,
+    change_each,
+    chosen_layers,
+    share_of_zeros,
+    undivided,
+)
 from remend.degrade.making.methods import Methods
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
-from remend.models.activations import walk
 from remend.models.protocols import CausalLM
 
 METHODS: Methods[Callable[[Tensor, Tensor | None, GridFormat], tuple[Tensor, Grid]]] = Methods("quantization method")
@@ -39,17 +45,6 @@ def compensated(weight_OI: Tensor, gram_II: Tensor | None, fmt: GridFormat) -> t
     return rounded.codes, rounded.grid
 
 
-def _fitting(layers: Mapping[str, nn.Linear], fmt: GridFormat) -> None:
-    bad = [f"{name} ({layer.in_features})" for name, layer in layers.items() if layer.in_features % (fmt.group or 1)]
-    if bad:
-        named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        raise InputError(
-            f"group {fmt.group} of {fmt.name} does not divide the input width of {named}; choose a format with a "
-            "smaller group, or skip those layers"
-        )
-
-
-@torch.no_grad()
 def quantize_in_place(
     model: CausalLM,
     fmt: GridFormat,
@@ -68,26 +63,21 @@ def quantize_in_place(
 
     Raises InputError that names the layers whose rows the group size does not divide.
     """
-    layers = chosen_layers(model, skip)
-    _fitting(layers, fmt)
-    chosen, matrices = METHODS.get(method), {}
+    layers, chosen = chosen_layers(model, skip), METHODS.get(method)
+    if named := undivided(layers, fmt.group or 1):
+        raise InputError(
+            f"group {fmt.group} of {fmt.name} does not divide the input width of {named}; choose a format with a "
+            "smaller group, or skip those layers"
+        )
+    assert damage is not None or not chosen.calibrated
+    matrices = {}
 
     def settle(name: str, layer: nn.Linear, gram_II: Tensor | None) -> None:
         codes, grid = chosen.apply(layer.weight, gram_II, fmt)
         layer.weight.copy_(decode(codes, grid, fmt))
         matrices[f"{name}.weight"] = (codes, grid)
 
-    def visit(sites: walk.Sites) -> None:
-        for name, layer in zip(sites.names, sites.layers, strict=True):
-            if name in layers:
-                settle(name, layer, sites.gram_II)
-
-    if chosen.calibrated:
-        assert damage is not None
-        walk.walk(model, damage.calibration(), visit, title=f"quantizing ({method})")
-    else:
-        for name, layer in layers.items():
-            settle(name, layer, None)
+    change_each(model, layers, settle, damage if chosen.calibrated else None, f"quantizing ({method})")
     return StoredGrid(fmt, matrices)
 
 

@@ -14,11 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from remend.compression import solvers
-from remend.degrade.making.job import DENSE_BITS, Changed, Damage, chosen_layers, share_of_zeros
+from remend.degrade.making.job import (
+    DENSE_BITS,
+    Changed,
+    Damage,
+    change_each,
+    chosen_layers,
+    share_of_zeros,
+    undivided,
+)
 from remend.degrade.making.methods import Methods
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
-from remend.models.activations import walk
 from remend.models.protocols import CausalLM
 
 MASK_BITS = 1
@@ -119,41 +126,28 @@ def zero_smallest(weights: Sequence[Tensor], share: float) -> None:
         weight_OI[gone | (size < threshold)] = 0
 
 
-def fitting(model: CausalLM, skip: Sequence[str], sparsity: Sparsity) -> dict[str, nn.Linear]:
-    """The layers to prune. Raises InputError where m of n:m does not divide the width of one."""
-    layers = chosen_layers(model, skip)
-    if sparsity.pattern is None:
-        return layers
-    bad = [f"{n} ({m.in_features})" for n, m in layers.items() if m.in_features % sparsity.pattern[1]]
-    if bad:
-        named = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+def prune_in_place(
+    damage: Damage, sparsity: Sparsity, method: str, scope: str, skip: Sequence[str]
+) -> dict[str, nn.Linear]:
+    """Set weights of the student's linear layers to zero; returns those layers.
+
+    Raises InputError where m of n:m does not divide the width of one.
+    """
+    layers, chosen = chosen_layers(damage.student, skip), METHODS.get(method)
+    if sparsity.pattern and (named := undivided(layers, sparsity.pattern[1])):
         raise InputError(
             f"{sparsity.name} needs input widths that {sparsity.pattern[1]} divides, which it does not in {named}; "
             "choose another pattern, or skip those layers"
         )
-    return layers
 
+    def zero(_: str, layer: nn.Linear, gram_II: Tensor | None) -> None:
+        layer.weight.copy_(chosen.apply(layer.weight, gram_II, sparsity))
 
-@torch.no_grad()
-def prune_in_place(
-    damage: Damage, layers: Mapping[str, nn.Linear], sparsity: Sparsity, method: str, scope: str
-) -> None:
-    """Set weights of `layers` (of the student) to zero. A calibrated method sees what the layers pruned before gave."""
-    chosen = METHODS.get(method)
-    if chosen.calibrated:
-
-        def visit(sites: walk.Sites) -> None:
-            for name, layer in zip(sites.names, sites.layers, strict=True):
-                if name in layers:
-                    layer.weight.copy_(chosen.apply(layer.weight, sites.gram_II, sparsity))
-
-        text = damage.calibration()
-        walk.walk(damage.student, text, visit, title=f"pruning ({method})")
-    elif scope == "global":
+    if scope == "global":
         zero_smallest([layer.weight for layer in layers.values()], sparsity.share)
     else:
-        for layer in layers.values():
-            layer.weight.copy_(chosen.apply(layer.weight, None, sparsity))
+        change_each(damage.student, layers, zero, damage if chosen.calibrated else None, f"pruning ({method})")
+    return layers
 
 
 def check(sparsity: Sparsity, method: str, scope: str) -> None:
