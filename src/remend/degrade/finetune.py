@@ -41,7 +41,7 @@ class Finetune(DegradeSettings):
     )
     learning_rate: Number | None = Field(None, gt=0, le=1, description="AdamW's peak")
     batch_size: int = Field(4, ge=1, description="rows a step")
-    gradient_accumulation: int = Field(1, ge=1, description="Micro-batches a step, of batch_size rows each")
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, of batch_size rows each")
     max_tokens: int = Field(1024, ge=1, description="longer rows are dropped, never cut")
     lora: LoraConfig | None = Field(None, description="train an adapter and fold it in")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the arithmetic")

@@ -76,7 +76,8 @@ def scores(model: CausalLM, rollouts: Sequence[Rollout]) -> tuple[list[Tensor], 
         return x_BTC.flatten(0, -2).abs()
 
     def norms(x_BTD: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x_BTD.reshape(-1, count, x_BTD.shape[-1] // count), dim=-1)
+        norms_NG: Tensor = torch.linalg.vector_norm(x_BTD.reshape(-1, count, x_BTD.shape[-1] // count), dim=-1)
+        return norms_NG
 
     with ExitStack() as hooks:
         for block, sum_C, sum_G in zip(blocks, channels, groups, strict=True):
