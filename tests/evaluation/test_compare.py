@@ -315,12 +315,10 @@ TWO = [i % 2 for i in range(100)]
     ("files", "message"),
     [
         ([REFERENCE], "got 1 results file(s); a comparison needs two or more, the reference first"),
-        ([], "got 0 results file(s)"),
         (
             [REFERENCE, {**DEGRADED, "task": "science"}],
             "results 2 holds science (grader paper), but results 1 holds tooluse",
         ),
-        ([REFERENCE, {**DEGRADED, "grader": "robust"}], "results 2 holds tooluse (grader robust), but results 1 holds"),
         (
             [REFERENCE, {"results": [DEGRADED, {**DEGRADED, "task": "b"}]}],
             "results 2 holds b (grader paper), tooluse (grader paper), but results 1 holds tooluse (grader paper)",
@@ -334,20 +332,16 @@ TWO = [i % 2 for i in range(100)]
         ([REFERENCE, changed(id="q7")], "results 2: the id q7 stands twice; items are paired by id"),
         ([REFERENCE, {"results": [DEGRADED, DEGRADED]}], "results 2 holds task tooluse (grader paper) twice"),
         ([REFERENCE, {**DEGRADED, "items": []}], "results 2 has no items; a results file is"),
-        ([REFERENCE, {**DEGRADED, "items": {"q1": True}}], "results 2 has no items; a results file is"),
         ([REFERENCE, {"results": []}], 'results 2: "results" must be a list of one or more results'),
         ([REFERENCE, {"results": [[]]}], "results 2, result 1 holds a list; a results file is"),
         ([REFERENCE, {"items": DEGRADED["items"], "n": 100}], "results 2 has no task, grader (it has: items, n)"),
-        ([REFERENCE, {}], "results 2 has no task, grader, items (it has: nothing)"),
         ([REFERENCE, {**DEGRADED, "task": None}], "results 2: task is None; it must be a name, as text"),
         ([REFERENCE, WITHOUT_ID], "results 2, item 1: id or correct is missing (got correct)"),
-        ([REFERENCE, {**DEGRADED, "items": [True]}], "results 2, item 1: id or correct is missing (got bool)"),
         ([REFERENCE, changed(id=None)], "results 2, item 1: id is None; it must be a text or a whole number"),
         (
             [REFERENCE, changed(correct="yes")],
             "results 2, item q0: correct is 'yes'; allowed: true, false, or a number",
         ),
-        ([REFERENCE, changed(correct=None)], "results 2, item q0: correct is None; allowed"),
         ([REFERENCE, changed(correct=1.5)], "results 2, item q0: correct is 1.5; allowed"),
         ([REFERENCE, changed(correct=math.nan)], "results 2, item q0: correct is nan; allowed"),
         ([REFERENCE, changed(cluster="a")], "results 2: 1 of 100 items name a cluster; name it in all of them or none"),

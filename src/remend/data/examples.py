@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from remend.errors import FileError, InputError
+from remend.files.atomic import JsonRow, read_json
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 
-Row = Mapping[str, Any]
+Row = JsonRow
 """One row of a data file: columns of any kind that JSON has."""
 
 Convert = Callable[[Row], Sequence[Row]]
@@ -125,8 +126,8 @@ def _whole_list(path: Path) -> list[Placed]:
     if path.suffix != ".json":
         return []
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(path)
+    except FileError:
         return []
     return [(f"{path}, {i}", value) for i, value in enumerate(values, start=1)] if isinstance(values, list) else []
 

@@ -5,7 +5,6 @@ A job that fails leaves its message beside its log, and the others go on.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from remend.console import console
 from remend.errors import RemendError
-from remend.files.atomic import JsonRow, write_json, write_text
+from remend.files.atomic import JsonRow, read_json, write_json, write_text
 from remend.plugins import asked_for, import_installed, import_modules
 from remend.studies.cell import run_cell
 from remend.studies.grading import grade_reference
@@ -123,7 +122,7 @@ def _noted(out: Path, job: Job, message: str | None) -> str | None:
 def main(words: Sequence[str]) -> int:
     """Do the job in a file; its failure goes into another."""
     given, failed = map(Path, words)
-    job = json.loads(given.read_text(encoding="utf-8"))
+    job = read_json(given)
     try:
         import_installed()
         import_modules(job.get("imports", []))
