@@ -7,12 +7,13 @@ completion token. Gradients flow through the divergence, not through the samplin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from remend.data.order import batches_by_length
 from remend.maths.losses import HeadTarget, chunked_loss_sum
 from remend.models.device import chunk_rows
 from remend.models.sampling.rollout import Rollout
@@ -102,9 +103,8 @@ class Distillation:
         return list({id(source.teacher): source.teacher for source in self.rounds.sources}.values())
 
 
-def _cut(rollouts: Sequence[Rollout], size: int) -> Iterator[Sequence[Rollout]]:
-    # like lengths pad least; where one micro-batch holds them all, nothing is won
-    if len(rollouts) > size:
-        rollouts = sorted(rollouts, key=lambda r: len(r.shown or r.prompt) + len(r.completion))
-    for start in range(0, len(rollouts), size):
-        yield rollouts[start : start + size]
+def _cut(rollouts: Sequence[Rollout], size: int) -> list[Sequence[Rollout]]:
+    if len(rollouts) <= size:
+        return [rollouts] if rollouts else []
+    lengths = [len(r.shown or r.prompt) + len(r.completion) for r in rollouts]
+    return [[rollouts[i] for i in batch] for batch in batches_by_length(lengths, rows=size)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from remend.data.order import batches_by_length
 from remend.maths.losses import HeadTarget, Target, agreement
 from remend.models.device import chunk_rows
 from remend.models.sampling.rollout import Rollout
@@ -61,18 +62,18 @@ def compare(
     """
     device, head = student.device, student.head
     rows = chunk_rows(student.shared, device)
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion))
+    lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
     results: dict[int, PromptSums] = {}
-    for start in range(0, len(order), max_rows):
-        part = [rollouts[i] for i in order[start : start + max_rows]]
+    for number, places in enumerate(batches_by_length(lengths, rows=max_rows)):
+        part = [rollouts[i] for i in places]
         batch = pack([(r.prompt, r.completion) for r in part], device=device)
         ours_ND = student.states(batch)
-        if kept is None or start not in kept:
+        if kept is None or number not in kept:
             target = reference.score(part)
             if kept is not None:
-                kept[start] = target.to(torch.device("cpu"))
+                kept[number] = target.to(torch.device("cpu"))
         else:
-            target = kept[start]
+            target = kept[number]
         target = target.to(device)
         sums = torch.zeros(len(part), 5, dtype=torch.float64, device=device)
         for at in range(0, ours_ND.shape[0], rows):
@@ -83,7 +84,7 @@ def compare(
             same_N = logits_NV.argmax(-1) == theirs.first_N
             columns = [torch.ones_like(nll_N), theirs.kl_N, same_N, nll_N, theirs.nll_N]
             sums.index_add_(0, batch.rows_N[cut], torch.stack([c.double() for c in columns], dim=1))
-        for i, row in zip(order[start : start + max_rows], sums.tolist(), strict=True):
+        for i, row in zip(places, sums.tolist(), strict=True):
             results[i] = PromptSums(rollouts[i].id, int(row[0]), row[1], int(row[2]), row[3], row[4])
         if on_rows:
             on_rows(len(part))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from remend.console import Advance, console, stage
 from remend.data.examples import Example, data_hash, load_examples, split_held_out, without
-from remend.data.order import derive_seed
+from remend.data.order import batches_by_length, derive_seed
 from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, json_line, new_directory, write_json, write_text
@@ -211,11 +211,10 @@ def _score(
     parts: Scorer, rollouts: Sequence[Rollout], k: int, shards: _Shards, errors: _Errors, advance: Advance
 ) -> list[tuple[int, int]]:
     """Score all completions, like lengths together; (shard, first row) of each, in the order given."""
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion))
+    lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
     places: dict[int, tuple[int, int]] = {}
     head, rows = parts.head, chunk_rows(parts.shared, parts.device)
-    for at in range(0, len(order), ROWS):
-        part = order[at : at + ROWS]
+    for part in batches_by_length(lengths, rows=ROWS):
         batch = pack([(rollouts[i].prompt, rollouts[i].completion) for i in part], device=parts.device)
         states_NE = parts.states(batch)
         stored = []
