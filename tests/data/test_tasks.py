@@ -22,7 +22,7 @@ from remend.errors import FileError, InputError
 
 TOOLS, SCIENCE = "tooluse-short", "science-short"
 BOTH = pytest.mark.parametrize("name", [TOOLS, SCIENCE])
-MADE = [name for name in tasks.names() if tasks.get(name).make is not None]
+MADE = ["general", SCIENCE, TOOLS]
 CHOICE = "Which mass?\nC.CCO is no option\n\nA: 532.0\nB: C[C@@H](O)N: x\nC: 147.2\nD: 455.4"
 
 
