@@ -82,7 +82,9 @@ def check(
 def export(
     source: Annotated[str, typer.Argument(help="A run's directory, or a model.")],
     out: NewDirectory,
-    format: Annotated[str, typer.Option(help="dense, compressed-tensors, gguf or gguf:q4_0 …")] = "dense",
+    format: Annotated[
+        str, typer.Option(help="dense, compressed-tensors, gguf or gguf:q4_0 …; a name that is none lists all")
+    ] = "dense",
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a model in the container that is served, read it back and compare it with what was measured."""
