@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remend.report.arrows import Arrows
-from remend.report.plots import Group, Share, forest_plot, heatmap, percent, scatter, shade, shortened
-from remend.report.svg import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    STYLES,
-    TOP,
-    WIDTH,
-    Level,
-    Series,
-    line_chart,
-    marker,
-    style,
-    ticks,
-)
+from remend.report.charts import Arrows, Forest, Group, Heatmap, Level, Lines, Scatter, Series, Share, shade, shortened
+from remend.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, STYLES, TOP, WIDTH, marker, style, ticks
+from remend.report.words import percent
 
 BAD = '<script>"&'
-LABELS = {"x_label": "step", "y_label": "nats", "title": "Loss"}
+
+
+def line_chart(series: Sequence[Series], **options: Any) -> str:
+    return str(Lines("Loss", series, "step", "nats", **options).draw())
+
+
+def forest_plot(*rows: Share) -> str:
+    return str(Forest("t", rows, "share").draw())
+
+
+def scatter(*groups: Group) -> str:
+    return str(Scatter("t", groups, "x", "y").draw())
+
+
+def heatmap(values: Sequence[Sequence[float | None]], **options: Any) -> str:
+    return str(Heatmap("t", values, "theirs", "ours", **options).draw())
 
 
 def parsed(html: str) -> ElementTree.Element:
@@ -75,7 +78,7 @@ def test_ticks_are_even_inside_and_few(low: float, span: float, about: int) -> N
 
 
 def test_points_lie_where_they_belong() -> None:
-    html = line_chart([Series("a", "strong", [(0, 0), (5, 1), (10, 2)], dots=True)], **LABELS)
+    html = line_chart([Series("a", "strong", [(0, 0), (5, 1), (10, 2)], dots=True)])
     (line,) = drawing(html).iter("polyline")
     placed = [tuple(map(float, p.split(","))) for p in line.attrib["points"].split()]
     inner = HEIGHT - TOP - BOTTOM
@@ -87,18 +90,18 @@ def test_points_lie_where_they_belong() -> None:
 
 
 def test_legend_names_the_series_that_have_points() -> None:
-    html = line_chart([Series("seen", "a", [(0, 1), (1, 2)]), Series("empty", "b", [])], **LABELS)
+    html = line_chart([Series("seen", "a", [(0, 1), (1, 2)]), Series("empty", "b", [])])
     assert ["".join(span.itertext()) for span in parsed(html).iter("span")] == ["seen"]
     assert dots(html) == []
 
 
 def test_nothing_to_draw() -> None:
-    assert line_chart([], **LABELS) == line_chart([Series("a", "a", [])], **LABELS) == "<p>no steps were trained</p>"
+    assert line_chart([]) == line_chart([Series("a", "a", [])]) == "<p>nothing was measured</p>"
 
 
 @pytest.mark.parametrize("points", [[(3, 0.5)], [(0, 0.0), (1, 0.0)], [(2, 0.0)]])
 def test_one_point_or_only_zeros_stay_inside(points: list[tuple[float, float]]) -> None:
-    html = line_chart([Series("a", "a", points, dots=True)], **LABELS)
+    html = line_chart([Series("a", "a", points, dots=True)])
     assert "nan" not in html
     assert len(dots(html)) == len(points)
     for circle in dots(html):
@@ -107,25 +110,23 @@ def test_one_point_or_only_zeros_stay_inside(points: list[tuple[float, float]]) 
 
 
 def test_points_that_are_not_joined_have_no_line() -> None:
-    apart = str(
-        line_chart([Series("a", "accent", [(0, 1), (5, 2)], dots=True, joined=False)], x_label="", y_label="", title="")
-    )
+    apart = str(line_chart([Series("a", "accent", [(0, 1), (5, 2)], dots=True, joined=False)]))
     assert "<polyline" not in apart
     assert len(dots(apart)) == 2
 
 
 def test_every_point_says_what_it_is_when_hovered() -> None:
-    html = line_chart([Series("a", "s0", [(0, 1), (5, 2)]), Series("b", "s1", [(5, 3)], dots=True)], **LABELS)
+    html = line_chart([Series("a", "s0", [(0, 1), (5, 2)]), Series("b", "s1", [(5, 3)], dots=True)])
     titles = [t.text for t in drawing(html).iter("title")]
     assert titles == ["a: 1 (step 0)", "a: 2 (step 5)", "b: 3 (step 5)"]
-    own = line_chart([Series("a", "s0", [(0, 1), (1, 2)], titles=["first", "second"])], **LABELS)
+    own = line_chart([Series("a", "s0", [(0, 1), (1, 2)], titles=["first", "second"])])
     assert [t.text for t in drawing(own).iter("title")] == ["first", "second"]
 
 
 def test_a_point_that_was_not_measured_breaks_line_and_band() -> None:
     points = [(0, 0.5), (1, 0.6), (2, None), (3, 0.7), (4, 0.8)]
     band = [(x, y and y - 0.1, y and y + 0.1) for x, y in points]
-    html = line_chart([Series("a", "s0", points, band=band)], **LABELS)
+    html = line_chart([Series("a", "s0", points, band=band)])
     assert len(list(drawing(html).iter("polyline"))) == 2
     assert len([p for p in drawing(html).iter("polygon") if p.attrib["class"].startswith("band")]) == 2
     assert "None" not in html
@@ -139,15 +140,15 @@ def heights(html: str) -> list[float]:
 def test_the_y_axis_can_end_elsewhere_than_at_zero() -> None:
     points = [(0, 0.5), (1, 0.75)]
     floor, inner = HEIGHT - BOTTOM, HEIGHT - TOP - BOTTOM
-    up_to_one = heights(line_chart([Series("a", "s0", points)], **LABELS, high=1.0))
+    up_to_one = heights(line_chart([Series("a", "s0", points)], high=1.0))
     assert up_to_one == pytest.approx([floor - 0.5 * inner, floor - 0.75 * inner], abs=0.06)
-    assert heights(line_chart([Series("a", "s0", points)], **LABELS, low=None, high=0.75)) == [floor, TOP]
-    negative = heights(line_chart([Series("a", "s0", [(0, -0.25), (1, 0.75)])], **LABELS, high=0.75))
+    assert heights(line_chart([Series("a", "s0", points)], low=None, high=0.75)) == [floor, TOP]
+    negative = heights(line_chart([Series("a", "s0", [(0, -0.25), (1, 0.75)])], high=0.75))
     assert negative == [floor, TOP]
 
 
 def test_levels_are_drawn_named_and_inside() -> None:
-    html = line_chart([Series("a", "s0", [(0, 0.5), (1, 0.6)])], **LABELS, levels=[Level("chance", "null", 1.5)])
+    html = line_chart([Series("a", "s0", [(0, 0.5), (1, 0.6)])], levels=[Level("chance", "null", 1.5)])
     (line,) = [e for e in drawing(html).iter("line") if e.attrib["class"] == "line null"]
     assert TOP <= float(line.attrib["y1"]) <= HEIGHT - BOTTOM
     assert "chance" in ["".join(span.itertext()) for span in parsed(html).iter("span")]
@@ -163,7 +164,7 @@ def test_each_style_has_its_own_marker() -> None:
 
 def test_counts_are_ticked_at_whole_numbers() -> None:
     def below(xs: list[float]) -> list[str]:
-        texts = drawing(line_chart([Series("a", "s0", [(x, 1) for x in xs])], **LABELS)).iter("text")
+        texts = drawing(line_chart([Series("a", "s0", [(x, 1) for x in xs])])).iter("text")
         return [t.text or "" for t in texts if t.attrib["y"] == f"{HEIGHT - BOTTOM + 18:.1f}"]
 
     assert below([0, 1, 2, 3]) == ["0", "1", "2", "3"]
@@ -181,7 +182,7 @@ def test_words_of_an_interval() -> None:
 
 
 def test_forest_places_values_between_its_axes() -> None:
-    html = forest_plot([Share("a", 0.5, 0.25, 0.75), Share("b", 0.25)], x_label="share", title="t")
+    html = forest_plot(Share("a", 0.5, 0.25, 0.75), Share("b", 0.25))
     zero, one = at(html, "axis", "x1")
     assert at(html, "dot s0", "cx") == [pytest.approx((zero + one) / 2, abs=0.06)]
     (low,), (high,) = at(html, "whisker", "x1"), at(html, "whisker", "x2")
@@ -191,24 +192,22 @@ def test_forest_places_values_between_its_axes() -> None:
 
 
 def test_forest_keeps_a_failed_run_at_the_edge() -> None:
-    html = forest_plot([Share("lost", -8.0, -9.0, -7.0), Share("won", 0.5)], x_label="share", title="t")
+    html = forest_plot(Share("lost", -8.0, -9.0, -7.0), Share("won", 0.5))
     left = min(float(e.attrib["x1"]) for e in drawing(html).iter("line"))
     assert at(html, "dot s0", "cx") == [left]
     assert "−800% (−900% to −700%)" in html
-    assert forest_plot([Share("a", None)], x_label="", title="") == "<p>no gap was there to close</p>"
+    assert forest_plot(Share("a", None)) == "<p>no gap was there to close</p>"
 
 
 def test_scatter_forces_neither_axis_to_zero_and_leaves_out_what_is_not_measured() -> None:
     points = [(0.90, 2.0, "step 0"), (None, 1.5, "step 5"), (0.95, 1.0, "step 10")]
-    html = scatter(
-        [Group("run", points), Group("alone", [(0.92, 1.4, "x")], joined=False)], x_label="x", y_label="y", title="t"
-    )
+    html = scatter(Group("run", points), Group("alone", [(0.92, 1.4, "x")], joined=False))
     assert len(list(drawing(html).iter("polyline"))) == 1
     first, last = at(html, "dot s0 open", "cx")[0], at(html, "dot s0", "cx")[0]
     assert last - first > 400  # most of the width
     assert "run: step 10" in [t.text for t in drawing(html).iter("title")]
-    assert scatter([Group("a", [(None, 1.0, "")])], x_label="", y_label="", title="") == "<p>nothing was measured</p>"
-    one = scatter([Group("a", [(0.0, 0.0, "")])], x_label="", y_label="", title="")
+    assert scatter(Group("a", [(None, 1.0, "")])) == "<p>nothing was measured</p>"
+    one = scatter(Group("a", [(0.0, 0.0, "")]))
     assert "nan" not in one
 
 
@@ -226,7 +225,7 @@ def test_shades_rise_in_brightness() -> None:
 
 def test_heatmap_has_a_cell_for_each_value_with_row_0_at_the_bottom() -> None:
     values = [[1.0, 0.5, None], [0.0, 0.25, 0.75]]
-    html = heatmap(values, x_label="theirs", y_label="ours", title="t")
+    html = heatmap(values)
     cells = {e.find("title").text: e.attrib for e in drawing(html).iter("rect") if e.find("title") is not None}  # type: ignore[union-attr]
     assert set(cells) == {
         "ours 0, theirs 0: 1.000",
@@ -238,14 +237,14 @@ def test_heatmap_has_a_cell_for_each_value_with_row_0_at_the_bottom() -> None:
     low, high = cells["ours 0, theirs 0: 1.000"], cells["ours 1, theirs 0: 0.000"]
     assert float(low["y"]) > float(high["y"])
     assert (low["fill"], high["fill"]) == (shade(1), shade(0))
-    assert heatmap([], x_label="", y_label="", title="") == "<p>nothing was measured</p>"
+    assert heatmap([]) == "<p>nothing was measured</p>"
 
 
 def test_heatmap_without_hover_is_a_few_paths() -> None:
     values = [[(i * j) / 6400 for j in range(81)] for i in range(81)]
-    small = heatmap(values, x_label="x", y_label="y", title="t", hover=False)
+    small = heatmap(values, hover=False)
     assert len(small) < 200_000
-    assert len(small) < len(heatmap(values, x_label="x", y_label="y", title="t")) / 4
+    assert len(small) < len(heatmap(values)) / 4
     assert sum(p.attrib["d"].count("M") for p in drawing(small).iter("path")) == 81 * 81
 
 
@@ -259,13 +258,14 @@ def test_names_are_cut_in_the_middle(name: str, letters: int, cut: str) -> None:
 
 def test_everything_is_escaped() -> None:
     charts = [
-        line_chart([Series(BAD, "a", [(0, 1)])], x_label=BAD, y_label=BAD, title=BAD),
-        forest_plot([Share(BAD, 0.5, 0.4, 0.6)], x_label=BAD, title=BAD),
-        scatter([Group(BAD, [(0, 0, BAD)])], x_label=BAD, y_label=BAD, title=BAD),
-        heatmap([[0.5]], x_label=BAD, y_label=BAD, title=BAD, rows=[BAD], columns=[BAD]),
-        str(Arrows(BAD, [Group(BAD, [(0.2, 0.1, BAD), (0.6, 0.5, BAD)])], BAD, BAD, goal=(1.0, 0.9, BAD)).draw()),
+        Lines(BAD, [Series(BAD, "a", [(0, 1)])], BAD, BAD),
+        Forest(BAD, [Share(BAD, 0.5, 0.4, 0.6)], BAD),
+        Scatter(BAD, [Group(BAD, [(0, 0, BAD)])], BAD, BAD),
+        Heatmap(BAD, [[0.5]], BAD, BAD, rows=[BAD], columns=[BAD]),
+        Arrows(BAD, [Group(BAD, [(0.2, 0.1, BAD), (0.6, 0.5, BAD)])], BAD, BAD, goal=(1.0, 0.9, BAD)),
     ]
-    for html in charts:
+    for chart in charts:
+        html = str(chart.draw())
         assert drawing(html).attrib["aria-label"] == BAD  # well formed
         assert "<script" not in html
 

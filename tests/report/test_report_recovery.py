@@ -11,8 +11,9 @@ import pytest
 from helpers.made_reports import made_run, made_summary
 from helpers.pages import check_page
 from remend.report import write_report
+from remend.report.charts import Forest, Lines
 from remend.report.markdown import escape, grid, markdown
-from remend.report.page import Figure, Forest, Lines, Table
+from remend.report.page import Figure, Table
 from remend.report.recovery import recovery_page, table, verdict
 from remend.report.training import rolling, thinned
 from remend.report.writing import html

@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import median
 
 from remend.files.atomic import JsonObject, JsonRow
+from remend.report.charts import Forest, Lines, Series, Share
 from remend.report.diagnosis import gaps_closed, students_of
 from remend.report.layers import anchors, cka_series, null_level
-from remend.report.page import Block, Code, Facts, Figure, Forest, Lines, Page, Section, Table, Text, number
-from remend.report.plots import Share
-from remend.report.svg import Series
+from remend.report.page import Block, Code, Facts, Figure, Page, Section, Table, Text
 from remend.report.tracks import against, student_groups, track_group
+from remend.report.words import number
 
 
 @dataclass(frozen=True)

@@ -8,27 +8,12 @@ from pathlib import Path
 
 from remend.files.atomic import JsonRow
 from remend.report import samples
+from remend.report.charts import Forest, Lines, Series, Share
 from remend.report.layers import changes, grids, layer_figures, layer_tables, norms, sites, student_style
-from remend.report.page import (
-    Answer,
-    Block,
-    Code,
-    Facts,
-    Figure,
-    Finding,
-    Forest,
-    Lines,
-    Page,
-    Samples,
-    Section,
-    Table,
-    Text,
-    number,
-)
-from remend.report.plots import Share, percent
+from remend.report.page import Answer, Block, Code, Facts, Figure, Finding, Page, Samples, Section, Table, Text
 from remend.report.pointers import traced
-from remend.report.svg import Series
 from remend.report.tracks import against, student_groups
+from remend.report.words import last_part, machine_facts, number, percent
 from remend.report.writing import write_page
 
 Students = Sequence[JsonRow]
@@ -69,7 +54,7 @@ def diagnosis_page(diagnosis: JsonRow) -> Page:
         Section("How this was measured", "measured", _measured(diagnosis)),
         Section("How to rerun this", "rerun", _rerun(diagnosis)),
     ]
-    reference = short(diagnosis["reference"])
+    reference = last_part(diagnosis["reference"])
     names = " and ".join(student["name"] for student in students) if len(students) < 3 else f"{len(students)} models"
     return Page(
         title=f"Diagnosis of {names} against {reference}",
@@ -79,11 +64,6 @@ def diagnosis_page(diagnosis: JsonRow) -> Page:
         sections=sections,
         warnings=list(diagnosis["warnings"]),
     )
-
-
-def short(spec: str) -> str:
-    """The last part of a path or hub id."""
-    return spec.rstrip("/").split("/")[-1] or spec
 
 
 def _findings(students: Students) -> list[Block]:
@@ -276,19 +256,13 @@ def _measured(diagnosis: JsonRow) -> list[Block]:
 
 
 def _rerun(diagnosis: JsonRow) -> list[Block]:
-    about = diagnosis["environment"]
-    hardware = about.get("hardware", {})
-    versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items() if version)
-    machine = f"{hardware.get('processor', '–')}, {hardware.get('threads', '–')} threads"
     facts = [
         ("reference", diagnosis["reference"]),
         *(
             (f"student {student['name']}", f"{student['student']}, {student['kind']}")
             for student in students_of(diagnosis)
         ),
-        ("hardware", "".join([machine, *(f", {gpu}" for gpu in hardware.get("gpus", []))])),
-        ("versions", versions),
-        ("commit", str(about.get("git_commit") or "–")),
+        *machine_facts(diagnosis["environment"]),
         ("time", f"{diagnosis['seconds']:.0f} s"),
     ]
     hashes = [(name, str(value)) for name, value in diagnosis["reference_files"].items()]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from remend.files.atomic import JsonRow
-from remend.report.page import Block, Figure, Heatmap, Lines, Table, number
-from remend.report.plots import percent
-from remend.report.svg import Level, Point, Series, style
+from remend.report.charts import Heatmap, Level, Lines, Series
+from remend.report.page import Block, Figure, Table
+from remend.report.svg import Point, style
+from remend.report.words import number, percent
 
 MOST_CELLS = 5000
 """Heatmaps of more cells, all together, say no values when hovered: the page would grow beyond 2 MB."""

@@ -11,10 +11,11 @@ from remend.files.atomic import JsonRow, read_json
 from remend.files.run_directory import MANIFEST, RECIPE, TRACK, RunDirectory
 from remend.maths.gap import bootstrap_gap_closed
 from remend.report import samples
-from remend.report.page import Answer, Block, Code, Facts, Figure, Forest, Page, Samples, Section, Table, Text
-from remend.report.plots import Share, percent
+from remend.report.charts import Forest, Share
+from remend.report.page import Answer, Block, Code, Facts, Figure, Page, Samples, Section, Table, Text
 from remend.report.tracks import alignment
 from remend.report.training import figures
+from remend.report.words import last_part, machine_facts, percent
 from remend.report.writing import write_page
 
 Rows = Sequence[JsonRow]
@@ -92,7 +93,7 @@ def recovery_page(directory: Path, summary: JsonRow) -> Page:
         *([alignment(track)] if track else []),
         Section("How to rerun this", "rerun", _rerun(directory, summary, manifest)),
     ]
-    student, teacher = _short(manifest["recipe"]["student"]), _short(manifest["reference"])
+    student, teacher = last_part(manifest["recipe"]["student"]), last_part(manifest["reference"])
     return Page(
         title=f"{student}, recovered with {teacher} as teacher",
         verdict=verdict(summary),
@@ -100,10 +101,6 @@ def recovery_page(directory: Path, summary: JsonRow) -> Page:
         sections=sections,
         warnings=list(summary["warnings"]),
     )
-
-
-def _short(spec: str) -> str:
-    return spec.rstrip("/").split("/")[-1]
 
 
 def _gap(files: RunDirectory, summary: JsonRow, manifest: JsonRow) -> Section:
@@ -171,9 +168,7 @@ def _samples(rows: Rows, manifest: JsonRow) -> Samples:
 
 
 def _rerun(directory: Path, summary: JsonRow, manifest: JsonRow) -> list[Block]:
-    recipe, hardware = directory / RECIPE, manifest["hardware"]
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version)
-    gpus = "".join(f", {gpu}" for gpu in hardware["gpus"])
+    recipe = directory / RECIPE
     facts = [
         ("student", manifest["recipe"]["student"]),
         ("teacher", manifest["reference"]),
@@ -186,9 +181,7 @@ def _rerun(directory: Path, summary: JsonRow, manifest: JsonRow) -> list[Block]:
         ),
         ("prompts", f"{manifest['prompts']['train']} for training, {manifest['prompts']['held_out']} held out"),
         ("seed", str(manifest["recipe"]["seed"])),
-        ("hardware", f"{hardware['processor']}, {hardware['threads']} threads, {manifest['dtype']} arithmetic{gpus}"),
-        ("versions", versions),
-        ("commit", str(manifest.get("git_commit") or "–")),
+        *machine_facts(manifest, manifest["dtype"]),
         *(("note", note) for note in summary["notes"]),
     ]
     command = shlex.join(["remend", "recover", str(recipe), "out=NEW_DIRECTORY"])

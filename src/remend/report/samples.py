@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 
 from remend.files.atomic import JsonRow
-from remend.report.page import Piece, Said, number
+from remend.report.page import Piece, Said
+from remend.report.words import number
 
 KL_STEPS = (0.05, 0.25, 1.0, 2.5)
 """Nats: a token's KL below the first is left as it is, from the last on it has the strongest colour."""

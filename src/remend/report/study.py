@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from remend.files.atomic import JsonRow
-from remend.report.arrows import Arrows
-from remend.report.page import Block, Code, Facts, Figure, Forest, Lines, Page, Scatter, Section, Table, Text, number
-from remend.report.plots import Group, Share, percent
-from remend.report.svg import Series, style
+from remend.report.charts import Arrows, Forest, Group, Lines, Scatter, Series, Share
+from remend.report.page import Block, Code, Facts, Figure, Page, Section, Table, Text
+from remend.report.svg import style
 from remend.report.tracks import CAUTION
+from remend.report.words import machine_facts, number, percent
 
 Rows = Sequence[JsonRow]
 
@@ -341,12 +341,7 @@ def _rerun(results: JsonRow) -> list[Block]:
     facts += [(name, how) for name, how in results["methods"].items()]
     facts.append(("seeds", ", ".join(map(str, results["seeds"]))))
     for machine in results["hardware"]:
-        hardware = machine["hardware"]
-        gpus = "".join(f", {gpu}" for gpu in hardware["gpus"])
-        text_of = f"{hardware['processor']}, {hardware['threads']} threads, {machine['dtype']} arithmetic{gpus}"
-        facts.append(("hardware", text_of))
-        facts.append(("versions", ", ".join(f"{n} {v}" for n, v in machine["versions"].items() if v)))
-        facts.append(("commit", str(machine["git_commit"] or "–")))
+        facts += machine_facts(machine, machine["dtype"])
     facts += [("note", note) for note in results["notes"]]
     return [
         Code("remend study STUDY.yaml --out NEW_DIRECTORY"),

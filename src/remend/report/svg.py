@@ -1,4 +1,4 @@
-"""Charts as inline SVG, readable without scripts and in dark mode: colours, dashes and markers are CSS classes.
+"""Pieces of charts as inline SVG, readable without scripts and in dark mode: colours, dashes, markers are CSS classes.
 
 A class s0 … s5 is a colour with a dash and a marker of its own, so that no line is told apart by its colour alone.
 Lengths are in the units of the viewBox; every function is pure and returns Markup with all text escaped.
@@ -9,11 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from markupsafe import Markup, escape
-
-T = TypeVar("T")
 
 WIDTH, HEIGHT = 640, 290
 LEFT, RIGHT, TOP, BOTTOM = 72, 16, 14, 46
@@ -22,32 +19,6 @@ STYLES = 6
 
 Point = tuple[float, float | None]
 """x, and y or None where nothing was measured."""
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line: its name in the legend, its CSS class, its points.
-
-    dots: mark every point; joined: draw the line; band: (x, low, high) of an interval around it; titles: what hovering
-    over each point says, by default its name and coordinates.
-    """
-
-    name: str
-    css: str
-    points: Sequence[Point]
-    dots: bool = False
-    joined: bool = True
-    band: Sequence[tuple[float, float | None, float | None]] = ()
-    titles: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Level:
-    """A horizontal line across a chart: a limit, or what chance reaches."""
-
-    name: str
-    css: str
-    y: float
 
 
 @dataclass(frozen=True)
@@ -136,105 +107,6 @@ _SHAPES = {
     "s3": ((0, -1.2), (1.2, 0.9), (-1.2, 0.9)),
     "s4": ((-1.2, -0.9), (1.2, -0.9), (0, 1.2)),
 }
-
-
-def line_chart(
-    series: Sequence[Series],
-    *,
-    x_label: str,
-    y_label: str,
-    title: str,
-    low: float | None = 0.0,
-    high: float | None = None,
-    levels: Sequence[Level] = (),
-    nothing: str = "no steps were trained",
-) -> Markup:
-    """Lines with bands, dots and hover titles, and a legend below.
-
-    Args:
-        series: the lines; a point without a y breaks its line.
-        x_label, y_label: of the axes.
-        title: the drawing's text alternative.
-        low, high: where the y axis begins and ends at the latest, values beyond included; None is the data's own.
-        levels: horizontal lines.
-        nothing: what is said in place of a drawing without points.
-    """
-    drawn = [s for s in series if any(y is not None for _, y in s.points)]
-    if not drawn:
-        return Markup("<p>{}</p>").format(nothing)
-    frame = _frame(drawn, levels, low, high)
-    parts = frame.axes(x_label, y_label, title)
-    for s in drawn:
-        parts += _bands(s, frame)
-    for level in levels:
-        _, at = frame.place(frame.x_low, level.y)
-        hover = f"<title>{escape(level.name)}: {level.y:.3g}</title>"
-        ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"'
-        parts.append(f'<line class="line {escape(level.css)}" {ends}>{hover}</line>')
-    for s in drawn:
-        parts += _line(s, frame, x_label)
-    parts.append("</svg>")
-    keys = [Key(s.name, s.css, s.dots, s.joined) for s in drawn] + [Key(v.name, v.css) for v in levels]
-    return Markup("".join(parts)) + legend(keys)
-
-
-def _frame(series: Sequence[Series], levels: Sequence[Level], low: float | None, high: float | None) -> Frame:
-    xs = [x for s in series for x, _ in s.points]
-    ys = [y for s in series for _, y in s.points if y is not None] + [level.y for level in levels]
-    ys += [y for s in series for _, *ends in s.band for y in ends if y is not None]
-    bottom, top = min(ys), max(ys)
-    if low is not None:
-        bottom = min(low, bottom)
-    top = max(high, top) if high is not None else top + 0.05 * (top - bottom)
-    x_low, x_high = min(xs), max(xs)
-    whole = all(x == round(x) for x in xs)
-    return Frame(
-        x_low, x_high if x_high > x_low else x_low + 1, bottom, top if top > bottom else bottom + 1.0, whole=whole
-    )
-
-
-def _line(s: Series, frame: Frame, x_label: str) -> list[str]:
-    parts = []
-    placed = [(x, y, frame.place(x, y)) if y is not None else None for x, y in s.points]
-    if s.joined:
-        for run in _runs([p and p[2] for p in placed]):
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in run)
-            parts.append(f'<polyline class="line {escape(s.css)}" points="{path}"/>')
-    for i, point in enumerate(placed):
-        if point is None:
-            continue
-        x, y, (across, up) = point
-        said = s.titles[i] if i < len(s.titles) else f"{s.name}: {y:.4g} ({x_label} {x:g})"
-        if s.dots:
-            parts.append(marker(across, up, s.css, said, 4.0 if len(s.points) <= 40 else 2.5))
-        else:
-            hover = f"<title>{escape(said)}</title>"
-            parts.append(f'<circle class="hit" cx="{across:.1f}" cy="{up:.1f}" r="6">{hover}</circle>')
-    return parts
-
-
-def _bands(s: Series, frame: Frame) -> list[str]:
-    ends = [
-        (frame.place(x, low), frame.place(x, high)) if low is not None and high is not None else None
-        for x, low, high in s.band
-    ]
-    parts = []
-    for run in _runs(ends):
-        corners = [b for b, _ in run] + [t for _, t in reversed(run)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-        parts.append(f'<polygon class="band {escape(s.css)}" points="{path}"/>')
-    return parts
-
-
-def _runs(items: Iterable[T | None]) -> list[list[T]]:
-    """Stretches without a gap."""
-    runs: list[list[T]] = [[]]
-    for item in items:
-        if item is None:
-            runs.append([])
-        else:
-            runs[-1].append(item)
-    return [run for run in runs if run]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from remend.files.atomic import JsonRow
-from remend.report.page import Figure, Heatmap, Scatter, Section, number
-from remend.report.plots import Group
+from remend.report.charts import Group, Heatmap, Scatter
+from remend.report.page import Figure, Section
+from remend.report.words import number
 
 CAUTION = (
     "That alignment and recovery go together does not say that one causes the other: CKA can change while behaviour "

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from remend.files.atomic import JsonRow
 from remend.files.run_directory import METRICS, RunDirectory, updates_a_round
-from remend.report.page import Block, Figure, Lines, Text
-from remend.report.svg import Point, Series, style
+from remend.report.charts import Lines, Series
+from remend.report.page import Block, Figure, Text
+from remend.report.svg import Point, style
 
 MOST_POINTS = 400
 """A line of more steps is drawn through means of as many."""
