@@ -12,7 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remend.report.charts import Arrows, Forest, Group, Heatmap, Level, Lines, Scatter, Series, Share, shade, shortened
+from remend.report.charts import (
+    Arrows,
+    Forest,
+    Heatmap,
+    Level,
+    Lines,
+    Points,
+    Scatter,
+    Series,
+    Share,
+    shade,
+    shortened,
+)
 from remend.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, STYLES, TOP, WIDTH, marker, style, ticks
 from remend.report.words import percent
 
@@ -27,7 +39,7 @@ def forest_plot(*rows: Share) -> str:
     return str(Forest("t", rows, "share").draw())
 
 
-def scatter(*groups: Group) -> str:
+def scatter(*groups: Points) -> str:
     return str(Scatter("t", groups, "x", "y").draw())
 
 
@@ -201,13 +213,13 @@ def test_forest_keeps_a_failed_run_at_the_edge() -> None:
 
 def test_scatter_forces_neither_axis_to_zero_and_leaves_out_what_is_not_measured() -> None:
     points = [(0.90, 2.0, "step 0"), (None, 1.5, "step 5"), (0.95, 1.0, "step 10")]
-    html = scatter(Group("run", points), Group("alone", [(0.92, 1.4, "x")], joined=False))
+    html = scatter(Points("run", points), Points("alone", [(0.92, 1.4, "x")], joined=False))
     assert len(list(drawing(html).iter("polyline"))) == 1
     first, last = at(html, "dot s0 open", "cx")[0], at(html, "dot s0", "cx")[0]
     assert last - first > 400  # most of the width
     assert "run: step 10" in [t.text for t in drawing(html).iter("title")]
-    assert scatter(Group("a", [(None, 1.0, "")])) == "<p>nothing was measured</p>"
-    one = scatter(Group("a", [(0.0, 0.0, "")]))
+    assert scatter(Points("a", [(None, 1.0, "")])) == "<p>nothing was measured</p>"
+    one = scatter(Points("a", [(0.0, 0.0, "")]))
     assert "nan" not in one
 
 
@@ -260,9 +272,9 @@ def test_everything_is_escaped() -> None:
     charts = [
         Lines(BAD, [Series(BAD, "a", [(0, 1)])], BAD, BAD),
         Forest(BAD, [Share(BAD, 0.5, 0.4, 0.6)], BAD),
-        Scatter(BAD, [Group(BAD, [(0, 0, BAD)])], BAD, BAD),
+        Scatter(BAD, [Points(BAD, [(0, 0, BAD)])], BAD, BAD),
         Heatmap(BAD, [[0.5]], BAD, BAD, rows=[BAD], columns=[BAD]),
-        Arrows(BAD, [Group(BAD, [(0.2, 0.1, BAD), (0.6, 0.5, BAD)])], BAD, BAD, goal=(1.0, 0.9, BAD)),
+        Arrows(BAD, [Points(BAD, [(0.2, 0.1, BAD), (0.6, 0.5, BAD)])], BAD, BAD, goal=(1.0, 0.9, BAD)),
     ]
     for chart in charts:
         html = str(chart.draw())
@@ -270,19 +282,19 @@ def test_everything_is_escaped() -> None:
         assert "<script" not in html
 
 
-def arrows(*groups: Group, goal: tuple[float, float, str] | None = None) -> str:
+def arrows(*groups: Points, goal: tuple[float, float, str] | None = None) -> str:
     return str(Arrows("int3", groups, "agreement", "score", goal=goal).draw())
 
 
 def test_an_arrow_has_a_start_a_head_and_a_goal() -> None:
-    drawn = arrows(Group("sdft", [(0.2, 0.1, "before"), (0.6, 0.5, "after <1>")]), goal=(1.0, 0.9, "the reference"))
+    drawn = arrows(Points("sdft", [(0.2, 0.1, "before"), (0.6, 0.5, "after <1>")]), goal=(1.0, 0.9, "the reference"))
     assert drawn.count("<polygon") == 1
     for said in ("sdft: before", "sdft: after &lt;1&gt;", "the reference"):
         assert said in drawn
 
 
 def test_what_did_not_move_is_a_point_and_what_is_unknown_is_left_out() -> None:
-    still = arrows(Group("sft", [(0.2, 0.1, "before"), (0.2, 0.1, "after")]))
+    still = arrows(Points("sft", [(0.2, 0.1, "before"), (0.2, 0.1, "after")]))
     assert "<polygon" not in still
     assert "sft: after" in still
-    assert "nothing was measured" in arrows(Group("sft", [(None, 0.1, "before")]))
+    assert "nothing was measured" in arrows(Points("sft", [(None, 0.1, "before")]))

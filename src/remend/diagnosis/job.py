@@ -19,7 +19,7 @@ from remend.diagnosis import layers, severity, subjects
 from remend.diagnosis.examination import Examination, examination
 from remend.diagnosis.reference import Conditions, ReferenceAnswers, cache_root, key_of, reference_answers
 from remend.diagnosis.settings import DiagnoseSettings
-from remend.diagnosis.student import Measured, measure
+from remend.diagnosis.student import Examined, measure
 from remend.files.atomic import JsonObject, write_json
 from remend.files.environment import environment
 from remend.files.settings import build
@@ -79,8 +79,8 @@ def diagnose(reference: str, students: Sequence[str], out: str | Path, **overrid
 
 
 def _paired(
-    exam: Examination, measured: Sequence[Measured], text: ReferenceAnswers
-) -> Iterator[tuple[Measured, JsonObject | None]]:
+    exam: Examination, measured: Sequence[Examined], text: ReferenceAnswers
+) -> Iterator[tuple[Examined, JsonObject | None]]:
     """Each student with what changed from the damaged one to it, paired on the same rows and prompts."""
     theirs = text.rows["residual"]
     for after, number in zip(measured, subjects.degraded_of(exam.subjects), strict=True):

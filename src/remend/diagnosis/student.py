@@ -27,14 +27,14 @@ ANSWERED, SHOWN = 16, 4
 
 
 @dataclass(frozen=True)
-class Measured:
+class Examined:
     """A student's figures, and the rows [L, S, D] of its residual stream."""
 
     figures: JsonObject
     rows: Tensor
 
 
-def measure(exam: Examination, subject: Subject, reference: Scorer, text: ReferenceAnswers) -> Measured | None:
+def measure(exam: Examination, subject: Subject, reference: Scorer, text: ReferenceAnswers) -> Examined | None:
     """One teacher-forced pass over the reference's answers, and what follows from it; None beside the main process."""
     student = exam.load(subject.source, subject.name)
     ours = scorer(student, exam.shared)
@@ -69,7 +69,7 @@ def measure(exam: Examination, subject: Subject, reference: Scorer, text: Refere
     figures = _figures(exam, subject, text, rows, [tokens[i] for i in range(text.whole)], placed)
     figures |= {"kind": subjects.kind_of(subject, student, reference.model), **_answers(exam, student, subject, text)}
     word = severity.severity(figures["behaviour"], figures["own_answers"], figures["reference_answers"])
-    return Measured({**figures, "severity": word}, rows["residual"])
+    return Examined({**figures, "severity": word}, rows["residual"])
 
 
 def _figures(

@@ -21,7 +21,7 @@ from remend.errors import InputError
 from remend.evaluation import harness, letters, results
 from remend.evaluation.generation import Limits, Question, ask, fill, hf_sampler, rows_of, token_cap
 from remend.evaluation.plan import Plan, make_plan
-from remend.evaluation.rows import Material, Table, dropped_note, encode, read
+from remend.evaluation.rows import Material, TaskRows, dropped_note, encode, read
 from remend.evaluation.store import Answers, answers_path, key_of, open_answers
 from remend.files.atomic import JsonObject, write_json
 from remend.files.environment import environment
@@ -104,7 +104,7 @@ def _package(plan: Plan) -> harness.Tasks | None:
     return package
 
 
-def _data(tables: Sequence[Table], package: harness.Tasks | None) -> JsonObject:
+def _data(tables: Sequence[TaskRows], package: harness.Tasks | None) -> JsonObject:
     data: JsonObject = {t.task.name: {"from": t.origin, "rows": len(t.rows), "sha256": t.digest} for t in tables}
     return data | ({"lm-eval": package.about} if package else {})
 
@@ -146,7 +146,7 @@ class _Evaluation:
         tokens = self.answers.once(key, lambda: {"tokens_at_once": token_cap(self.model)})["tokens_at_once"]
         return Limits(self.settings.batch_rows or rows_of(self.plan.device), tokens)
 
-    def own(self, table: Table) -> list[JsonObject]:
+    def own(self, table: TaskRows) -> list[JsonObject]:
         """The parts of a task of remend.tasks, one a grader."""
         name, config = table.task.name, load_config(self.source).get_text_config()
         context = getattr(config, "max_position_embeddings", None)

@@ -16,7 +16,7 @@ from remend.errors import InputError
 
 
 @dataclass(frozen=True)
-class Table:
+class TaskRows:
     """Rows by id, in the order given.
 
     origin: where they come from, in words; repeated: rows that stood there before and are graded once.
@@ -41,7 +41,7 @@ class Table:
 class Material:
     """Rows with their prompts, in the same order, and the ids of those that no prompt could be made of."""
 
-    table: Table
+    table: TaskRows
     prompts: list[Encoded]
     dropped: list[str]
 
@@ -51,7 +51,7 @@ class Material:
         return [self.table.rows[prompt.id] for prompt in self.prompts]
 
 
-def read(name: str, data: str | None, limit: int | None) -> Table:
+def read(name: str, data: str | None, limit: int | None) -> TaskRows:
     """A task's rows: of `data`, or the held-out ones that it makes, the same ones for every model.
 
     Args:
@@ -77,10 +77,10 @@ def read(name: str, data: str | None, limit: int | None) -> Table:
         key = task.id(row)
         if rows.setdefault(key, row) != row:
             raise InputError(f'{where}: the id "{key}" stands for another row already; give each an id of its own')
-    return Table(task, rows, origin, len(given) - len(rows))
+    return TaskRows(task, rows, origin, len(given) - len(rows))
 
 
-def encode(table: Table, tokenizer: Tokenizer, context: int | None, reserve: int) -> Material:
+def encode(table: TaskRows, tokenizer: Tokenizer, context: int | None, reserve: int) -> Material:
     """The rows as prompts; those that leave no room for `reserve` tokens in the model's context are dropped, not cut.
 
     Raises InputError when none is left, or a prompt can't be put into the chat template.

@@ -283,7 +283,7 @@ def shortened(name: str, letters: int = LETTERS) -> str:
 
 
 @dataclass(frozen=True)
-class Group:
+class Points:
     """Points of a scatter: (x, y, what hovering says), None where not measured.
 
     joined: a path in their order, its first point open.
@@ -300,7 +300,7 @@ class Scatter:
 
     kind: ClassVar[str] = "scatter"
     title: str
-    groups: Sequence[Group]
+    groups: Sequence[Points]
     x_label: str
     y_label: str
 

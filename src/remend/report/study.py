@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from remend.files.atomic import JsonRow
-from remend.report.charts import Arrows, Forest, Group, Lines, Scatter, Series, Share
+from remend.report.charts import Arrows, Forest, Lines, Points, Scatter, Series, Share
 from remend.report.page import Block, Code, Facts, Figure, Page, Section, Table, Text
 from remend.report.svg import style
 from remend.report.tracks import CAUTION
@@ -180,7 +180,7 @@ def _ability(every: Rows, rows: Rows) -> list[Section]:
                 )
                 for when in ("degraded", "recovered")
             ]
-            arrows.append(Group(row["method"], points))
+            arrows.append(Points(row["method"], points))
             goal = (1.0, scores["reference"]["score"], f"reference: score {scores['reference']['score']:.1%}")
         charts.append(Arrows(group, arrows, "top-1 agreement with the reference", f"score on {task}", goal=goal))
     if not charts:
@@ -264,7 +264,7 @@ def _alignment(correlation: JsonRow) -> list[Section]:
         return [Section("CKA against recovery", "alignment", [Text(f"Not given: {correlation['reason']}", "soft")])]
     names = dict.fromkeys(point["group"] for point in correlation["points"])
     groups = [
-        Group(
+        Points(
             name,
             [
                 (p["alignment"], p["recovery"], f"{p['run']}, step {p['step']} ({p['stage']})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from remend.files.atomic import JsonRow
-from remend.report.charts import Group, Heatmap, Scatter
+from remend.report.charts import Heatmap, Points, Scatter
 from remend.report.page import Figure, Section
 from remend.report.words import number
 
@@ -23,10 +23,10 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def track_group(name: str, track: Rows) -> Group:
+def track_group(name: str, track: Rows) -> Points:
     """A run's checkpoints (rows of track.jsonl) as points: mean CKA over layers, KL."""
     points = [(mean(row["cka"]), row["kl"], _said(f"step {_when(row)}", row)) for row in track]
-    return Group(name, points)
+    return Points(name, points)
 
 
 _NAMES = {"degraded": "start", "repaired": "repair", "recovered": "end"}
@@ -55,7 +55,7 @@ def student_point(student: JsonRow, before: bool = False) -> tuple[float | None,
     return mean(values["cka"]), values["kl"], _said(student["name"] + (" (before)" if before else ""), values)
 
 
-def student_groups(diagnosis: JsonRow, prefix: str = "") -> list[Group]:
+def student_groups(diagnosis: JsonRow, prefix: str = "") -> list[Points]:
     """Each recovered student joined to the one that it is compared with; students that none is made from, alone."""
     students = [diagnosis, *diagnosis.get("others", [])]
     by_name = {student["name"]: student for student in students}
@@ -64,13 +64,13 @@ def student_groups(diagnosis: JsonRow, prefix: str = "") -> list[Group]:
         before = by_name.get((student.get("compared_with") or {}).get("name", ""))
         if before is not None:
             name = f"{prefix}{before['name']} → {student['name']}"
-            groups.append(Group(name, [student_point(before, before=True), student_point(student)]))
+            groups.append(Points(name, [student_point(before, before=True), student_point(student)]))
             seen |= {before["name"], student["name"]}
-    alone = [Group(prefix + s["name"], [student_point(s)], joined=False) for s in students if s["name"] not in seen]
+    alone = [Points(prefix + s["name"], [student_point(s)], joined=False) for s in students if s["name"] not in seen]
     return groups + alone
 
 
-def against(groups: Sequence[Group], what: str) -> Figure:
+def against(groups: Sequence[Points], what: str) -> Figure:
     """The scatter, with its caption."""
     return Figure(
         [Scatter("Recovery against alignment", groups, "mean CKA over layers", "KL to the reference, nats a token")],
