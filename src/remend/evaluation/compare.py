@@ -1,8 +1,8 @@
 """Graded results of the same items beside each other: what was lost, what was won back, what n items can't show.
 
-    found = compare(["reference.json", "degraded.json", "recovered.json"])
-    found["tasks"][0]["comparisons"][0]["verdict"]      # "worse"
-    Console().print(table(found));  save(found, Path("comparison.md"))
+    comparison = compare(["reference.json", "degraded.json", "recovered.json"])
+    comparison["tasks"][0]["comparisons"][0]["verdict"]      # "worse"
+    Console().print(table(comparison));  save(comparison, Path("comparison.md"))
 
 A results file is `{"task", "grader", "items": [{"id", "correct", …}]}`, further keys being free, or
 `{"results": [such objects]}` for several tasks. `correct` is true, false or a number from 0 to 1; items of one text or
