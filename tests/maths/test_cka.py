@@ -194,21 +194,6 @@ def test_what_can_not_be_compared_is_nan(rows: int, value: float) -> None:
     assert math.isnan(procrustes(y, constant.float()))
 
 
-def test_two_shared_massive_tokens_hide_everything_else() -> None:
-    """Why the rows are chosen: cka.md measured 0.999 for independent models with 2 massive tokens among 512.
-
-    As in real models, the two point the same way within a model; which way is each model's own.
-    """
-    x, y, at_x, at_y = features(13, (512, 64), (512, 64), (1, 64), (1, 64))
-    assert abs(debiased_cka(x, y)) < 0.05
-    x[100:102] += 100 * at_x
-    y[100:102] += 100 * at_y
-    assert debiased_cka(x, y) > 0.99
-    usual = torch.ones(512, dtype=torch.bool)
-    usual[100:102] = False
-    assert abs(debiased_cka(x[usual], y[usual])) < 0.05
-
-
 def test_the_grid_holds_the_pairwise_values() -> None:
     xs = [side for seed in range(3) for side in related(seed, 24, 9, 30)]
     ys = [side for seed in range(1, 4) for side in related(seed, 24, 12, 5)][:5]
@@ -255,23 +240,6 @@ def test_jackknife_where_a_group_holds_all_the_difference() -> None:
         assert got.value == pytest.approx(debiased_cka(x, y), abs=EXACT)
         assert math.isnan(got.low)
         assert math.isnan(got.high)
-
-
-def test_jackknife_covers() -> None:
-    """95% intervals hold the population's value in at least 87 of 100 samples: 3.7 standard errors below 95."""
-    truth = debiased_cka(*mixed(0, 60_000))
-    held = [jackknife(*mixed(seed, 150)) for seed in range(1, 101)]
-    assert sum(one.low <= truth <= one.high for one in held) >= 87
-    widths = [one.high - one.low for one in held]
-    assert max(widths) < 0.4  # holding it costs no boundless interval
-    assert abs(np.mean([one.value for one in held]) - truth) < 0.02
-
-
-def mixed(seed: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Two samples of one population: maps fixed, rows new."""
-    to_x, to_y = features(999, (5, 12), (5, 10))
-    latent, own_x, own_y = features(1000 + seed, (rows, 5), (rows, 12), (rows, 10))
-    return latent @ to_x + own_x, latent @ to_y + 2 * own_y
 
 
 def test_jackknife_difference_is_paired() -> None:
@@ -369,15 +337,9 @@ def test_mutual_knn_against_a_loop(k: int) -> None:
     x, y = x - 7, y + 20  # cosines around 0, where ranks differ most
     assert mutual_knn(x, y, k=k) == pytest.approx(slow_knn(x, y, k), abs=1e-15)
     assert mutual_knn(x, x @ rotation(22, 6), k=k) == 1.0
-    assert mutual_knn(x, x * torch.linspace(0.1, 9, 24)[:, None], k=k) == 1.0  # cosine: a row's length is nothing
-
-
-def test_mutual_knn_of_unrelated_sides_and_with_a_row_of_zeros() -> None:
-    x, y = features(23, (200, 10), (200, 10))
-    assert mutual_knn(x, y) == pytest.approx(10 / 199, abs=0.02)
     x[3] = 0
-    assert 0 <= mutual_knn(x, y) < 0.1
     assert mutual_knn(x, x) == 1.0
+    assert mutual_knn(x, x * torch.linspace(0.1, 9, 24)[:, None], k=k) == 1.0  # cosine: a row's length is nothing
 
 
 @pytest.mark.parametrize(("rows", "width", "other"), [(4, 3, 2), (6, 10, 4), (12, 5, 5)])
@@ -419,19 +381,6 @@ def test_alignment_of_constant_features_moves_nothing(value: float) -> None:
     x.grad = None
     cka_alignment(y.requires_grad_(), x).backward()
     assert not y.grad.any()
-
-
-def test_following_the_alignment_aligns() -> None:
-    x, y = (side.float() for side in features(27, (32, 8), (32, 12)))
-    x.requires_grad_()
-    optimizer = torch.optim.Adam([x], lr=0.05)
-    start = float(cka_alignment(x, y).detach())
-    for _ in range(60):
-        optimizer.zero_grad()
-        (-cka_alignment(x, y)).backward()
-        optimizer.step()
-    assert abs(start) < 0.2
-    assert debiased_cka(x, y) > 0.8
 
 
 PAIRS = {
