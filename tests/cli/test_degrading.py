@@ -12,30 +12,36 @@ from typing import Any
 import pytest
 from pydantic import Field
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import remend
 from helpers.patching import replace_everywhere
 from remend.degrade import DEGRADATIONS
 from remend.degrade.kinds import DegradeSettings
 from remend.degrade.making.job import Changed, Damage
+from remend.models.find import find_model, hash_files
 from remend.models.load import load_tokenizer
 from remend.studies.study import study
 
-VERBS = {
-    "quantize": (remend.quantize, "--format int4-g32-sym --skip *.k_proj --skip *.v_proj --seed 2", {
-        "format": "int4-g32-sym", "skip": ["*.k_proj", "*.v_proj"], "seed": 2,
-    }),
-    "prune": (remend.prune, "--method wanda --sparsity 2:4 --samples 3", {
-        "method": "wanda", "sparsity": "2:4", "samples": 3,
-    }),
-    "depth": (remend.prune_depth, "--layers 1 --method angular --samples 3", {
-        "layers": 1, "method": "angular", "samples": 3,
-    }),
-    "width": (remend.prune_width, "--ffn 0.5 --heads 1 --samples 3", {"ffn": 0.5, "heads": 1, "samples": 3}),
-    "finetune": (remend.finetune, "--data task.jsonl --steps 2 --learning-rate 1e-2 --lora-rank 4", {
-        "data": "task.jsonl", "steps": 2, "learning_rate": 1e-2, "lora": {"rank": 4},
-    }),
-}  # fmt: skip
+VERBS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "quantize": (remend.quantize, {"format": "int4-g32-sym", "skip": ["*.k_proj", "*.v_proj"], "seed": 2}),
+    "prune": (remend.prune, {"method": "wanda", "sparsity": "2:4", "samples": 3}),
+    "depth": (remend.prune_depth, {"layers": 1, "method": "angular", "samples": 3}),
+    "width": (remend.prune_width, {"ffn": 0.5, "heads": 1, "samples": 3}),
+    "finetune": (remend.finetune, {"data": "task.jsonl", "steps": 2, "learning_rate": 1e-2, "lora": {"rank": 4}}),
+}
+
+
+def words_of(settings: dict[str, Any]) -> list[str]:
+    """The options that give these settings."""
+    words = []
+    for name, value in settings.items():
+        name = f"--{name.replace('_', '-')}"
+        if isinstance(value, dict):
+            words += words_of({f"{name[2:]}-{inner}": part for inner, part in value.items()})
+        else:
+            words += [word for part in (value if isinstance(value, list) else [value]) for word in (name, str(part))]
+    return words
 
 
 def described(directory: Path) -> dict[str, Any]:
@@ -82,24 +88,29 @@ def test_every_field_is_an_option_with_its_default_and_description(run: Any, kin
     assert code == 0
     said = " ".join(out.replace("│", " ").split())
     for name, field in DEGRADATIONS.get(kind).model_fields.items():
-        assert f"--{name.replace('_', '-')}" in said
-        if field.default is not None and isinstance(field.default, str | int | float):
-            assert str(field.default) in said or name.replace("_", "-") in said
-    assert DEGRADATIONS.get(kind).model_fields["device"].description in said
+        option = f"--{name.replace('_', '-')}"
+        assert option in said
+        if not isinstance(field.default, bool) and isinstance(field.default, str | int | float):
+            assert f"[default: {field.default}]" in said.partition(f"{option} ")[2].partition(" --")[0]
 
 
 @pytest.mark.parametrize("kind", VERBS)
-def test_a_verb_does_what_the_function_does(run: Any, reference_dir: Path, kind: str) -> None:
-    function, words, settings = VERBS[kind]
-    code, out, err = run("degrade", kind, reference_dir, *words.split(), "--no-probe", "--out", "by-verb")
+def test_a_verb_does_what_the_function_does_with_the_same_seed(run: Any, reference_dir: Path, kind: str) -> None:
+    (function, settings), healthy = VERBS[kind], hash_files(find_model(str(reference_dir)))
+    code, out, err = run("degrade", kind, reference_dir, *words_of(settings), "--no-probe", "--out", "by-verb")
     assert (code, "Traceback" in err) == (0, False), err
     assert out.startswith("by-verb: ")
-    function(str(reference_dir), "by-function", **settings, probe=False)
+    record = function(str(reference_dir), "by-function", **settings, probe=False)
+    assert record == json.loads(Path("by-function/degradation.json").read_text())
+    assert record["reference"]["files"] == healthy == hash_files(find_model(str(reference_dir)))  # it is left as it was
     assert described(Path("by-verb")) == described(Path("by-function"))
     for path in Path("by-function").glob("*.safetensors"):
         ours, theirs = load_file(path), load_file(Path("by-verb") / path.name)
         assert all(ours[name].equal(theirs[name]) for name in ours)
         assert ours.keys() == theirs.keys()
+    assert AutoModelForCausalLM.from_pretrained("by-function").num_parameters() > 0  # plain transformers opens it
+    with pytest.raises(remend.RemendError, match="is not empty"):
+        function(str(reference_dir), "by-function", **settings)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +204,7 @@ def test_what_was_made_is_said(run: Any, reference_dir: Path) -> None:
 def test_device_and_trust_are_handed_on(
     run: Any, reference_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    command = ("degrade", kind, reference_dir, *VERBS[kind][1].split(), "--out", "x", "--no-probe")
+    command = ("degrade", kind, reference_dir, *words_of(VERBS[kind][1]), "--out", "x", "--no-probe")
     code, _, err = run(*command, "--device", "abacus")
     assert (code, 'device "abacus" can\'t be used here' in err) == (2, True)
     trusted = []

@@ -18,7 +18,6 @@ from remend.degrade.finetune import FULL_RATE, LORA_RATE, finetune
 from remend.degrade.making import job
 from remend.errors import InputError
 from remend.files.run_directory import METRICS, RunDirectory
-from remend.models.find import find_model, hash_files
 
 QUICK: dict[str, Any] = {"steps": 3, "probe": False, "device": "cpu", "dtype": "float32"}
 
@@ -49,7 +48,6 @@ def test_it_learns_forgets_and_records(
         str(reference_dir), out, data=task, steps=30, learning_rate=1e-2 if lora else 3e-3, lora=lora, device="cpu",
         dtype="float32",
     )  # fmt: skip
-    assert record == json.loads((out / "degradation.json").read_text())
     assert (record["kind"], record["method"]) == ("fine-tuning", "lora" if lora else "full")
     rows = losses(out)
     assert len(rows) == record["steps"] == 30
@@ -58,18 +56,11 @@ def test_it_learns_forgets_and_records(
     assert record["probe"]["kl"] > 0.1
     assert record["data"]["rows"] == 12
     assert len(record["data"]["hash"]) == 64
-    assert record["reference"]["files"] == hash_files(find_model(str(reference_dir)))
     full = sum(t.numel() for t in weights(out).values())
     assert record["trained_parameters"] == full if lora is None else record["trained_parameters"] < full / 4
     saved = AutoModelForCausalLM.from_pretrained(out)  # plain transformers opens it, a folded adapter too
     assert not hasattr(saved, "peft_config")
     assert {p.name for p in out.iterdir()} >= {"config.json", "tokenizer.json", "metrics.jsonl"}
-
-
-def test_the_reference_directory_is_not_touched(task: str, reference_dir: Path, tmp_path: Path) -> None:
-    before = hash_files(find_model(str(reference_dir)))
-    finetune(str(reference_dir), tmp_path / "t", data=task, **QUICK)
-    assert hash_files(find_model(str(reference_dir))) == before
 
 
 def test_lora_moves_its_targets_only(task: str, reference_dir: Path, tmp_path: Path) -> None:
@@ -147,12 +138,8 @@ def test_the_data_hash_is_of_prompts_and_completions(task: str, reference_dir: P
     ("change", "part"),
     [
         ({"steps": 0}, '"steps" is 0: input should be greater than or equal to 1'),
-        ({"batch_size": 0}, '"batch_size" is 0'),
-        ({"gradient_accumulation": -1}, '"gradient_accumulation" is -1'),
-        ({"max_tokens": 0}, '"max_tokens" is 0'),
         ({"epochs": 1.0}, r"both steps \(3\) and epochs \(1.0\)"),
         ({"steps": None, "epochs": 0.0}, '"epochs" is 0.0: input should be greater than 0'),
-        ({"learning_rate": 0.0}, '"learning_rate" is 0.0'),
         ({"learning_rate": float("nan")}, '"learning_rate" is nan'),
         ({"dtype": "float16"}, '"dtype" is .float16.: input should be .auto., .float32. or .bfloat16.'),
         ({"lora": {"rnak": 3}}, r'unknown key "lora.rnak"\. Did you mean "rank"\?'),
