@@ -159,15 +159,15 @@ def _options(path: tuple[str, ...], field: FieldInfo, hidden: bool, inside: bool
     elif kind is str:
         default = ",".join(default) if isinstance(default, list) else str(default)
     more = "; repeatable" if repeatable else "; with commas between" if separated and not single else ""
-    how = typer.Option(help=escape(_sentence((field.description or "") + more)), hidden=hidden)
+    how = typer.Option(help=escape(_sentence(field.description or "", more)), hidden=hidden)
     yield Option(path, parameter("_".join(path), kind, how, default), separated, single)
 
 
-def _sentence(description: str) -> str:
+def _sentence(description: str, more: str) -> str:
     """A description as the help shows it. One that begins with a value, as "auto, cpu", keeps its first letter."""
     if description.partition(" ")[0].rstrip(":").isalpha():
         description = description[:1].upper() + description[1:]
-    return description if description.endswith("…") else f"{description}."
+    return description + more + ("" if description.endswith("…") and not more else ".")
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
