@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import remend
+from helpers.processes import two_processes
 from helpers.tiny import build_model, build_tokenizer, prompts
 from remend.degrade.depth import prune_depth
 from remend.diagnosis import severity
@@ -195,7 +194,6 @@ def test_two_processes_give_the_numbers_of_one(
     reference_dir: Path, student_dir: Path, tmp_path: Path, prompt_file: Path
 ) -> None:
     single = diagnose(reference_dir, [student_dir], tmp_path / "one", prompt_file, cache=str(tmp_path / "c1"))
-    worker = str(Path(__file__).parents[1] / "helpers" / "worker.py")
     values = {
         "reference": str(reference_dir),
         "students": [str(student_dir)],
@@ -205,9 +203,7 @@ def test_two_processes_give_the_numbers_of_one(
         "device": "cpu",
         "cache": str(tmp_path / "c2"),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker]
-    done = subprocess.run([*command, "diagnose", json.dumps(values)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes(("diagnose", values))
     pair = json.loads((tmp_path / "two" / "diagnosis.json").read_text())
     for key in ("layers", "behaviour", "positions", "stretches", "norms", "severity", "rows"):
         assert pair[key] == single[key], key

@@ -43,15 +43,15 @@ def source(
 
 
 class FixedSampler:
-    """Answers with tokens that follow from the seed, and remembers how many completions each call asked for."""
+    """Answers with tokens that follow from the seed, and remembers of each call: completions, tokens, temperature."""
 
     def __init__(self) -> None:
-        self.calls: list[int] = []
+        self.calls: list[tuple[int, int, float]] = []
 
     def __call__(
         self, prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> list[Rollout]:
-        self.calls.append(len(prompts))
+        self.calls.append((len(prompts), max_new_tokens, temperature))
         return [
             Rollout(p.id, p.tokens, tuple((s + i) % 300 + 3 for i in range(max_new_tokens)), True, p.shown)
             for p, s in zip(prompts, seeds, strict=True)

@@ -1,4 +1,4 @@
-"""Run in its own process by test_resume.py: a recovery that kills itself, or one of two processes of a step."""
+"""Run in a process of its own (processes.py): a recovery that kills itself, or jobs that two processes share."""
 
 from __future__ import annotations
 
@@ -36,13 +36,17 @@ def spoil(kind: ConstraintKind, model: torch.nn.Module, facts: StudentFacts, cal
     return Start()
 
 
+def spoiled(**recipe: object) -> None:
+    """Recover with a repair that makes things worse."""
+    repair, GridKind.repair = GridKind.repair, spoil  # type: ignore[assignment]
+    remend.recover(**recipe)
+    GridKind.repair = repair  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "kill":
-        killed(json.loads(sys.argv[2]), int(sys.argv[3]))
-    elif sys.argv[1] == "spoil":
-        GridKind.repair = spoil  # type: ignore[assignment]
-        remend.recover(**json.loads(sys.argv[2]))
-    elif sys.argv[1] == "diagnose":
-        remend.diagnose(**json.loads(sys.argv[2]))
-    else:
-        remend.recover(**json.loads(sys.argv[2]))
+    words = sys.argv[1:]
+    if words[0] == "kill":
+        killed(json.loads(words[1]), int(words[2]))
+    jobs = {"recover": remend.recover, "spoiled": spoiled, "diagnose": remend.diagnose}
+    for what, values in zip(words[::2], words[1::2], strict=True):
+        jobs[what](**json.loads(values))

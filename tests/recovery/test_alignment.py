@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from helpers.resuming import torn_copy
+from helpers.recovering import assert_equal_runs, torn_copy
 from helpers.steps import distillation, encoded, source
 from helpers.tiny import build_model
 from remend.errors import CheckError
@@ -139,10 +138,7 @@ def test_recomputed_layers_give_the_same_gradient() -> None:
 
 def test_a_run_with_it_resumes_exactly(recipe: dict[str, Any], tmp_path: Path) -> None:
     whole = recover(**recipe, alignment={"measure": "cka"})
-    again = recover(resume=torn_copy(whole.out, tmp_path / "torn", 2))
-    assert again.metrics == whole.metrics
-    ours, theirs = (load_file(run.model / "model.safetensors") for run in (whole, again))
-    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert_equal_runs(whole, recover(resume=torn_copy(whole.out, tmp_path / "torn", 2)))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The readiness gate: what it finds degenerate, when it opens, and that a resumed run decides alike."""
+"""The readiness gate: what it finds degenerate, when it opens; and how far the answers of a repair reach."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from accelerate import Accelerator
 
 from helpers.tiny import build_model
 from remend.files.run_directory import RunDirectory
+from remend.files.settings import build
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
-from remend.recovery.bootstrap import EVERY, Gate, Verdict, judge_demonstrations, judge_rollouts, likelihood_gain
+from remend.recovery.bootstrap import (
+    EVERY,
+    Gate,
+    Verdict,
+    judge_demonstrations,
+    judge_rollouts,
+    likelihood_gain,
+    repair_budget,
+    reuses_repair,
+)
+from remend.recovery.settings import RecoverConfig
+from remend.recovery.streams import resolve
 from remend.training.measure import PromptSums, negative_log_likelihoods, repetition
 from remend.training.teachers.frozen import Frozen
 
@@ -88,3 +100,44 @@ def test_on_waits_for_the_budget_and_off_for_nothing(tmp_path: Path) -> None:
     made = gate(tmp_path / "on", [], mode="on", budget=3)
     assert [made(step) for step in range(1, 6)] == [False] * 3 + [True] * 2
     assert gate(tmp_path / "off", [], mode="off")(1)
+
+
+NAMES = {"student": "s", "teacher": "t", "data": "d", "out": "o", "bootstrap": "repair"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "answers", "steps"),
+    [
+        ({"steps": 48}, 192, 48),
+        ({"steps": 100}, 192, 48),
+        ({"steps": 100, "gradient_accumulation": 3}, 192, 16),
+        ({"steps": 100, "off_policy_passes": 1}, 192, 24),
+        ({"steps": 100, "bootstrap_steps": 30}, 192, 30),
+        ({"steps": 100, "updates_per_rollout": 5, "save_every": 0}, 192, 45),
+        ({}, 0, 0),
+    ],
+)
+def test_answers_serve_whole_steps(changed: dict[str, Any], answers: int, steps: int) -> None:
+    assert repair_budget(build(RecoverConfig, {**NAMES, **changed}, "test"), answers, 1) == steps
+
+
+def test_processes_share_the_answers_of_a_step() -> None:
+    assert repair_budget(build(RecoverConfig, {**NAMES, "steps": 100}, "test"), 192, 4) == 12
+
+
+@pytest.mark.parametrize(
+    ("changed", "reused"),
+    [
+        ({}, True),
+        ({"bootstrap": "off"}, False),
+        ({"bootstrap": "on"}, False),
+        ({"temperature": 0.7}, False),
+        ({"streams": {"a": {"policy": 0.5}}}, False),
+        ({"streams": {"a": {"demonstrations": True}}}, False),
+        ({"streams": {"a": {"teacher": "other"}}}, False),
+        ({"streams": {"a": {}, "b": {"teacher": "initial"}}}, False),
+    ],
+)
+def test_only_a_plain_stream_of_the_reference_can_use_them(changed: dict[str, Any], reused: bool) -> None:
+    config = build(RecoverConfig, {**NAMES, **changed}, "test")
+    assert reuses_repair(config, resolve(config)) is reused

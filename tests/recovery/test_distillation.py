@@ -26,7 +26,7 @@ def objective(*sources: Any, **rest: Any) -> Distillation:
 def asked(made: Distillation) -> list[int]:
     """How many completions each call of the sampler was asked for."""
     assert isinstance(made.rounds.sampler, FixedSampler)
-    return made.rounds.sampler.calls
+    return [count for count, *_ in made.rounds.sampler.calls]
 
 
 def slow(student: Any, teacher: Any, rollouts: list[Rollout], skip: int) -> float:
@@ -52,7 +52,7 @@ def test_divergence_is_aligned_at_unequal_prompt_lengths(shown: bool, skip: int)
     outputs = [made(micro).sums["recover"] for micro in prepared.micro_batches]
     rollouts = [r for _, part in prepared.micro_batches for r in part]
     expected = slow(made.student.model, TEACHER, rollouts, skip)
-    assert sum(float(total) for total, _ in outputs) == pytest.approx(expected, rel=1e-4)
+    assert sum(total.item() for total, _ in outputs) == pytest.approx(expected, rel=1e-4)
     assert sum(n for _, n in outputs) == prepared.tokens["recover"] == 5 * (5 - skip)
 
 
@@ -123,6 +123,44 @@ def test_until_the_gate_opens_only_the_pool_is_used() -> None:
     shares = [made.prepare(step).means["on_policy"] for step in (1, 2, 3)]
     assert shares == [(0, 4), (0, 4), (4, 4)]
     assert asked(made) == [4]
+
+
+def test_a_step_is_the_same_however_it_is_cut() -> None:
+    """Rollouts exactly, sums and gradients to rounding."""
+    steps = []
+    for rows in (8, 4, 1):
+        made = objective(source(TAUGHT, encoded(8), 8), micro_rows=rows)
+        prepared = made.prepare(1)
+        total = torch.stack([made(part).sums["recover"][0] for part in prepared.micro_batches]).sum()
+        total.backward()
+        steps.append((sorted(prepared.ids), total.item(), made.student.head.weight_VD.grad))
+    for ids, total, gradient in steps[1:]:
+        assert ids == steps[0][0]
+        assert total == pytest.approx(steps[0][1], rel=1e-5)
+        torch.testing.assert_close(gradient, steps[0][2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_stream_pulls_the_step_towards_its_teacher() -> None:
+    """One step down the sum's gradient leaves the second stream's loss lower than a step down the first's alone."""
+    left = []
+    for weight in (0.0, 1.0):
+        kept = source(Frozen(scorer(build_model(320, seed=3))), encoded(3), 3, name="keep", weight=weight)
+        made = objective(source(TAUGHT, encoded(3), 3), kept)
+        first, second = made.prepare(1).micro_batches
+        sums = {**made(first).sums, **made(second).sums}
+        torch.stack([made.weights[name] * total for name, (total, _) in sums.items()]).sum().backward()
+        with torch.no_grad():
+            for p in made.student.model.parameters():
+                p -= 1e-4 * p.grad
+        left.append(made(second).sums["keep"][0].item())
+    assert left[1] < left[0]
+
+
+def test_the_recipes_temperature_is_asked_for() -> None:
+    made = objective(source(TAUGHT, encoded(4), 4), source(TAUGHT, encoded(4), 2, name="cold", temperature=0.5))
+    made.prepare(1)
+    assert isinstance(made.rounds.sampler, FixedSampler)
+    assert made.rounds.sampler.calls == [(4, 5, 1.0), (2, 5, 0.5)]
 
 
 def test_like_lengths_share_a_micro_batch() -> None:

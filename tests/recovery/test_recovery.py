@@ -1,9 +1,10 @@
-"""The whole job on a tiny model: what it writes, what it holds, and that every knob has its effect."""
+"""The whole job on a tiny model: what it writes, what it holds, and that its settings arrive where they work."""
 
 from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +14,50 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import remend
 from helpers.losses import DISTANCE
+from helpers.recovering import LoopCall, weights
+from helpers.task_rows import write
+from helpers.tiny import build_model
 from remend.compression.grids import decode
 from remend.compression.stored_grid import StoredGrid
+from remend.data.examples import load_examples, prompt_id
 from remend.errors import FileError, InputError
-from remend.files.run_directory import RunDirectory
+from remend.files.run_directory import METRICS, RunDirectory
+from remend.maths.losses import of_beta
 from remend.models.find import find_model
-from remend.models.load import load_model
-from remend.recovery import recover
+from remend.models.load import load_model, save_model
+from remend.recovery import RecoverResult, check, recover
+from remend.recovery.pools import REPAIR_ANSWERS
+from remend.training.loop import Optimization
 
 
-@pytest.fixture
-def longer(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {**recipe, "steps": 25, "learning_rate": 4e-3, "save_every": 0, "max_new_tokens": 12}
-
-
-def test_recovery_closes_part_of_the_gap_and_writes_everything(longer: dict[str, Any]) -> None:
-    result = remend.recover(**longer)
-    names = {p.name for p in result.out.iterdir()}
+def test_recovery_closes_part_of_the_gap_and_writes_everything(grid_run: RecoverResult) -> None:
+    names = {p.name for p in grid_run.out.iterdir()}
     assert names >= {"recipe.yaml", "manifest.json", "metrics.jsonl", "timing.jsonl", "model", "samples.jsonl"}
     assert names >= {"summary.json", "report.html"}
-    summary = json.loads((result.out / "summary.json").read_text())
-    assert summary == result.summary
-    assert (
-        set(summary["degraded"]) == set(summary["recovered"]) == {"kl", "top1_agreement", "kl_on_policy", "perplexity"}
-    )
+    summary = json.loads((grid_run.out / "summary.json").read_text())
+    assert summary == grid_run.summary
+    figures = {"kl", "top1_agreement", "kl_on_policy", "perplexity"}
+    assert set(summary["degraded"]) == set(summary["recovered"]) == figures
     assert set(summary["gap_closed"]) == {"kl", "kl_on_policy", "top1_agreement"}
     assert summary["gap_closed"]["kl"] == pytest.approx(1 - summary["recovered"]["kl"] / summary["degraded"]["kl"])
     assert 0.1 < summary["gap_closed_kl_95"][0] < summary["gap_closed"]["kl"] < summary["gap_closed_kl_95"][1] < 1
-    assert summary["tokens_trained"] == sum(row["tokens"] for row in result.metrics)
-    assert [row["step"] for row in result.metrics] == list(range(1, 26))
-    assert (summary["steps"], summary["held_out_prompts"], summary["constraint"]) == (25, 6, "int3-g64-asym")
+    assert summary["tokens_trained"] == sum(row["tokens"] for row in grid_run.metrics)
+    assert [row["step"] for row in grid_run.metrics] == list(range(1, 25))
+    assert (summary["steps"], summary["held_out_prompts"], summary["constraint"]) == (24, 12, "int3-g64-asym")
     assert summary["peak_rss_mib"] > 0
-    manifest = json.loads((result.out / "manifest.json").read_text())
-    assert manifest["recipe"] == yaml.safe_load((result.out / "recipe.yaml").read_text())
+    assert not any("on_policy" in row for row in grid_run.metrics)  # there is no pool to take others from
+    manifest = json.loads((grid_run.out / "manifest.json").read_text())
+    assert manifest["recipe"] == yaml.safe_load((grid_run.out / "recipe.yaml").read_text())
     assert len(manifest["models"]["teacher"]["model.safetensors"]) == 64
     assert manifest["versions"]["torch"] == torch.__version__
 
 
-def test_saved_model_lies_on_the_students_grid(longer: dict[str, Any]) -> None:
-    result = recover(**{**longer, "steps": 5})
-    before, after = StoredGrid.read(Path(longer["student"])), StoredGrid.read(result.model)
+def test_saved_model_lies_on_the_students_grid(grid_run: RecoverResult, student_dir: Path) -> None:
+    before, after = StoredGrid.read(student_dir), StoredGrid.read(grid_run.model)
     assert before is not None
     assert after is not None
-    saved = AutoModelForCausalLM.from_pretrained(result.model)  # plain transformers opens it
+    saved = AutoModelForCausalLM.from_pretrained(grid_run.model)  # plain transformers opens it
     moved = 0
     for name, (codes, grid) in after.matrices.items():
         assert saved.get_parameter(name).equal(decode(codes, grid, after.format))
@@ -65,59 +65,66 @@ def test_saved_model_lies_on_the_students_grid(longer: dict[str, Any]) -> None:
         assert grid.zeros.equal(before.matrices[name][1].zeros)
         moved += int((codes != before.matrices[name][0]).sum())
     assert moved > 100
-    assert AutoTokenizer.from_pretrained(result.model).chat_template
+    assert AutoTokenizer.from_pretrained(grid_run.model).chat_template
 
 
-def test_summary_is_measured_on_the_saved_artifact(longer: dict[str, Any]) -> None:
+def test_summary_is_measured_on_the_saved_artifact(grid_run: RecoverResult, reference_dir: Path, place: Path) -> None:
     """An independent slow measurement of the files gives the summary's KL."""
-    result = recover(**{**longer, "steps": 3})
-    student, teacher = (AutoModelForCausalLM.from_pretrained(p).double() for p in (result.model, longer["teacher"]))
-    tokenizer = AutoTokenizer.from_pretrained(result.model)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(p).double() for p in (grid_run.model, reference_dir))
+    tokenizer = AutoTokenizer.from_pretrained(grid_run.model)
     total = count = 0
-    held = {r["id"]: r["completion"] for r in RunDirectory(result.out).rows("reference.jsonl")}
-    from remend.data.examples import load_examples, prompt_id
-
-    texts = {prompt_id(e.prompt): e.prompt for e in load_examples(longer["data"])}
-    for key, completion in held.items():
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": texts[key]}], add_generation_prompt=True, return_dict=False
-        )
-        ids = torch.tensor([[*prompt, *completion]])
+    texts = {prompt_id(e.prompt): e.prompt for e in load_examples(str(place / "prompts.jsonl"))}
+    for row in RunDirectory(grid_run.out).rows("reference.jsonl"):
+        message = [{"role": "user", "content": texts[row["id"]]}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        ids = torch.tensor([[*prompt, *row["completion"]]])
         with torch.no_grad():
             q, p = (m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (student, teacher))
         total += float((p.exp() * (p - q)).sum())
-        count += len(completion)
-    assert result.summary["recovered"]["kl"] == pytest.approx(total / count, rel=1e-4)
+        count += len(row["completion"])
+    assert grid_run.summary["recovered"]["kl"] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_equal_seeds_equal_runs_other_seeds_others(recipe: dict[str, Any], tmp_path: Path) -> None:
-    runs = [recover(**{**recipe, "seed": s, "out": str(tmp_path / f"{i}")}) for i, s in enumerate((1, 1, 2))]
-    assert runs[0].metrics == runs[1].metrics
-    assert runs[0].metrics != runs[2].metrics
+def test_eval_every_logs_held_out_measurements(grid_run: RecoverResult) -> None:
+    kl = {r["step"]: r["eval/kl"] for r in RunDirectory(grid_run.out).rows(METRICS) if "eval/kl" in r}
+    assert list(kl) == [8, 16, 24]
+    chosen = grid_run.summary["selected"]["step"]
+    assert kl[chosen] == pytest.approx(grid_run.summary["recovered"]["kl"], rel=1e-5)
+    assert kl[24] < kl[8] < grid_run.summary["degraded"]["kl"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"beta": 1.0},
-        {"beta": 0.5},
-        {"temperature": 0.5},
-        {"learning_rate": 1e-4},
-        {"warmup_steps": 3},
-        {"final_learning_rate": 1.0},
-        {"weight_decay": 0.5},
-        {"max_grad_norm": 1e-3},
-        {"batch_size": 3},
-        {"gradient_accumulation": 2},
-        {"max_new_tokens": 4},
-        {"dtype": "bfloat16"},
-    ],
-)
-def test_every_knob_changes_the_trajectory(recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any]) -> None:
-    base = recover(**{**recipe, "save_every": 0, "out": str(tmp_path / "base")})
-    other = recover(**{**recipe, **change, "save_every": 0, "out": str(tmp_path / "other")})
-    assert [r["loss"] for r in base.metrics] != [r["loss"] for r in other.metrics]
-    assert all(r["loss"] > 0 for r in other.metrics)
+def test_checkpoints_are_safetensors_with_all_moments(grid_run: RecoverResult) -> None:
+    saved = RunDirectory(grid_run.out).checkpoints()[-1]
+    masters, moments = load_file(saved.path / "masters.safetensors"), load_file(saved.path / "optimizer.safetensors")
+    assert set(moments) == {f"{n}.{k}" for n in masters for k in ("exp_avg", "exp_avg_sq")}
+    assert not [*saved.path.rglob("*.pt"), *saved.path.rglob("*.bin")]
+
+
+def test_settings_arrive_where_they_work(recipe: dict[str, Any], at_the_loop: Callable[..., LoopCall]) -> None:
+    """What each does there is tested beside the loop, the step function and the losses."""
+    rates = {"learning_rate": 1e-4, "warmup_steps": 3, "final_learning_rate": 0.5, "weight_decay": 0.25}
+    saving = {"steps": 9, "save_every": 3, "keep_checkpoints": 7, "updates_per_rollout": 3, "seed": 5}
+    rows = {"batch_size": 3, "gradient_accumulation": 2, "max_new_tokens": 4, "beta": 0.5, "temperature": 0.5}
+    call = at_the_loop(**{**recipe, **rates, **saving, **rows, "max_grad_norm": 0.125, "dtype": "bfloat16"})
+    assert call.optimization == Optimization(9, 1e-4, 3, 0.5, 0.25, 0.125)
+    assert (call.saving.every, call.saving.keep) == (3, 7)
+    rounds, micro_batches = call.objective.rounds, call.objective.prepare(1).micro_batches
+    assert (rounds.seed, rounds.steps, rounds.updates) == (5, 9, 3)
+    assert [len(rollouts) for _, rollouts in micro_batches] == [3, 3]
+    assert max(len(r.completion) for _, rollouts in micro_batches for r in rollouts) == 4
+    stream = micro_batches[0][0].stream
+    assert (stream.loss, stream.temperature) == (of_beta(0.5), 0.5)
+    with call.objective.precision:
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def test_another_seed_draws_others(recipe: dict[str, Any], at_the_loop: Callable[..., LoopCall]) -> None:
+    said = []
+    for i, seed in enumerate((1, 1, 2)):
+        call = at_the_loop(**{**recipe, "seed": seed, "out": f"{recipe['out']}-{i}"})
+        said.append([r for _, rollouts in call.objective.prepare(1).micro_batches for r in rollouts])
+    assert said[0] == said[1]
+    assert not {(r.id, r.completion) for r in said[0]} & {(r.id, r.completion) for r in said[2]}
 
 
 def test_a_loss_from_outside_is_trained_on_and_said(recipe: dict[str, Any]) -> None:
@@ -131,38 +138,35 @@ def test_a_loss_from_outside_is_trained_on_and_said(recipe: dict[str, Any]) -> N
     assert recover(resume=result.out).summary == result.summary
 
 
-def test_eval_every_logs_held_out_measurements(recipe: dict[str, Any]) -> None:
-    result = recover(**{**recipe, "eval_every": 2})
-    rows = [r for r in RunDirectory(result.out).rows("metrics.jsonl") if "eval/kl" in r]
-    assert [r["step"] for r in rows] == [2, 4]
-    assert rows[-1]["eval/kl"] == pytest.approx(result.summary["recovered"]["kl"], rel=1e-5)
-
-
 def test_zero_steps_measures_only(recipe: dict[str, Any]) -> None:
     summary = recover(**{**recipe, "steps": 0}).summary
     assert summary["degraded"] == summary["recovered"]
     assert summary["gap_closed"]["kl"] == 0
 
 
-def test_no_measurable_damage(recipe: dict[str, Any], tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(recipe["teacher"])
-    model.save_pretrained(tmp_path / "copy")
-    AutoTokenizer.from_pretrained(recipe["teacher"]).save_pretrained(tmp_path / "copy")
+def test_no_measurable_damage(recipe: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    save_model(build_model(len(tokenizer)), tokenizer, tmp_path / "copy")
     result = recover(**{**recipe, "student": str(tmp_path / "copy"), "steps": 1})
     assert result.summary["gap_closed"] is None
     assert result.summary["constraint"] == "none"
     assert "No measurable damage" in result.report.read_text()
 
 
-def test_messages_and_plain_text_prompts(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_messages_and_what_looks_like_markup(recipe: dict[str, Any], tmp_path: Path) -> None:
     rows = [
-        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Hi {i}"}]}
+        {
+            "prompt": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": f"<script>a({i})</script>"},
+            ]
+        }
         for i in range(9)
     ]
-    path = tmp_path / "chat.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    result = recover(**{**recipe, "data": str(path), "steps": 1, "held_out": 2})
-    assert result.samples()[0]["prompt"].startswith("Hi ")
+    result = recover(**{**recipe, "data": write(tmp_path / "chat.jsonl", rows), "steps": 1, "held_out": 2})
+    assert result.samples()[0]["prompt"].startswith("<script>a(")
+    page = result.report.read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;a(" in page
 
 
 def test_disk_full_while_writing(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,73 +188,58 @@ def test_disk_full_while_writing(recipe: dict[str, Any], monkeypatch: pytest.Mon
     assert recover(resume=recipe["out"]).summary["steps"] == 4
 
 
-def test_teacher_with_nan_weights_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    model = AutoModelForCausalLM.from_pretrained(recipe["teacher"])
+def test_teacher_with_nan_weights_is_refused(recipe: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    model = build_model(len(tokenizer))
     model.model.norm.weight.data[0] = float("nan")
-    model.save_pretrained(broken)
-    AutoTokenizer.from_pretrained(recipe["teacher"]).save_pretrained(broken)
+    save_model(model, tokenizer, tmp_path / "broken")
     with pytest.raises(InputError, match="not finite"):
-        recover(**{**recipe, "teacher": str(broken)})
+        recover(**{**recipe, "teacher": str(tmp_path / "broken")})
 
 
-def test_report_escapes_what_a_model_wrote(recipe: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "evil.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"<script>alert({i})</script>"}) + "\n" for i in range(8)))
-    page = recover(**{**recipe, "data": str(path), "steps": 1, "held_out": 2}).report.read_text()
-    assert "<script" not in page
-    assert "&lt;script&gt;alert(" in page
-
-
-def test_adamw_state_survives_exactly(recipe: dict[str, Any]) -> None:
-    result = recover(**recipe)
-    saved = RunDirectory(result.out).checkpoints()[-1]
-    masters, moments = load_file(saved.path / "masters.safetensors"), load_file(saved.path / "optimizer.safetensors")
-    assert set(moments) == {f"{n}.{k}" for n in masters for k in ("exp_avg", "exp_avg_sq")}
-    assert not list(saved.path.rglob("*.pt"))
-    assert not list(saved.path.rglob("*.bin"))
-
-
-def test_lora_beside_a_grid_leaves_the_base_and_learns(longer: dict[str, Any]) -> None:
-    student = Path(longer["student"])
-    before = {p.name: p.read_bytes() for p in student.iterdir()}
-    result = recover(**{**longer, "learning_rate": 2e-2, "lora": {"rank": 8}})
-    assert {p.name: p.read_bytes() for p in student.iterdir()} == before
+def test_lora_beside_a_grid_leaves_the_base_and_learns(
+    recipe: dict[str, Any], student_dir: Path, tmp_path: Path
+) -> None:
+    """Nothing is repaired under it, so training begins on-policy."""
+    before = {p.name: p.read_bytes() for p in student_dir.iterdir()}
+    rest = {"steps": 20, "learning_rate": 2e-2, "save_every": 0, "repair": True, "bootstrap": "repair"}
+    result = recover(**{**recipe, **rest, "lora": {"rank": 8}})
+    assert {p.name: p.read_bytes() for p in student_dir.iterdir()} == before
     names = {p.name for p in result.model.iterdir()}
     assert "adapter_model.safetensors" in names
     assert not names & {"model.safetensors", "grid.safetensors"}
     assert result.summary["gap_closed"]["kl"] > 0.1
-    source = find_model(str(result.model))
-    loaded = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
-    stored = StoredGrid.read(student)
+    assert not (result.out / REPAIR_ANSWERS).exists()
+    assert not any("on_policy" in row for row in result.metrics)
+    loaded = load_model(find_model(str(result.model)), dtype=torch.float32, device=torch.device("cpu"))
+    stored = StoredGrid.read(student_dir)
     assert stored is not None
-    weights = dict(loaded.named_parameters())
+    tensors = dict(loaded.named_parameters())
     for name, (codes, grid) in stored.matrices.items():
-        on_grid = weights[name.replace(".weight", ".base_layer.weight")]
+        on_grid = tensors[name.replace(".weight", ".base_layer.weight")]
         assert on_grid.equal(decode(codes, grid, stored.format))
 
 
-@pytest.mark.parametrize("change", [{"rank": 2}, {"alpha": 64}, {"targets": ["q_proj", "down_proj"]}])
-def test_every_lora_knob_changes_the_trajectory(recipe: dict[str, Any], tmp_path: Path, change: dict[str, Any]) -> None:
-    settings = {**recipe, "save_every": 0, "learning_rate": 1e-2}
-    base = recover(**{**settings, "lora": {"rank": 4}, "out": str(tmp_path / "base")})
-    other = recover(**{**settings, "lora": {"rank": 4, **change}, "out": str(tmp_path / "other")})
-    assert [r["loss"] for r in base.metrics] != [r["loss"] for r in other.metrics]
+def test_lora_settings_arrive(recipe: dict[str, Any], at_the_loop: Callable[..., LoopCall]) -> None:
+    call = at_the_loop(**recipe, lora={"rank": 2, "alpha": 64, "targets": ["q_proj", "down_proj"]})
+    masters = call.constraint.masters()
+    assert {name.split(".")[-4] for name in masters} == {"q_proj", "down_proj"}
+    assert {min(tensor.shape) for tensor in masters.values()} == {2}
+    student: Any = call.objective.student.model
+    assert student.peft_config["default"].lora_alpha == 64
 
 
-def test_a_student_that_is_an_adapter_is_trained_as_one(recipe: dict[str, Any], tmp_path: Path) -> None:
-    settings = {**recipe, "save_every": 0, "learning_rate": 1e-2}
-    first = recover(**{**settings, "lora": {"rank": 4}, "out": str(tmp_path / "first")})
-    second = recover(**{**settings, "student": str(first.model), "out": str(tmp_path / "second")})
-    assert second.summary["degraded"]["kl"] == pytest.approx(first.summary["recovered"]["kl"])
-    before, after = (load_file(r.model / "adapter_model.safetensors") for r in (first, second))
+def test_a_student_that_is_an_adapter_is_trained_as_one(adapter_run: RecoverResult, both: dict[str, Any]) -> None:
+    values = {**both, "student": str(adapter_run.model), "learning_rate": 1e-2}
+    second = recover(**values)
+    assert second.summary["degraded"]["kl"] == pytest.approx(adapter_run.summary["recovered"]["kl"])
+    assert second.summary["recovered"]["kl"] < second.summary["degraded"]["kl"]
+    before, after = weights(adapter_run.model), weights(second.model)
     assert before.keys() == after.keys()
     assert any(not before[k].equal(after[k]) for k in before)
-    with pytest.raises(InputError, match="is an adapter, which is trained as it is; leave lora out"):
-        recover(**{**settings, "student": str(first.model), "lora": {"rank": 2}, "out": str(tmp_path / "third")})
+    (problem,) = check(**{**values, "lora": {"rank": 2}, "out": f"{both['out']}-third"}).problems
+    assert "is an adapter, which is trained as it is; leave lora out" in problem
 
 
 def test_lora_targets_are_checked_before_any_weight_is_loaded(recipe: dict[str, Any]) -> None:
-    problems = remend.check(None, **{**recipe, "lora": {"targets": ["x_proj"]}}).problems
-    assert len(problems) == 1
-    assert "lora.targets: x_proj is no linear layer" in problems[0]
+    (problem,) = check(**{**recipe, "lora": {"targets": ["x_proj"]}}).problems
+    assert "lora.targets: x_proj is no linear layer" in problem

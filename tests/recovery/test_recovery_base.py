@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.patching import replace_everywhere
-from remend.errors import CheckError
 from remend.models.adapters import add_lora, save_adapter
 from remend.models.load import load_model
 from remend.recovery import check, recover
@@ -33,23 +32,16 @@ def adapted(recipe: dict[str, Any], reference_dir: Path, tokenizer: Any, tmp_pat
     return {**recipe, "student": str(path), "save_every": 0, "learning_rate": 1e-2}
 
 
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the models that are loaded."""
-    found: list[str] = []
-    load = load_model
+def test_the_base_is_the_reference_and_no_second_copy(
+    adapted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
 
     def counted(source: Any, **rest: Any) -> Any:
-        found.append(source.spec)
-        return load(source, **rest)
+        loaded.append(source.spec)
+        return load_model(source, **rest)
 
-    replace_everywhere(monkeypatch, load, counted)
-    return found
-
-
-def test_the_base_is_the_reference_and_no_second_copy(
-    adapted: dict[str, Any], loaded: list[str], tmp_path: Path
-) -> None:
+    replace_everywhere(monkeypatch, load_model, counted)
     result = recover(**{**adapted, "teacher": "base", "eval_every": 2})
     student, out = adapted["student"], str(result.model)
     # each load of an adapter loads the base under it: the student once to be trained, once as saved
@@ -61,14 +53,9 @@ def test_the_base_is_the_reference_and_no_second_copy(
     assert result.summary["recovered"]["kl"] < result.summary["degraded"]["kl"]
     hashes = [json.loads((r.out / "manifest.json").read_text())["models"]["teacher"] for r in (result, apart)]
     assert hashes[0] == hashes[1]
-
-
-def test_a_merged_student_is_measured_against_the_base_too(adapted: dict[str, Any], tmp_path: Path) -> None:
-    kl = [
-        recover(**{**adapted, "teacher": "base", "merge": merge, "out": str(tmp_path / str(merge))}).summary
-        for merge in (False, True)
-    ]
-    assert kl[0]["recovered"]["kl"] == pytest.approx(kl[1]["recovered"]["kl"], rel=1e-3)
+    # merged, it is measured against the base too
+    merged = recover(**{**adapted, "teacher": "base", "eval_every": 2, "merge": True, "out": str(tmp_path / "merged")})
+    assert merged.summary["recovered"]["kl"] == pytest.approx(result.summary["recovered"]["kl"], rel=1e-3)
 
 
 def test_streams_may_have_the_base_alone(adapted: dict[str, Any]) -> None:
@@ -87,12 +74,12 @@ def test_streams_may_have_the_base_alone(adapted: dict[str, Any]) -> None:
     ],
 )
 def test_what_can_be_no_reference(adapted: dict[str, Any], change: dict[str, Any], part: str) -> None:
-    with pytest.raises(CheckError, match=part):
-        recover(**{**adapted, **change})
+    assert any(part in problem for problem in check(**{**adapted, **change}).problems)
 
 
 def test_the_base_of_a_fresh_adapter_teaches_nothing(recipe: dict[str, Any]) -> None:
-    with pytest.raises(CheckError, match="teacher base without demonstrations gives the student's own answer back"):
-        recover(**{**recipe, "teacher": "base", "lora": {"rank": 2}})
-    with pytest.raises(CheckError, match="teacher base is the student without its adapter, and there is none"):
-        recover(**{**recipe, "teacher": "base"})
+    values = {**recipe, "teacher": "base"}
+    assert "teacher base without demonstrations gives the student's own answer back" in str(
+        check(**values, lora={"rank": 2}).problems
+    )
+    assert "teacher base is the student without its adapter, and there is none" in str(check(**values).problems)

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import remend
-from helpers.killing import kill_at
-from helpers.tiny import build_model, prompts, small_recipe
+from helpers.recovering import assert_equal_runs, torn_copy, weights
+from helpers.tiny import build_model, small_recipe
 from helpers.worker import spoil
 from remend.compression.stored_grid import StoredGrid
 from remend.degrade.depth import prune_depth
@@ -21,17 +20,10 @@ from remend.degrade.finetune import finetune
 from remend.degrade.prune import prune
 from remend.degrade.width import prune_width
 from remend.errors import CheckError, InputError
-from remend.files.run_directory import METRICS, RunDirectory
+from remend.files.run_directory import RunDirectory
 from remend.models.load import save_model
 from remend.recovery import RecoverResult, check, recover
 from remend.training.constraints.mask import MaskKind
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("compressed")
-    (path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts()))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +33,9 @@ def sparse(place: Path, reference_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def masked_recipe(place: Path, sparse: Path, reference_dir: Path) -> dict[str, Any]:
+def masked(place: Path, sparse: Path, reference_dir: Path) -> RecoverResult:
     recipe = small_recipe(sparse, reference_dir, place / "prompts.jsonl", place / "masked")
-    return {**recipe, "repair": True, "weight_decay": 0.1, "learning_rate": None}
-
-
-@pytest.fixture(scope="module")
-def masked(masked_recipe: dict[str, Any]) -> RecoverResult:
-    return recover(**masked_recipe)
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
+    return recover(**{**recipe, "repair": True, "repair_samples": 16, "weight_decay": 0.1, "learning_rate": None})
 
 
 def zeros(directory: Path) -> dict[str, torch.Tensor]:
@@ -75,23 +58,16 @@ def test_embeddings_that_the_damage_left_alone_are_not_trained(masked: RecoverRe
     assert not after["model.norm.weight"].equal(before["model.norm.weight"])
 
 
-def test_a_masked_run_killed_and_resumed_equals_uninterrupted(
-    masked: RecoverResult, masked_recipe: dict[str, Any], tmp_path: Path
-) -> None:
-    """With repair: the checkpoint holds what came of it."""
-    kill_at({**masked_recipe, "out": str(tmp_path / "torn")}, 3)
-    resumed = recover(resume=str(tmp_path / "torn"))
-    assert (resumed.out / METRICS).read_bytes() == (masked.out / METRICS).read_bytes()
-    ours, theirs = weights(masked.model), weights(resumed.model)
-    assert all(ours[name].equal(theirs[name]) for name in ours)
-    assert masked.summary["repair"]["kl"] == resumed.summary["repair"]["kl"]
+def test_a_masked_run_resumes_exactly(masked: RecoverResult, tmp_path: Path) -> None:
+    """The checkpoint holds what came of repair."""
+    assert_equal_runs(masked, recover(resume=torn_copy(masked.out, tmp_path / "torn", 2)))
 
 
 @pytest.fixture(scope="module")
 def on_the_grid(place: Path, student_dir: Path, reference_dir: Path) -> RecoverResult:
     """Repaired and not trained: what is recovered is repair's alone."""
-    recipe = small_recipe(student_dir, reference_dir, place / "prompts.jsonl", place / "grid")
-    return recover(**{**recipe, "repair": True, "steps": 0, "learning_rate": None})
+    recipe = small_recipe(student_dir, reference_dir, place / "prompts.jsonl", place / "only-repaired")
+    return recover(**{**recipe, "repair": True, "steps": 0, "learning_rate": None, "repair_samples": 16})
 
 
 def test_repair_lowers_the_held_out_divergence_on_the_very_grid(on_the_grid: RecoverResult, student_dir: Path) -> None:
@@ -144,7 +120,13 @@ def test_smaller_students_are_repaired_and_keep_their_shape(
         ("cut", tmp_path / "deep", "num_hidden_layers", 3),
         ("narrow", reference_dir, "intermediate_size", 64),
     ):
-        given = {"student": str(tmp_path / name), "teacher": str(teacher), "repair": True, "steps": 1}
+        given = {
+            "student": str(tmp_path / name),
+            "teacher": str(teacher),
+            "repair": True,
+            "repair_samples": 8,
+            "steps": 1,
+        }
         result = recover(**{**recipe, **given, "out": str(tmp_path / f"run-{name}")})
         assert result.summary["repair"]["kl"] < result.summary["degraded"]["kl"]
         assert json.loads((result.model / "config.json").read_text())[key] == size

@@ -1,4 +1,4 @@
-"""Which text a repair is fitted to."""
+"""Which text a repair is fitted to, and that training begins with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from helpers.tiny import build_model, build_tokenizer, put_on_grid
 from remend.compression.recognise import Recognised
 from remend.data.order import Order
 from remend.data.templates import Encoded
+from remend.files.run_directory import RunDirectory
+from remend.recovery import RecoverResult
+from remend.recovery.pools import REPAIR_ANSWERS
 from remend.recovery.repair import Questions, repair
 from remend.training.constraints import StudentFacts
 
@@ -39,3 +42,9 @@ def test_calibration_prompts_are_as_many_as_asked_or_as_rows_allow(monkeypatch: 
     assert len(chosen(5)) == 3
     monkeypatch.setattr("remend.recovery.repair.MOST_ROWS", 1)
     assert len(chosen(5)) == 1
+
+
+def test_the_first_steps_train_on_the_answers_that_repair_was_fitted_to(repaired_run: RecoverResult) -> None:
+    """6 answers twice are 12 completions: three steps of 4."""
+    assert len(RunDirectory(repaired_run.out).rows(REPAIR_ANSWERS)) == 6
+    assert [row["on_policy"] for row in repaired_run.metrics] == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]

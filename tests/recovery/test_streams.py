@@ -37,6 +37,7 @@ def test_a_recipe_without_streams_is_one() -> None:
     (stream,) = resolve(config(teacher="t", data="d", beta=0.5, max_new_tokens=7))
     assert (stream.name, stream.teacher.name, stream.data, stream.loss) == ("recover", "t", "d", of_beta(0.5))
     assert (stream.lengths, stream.on_policy, stream.skip_first, stream.top_k) == ((7, 7), 1.0, 0, None)
+    assert resolve(config(streams={"recover": PLAIN}, top_k=9)) == resolve(config(**PLAIN, top_k=9))
 
 
 def test_streams_inherit_and_override() -> None:
@@ -44,6 +45,8 @@ def test_streams_inherit_and_override() -> None:
     recover, adapt = resolve(made)
     assert (recover.temperature, recover.loss, recover.on_policy, recover.skip_first) == (0.5, of_beta(0), 1.0, 0)
     assert (adapt.temperature, adapt.loss, adapt.on_policy, adapt.skip_first) == (0.5, of_beta(1), 0.25, 3)
+    shared = resolve(config(streams=two(), top_k=5, skip_first_tokens=2, max_new_tokens="4→8"))
+    assert {(s.top_k, s.skip_first, s.lengths) for s in shared} == {(5, 2, (4, 8))}
     assert [adapt.length_at(step, 5) for step in range(1, 6)] == [4, 5, 6, 7, 8]
     assert reference_of(made) == "t"
     assert [s.on_policy for s in resolve(config(teacher="t", streams={"a": {"data": "d", "policy": False}}))] == [0.0]

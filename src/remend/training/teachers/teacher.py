@@ -156,7 +156,7 @@ class NamedTeacher(ABC):
     healthy: everything may be measured against it.
     brings_prompts: it has completions of its own, and is never asked for others.
     copies: of the trained parameters that it keeps in memory; saved: they belong into a checkpoint.
-    no_layers: why its layers can't be looked at, or None where they can.
+    no_layers: why its layers can't be looked at, or None where they can; `load` gives a Frozen then.
     """
 
     name: str
