@@ -22,12 +22,15 @@ from remend.files.run_directory import METRICS, RunDirectory
 QUICK: dict[str, Any] = {"steps": 3, "probe": False, "device": "cpu", "dtype": "float32"}
 
 
+def write_task(folder: Path) -> str:
+    rows = [{"prompt": p, "completion": "no " * (1 + i % 3)} for i, p in enumerate(prompts(12))]
+    (folder / "task.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(folder / "task.jsonl")
+
+
 @pytest.fixture
 def task(tmp_path: Path) -> str:
-    path = tmp_path / "task.jsonl"
-    rows = [{"prompt": p, "completion": "no " * (1 + i % 3)} for i, p in enumerate(prompts(12))]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return str(path)
+    return write_task(tmp_path)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -87,17 +90,29 @@ def test_lora_moves_its_targets_only(task: str, reference_dir: Path, tmp_path: P
     ],
     ids=str,
 )
-def test_every_knob_changes_the_result(task: str, reference_dir: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    base = {**QUICK, "data": task, "lora": {"rank": 4, "alpha": 4} if "lora" in change else None}
-    for name, values in (("base", base), ("again", base), ("other", {**base, **change})):
-        finetune(str(reference_dir), tmp_path / name, **values)
-    first, again, other = ([*losses(tmp_path / n), float(weights(tmp_path / n)[MATRIX].sum())] for n in NAMES)
-    assert first == again
-    assert first != other
+def test_every_knob_changes_the_result(
+    task: str, reference_dir: Path, tmp_path: Path, usual: Any, change: dict[str, Any]
+) -> None:
+    base = {**QUICK, "data": task, "lora": ADAPTER if "lora" in change else None}
+    finetune(str(reference_dir), tmp_path / "other", **{**base, **change})
+    assert figures(tmp_path / "other") != usual["lora" in change]
 
 
-NAMES = ("base", "again", "other")
-MATRIX = "model.layers.0.mlp.up_proj.weight"
+ADAPTER = {"rank": 4, "alpha": 4}
+
+
+def figures(out: Path) -> list[float]:
+    return [*losses(out), float(weights(out)["model.layers.0.mlp.up_proj.weight"].sum())]
+
+
+@pytest.fixture(scope="module")
+def usual(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[float]]:
+    """Without a change: of all weights, and of an adapter."""
+    folder = tmp_path_factory.mktemp("usual")
+    data = write_task(folder)
+    for name, lora in (("full", None), ("lora", ADAPTER)):
+        finetune(str(reference_dir), folder / name, data=data, lora=lora, **QUICK)
+    return {False: figures(folder / "full"), True: figures(folder / "lora")}
 
 
 def test_epochs_are_steps_over_all_rows(task: str, reference_dir: Path, tmp_path: Path) -> None:

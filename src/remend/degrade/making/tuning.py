@@ -45,10 +45,11 @@ def tuned(damage: Damage, settings: Finetune) -> Changed:
         )
     pairs = load_pairs(settings.data)
     rows = _rows(damage, settings, pairs)
-    steps, lora = settings.steps_for(len(rows)), settings.lora.model_dump() if settings.lora else None
+    steps, lora = settings.steps_for(len(rows)), settings.lora
     student = damage.student.requires_grad_(True)
     if lora:
-        adapters.add_lora(student, **lora, seed=derive_seed(settings.seed, "lora"))
+        seed = derive_seed(settings.seed, "lora")
+        adapters.add_lora(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         scratch = RunDirectory(Path(folder))
         trained = _train(damage, settings, rows, steps, scratch)
@@ -64,7 +65,7 @@ def tuned(damage: Damage, settings: Finetune) -> Changed:
         "batch_size": settings.batch_size,
         "gradient_accumulation": settings.gradient_accumulation,
         "max_tokens": settings.max_tokens,
-        "lora": lora,
+        "lora": lora.model_dump() if lora else None,
         "trained_parameters": trained,
         "data": {"path": settings.data, "hash": _hash(pairs), "rows": len(rows), "dropped": len(pairs) - len(rows)},
         "loss": {"first": losses[0], "last": losses[-1]},
