@@ -1,7 +1,12 @@
-# make demo    set up .venv and run the demo on the real model
-# make test    set up .venv and run all tests
-# make golden  run OLD (a commit) and the code here side by side and compare every file that they write
-# make count   how large is the code, and how much of what was to leave is left
+# make demo      set up .venv and run the demo on the real model
+# make test      set up .venv and run all tests
+# make fast      all tests but those on the real model
+# make check     ruff and mypy
+# make sample    a few of the tests on the real model, as CI runs them
+# make slow      all tests on the real model; adds a row to docs/measurements/runs.md
+# make golden    run OLD (a commit) and the code here side by side and compare every file that they write; adds a row
+# make count     how large is the code, and how much of what was to leave is left
+# make runs      print the table of long checks
 # Tests run in two workers; make test WORKERS=8 on a larger machine.
 # PIP_ARGS passes your choice of package index to pip, for a CPU-only torch, say:
 #   make demo PIP_ARGS="--extra-index-url URL"
@@ -15,7 +20,10 @@ OLD ?= 13d6498
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test fast check golden count clean
+SAMPLE := tests/slow/test_slow.py tests/models tests/data tests/recovery/test_self_prompts.py
+RECORD = $(BIN)/python benchmarks/record.py
+
+.PHONY: help demo test fast sample slow check golden count runs clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -39,16 +47,25 @@ test: .venv/ready-dev
 fast: .venv/ready-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
+sample: .venv/ready-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(SAMPLE) $(PYTEST_ARGS)
+
+slow: .venv/ready-dev
+	$(RECORD) slow -- $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
 check: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 golden: .venv/ready-dev
-	$(BIN)/python benchmarks/golden.py --old $(OLD)
+	$(RECORD) golden -- $(BIN)/python benchmarks/golden.py --old $(OLD)
 
 count: .venv/ready-dev
 	$(BIN)/python benchmarks/count.py --old $(OLD)
+
+runs: .venv/ready-dev
+	$(RECORD) --show
 
 clean:
 	rm -rf .venv
