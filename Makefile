@@ -5,7 +5,9 @@
 # make sample    a few of the tests on the real model, as CI runs them
 # make slow      all tests on the real model; adds a row to docs/measurements/runs.md
 # make golden    run OLD (a commit) and the code here side by side and compare every file that they write; adds a row
+# make golden-figures    keep the figures of this machine for tests/test_golden.py, after a change that is meant
 # make count     how large is the code, and how much of what was to leave is left
+# make benchmarks-short  run the shortest case of each benchmark; adds a row
 # make runs      print the table of long checks
 # Tests run in two workers; make test WORKERS=8 on a larger machine.
 # PIP_ARGS passes your choice of package index to pip, for a CPU-only torch, say:
@@ -23,7 +25,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SAMPLE := tests/slow/test_slow.py tests/models tests/data tests/recovery/test_self_prompts.py
 RECORD = $(BIN)/python benchmarks/record.py
 
-.PHONY: help demo test fast sample slow check golden count runs clean
+.PHONY: help demo test fast sample slow check golden golden-figures count benchmarks-short runs clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -61,8 +63,14 @@ check: .venv/ready-dev
 golden: .venv/ready-dev
 	$(RECORD) golden -- $(BIN)/python benchmarks/golden.py --old $(OLD)
 
+golden-figures: .venv/ready-dev
+	$(BIN)/python tests/test_golden.py
+
 count: .venv/ready-dev
 	$(BIN)/python benchmarks/count.py --old $(OLD)
+
+benchmarks-short: .venv/ready-dev
+	$(RECORD) benchmarks-short -- $(BIN)/python benchmarks/shortest.py
 
 runs: .venv/ready-dev
 	$(RECORD) --show

@@ -398,6 +398,7 @@ def fixture(tree: Path, directory: Path) -> None:
     one = Side("old", tree / "src", directory)
     jobs = [
         job("student", "degrade quantize reference --format int2-g32 --out student"),
+        job("forgot", f"{DEGRADE['forgot']} --out forgot"),
         job("complete", "recover complete.yaml"),
         job("killed", "recover killed.yaml", KILLED_AT),
     ]

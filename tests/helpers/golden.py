@@ -229,6 +229,7 @@ def figures(run: Path) -> dict[str, Any]:
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     numbers = {f"{key} at step {row['step']}": row[key] for row in rows for key in ("loss", "eval/kl") if key in row}
     numbers |= {f"{key}, {which}": summary[which][key] for which in ("degraded", "recovered") for key in summary[which]}
+    numbers = {name: value for name, value in numbers.items() if value is not None}  # a cache scores no new answers
     files = [*(run / "model").glob("*.safetensors"), *run.glob("checkpoints/step-000006/*.safetensors")]
     return {"numbers": numbers, "sha256": {str(path.relative_to(run)): _hash(path) for path in sorted(files)}}
 
