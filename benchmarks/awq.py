@@ -1,6 +1,6 @@
 """Does AWQ's scaling pay (arXiv 2306.00978)? KL of SmolLM2 on a grid with and without it, before and after repair.
 
-    python benchmarks/awq.py [--formats int3-g64 int4-g32-sym] [--answers 96] [--prompts 32]
+    python benchmarks/awq.py [--formats int3-g64 int4-g32-sym] [--answers 96] [--prompts 32] [--calibration 48]
 
 Inputs of a group of layers are divided by s, and its weights' columns multiplied by it, so that the model says the same
 and rounding spares the columns that matter: s = (root mean square input)^α, with the α of 0, 0.05 … 1 that costs least,
@@ -8,7 +8,7 @@ and rounding spares the columns that matter: s = (root mean square input)^α, wi
 is left out, as in AWQ's own code where key and value heads are fewer. AWQ's clipping is left out too; GPTQ's search of
 ranges (solvers.gptq) is beside it.
 
-All see the same calibration text, 48 answers as `degrade` takes them; repair sees --answers others. KL is on the
+All see the same calibration text, answers as `degrade` takes them; repair sees --answers others. KL is on the
 reference's greedy answers to --prompts bundled held-out prompts, in float32.
 """
 
@@ -38,6 +38,7 @@ from remend.recovery.repair import TOKENS
 from remend.training.constraints import Calibration
 from remend.training.constraints.grid import repair_grid
 from remend.training.measure import compare, pool
+from remend.training.teachers.frozen import Frozen
 
 CPU, SEED = torch.device("cpu"), 0
 FRONT = {"q_proj": "input_layernorm", "gate_proj": "post_attention_layernorm", "down_proj": "mlp.up_proj"}
@@ -78,7 +79,7 @@ def scaled(damage: Damage, fmt: GridFormat) -> Any:
             layer.weight.mul_(scale_I)
         block, first = sites.names[0].rsplit(".", 2)[0], sites.names[0].rsplit(".", 1)[-1]
         front: nn.Module = modules[f"{block}.{FRONT[first]}"]
-        front.weight.div_(scale_I if front.weight.ndim == 1 else scale_I[:, None])  # type: ignore[operator, arg-type]
+        front.weight.div_(scale_I if front.weight.ndim == 1 else scale_I[:, None])  # type: ignore[operator]
     return model
 
 
@@ -88,10 +89,12 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["int3-g64", "int4-g32-sym"])
     parser.add_argument("--answers", type=int, default=96, help="that repair is fitted to; 0 leaves it out")
     parser.add_argument("--prompts", type=int, default=32, help="held-out prompts")
+    parser.add_argument("--calibration", type=int, default=48, help="answers that scales and GPTQ are fitted to")
     options = parser.parse_args()
     source = find_model("smollm2")
     reference = load_model(source, dtype=torch.float32, device=CPU).requires_grad_(False)
-    damage = Damage(reference, reference, load_tokenizer(source), source, Quantize.model_validate({"seed": SEED}))
+    settings = Quantize.model_validate({"seed": SEED, "samples": options.calibration})
+    damage = Damage(reference, reference, load_tokenizer(source), source, settings)
     prompts = [encode(damage.tokenizer, e) for e in bundled("held_out")[: options.prompts]]
     rollouts = answer(reference, damage.tokenizer, prompts, "the reference answers", max_new_tokens=PROBE_TOKENS)
     text: list[Rollout] = []
@@ -100,7 +103,7 @@ def main() -> None:
         text = completions(reference, damage.tokenizer, others, max_new_tokens=TOKENS, seed=SEED + 1)
 
     def kl(model: Any) -> float:
-        return float(pool(compare(scorer(model), scorer(reference), rollouts))["kl"])
+        return float(pool(compare(scorer(model), Frozen(scorer(reference)), rollouts))["kl"])
 
     print(f"{torch.get_num_threads()} threads, repair on {len(text)} answers, KL on {len(prompts)} prompts", flush=True)
     for fmt in map(GridFormat.parse, options.formats):

@@ -1,5 +1,5 @@
-"""Sampling on a CPU with weights laid out beforehand (remend.packed_linears) and keys and values written in place
-(remend.kv_cache), and without: tokens a second.
+"""Sampling on a CPU with weights laid out beforehand (models/sampling/prepacked.py) and keys and values written in place
+(kv_cache.py), and without: tokens a second.
 
     python benchmarks/decoding.py [--rows 8 32 64] [--tokens 48] [--rounds 3]
 
@@ -25,10 +25,10 @@ from remend.data.order import Order
 from remend.data.templates import encode
 from remend.models.find import find_model
 from remend.models.load import load_model, load_tokenizer
-from remend.models.sampling import kv_cache, transformers_engine
+from remend.models.sampling import kv_cache, prepacked, transformers_engine
 from remend.models.sampling.transformers_engine import TransformersSampler
 
-PACKED, IN_PLACE = transformers_engine.packed_linears, kv_cache.decoding_cache
+PACKED, IN_PLACE = prepacked.packed_linears, kv_cache.decoding_cache
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def main() -> None:
             prompts = [p for _, p in order.take(0, rows)]
             spent: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(options.rounds):
-                for way, (transformers_engine.packed_linears, kv_cache.decoding_cache) in WAYS.items():
+                for way, (transformers_engine.packed_linears, kv_cache.decoding_cache) in WAYS.items():  # type: ignore[attr-defined]
                     with precision:
                         spent[way].append(seconds(sampler, prompts, options.tokens))
             took = [statistics.median(spent[way]) for way in WAYS]

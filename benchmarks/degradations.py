@@ -179,7 +179,7 @@ def below_repair(recovered: Path) -> list[float]:
     """Share of repair's KL that training won on top: 95% interval, paired over the held-out prompts."""
     rows = [[json.loads(line) for line in (recovered / f"{n}.jsonl").open()] for n in ("held_out_repaired", "held_out")]
     before, after = [r["kl_sum"] for r in rows[0]], [r["kl_sum_recovered"] for r in rows[1]]
-    return list(bootstrap_gap_closed(before, after, seed=0))
+    return list(bootstrap_gap_closed(before, after, seed=0) or ())
 
 
 def run_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def run_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
         "both_seconds": sum(timing) + result["repair_seconds"],
         "repaired_kl": result["repaired_kl"],
         "repair_seconds": result["repair_seconds"],
-        "both_below_alone_95": list(bootstrap_gap_closed(*sums, seed=0)),
+        "both_below_alone_95": list(bootstrap_gap_closed(*sums, seed=0) or ()),
     }
 
 
@@ -238,7 +238,7 @@ def run_repair_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
         "repair_seconds": summary["repair"]["seconds"],
         "both_kl": result["recovered_kl"],
         "both_seconds": both,
-        "both_below_repair_alone_95": list(bootstrap_gap_closed(*sums, seed=0)),
+        "both_below_repair_alone_95": list(bootstrap_gap_closed(*sums, seed=0) or ()),
     }
 
 

@@ -1,6 +1,6 @@
 """Seconds and scores of `remend eval` on the papers' two tasks; the rows are files that you have.
 
-python benchmarks/evaluation.py --out runs/evaluation [--model smollm2] [--science FILE] [--tooluse FILE] [--limit N]
+python benchmarks/evaluation.py --science FILE --tooluse FILE [--out runs/evaluation] [--model smollm2] [--limit N]
 
     science   by the log-likelihoods of the answer letters (--how choices)
     tooluse   by greedy answers
@@ -21,7 +21,6 @@ from pathlib import Path
 from remend.files.atomic import read_json
 from remend.files.run_directory import occupied
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 HOW = {"science": ("--how", "choices"), "tooluse": ()}
 
 
@@ -31,13 +30,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
     parser.add_argument("--model", default="smollm2")
     for task in HOW:
-        parser.add_argument(f"--{task}", type=Path, default=DATA / task / "dev.jsonl", metavar="FILE")
+        parser.add_argument(f"--{task}", type=Path, required=True, metavar="FILE")
     parser.add_argument("--limit", type=int, help="only so many rows of each")
     options = parser.parse_args()
     problem = occupied(options.out)
     missing = [str(path) for task in HOW if not (path := getattr(options, task)).is_file()]
     if problem or missing:
-        sys.exit(problem or f"{' and '.join(missing)} can't be found; give --science and --tooluse files of rows")
+        sys.exit(problem or f"{' and '.join(missing)} can't be found")
     load, lines = os.getloadavg(), []
     for task, words in HOW.items():
         out, began = options.out / f"{task}.json", time.monotonic()

@@ -50,6 +50,7 @@ from remend.models.scorer import scorer
 from remend.models.tokens import eos_ids
 from remend.studies.demo import write_prompts
 from remend.training.measure import compare, pool
+from remend.training.teachers.frozen import Frozen
 
 MODEL, ROWS, GENERAL_TOKENS, TOKENS, SEED = "smollm2", 128, 48, 96, 0
 GENERAL, TASK = 6, 4
@@ -106,7 +107,7 @@ class Measure:
         said = self.answers(model, load_examples(str(self.folder / "task_held_out.jsonl")), TOKENS)
         texts = [self.tokenizer.decode(r.completion, skip_special_tokens=True) for r in said]
         found = tasks.score(self.task, self.rows, texts, mode="paper")
-        sums = compare(scorer(model), scorer(self.reference), self.completions)
+        sums = compare(scorer(model), Frozen(scorer(self.reference)), self.completions)
         graded = {"score": found["score"], "n": found["n"], "items": found["items"]}
         return {**graded, "kl": pool(sums)["kl"], "kl_sums": [row.kl for row in sums]}
 

@@ -26,6 +26,7 @@ import difflib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import runpy
@@ -328,8 +329,10 @@ def compare_values(place: str, before: object, after: object) -> Differences:
     elif isinstance(before, str) and isinstance(after, str) and "\n" in before:
         yield from compare_texts(f"{place} ", before, after)
     elif type(before) is not type(after) or before != after:
-        floats = isinstance(before, float) and isinstance(after, float) and re.search(STATISTICS, place)
-        yield place, before, after, bool(floats) and abs(before - after) <= CLOSE * max(1.0, abs(before))
+        close = False
+        if isinstance(before, float) and isinstance(after, float) and re.search(STATISTICS, place):
+            close = math.isclose(before, after, rel_tol=CLOSE, abs_tol=CLOSE)
+        yield place, before, after, close
 
 
 def compare_texts(place: str, before: str, after: str) -> Differences:

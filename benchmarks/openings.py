@@ -21,12 +21,13 @@ from remend.data.templates import encode
 from remend.models.device import mixed_precision
 from remend.models.find import find_model
 from remend.models.load import load_model, load_tokenizer
+from remend.models.protocols import Tokenizer
 from remend.models.scorer import Packed, Scorer, pack, scorer
 
 ROWS, SEED = 8, 0
 
 
-def rows(tokenizer: object, tokens: int, opening: int) -> Packed:
+def rows(tokenizer: Tokenizer, tokens: int, opening: int) -> Packed:
     """The batch."""
     generator = torch.Generator().manual_seed(SEED)
 
@@ -41,12 +42,13 @@ def rows(tokenizer: object, tokens: int, opening: int) -> Packed:
 
 def timed(parts: Scorer, batch: Packed, dtype: torch.dtype, gradients: bool) -> tuple[float, torch.Tensor]:
     """Seconds of one pass, and its states."""
-    parts.model.zero_grad()
+    for parameter in parts.model.parameters():
+        parameter.grad = None
     began = time.perf_counter()
     with mixed_precision(dtype, torch.device("cpu")), torch.set_grad_enabled(gradients):
         states_ND = parts.states(batch)
         if gradients:
-            states_ND.float().square().sum().backward()
+            torch.autograd.backward(states_ND.float().square().sum())
     return time.perf_counter() - began, states_ND.detach().float()
 
 

@@ -85,7 +85,7 @@ def side_trl(model_dir: str, options: argparse.Namespace, work: str) -> list[flo
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
-    class Clock(TrainerCallback):
+    class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.marks: list[float] = []
 

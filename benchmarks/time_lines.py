@@ -14,10 +14,10 @@ DEGRADE = {
     "depth-5": ("prune", MODEL, "--method", "depth", "--layers", "23,24,25,26,27"),
 }
 COOL = {"learning_rate": 1e-4}
-TWO = {"updates_per_rollout": 2}
+TWO: dict[str, Any] = {"updates_per_rollout": 2}
 ON, AUTO, REPAIR = {"bootstrap": "on"}, {"bootstrap": "auto"}, {"repair": True}
 INT3 = "int3-g64"
-SMALL = {"batch_size": 2, "gradient_accumulation": 4}
+SMALL: dict[str, Any] = {"batch_size": 2, "gradient_accumulation": 4}
 ARRIVAL = {"remend.recovery.distillation.sorted": "lambda rows, key=None: list(rows) if key else sorted(rows)"}
 """Micro-batches in the order of the prompts."""
 

@@ -27,6 +27,7 @@ from remend.models.sampling.answers import answer, answered_once
 from remend.models.sampling.rollout import Draws, Rollout
 from remend.models.scorer import scorer
 from remend.training.measure import compare, pool
+from remend.training.teachers.frozen import Frozen
 
 
 class Held:
@@ -59,14 +60,14 @@ class Held:
         """On the reference's answers, in float32 also where accelerate has wrapped the forward pass in autocast."""
         wrapped = vars(model).pop("forward", None)
         try:
-            return float(pool(compare(scorer(model), scorer(self.teacher), self.answers))["kl"])
+            return float(pool(compare(scorer(model), Frozen(scorer(self.teacher)), self.answers))["kl"])
         finally:
             if wrapped is not None:
                 model.forward = wrapped
 
     def both(self, model: Any) -> dict[str, float]:
         """On the reference's answers and on the model's own samples."""
-        own = compare(scorer(model), scorer(self.teacher), self._said(model, 1.0))
+        own = compare(scorer(model), Frozen(scorer(self.teacher)), self._said(model, 1.0))
         return {"kl": self.kl(model), "kl_on_policy": float(pool(own)["kl"])}
 
 
