@@ -36,10 +36,15 @@ def encoded(count: int, shown: bool = False) -> list[Encoded]:
 
 
 def source(
-    teacher: Teacher, prompts: Sequence[Encoded], rows: int, pool: Sequence[Rollout] = (), **keys: Any
+    teacher: Teacher,
+    prompts: Sequence[Encoded],
+    rows: int,
+    pool: Sequence[Rollout] = (),
+    seed: int = 0,
+    **keys: Any,
 ) -> Source:
     """A stream at work; `keys` are the recipe's."""
-    return Source(stream(**keys), teacher, Order(prompts, 0), rows, Order(pool, 1) if pool else None)
+    return Source(stream(**keys), teacher, Order(prompts, seed), rows, Order(pool, 1) if pool else None)
 
 
 class FixedSampler:
@@ -64,9 +69,10 @@ def distillation(
     on_policy: Callable[[int], bool] = lambda step: True,
     micro_rows: int = 3,
     steps: int = 8,
+    seed: int = 0,
     checkpointing: bool = False,
     **rounds: int,
 ) -> Distillation:
     """The step function; `rounds` are `updates`, `process` and `processes`."""
-    sampled = Rounds(sources, FixedSampler(), steps, 0, nullcontext(), **rounds)
+    sampled = Rounds(sources, FixedSampler(), steps, seed, nullcontext(), **rounds)
     return Distillation(scorer(student, checkpointing=checkpointing), sampled, micro_rows, nullcontext(), on_policy)

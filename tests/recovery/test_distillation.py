@@ -177,6 +177,15 @@ def test_completions_shorter_than_what_is_skipped_give_nothing() -> None:
     assert made(prepared.micro_batches[0]).sums == {}
 
 
+def test_another_seed_draws_other_prompts_and_completions() -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        made = objective(source(TAUGHT, encoded(40), 6, seed=seed), seed=seed)
+        drawn.append({(r.id, r.completion) for _, part in made.prepare(1).micro_batches for r in part})
+    assert drawn[0] == drawn[1]
+    assert not drawn[0] & drawn[2]
+
+
 def test_streams_draw_apart() -> None:
     """Two streams over the same prompts don't sample the same completions."""
     prepared = objective(*(source(TAUGHT, encoded(4), 4, name=name) for name in ("recover", "other"))).prepare(1)

@@ -62,24 +62,3 @@ def test_streams_may_have_the_base_alone(adapted: dict[str, Any]) -> None:
     values = {k: v for k, v in adapted.items() if k not in ("teacher", "data", "held_out")}
     streams = {"recover": {"data": adapted["data"], "teacher": "base", "held_out": 4}}
     assert check(**{**values, "streams": streams}).problems == []
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ({"teacher": "ema"}, "teacher ema is a view of the student, which is damaged"),
-        ({"teacher": "live"}, "teacher live is a view of the student"),
-        ({"teacher": "initial"}, "give teacher: initial to a stream"),
-        ({"teacher": "base", "diagnose_every": 2}, "base has the student's own"),
-    ],
-)
-def test_what_can_be_no_reference(adapted: dict[str, Any], change: dict[str, Any], part: str) -> None:
-    assert any(part in problem for problem in check(**{**adapted, **change}).problems)
-
-
-def test_the_base_of_a_fresh_adapter_teaches_nothing(recipe: dict[str, Any]) -> None:
-    values = {**recipe, "teacher": "base"}
-    assert "teacher base without demonstrations gives the student's own answer back" in str(
-        check(**values, lora={"rank": 2}).problems
-    )
-    assert "teacher base is the student without its adapter, and there is none" in str(check(**values).problems)

@@ -16,7 +16,6 @@ from helpers.recovering import LoopCall, keeping, torn_copy, weights
 from helpers.task_rows import write
 from helpers.tiny import build_model, prompts
 from remend.degrade.prune import prune
-from remend.errors import CheckError
 from remend.files.run_directory import METRICS, TRACK, RunDirectory
 from remend.models.load import save_model
 from remend.recovery import RecoverResult, check, recover
@@ -293,25 +292,3 @@ def test_a_long_demonstration_drops_the_prompt_and_says_so(both: dict[str, Any],
     checked = check(**{**values, "max_prompt_tokens": 300})
     text = "\n".join([*checked.warnings, *checked.problems])
     assert "with their demonstrations have over max_prompt_tokens = 300 tokens and are dropped, not cut (row-0)" in text
-
-
-@pytest.mark.parametrize(
-    ("keep", "rest", "part"),
-    [
-        ({}, {"merge": True}, "has no adapter to fold in"),
-        ({}, {"top_k": 10_000}, "top_k is 10000; the vocabulary has"),
-        ({"teacher": "base"}, {}, "teacher base is the student without its adapter"),
-        ({"data": "prompts.jsonl", "demonstrations": True}, {}, "has no demonstration"),
-    ],
-)
-def test_what_cannot_be_is_refused(
-    both: dict[str, Any], place: Path, keep: dict[str, Any], rest: dict[str, Any], part: str
-) -> None:
-    keep = {**keep, "data": str(place / keep.get("data", "task.jsonl"))}
-    with pytest.raises(CheckError, match=part):
-        recover(**{**keeping(both, **keep), **rest})
-
-
-def test_merge_is_refused_on_a_grid(recipe: dict[str, Any]) -> None:
-    (problem,) = check(**recipe, lora={"rank": 4}, merge=True).problems
-    assert "would take the student off what it is held to" in problem

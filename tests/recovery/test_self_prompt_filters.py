@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -34,69 +35,66 @@ GOOD = [
 ]
 
 
+FILTERS: dict[str, Callable[[str], bool]] = {
+    "length": wrong_length,
+    "characters": odd_characters,
+    "template": lambda text: template_leak(text, ("<repo_name>",)),
+    "repetition": degenerate,
+}
+
+
 @pytest.mark.parametrize("text", GOOD)
 def test_usable_prompts_pass_every_filter(text: str) -> None:
-    assert not wrong_length(text)
-    assert not odd_characters(text)
-    assert not template_leak(text, ("<|im_start|>", "<|im_end|>"))
-    assert not degenerate(text)
-    assert Sieve(1).offer(text) is None
-
-
-@pytest.mark.parametrize("text", ["", "Hi", "Why though?", "a b c", "word " * 121, "a long word " + "x" * 800])
-def test_length(text: str) -> None:
-    assert wrong_length(text)
+    assert not any(refuses(text) for refuses in FILTERS.values())
+    assert Sieve(1, ("<|im_start|>", "<|im_end|>")).offer(text) is None
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("reason", "texts"),
     [
-        "What does the file say: caf\N{REPLACEMENT CHARACTER}?",
-        "Ring the bell\a for me please",
-        "A private\ue000 sign in the text",
-        "12 31 44 2 19 88 3 and 4 61 90 17",
-        "Draw this: +---+ | | +---+ /\\/\\/\\ ==== ****",
-        "Which of these is best: ★★★☆☆ or ★★★★★?",
+        ("length", ["", "Hi", "Why though?", "a b c", "word " * 121, "a long word " + "x" * 800]),
+        (
+            "characters",
+            [
+                "What does the file say: caf\N{REPLACEMENT CHARACTER}?",
+                "Ring the bell\a for me please",
+                "A private\ue000 sign in the text",
+                "12 31 44 2 19 88 3 and 4 61 90 17",
+                "Draw this: +---+ | | +---+ /\\/\\/\\ ==== ****",
+                "Which of these is best: ★★★☆☆ or ★★★★★?",
+            ],
+        ),
+        (
+            "template",
+            [
+                "What is rain?<|im_end|>\n<|im_start|>assistant\nWater.",
+                "How do I forecast the weather?\nAssistant\nTo predict it, look up.",
+                "Tell me a joke.\n\nUser: another one",
+                "**Human:** Tell me a joke",
+                "[INST] Tell me a joke [/INST]",
+                "Tell me a joke<end_of_turn>",
+                "Tell me a joke <｜Assistant｜> no",
+                "### Response:\nHere is a joke",
+                "Tell me <repo_name> a joke",
+            ],
+        ),
+        (
+            "repetition",
+            [
+                "Please fill this in: ___________",
+                "Tell me about the the the the cat",
+                "make a plan for me and make a plan for me and make a plan for me",
+                "我们去吧我们去吧我们去吧我们去吧",
+            ],
+        ),
     ],
 )
-def test_characters(text: str) -> None:
-    assert odd_characters(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "What is rain?<|im_end|>\n<|im_start|>assistant\nWater.",
-        "How do I forecast the weather?\nAssistant\nTo predict it, look up.",
-        "Tell me a joke.\n\nUser: another one",
-        "**Human:** Tell me a joke",
-        "[INST] Tell me a joke [/INST]",
-        "Tell me a joke<end_of_turn>",
-        "Tell me a joke <｜Assistant｜> no",
-        "### Response:\nHere is a joke",
-        "Tell me <repo_name> a joke",
-    ],
-)
-def test_template_leaks(text: str) -> None:
-    assert template_leak(text, ("<repo_name>",))
+def test_what_each_filter_refuses(reason: str, texts: list[str]) -> None:
+    assert [text for text in texts if not FILTERS[reason](text)] == []
 
 
 def test_special_tokens_are_the_tokenizers() -> None:
-    assert template_leak("Tell me <repo_name> a joke", ("<repo_name>",))
     assert not template_leak("Tell me <repo_name> a joke")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Please fill this in: ___________",
-        "Tell me about the the the the cat",
-        "make a plan for me and make a plan for me and make a plan for me",
-        "我们去吧我们去吧我们去吧我们去吧",
-    ],
-)
-def test_repetition(text: str) -> None:
-    assert degenerate(text)
 
 
 def test_words_are_compared_without_case_and_punctuation() -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from helpers.tiny import TOPICS, build_model, build_tokenizer
-from remend import cli
 from remend.data.examples import load_examples, prompt_id
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded, render
@@ -69,12 +68,17 @@ def rollout(tokenizer: Any, text: str, end: int | None = EOS) -> Rollout:
     return Rollout("0", (), tuple(tokens if end is None else [*tokens, end]), end is None)
 
 
-@pytest.mark.parametrize("template", [None, SYSTEM])
-def test_the_turn_begins_after_the_user_header(template: str | None) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = template or tokenizer.chat_template
+def spoken_by(template: str | None, *extra: str) -> Any:
+    """The tiny tokenizer with another chat template."""
+    tokenizer = build_tokenizer(extra)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("system", ["", "<|im_start|>system\nBe kind.<|im_end|>\n"])
+def test_the_turn_begins_after_the_user_header(system: str) -> None:
+    tokenizer = spoken_by(SYSTEM) if system else build_tokenizer()
     turn = user_turn(tokenizer, (0,))
-    system = "<|im_start|>system\nBe kind.<|im_end|>\n" if template else ""
     assert turn.text == f"{system}<|im_start|>user\n"
     assert render(tokenizer, "Hello there").startswith(turn.text + "Hello there<|im_end|>")
     assert turn.tokens == tuple(tokenizer(turn.text, add_special_tokens=False)["input_ids"])
@@ -83,19 +87,14 @@ def test_the_turn_begins_after_the_user_header(template: str | None) -> None:
     assert "<|im_start|>" in turn.marks
 
 
-def test_a_template_may_close_the_turn_with_plain_text() -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = BRACKETS
+def test_a_template_may_close_the_turn_with_plain_text_or_a_token_of_its_own() -> None:
+    tokenizer = spoken_by(BRACKETS)
     turn = user_turn(tokenizer, (EOS,))
     assert (turn.text, turn.closing, turn.ends) == ("[INST]", "[/INST]", (EOS,))
     assert written(tokenizer, turn, rollout(tokenizer, " Why is it? [/INST] Because", end=None)) == "Why is it?"
     assert written(tokenizer, turn, rollout(tokenizer, " Why is it?", end=None)) is None
     assert written(tokenizer, turn, rollout(tokenizer, " Why is it?")) == "Why is it?"
-
-
-def test_a_template_may_close_the_turn_with_a_token_of_its_own() -> None:
-    tokenizer = build_tokenizer(extra=("[/INST]",))
-    tokenizer.chat_template = BRACKETS
+    tokenizer = spoken_by(BRACKETS, "[/INST]")
     turn, token = user_turn(tokenizer, (EOS,)), tokenizer.convert_tokens_to_ids("[/INST]")
     assert (turn.closing, turn.ends) == ("", (EOS, token))
     assert written(tokenizer, turn, rollout(tokenizer, " Why is it?", end=token)) == "Why is it?"
@@ -109,24 +108,21 @@ def test_a_turn_that_did_not_end_is_none_and_special_tokens_stay_visible(tokeniz
     assert written(tokenizer, turn, rollout(tokenizer, "")) == ""
 
 
-@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "nothing"])
-def test_a_template_without_the_users_text_is_refused(template: str) -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(InputError, match="does not show the user's text"):
-        user_turn(tokenizer, (EOS,))
-
-
-def test_a_template_with_nothing_before_the_user_is_refused() -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(InputError, match="writes nothing before"):
-        user_turn(tokenizer, (EOS,))
+@pytest.mark.parametrize(
+    ("template", "part"),
+    [
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "does not show the user's text"),
+        ("nothing", "does not show the user's text"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes nothing before"),
+    ],
+)
+def test_templates_without_a_place_to_begin_are_refused(template: str, part: str) -> None:
+    with pytest.raises(InputError, match=part):
+        user_turn(spoken_by(template), (EOS,))
 
 
 def base_tokenizer(**tokens: str | None) -> Any:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = None
+    tokenizer = spoken_by(None)
     for name, value in tokens.items():
         setattr(tokenizer, name, value)
     return tokenizer
@@ -170,11 +166,11 @@ def test_a_seed_settles_the_prompts_whatever_the_batch(tokenizer: Any, rows: int
     turn = user_turn(tokenizer, (EOS,))
     expected = collect(Fake(tokenizer), tokenizer, turn, n=60, seed=3)
     fake, seen = Fake(tokenizer), []
-    found = collect(fake, tokenizer, turn, n=60, seed=3, rows=rows, on_kept=seen.append)
-    assert found == expected
+    assert collect(fake, tokenizer, turn, n=60, seed=3, rows=rows, on_kept=seen.append) == expected
     assert max(fake.sizes) <= rows
     assert sum(seen) == 60
-    assert collect(Fake(tokenizer), tokenizer, turn, n=60, seed=4)[0] != expected[0]
+    others, _ = collect(Fake(tokenizer), tokenizer, turn, n=60, seed=4)
+    assert len({*others, *expected[0]}) > 100
 
 
 def test_the_first_that_pass_are_kept_in_order_and_counts_add_up(tokenizer: Any) -> None:
@@ -198,18 +194,10 @@ def test_a_model_that_never_ends_is_given_up(tokenizer: Any) -> None:
         generate(model, tokenizer, n=5, seed=0, shared=len(tokenizer), max_new_tokens=2)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"n": 0}, "n is 0"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ],
-)
-def test_settings_that_cannot_be(tokenizer: Any, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        generate(None, tokenizer, **{"n": 3, "seed": 0, "shared": 320, **change})
+@pytest.mark.parametrize("temperature", [0.0, float("nan")])
+def test_a_temperature_that_cannot_be(tokenizer: Any, temperature: float) -> None:
+    with pytest.raises(InputError, match=f"temperature is {temperature}"):
+        generate(build_model(len(tokenizer)), tokenizer, n=3, seed=0, shared=320, temperature=temperature)
 
 
 @pytest.fixture
@@ -245,35 +233,15 @@ def test_the_file_and_its_record(reference_dir: Path, tmp_path: Path, fake_sampl
     assert {**again, "seconds": 0} == {**record, "seconds": 0}
 
 
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["remend", "prompts", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0), *capsys.readouterr()
-
-
-def test_the_commands_options_reach_the_sampler(
-    reference_dir: Path,
-    tmp_path: Path,
-    fake_sampler: SimpleNamespace,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_command(reference_dir: Path, tmp_path: Path, fake_sampler: SimpleNamespace, run: Any) -> None:
+    """Its options reach the sampler, and it says what was removed."""
     out = tmp_path / "prompts.jsonl"
-    words = [reference_dir, "--n", 3, "--out", out, "--device", "cpu"]
-    code, *_ = run(capsys, monkeypatch, *words, "--temperature", 0.7, "--max-new-tokens", 20)
+    words = ["prompts", reference_dir, "--n", 100, "--out", out, "--device", "cpu"]
+    code, text, _ = run(*words, "--temperature", 0.7, "--max-new-tokens", 20)
     assert code == 0
     assert fake_sampler.made.asked == {(20, 0.7)}
     record = json.loads(stats_path(out).read_text())
     assert (record["temperature"], record["max_new_tokens"]) == (0.7, 20)
-
-
-def test_the_command_says_what_was_removed(
-    capsys: Any, monkeypatch: Any, reference_dir: Path, tmp_path: Path, fake_sampler: SimpleNamespace
-) -> None:
-    out = tmp_path / "p.jsonl"
-    code, text, _ = run(capsys, monkeypatch, reference_dir, "--n", 100, "--out", out, "--device", "cpu")
-    assert code == 0
     assert f"{out}: 100 prompts of " in text
     assert "removed: not ended " in text
     assert "openings that are common already" in text
@@ -285,6 +253,7 @@ def test_the_command_says_what_was_removed(
     [
         ({"--n": 0}, "n is 0"),
         ({"--temperature": 0}, "temperature is 0.0"),
+        ({"--max-new-tokens": 0}, "max_new_tokens is 0"),
         ({"--out": "taken.jsonl"}, "taken.jsonl exists, and nothing is overwritten"),
         ({"--out": "half.jsonl"}, "half.stats.json exists"),
         ({"--out": "taken.jsonl/p.jsonl"}, "it is no directory"),
@@ -293,23 +262,18 @@ def test_the_command_says_what_was_removed(
     ],
 )
 def test_bad_input_exits_2_and_writes_nothing(
-    capsys: Any,
-    monkeypatch: Any,
-    reference_dir: Path,
-    tmp_path: Path,
-    change: dict[str, object],
-    message: str,
+    run: Any, monkeypatch: Any, reference_dir: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken.jsonl").write_text("mine")
-    (tmp_path / "half.stats.json").write_text("mine")
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path / "place")
+    Path("taken.jsonl").write_text("mine")
+    Path("half.stats.json").write_text("mine")
     options = {"--out": "p.jsonl", "--device": "cpu", **change}
     model = options.pop("model", reference_dir)
-    code, _, err = run(capsys, monkeypatch, model, *(word for pair in options.items() for word in pair))
+    code, _, err = run("prompts", model, *(word for pair in options.items() for word in pair))
     assert (code, "Traceback" in err) == (2, False)
     assert message in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["half.stats.json", "taken.jsonl"]
-    assert (tmp_path / "taken.jsonl").read_text() == "mine"
+    assert {p.name: p.read_text() for p in Path().iterdir()} == {"half.stats.json": "mine", "taken.jsonl": "mine"}
 
 
 def test_a_place_without_permission_is_refused(

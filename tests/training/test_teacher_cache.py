@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch import Tensor
 
 import remend
 from helpers.tiny import build_tokenizer, prompts
-from remend import cli
 from remend.data.examples import load_examples, prompt_key, split_held_out
 from remend.errors import FileError, InputError, RemendError
 from remend.maths.losses import Head, chunked_loss_sum, divergence, of_beta
@@ -109,6 +107,7 @@ def test_completions(made: Path, data: Path, teacher: Any, tokenizer: Any) -> No
     train, held_out = split_held_out(load_examples(str(data)), 6, 0)
     assert [r.id for r in cache.train] == [e.id for e in train]
     assert [r.id for r in cache.held_out] == [e.id for e in held_out]
+    assert not {prompt_key(e.prompt) for e in train} & {prompt_key(e.prompt) for e in held_out}
     for rollout in cache.held_out:  # greedy
         assert rollout.completion == tuple(own_log_probabilities(teacher, rollout).argmax(-1).tolist())
     assert len({r.completion for r in cache.train}) > 10
@@ -382,15 +381,7 @@ def test_padding_rows_of_the_teacher_are_no_part_of_it(data: Path, tokenizer: An
     torch.testing.assert_close(target.folded_NK1.exp().sum(1), torch.ones(len(target)), rtol=0, atol=3e-3)
 
 
-def test_the_command(
-    reference_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["remend", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return int(caught.value.code or 0), *capsys.readouterr()
-
+def test_the_command(reference_dir: Path, data: Path, tmp_path: Path, run: Any) -> None:
     words = ("cache-teacher", reference_dir, "--data", data, "--max-new-tokens", 5, "--held-out", 4, "--k", 9)
     code, out, err = run(*words, "--out", tmp_path / "c")
     assert code == 0
@@ -405,10 +396,3 @@ def test_the_command(
     code, _, err = run(*words, "--out", tmp_path / "d", "--k", 0)
     assert (code, "Traceback" in err, (tmp_path / "d").exists()) == (2, False, False)
     assert "k is 0; allowed is 1 to the 320 tokens" in err
-
-
-def test_the_split_is_recoverys(made: Path, data: Path) -> None:
-    """No held-out prompt is among those trained on."""
-    cache = TeacherCache.open(made)
-    by_id = {e.id: prompt_key(e.prompt) for e in load_examples(str(data))}
-    assert not {by_id[r.id] for r in cache.train} & {by_id[r.id] for r in cache.held_out}

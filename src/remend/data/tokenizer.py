@@ -10,6 +10,7 @@ from typing import Protocol
 class AddedToken(Protocol):
     """A token beside the trained vocabulary; a special one steers and is no text."""
 
+    content: str
     special: bool
 
 
@@ -42,7 +43,13 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> str:
         """The text of token ids."""
 
     def apply_chat_template(

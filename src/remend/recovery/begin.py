@@ -32,7 +32,7 @@ from remend.training.teachers.teacher import Workplace
 class Run:
     """A plan being carried out.
 
-    plan: what was checked.
+    plan: the run's.
     directory: where everything is written.
     accelerator: the processes that share a step.
     resumed: the checkpoint that the run goes on from, or None.
@@ -91,7 +91,7 @@ def begin(plan: Plan, directory: RunDirectory | None) -> Run:
     """Start the processes, and the run's directory where there is none yet.
 
     Args:
-        plan: what was checked.
+        plan: the run's.
         directory: a run to continue; None starts one.
 
     Raises:

@@ -27,7 +27,7 @@ def carry_out(plan: Plan, directory: RunDirectory | None, began: float) -> RunDi
     One process measures, writes and saves; it alone has a judge. The others share the steps.
 
     Args:
-        plan: what was checked.
+        plan: the run's.
         directory: a run to continue; None starts one.
         began: time.monotonic() when the user's command began, for `seconds`.
     """

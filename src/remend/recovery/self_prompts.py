@@ -33,6 +33,7 @@ from remend.files.atomic import json_line, write_json, write_text
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import find_model, hash_files
 from remend.models.load import load_model, load_tokenizer
+from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout, Sampler
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.tokens import eos_ids
@@ -66,7 +67,7 @@ class UserTurn:
     chat: bool = True
 
 
-def user_turn(tokenizer: Any, eos: Iterable[int]) -> UserTurn:
+def user_turn(tokenizer: Tokenizer, eos: Iterable[int]) -> UserTurn:
     """Find from the chat template alone where the user's turn begins and what ends it.
 
     Args:
@@ -76,7 +77,7 @@ def user_turn(tokenizer: Any, eos: Iterable[int]) -> UserTurn:
     Raises:
         InputError: the template does not show the user's text, or there is no token to start a text from.
     """
-    eos, added = set(eos), getattr(tokenizer, "added_tokens_decoder", {})
+    eos, added = set(eos), tokenizer.added_tokens_decoder
     special = {t.content for t in added.values() if t.special} | set(tokenizer.all_special_tokens)
     marks = tuple(sorted(m for m in special if len(m.strip()) > 2))
     if not tokenizer.chat_template:
@@ -87,8 +88,8 @@ def user_turn(tokenizer: Any, eos: Iterable[int]) -> UserTurn:
                 "model can't write prompts; give a file of prompts"
             )
         return UserTurn("", (start,), tuple(sorted(eos)), marks=marks, chat=False)
-    before, found, after = render(tokenizer, PROBE).partition(PROBE)
-    if not found:
+    before, probe, after = render(tokenizer, PROBE).partition(PROBE)
+    if not probe:
         raise InputError(
             "the chat template does not show the user's text as it is, so the start of the user's turn can't be found; "
             "give a file of prompts"
@@ -104,15 +105,15 @@ def user_turn(tokenizer: Any, eos: Iterable[int]) -> UserTurn:
     return UserTurn(before, tokens, tuple(sorted(eos)), closing, marks)
 
 
-def written(tokenizer: Any, turn: UserTurn, rollout: Rollout) -> str | None:
+def written(tokenizer: Tokenizer, turn: UserTurn, rollout: Rollout) -> str | None:
     """The text that was written: the user's whole turn, or a text's beginning. None where it did not end."""
     tokens = rollout.completion if rollout.clipped else rollout.completion[:-1]
     text = tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if not turn.chat:
         return beginning(text)
     if turn.closing and turn.closing in text:
-        return str(text.partition(turn.closing)[0]).strip()
-    return None if rollout.clipped else str(text).strip()
+        return text.partition(turn.closing)[0].strip()
+    return None if rollout.clipped else text.strip()
 
 
 _SENTENCE_END = re.compile(r"(?:[.!?][\"'”’)\]]*(?=\s)|[。！？][”’」』）]*)(?=\s*\S)")
@@ -129,7 +130,7 @@ def beginning(text: str) -> str | None:
 
 def collect(
     sampler: Sampler,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     turn: UserTurn,
     *,
     n: int,
@@ -163,8 +164,8 @@ def collect(
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     *,
     n: int,
     seed: int,
@@ -193,8 +194,16 @@ def generate(
     _require(n, temperature, max_new_tokens)
     turn = user_turn(tokenizer, eos_ids(model, tokenizer))
     sampler = TransformersSampler(model, shared, turn.ends, max_rows=ROWS)
-    settings: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "on_kept": on_kept}
-    return collect(sampler, tokenizer, turn, n=n, seed=seed, **settings)
+    return collect(
+        sampler,
+        tokenizer,
+        turn,
+        n=n,
+        seed=seed,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        on_kept=on_kept,
+    )
 
 
 def _require(n: int, temperature: float, max_new_tokens: int) -> None:
@@ -249,17 +258,28 @@ def write_self_prompts(
     dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
     with stage(f"loading {model}"):
         tokenizer = load_tokenizer(source)
-        loaded: Any = load_model(source, dtype=dtype, device=where)
+        loaded = load_model(source, dtype=dtype, device=where)
         hashes = hash_files(source)
     shared = min(loaded.get_output_embeddings().weight.shape[0], len(tokenizer))
-    settings: dict[str, Any] = {"n": n, "seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
     began = time.perf_counter()
     with stage(f"{model} writes prompts", n) as advance:
-        prompts, counts = generate(loaded, tokenizer, shared=shared, on_kept=advance, **settings)
+        prompts, counts = generate(
+            loaded,
+            tokenizer,
+            n=n,
+            seed=seed,
+            shared=shared,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            on_kept=advance,
+        )
     rows = [{"id": prompt_id(prompt), "prompt": prompt} for prompt in prompts]
     record = {
         "model": {"model": model, "files": hashes},
-        **settings,
+        "n": n,
+        "seed": seed,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
         "prefix": user_turn(tokenizer, ()).text,
         "device": where.type,
         "dtype": str(dtype).removeprefix("torch."),

@@ -1,0 +1,114 @@
+"""The recipe's keys: which values each takes, and what a bad one is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from remend.errors import InputError
+from remend.files.settings import build, parse_overrides
+from remend.recovery.settings import RecoverConfig
+
+NEEDED = {"student": "s", "teacher": "t", "data": "d.jsonl", "out": "o"}
+
+
+def config(**values: Any) -> RecoverConfig:
+    return build(RecoverConfig, {**NEEDED, **values}, "r.yaml")
+
+
+def message(**values: Any) -> str:
+    with pytest.raises(InputError) as raised:
+        config(**values)
+    return str(raised.value)
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    made = config()
+    assert (made.beta, made.temperature, made.gradient_accumulation) == (0.0, 1.0, 1)
+    assert made.trust_remote_code is False
+    assert made.held_out is None
+    assert made.lora is None
+    lora = config(lora={"rank": 4}).lora
+    assert lora is not None
+    assert (lora.rank, lora.alpha, lora.targets) == (4, None, "all-linear")
+
+
+def test_every_setting_is_described() -> None:
+    for name, field in RecoverConfig.model_fields.items():
+        assert field.description, name
+        assert "%%" not in field.description, name  # nothing formats these texts with %
+
+
+def test_unknown_and_lost_keys_are_refused() -> None:
+    text = message(learning_rat=1e-4)
+    assert text.startswith('r.yaml: unknown key "learning_rat". Did you mean "learning_rate"? Known: student, teacher,')
+    for key, value in (("scales", "learned"), ("importance_clip", 5.0)):
+        assert message(**{key: value}).startswith(f'r.yaml: "{key}" is gone since version 0.2: ')
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(InputError) as raised:
+        build(RecoverConfig, {"student": "s", "steps": -1, "beta": 2, "colour": "red"}, "r.yaml")
+    lines = str(raised.value).split("\n")
+    assert len(lines) == 6
+    assert all(line.startswith("r.yaml: ") for line in lines)
+    for part in ('"teacher" is missing (the healthy reference', '"data" is missing', '"out" is missing'):
+        assert sum(part in line for line in lines) == 1
+    assert 'r.yaml: "steps" is -1: input should be greater than or equal to 0' in lines
+    assert 'r.yaml: "beta" is 2.0: input should be less than or equal to 1' in lines
+    assert any('unknown key "colour"' in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("steps", ["60", 1.5, True]),
+        ("batch_size", [0]),
+        ("gradient_accumulation", [0]),
+        ("learning_rate", [0, 1.5, "fast", True, float("nan")]),
+        ("beta", [-0.1]),
+        ("temperature", [0, float("inf")]),
+        ("max_new_tokens", [0]),
+        ("weight_decay", [1]),
+        ("max_grad_norm", [float("nan")]),
+        ("dtype", ["float16"]),
+        ("held_out", [0]),
+        ("seed", [-1, 2**31]),
+        ("student", ["", 3]),
+        ("device", [""]),
+        ("trust_remote_code", ["yes"]),
+        ("keep_checkpoints", [0]),
+        ("lora", [5]),
+        ("alignment", [5]),
+    ],
+)
+def test_bad_values_name_key_and_value(key: str, values: list[object]) -> None:
+    for value in values:
+        assert message(**{key: value}).startswith(f'r.yaml: "{key}" is '), value
+
+
+def test_numbers_as_people_write_them() -> None:
+    # YAML 1.1 reads 1e-4 as a string
+    made = config(**parse_overrides(["learning_rate=1e-4", "beta=1", "temperature=0.7"]))
+    assert (made.learning_rate, made.beta, made.temperature) == (1e-4, 1.0, 0.7)
+    assert isinstance(made.beta, float)
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ({"rnak": 3}, 'unknown key "lora.rnak". Did you mean "rank"? Known: rank, alpha, targets'),
+        ({"rank": 0}, '"lora.rank" is 0'),
+        ({"rank": 1.5}, '"lora.rank" is 1.5'),
+        ({"alpha": -1}, '"lora.alpha" is -1'),
+        ({"targets": "some"}, "is 'some'"),
+    ],
+)
+def test_bad_lora_settings(value: object, part: str) -> None:
+    assert part in message(lora=value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("measure", "angle"), ("weight", 0)])
+def test_bad_alignment_settings(key: str, value: object) -> None:
+    assert f'"alignment.{key}" is ' in message(alignment={key: value})
