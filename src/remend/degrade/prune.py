@@ -23,7 +23,8 @@ class Prune(Calibrated):
     """Set weights of every linear layer of the decoder to zero.
 
     The zeros themselves are the mask: nothing else is stored. In degradation.json `sparsity` is their measured share in
-    the pruned matrices, and `bits_per_weight` what these take as packed, see making.zeros.bits_per_weight.
+    the pruned matrices, and `bits_per_weight` what these take as packed: 16 bits a value
+    that stays, and one bit a weight for the mask.
     """
 
     method: str = Field("magnitude", description="which weights become zero: magnitude, wanda, sparsegpt")

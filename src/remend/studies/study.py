@@ -13,9 +13,10 @@ OUT/results.json, results.csv, report.html, report.md, report.json, correlation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from remend.console import console
 from remend.errors import InputError
@@ -23,7 +24,8 @@ from remend.files.atomic import JsonObject, JsonRow, read_json, write_json, writ
 from remend.recovery.settings import RecoverConfig
 from remend.report.study import study_page
 from remend.report.writing import write_page
-from remend.studies.cell import CellSettings, state_of, ungraded
+from remend.studies import tiny_model
+from remend.studies.cell import OUTCOME, CellSettings, state_of, ungraded
 from remend.studies.cost import estimate
 from remend.studies.grading import Grading
 from remend.studies.grid import Cell, Study, chosen
@@ -40,13 +42,16 @@ from remend.studies.made import (
 )
 from remend.studies.plan import read_study, require_benchmarks, shipped_studies
 from remend.studies.results import gather
-from remend.studies.states import FINISHED, finished, state
+from remend.studies.spec import TINY
 from remend.studies.table import lines, table_of
 from remend.studies.work import Job, failure_of, run_jobs
 
 __all__ = ["lines", "shipped_studies", "study"]
 
 STUDY, RESULTS, TABLE = "study.json", "results.json", "results.csv"
+
+FINISHED = ("done", "ungraded")
+"""States of cells that are not run again."""
 
 
 def study(
@@ -78,7 +83,7 @@ def study(
     cells = chosen(plan, only)
     _require_own(plan, out)
     if dry_run:
-        return estimate(plan, out, cells, finished(plan, out, cells))
+        return estimate(plan, out, cells, _finished(plan, out, cells))
     require_benchmarks(plan)
     write_json(out / STUDY, _identity(plan))
     work = _Work(plan, out, jobs, make(plan, out))
@@ -119,6 +124,31 @@ def _named(identity: JsonRow) -> str:
     return ", ".join(identity.get("models", {}).values())
 
 
+def _state(plan: Study, made: Made, cell: Cell) -> str:
+    """As cell.state_of; a cell whose degraded student is not there, or is another by now, is stale or new."""
+    place = made.out / "cells" / cell.name
+    try:
+        if is_made(made.student(cell.group), student_inputs(plan, made, cell.group)):
+            return state_of(place, cell_inputs(plan, made, cell))
+    except (InputError, OSError):  # a model or file that is gone
+        pass
+    return "stale" if place.exists() else "new"
+
+
+def _finished(plan: Study, out: Path, cells: Sequence[Cell]) -> set[str]:
+    """Names of the cells that a run would leave as they are. Nothing is written into `out`, and nothing trained."""
+    if not any((out / "cells" / cell.name / OUTCOME).is_file() for cell in cells):
+        return set()
+    if any(spec.path == TINY for spec in plan.models.values()) and not tiny_model.is_made(out / "tiny"):
+        return set()
+    with TemporaryDirectory() as folder:
+        try:
+            made = make(plan, out, Path(folder))
+        except (InputError, OSError):
+            return set()
+        return {cell.name for cell in cells if _state(plan, made, cell) in FINISHED}
+
+
 @dataclass
 class _Work:
     """A study under way. failed: messages by the name of a student or cell."""
@@ -129,12 +159,13 @@ class _Work:
     made: Made
     failed: dict[str, str] = field(default_factory=dict)
 
-    def _run(self, jobs: Sequence[Job], what: str) -> Iterator[tuple[Job, str | None]]:
+    def _run(self, jobs: Sequence[Job], what: str) -> None:
         shared = self.plan.spec.one_process and self.jobs == 1
         for number, (job, message) in enumerate(run_jobs(self.out, jobs, processes=self.jobs, shared=shared), 1):
             said = "failed" if message else "done"
             console.print(f"{what} {number} of {len(jobs)}: {job.name}: {said}", soft_wrap=True, markup=False)
-            yield job, message
+            if message:
+                self.failed[job.name.removeprefix("students/")] = message
 
     def students(self, cells: Sequence[Cell]) -> None:
         """Make the degraded students that are not there."""
@@ -146,9 +177,7 @@ class _Work:
                     wanted.append(Job(f"students/{name}", "degrade", student_arguments(self.plan, self.made, group)))
             except (InputError, OSError) as error:
                 self.failed[name] = str(error)
-        for job, message in self._run(wanted, "student"):
-            if message:
-                self.failed[job.name.removeprefix("students/")] = message
+        self._run(wanted, "student")
 
     def references(self, cells: Sequence[Cell]) -> None:
         """Grade the healthy models."""
@@ -166,9 +195,7 @@ class _Work:
                 grading = [self._grading(name).model_dump() for name in tasks]
                 arguments = {"model": self.made.models[model], "folder": str(place), "grading": grading}
                 wanted.append(Job(f"reference/{model}", "grade", {**arguments, "inputs": inputs}))
-        for job, message in self._run(wanted, "reference"):
-            if message:
-                self.failed[job.name] = message
+        self._run(wanted, "reference")
 
     def _grading(self, task: str) -> Grading:
         spec, rows = {**self.plan.tasks, **self.plan.benchmarks}[task], self.made.tasks[task].held_out
@@ -185,17 +212,12 @@ class _Work:
                 self.failed[cell.name] = f"its degraded student was not made: {why}"
             elif cell.method.trained and idle.name in self.failed:
                 self.failed[cell.name] = f"the degraded student was not measured: {self.failed[idle.name]}"
-            elif self._state(cell) not in FINISHED:
+            elif _state(self.plan, self.made, cell) not in FINISHED:
                 wanted.append(Job(cell.name, "cell", self._settings(cell, idle).model_dump()))
-        for job, message in self._run(wanted, "cell"):
-            if message:
-                self.failed[job.name] = message
+        self._run(wanted, "cell")
 
     def _place(self, cell: Cell) -> Path:
         return self.out / "cells" / cell.name
-
-    def _state(self, cell: Cell) -> str:
-        return state_of(self._place(cell), cell_inputs(self.plan, self.made, cell))
 
     def _settings(self, cell: Cell, idle: Cell) -> CellSettings:
         plan, made, tasked = self.plan, self.made, self.plan.tasked(cell)
@@ -265,7 +287,7 @@ class _Work:
         """done, not run, or why it failed."""
         if cell.name in self.failed:
             return self.failed[cell.name]
-        reached = state(self.plan, self.made, cell)
+        reached = _state(self.plan, self.made, cell)
         return "done" if reached in FINISHED else failure_of(self.out, cell.name) or "not run"
 
     def _ungraded(self, states: Mapping[str, str]) -> dict[str, list[str]]:

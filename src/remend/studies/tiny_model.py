@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
 import torch
-from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from remend.console import stage
 from remend.data.examples import completion_of, example_of
 from remend.data.order import Order
 from remend.files.atomic import JsonObject, json_line, new_directory, read_json, write_json, write_text
@@ -33,11 +31,11 @@ from remend.models.load import save_model
 from remend.models.scorer import scorer
 from remend.models.tokens import eos_ids
 from remend.training.constraints import Free
-from remend.training.loop import Optimization, Saving, Watch, train
-from remend.training.supervised import Supervised, encode_pairs
+from remend.training.loop import Optimization
+from remend.training.supervised import Supervised, encode_pairs, fit
 
 WIDTH, INNER, LAYERS, HEADS, VOCABULARY = 64, 192, 5, 4, 512
-STEPS, ROWS, RATE = 700, 32, 3e-3
+STEPS, ROWS, RATE, SEED = 700, 32, 3e-3, 0
 """Of the training: about a minute on two cores."""
 
 RECORD = "tiny.json"
@@ -145,8 +143,8 @@ def task_rows(held_out: bool, *, known: bool | None = None) -> list[JsonObject]:
     return rows
 
 
-def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of these texts."""
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on these texts."""
     core = Tokenizer(token_models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -162,45 +160,23 @@ def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
-    """The model with random weights."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS // 2,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-
-
-def _texts(rows: Sequence[JsonObject]) -> Iterator[str]:
-    for row in rows:
-        yield row["prompt"]
-        yield completion_of(row, "row")
-
-
-def version(steps: int = STEPS, seed: int = 0) -> str:
+def version(steps: int = STEPS) -> str:
     """Settles model and text: 16 hex digits over this file's rows and the training's settings."""
-    settled = [general_rows(False), task_rows(False), WIDTH, INNER, LAYERS, HEADS, VOCABULARY, ROWS, RATE, steps, seed]
+    settled = [general_rows(False), task_rows(False), WIDTH, INNER, LAYERS, HEADS, VOCABULARY, ROWS, RATE, steps, SEED]
     return hashlib.sha256(repr(settled).encode()).hexdigest()[:16]
 
 
-def make(out: Path, *, steps: int = STEPS, seed: int = 0) -> dict[str, str]:
+def is_made(out: Path, steps: int = STEPS) -> bool:
+    """Whether the model and its text are there from before."""
+    return (out / RECORD).is_file() and read_json(out / RECORD) == {"version": version(steps)}
+
+
+def make(out: Path, *, steps: int = STEPS) -> dict[str, str]:
     """Make the model and its text, or find them there from before.
 
     Args:
         out: a directory for model/ and four files of rows.
         steps: optimizer steps.
-        seed: of weights and order.
 
     Returns:
         Paths: model, train, held_out, task_train, task_held_out.
@@ -214,47 +190,47 @@ def make(out: Path, *, steps: int = STEPS, seed: int = 0) -> dict[str, str]:
         "task_held_out": task_rows(True),
     }
     paths = {"model": str(out / "model"), **{name: str(out / f"{name}.jsonl") for name in files}}
-    record = {"version": version(steps, seed)}
-    if (out / RECORD).is_file() and read_json(out / RECORD) == record:
+    if is_made(out, steps):
         return paths
     for name, rows in files.items():
         write_text(Path(paths[name]), "".join(map(json_line, rows)))
+    everything = [*files["train"], *files["task_train"]]
+    tokenizer = build_tokenizer(text for row in everything for text in (row["prompt"], completion_of(row, "row")))
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
     learned = [*files["train"], *task_rows(False, known=True)]
-    tokenizer = build_tokenizer(list(_texts([*files["train"], *files["task_train"]])))
-    model = build_model(len(tokenizer), seed)
-    _train(model, tokenizer, learned, out, steps, seed)
+    _train(model, tokenizer, learned, out / "training", steps)
     with new_directory(out / "model") as target:
         save_model(model.eval(), tokenizer, target)
-    write_json(out / RECORD, record)
+    write_json(out / RECORD, {"version": version(steps)})
     return paths
 
 
 def _train(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    rows: Sequence[JsonObject],
-    out: Path,
-    steps: int,
-    seed: int,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[JsonObject], place: Path, steps: int
 ) -> None:
     pairs = [(example_of(row, "row"), completion_of(row, "row")) for row in rows]
     encoded, _ = encode_pairs(tokenizer, pairs, max_tokens=256, eos=eos_ids(model, tokenizer))
     objective = Supervised(
         student=scorer(model),
-        order=Order(encoded, seed),
+        order=Order(encoded, SEED),
         batch_size=ROWS,
         accumulation=1,
         precision=mixed_precision(torch.float32, torch.device("cpu")),
     )
-    shutil.rmtree(out / "training", ignore_errors=True)
-    directory = RunDirectory.create(out / "training")
+    shutil.rmtree(place, ignore_errors=True)
     optimization = Optimization(steps, RATE, warmup=max(1, steps // 20), final=0.02)
-    with stage("training the tiny model", steps) as advance:
-        train(
-            objective,
-            Free(model),
-            Accelerator(cpu=True),
-            optimization,
-            Saving(directory, every=0, keep=1),
-            watch=Watch(on_step=lambda row: advance(1, f"loss {row['loss']:.3f}")),
-        )
+    fit(objective, Free(model), RunDirectory.create(place), optimization, "training the tiny model")

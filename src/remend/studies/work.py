@@ -1,6 +1,7 @@
 """Do a study's jobs one after the other in this process, or several at once in processes of their own.
 
-A job that fails leaves its message beside its log, and the others go on.
+A job that fails leaves its message beside its log, and the others go on. This module is also the program of such a
+process: python -m remend.studies.work JOB.json FAILED.txt.
 """
 
 from __future__ import annotations
@@ -49,12 +50,7 @@ def failure_of(out: Path, name: str) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
-def do(job: str, arguments: JsonRow) -> None:
-    """Call a job's function."""
-    JOBS[job](**arguments)
-
-
-def explained(error: Exception) -> str:
+def _explained(error: Exception) -> str:
     """A failure in one line."""
     said = " ".join(str(error).split())
     return said if isinstance(error, RemendError) else f"{type(error).__name__}: {said}"
@@ -86,9 +82,9 @@ def run_jobs(out: Path, jobs: Sequence[Job], *, processes: int, shared: bool) ->
 
 def _here(job: Job) -> str | None:
     try:
-        do(job.do, job.arguments)
+        JOBS[job.do](**job.arguments)
     except Exception as error:  # whatever one cell does wrong must not stop the others
-        return explained(error)
+        return _explained(error)
     return None
 
 
@@ -97,7 +93,7 @@ def _apart(out: Path, job: Job, threads: int) -> str | None:
     failed.unlink(missing_ok=True)
     write_json(given, {"do": job.do, "arguments": dict(job.arguments), "imports": asked_for()})
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    command = [sys.executable, "-m", "remend.studies.worker", str(given), str(failed)]
+    command = [sys.executable, "-m", "remend.studies.work", str(given), str(failed)]
     with log.open("w", encoding="utf-8") as stream:
         code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code == 0:
@@ -126,10 +122,14 @@ def main(words: Sequence[str]) -> int:
     try:
         import_installed()
         import_modules(job.get("imports", []))
-        do(job["do"], job["arguments"])
+        JOBS[job["do"]](**job["arguments"])
     except Exception as error:
-        write_text(failed, explained(error) + "\n")
+        write_text(failed, _explained(error) + "\n")
         if not isinstance(error, RemendError):
             raise
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -9,15 +9,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from accelerate import Accelerator
+from accelerate.state import is_initialized
+
+from remend.console import stage
 from remend.data.examples import Example
 from remend.data.order import Order
 from remend.data.templates import encode
+from remend.files.run_directory import RunDirectory
 from remend.maths.losses import chunked_cross_entropy_sum
 from remend.models.device import chunk_rows
 from remend.models.protocols import Tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer, pack
-from remend.training.loop import Prepared, StepOutput
+from remend.training.constraints import Constraint
+from remend.training.loop import Optimization, Prepared, Saving, StepOutput, Watch, train
 
 STREAM = "supervised"
 
@@ -100,3 +106,17 @@ class Supervised:
             rows = chunk_rows(self.student.shared, self.student.device)
             total = chunked_cross_entropy_sum(states_ND, self.student.head, batch.targets_N, rows=rows)
         return StepOutput({STREAM: (total, len(batch.targets_N))})
+
+
+def fit(
+    objective: Supervised, constraint: Constraint, directory: RunDirectory, optimization: Optimization, title: str
+) -> None:
+    """Train from start to end in one process; `directory` gets the steps' rows, and no checkpoint.
+
+    Raises TrainingError where loss or gradient is not finite.
+    """
+    # the first Accelerator of a process settles the device of all; this one only counts processes, so it may differ
+    accelerator = Accelerator(cpu=objective.student.device.type == "cpu" and not is_initialized())
+    with stage(title, optimization.steps) as advance:
+        watch = Watch(on_step=lambda row: advance(1, f"loss {row['loss']:.3f}"))
+        train(objective, constraint, accelerator, optimization, Saving(directory, every=0, keep=1), watch=watch)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from remend.degrade.making.job import Damage
-from remend.degrade.making.smaller import path_of, rebuild
+from remend.degrade.making.job import Damage, path_of, rebuild
 from remend.errors import InputError
 from remend.models.activations import walk
 from remend.models.layers import decoder_layers

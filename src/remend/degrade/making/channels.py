@@ -11,8 +11,9 @@ H numbers (heads a group × head size) of one group in the attention's output.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from remend.degrade.making.job import Changed, Damage
-from remend.degrade.making.smaller import path_of, rebuild
+from remend.degrade.making.job import Changed, Damage, path_of, rebuild
 from remend.errors import InputError
 from remend.models.layers import decoder_layers
 from remend.models.protocols import CausalLM
@@ -72,17 +72,10 @@ def scores(model: CausalLM, rollouts: Sequence[Rollout]) -> tuple[list[Tensor], 
     channels = [torch.zeros(block.down.in_features, dtype=torch.float64) for block in blocks]
     groups = [torch.zeros(count, dtype=torch.float64) for _ in blocks]
 
-    def sizes(x_BTC: Tensor) -> Tensor:
-        return x_BTC.flatten(0, -2).abs()
-
-    def norms(x_BTD: Tensor) -> Tensor:
-        norms_NG: Tensor = torch.linalg.vector_norm(x_BTD.reshape(-1, count, x_BTD.shape[-1] // count), dim=-1)
-        return norms_NG
-
     with ExitStack() as hooks:
         for block, sum_C, sum_G in zip(blocks, channels, groups, strict=True):
-            for layer, total, of in ((block.down, sum_C, sizes), (block.attention_out, sum_G, norms)):
-                hooks.callback(layer.register_forward_pre_hook(_adding(total, of)).remove)
+            for layer, total, heads in ((block.down, sum_C, None), (block.attention_out, sum_G, count)):
+                hooks.callback(layer.register_forward_pre_hook(partial(_add, total, heads)).remove)
         for rollout in rollouts:  # one at a time: no padding among the tokens
             tokens_BT = torch.tensor([rollout.prompt + rollout.completion], device=model.device)
             model.base_model(input_ids=tokens_BT, use_cache=False)
@@ -92,13 +85,11 @@ def scores(model: CausalLM, rollouts: Sequence[Rollout]) -> tuple[list[Tensor], 
     return means_C, [sum_G / tokens for sum_G in groups]
 
 
-def _adding(total: Tensor, of: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that adds to `total` the sum over tokens of something of a layer's input."""
-
-    def note(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        total.add_(of(args[0]).double().sum(0).cpu())
-
-    return note
+def _add(total: Tensor, groups: int | None, _layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Add to `total`, over tokens, the magnitude of each input of a layer, or the norm of each of `groups` of them."""
+    x_NC = args[0].flatten(0, -2)
+    sizes = x_NC.abs() if groups is None else torch.linalg.vector_norm(x_NC.reshape(len(x_NC), groups, -1), dim=-1)
+    total.add_(sizes.double().sum(0).cpu())
 
 
 def kept_width(width: int, drop: float) -> int:
@@ -131,9 +122,8 @@ def narrowed(reference: CausalLM, channels: Sequence[Tensor] | None, groups: Seq
         changes["intermediate_size"] = len(channels[0])
         for block, kept_C in zip(blocks, channels, strict=True):
             for name in ("gate_proj", "up_proj"):
-                _take(state, f"{block.prefix}mlp.{name}.weight", kept_C, 0)
-                _take(state, f"{block.prefix}mlp.{name}.bias", kept_C, 0)
-            _take(state, f"{block.prefix}mlp.down_proj.weight", kept_C, 1)
+                _take(state, f"{block.prefix}mlp.{name}", kept_C, 0)
+            _take(state, f"{block.prefix}mlp.down_proj", kept_C, 1)
     if groups is not None:
         old, ratio = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         size = blocks[0].attention_out.in_features // config.num_attention_heads
@@ -143,19 +133,23 @@ def narrowed(reference: CausalLM, channels: Sequence[Tensor] | None, groups: Seq
             shared_H = torch.arange(old * size).view(old, size)[kept_G].flatten()
             query_H = torch.arange(old * ratio * size).view(old, ratio * size)[kept_G].flatten()
             for name, kept_H in (("q_proj", query_H), ("k_proj", shared_H), ("v_proj", shared_H)):
-                _take(state, f"{block.prefix}self_attn.{name}.weight", kept_H, 0)
-                _take(state, f"{block.prefix}self_attn.{name}.bias", kept_H, 0)
-            _take(state, f"{block.prefix}self_attn.o_proj.weight", query_H, 1)
+                _take(state, f"{block.prefix}self_attn.{name}", kept_H, 0)
+            _take(state, f"{block.prefix}self_attn.o_proj", query_H, 1)
     return rebuild(reference, changes, state)
 
 
-def _take(state: dict[str, Tensor], name: str, kept: Tensor, dim: int) -> None:
-    if name in state:
-        state[name] = state[name].index_select(dim, kept.to(state[name].device))
+def _take(state: dict[str, Tensor], layer: str, kept: Tensor, dim: int) -> None:
+    """Keep some of a layer's outputs (dim 0, with their biases) or inputs (dim 1)."""
+    for name in (f"{layer}.weight", f"{layer}.bias"):
+        if name in state and dim < state[name].ndim:
+            state[name] = state[name].index_select(dim, kept.to(state[name].device))
 
 
-def _chosen(damage: Damage, ffn: float, heads: int) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """The kept channels and groups of every block."""
+def narrower(damage: Damage, ffn: float, heads: int) -> Changed:
+    """The reference without a share `ffn` of every MLP's channels and `heads` groups of heads, the least active ones.
+
+    Raises InputError for an architecture without these parts, and where none would stay.
+    """
     config, blocks = damage.reference.config.get_text_config(), _blocks(damage.reference)
     width, groups = blocks[0].down.in_features, config.num_key_value_heads
     if not 0 <= heads < groups:
@@ -166,29 +160,15 @@ def _chosen(damage: Damage, ffn: float, heads: int) -> tuple[list[Tensor] | None
     if ffn and not 0 < count < width:
         raise InputError(f"ffn {ffn} of {width} channels leaves {count}; it must drop some and keep some")
     channel_scores, group_scores = scores(damage.reference, damage.calibration())
-    channels = [best(s, count) for s in channel_scores] if ffn else None
-    return channels, [best(s, groups - heads) for s in group_scores] if heads else None
-
-
-def _file(reference: CausalLM, channels: Sequence[Tensor] | None, groups: Sequence[Tensor] | None) -> bytes:
-    tensors: Mapping[str, Tensor] = {
-        f"{block.prefix}{name}": kept[i].to(torch.int32)
-        for name, kept in (("mlp.channels", channels), ("self_attn.groups", groups))
-        if kept is not None
-        for i, block in enumerate(_blocks(reference))
+    kept_channels = [best(score_C, count) for score_C in channel_scores] if ffn else None
+    kept_groups = [best(score_G, groups - heads) for score_G in group_scores] if heads else None
+    student = narrowed(damage.reference, kept_channels, kept_groups)
+    tensors = {
+        f"{block.prefix}{name}": kept.to(torch.int32)
+        for name, all_kept in (("mlp.channels", kept_channels), ("self_attn.groups", kept_groups))
+        for block, kept in zip(blocks, all_kept or (), strict=False)
     }
-    content: bytes = save(dict(tensors), metadata={"remend_width": "1"})
-    return content
-
-
-def narrower(damage: Damage, ffn: float, heads: int) -> Changed:
-    """The reference without a share `ffn` of every MLP's channels and `heads` groups of heads, the least active ones.
-
-    Raises InputError for an architecture without these parts, and where none would stay.
-    """
-    channels, groups = _chosen(damage, ffn, heads)
-    content = _file(damage.reference, channels, groups)
-    student = narrowed(damage.reference, channels, groups)
+    content: bytes = save(tensors, metadata={"remend_width": "1"})
     config = student.config.get_text_config()
     entry = {
         "kind": "pruning",

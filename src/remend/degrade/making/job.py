@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Generic, TypeVar, cast
 
 import torch
-from torch import nn
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from remend.compression.recognise import RECORD
 from remend.console import console, stage
@@ -29,8 +32,11 @@ from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
+from remend.registry import Registry
 from remend.training.measure import compare, pool
 from remend.training.teachers.frozen import Frozen
+
+Apply = TypeVar("Apply", bound=Callable[..., object])
 
 PROBE_PROMPTS, PROBE_TOKENS = 32, 48
 CALIBRATION_TOKENS = 64
@@ -142,7 +148,7 @@ def _record(damage: Damage, changed: Changed, model: str, hashes: Mapping[str, s
     return record
 
 
-def share_of_zeros(weights: Sequence[torch.Tensor]) -> float:
+def share_of_zeros(weights: Sequence[Tensor]) -> float:
     """How many of some matrices' weights are exactly zero, as a share; 0 of none."""
     return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
 
@@ -173,6 +179,34 @@ def probe_against(reference: CausalLM, student: CausalLM, tokenizer: Tokenizer) 
     return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"], "prompts": len(prompts)}
 
 
+@dataclass(frozen=True)
+class Method(Generic[Apply]):
+    """apply: gets a weight, and the Gram matrix of its inputs where it is calibrated, else None."""
+
+    apply: Apply
+    calibrated: bool
+
+
+class Methods(Generic[Apply]):
+    """Ways to change one matrix, by name."""
+
+    def __init__(self, kind: str) -> None:
+        self._methods: Registry[Method[Apply]] = Registry(kind)
+
+    def register(self, name: str, *, source: str, calibrated: bool = False) -> Callable[[Apply], Apply]:
+        """Decorator that files a function under `name`; `calibrated` ones see a layer's inputs."""
+
+        def add(apply: Apply) -> Apply:
+            self._methods.register(name, source=source)(Method(apply, calibrated))
+            return apply
+
+        return add
+
+    def get(self, name: str) -> Method[Apply]:
+        """The method called `name`. Raises InputError that lists the known names."""
+        return self._methods.get(name)
+
+
 def chosen_layers(model: CausalLM, skip: Sequence[str]) -> dict[str, nn.Linear]:
     """`models.linear_layers` without those that a skip pattern matches (shell patterns over the full name).
 
@@ -199,7 +233,7 @@ def undivided(layers: Mapping[str, nn.Linear], number: int) -> str:
 def change_each(
     model: CausalLM,
     layers: Mapping[str, nn.Linear],
-    change: Callable[[str, nn.Linear, torch.Tensor | None], None],
+    change: Callable[[str, nn.Linear, Tensor | None], None],
     calibrated_on: Damage | None,
     title: str,
 ) -> None:
@@ -223,3 +257,45 @@ def change_each(
                 change(name, layer, sites.gram_II)
 
     walk(model, calibrated_on.calibration(), visit, title=title)
+
+
+def rebuild(reference: CausalLM, changes: Mapping[str, object], state: Mapping[str, Tensor]) -> CausalLM:
+    """A model like `reference` with another configuration and these weights.
+
+    It is built anew from its configuration, not cut in place: so everything that transformers derives from that (cache
+    indices, head counts, rotary tables) is right, and a strict load proves that it describes exactly these weights.
+
+    Args:
+        reference: a transformers causal language model; stays as it is.
+        changes: attributes of its (text) configuration and their new values.
+        state: the new model's state dict.
+
+    Returns:
+        The new model in evaluation mode, on the reference's device, in its dtype, with its generation configuration.
+
+    Raises:
+        InputError: the architecture can't have that configuration, or its weights are not those in `state`.
+    """
+    whole = cast(PreTrainedModel, reference)
+    kind = type(whole)
+    asked = ", ".join(f"{name} {value}" for name, value in changes.items() if isinstance(value, int))
+    config = copy.deepcopy(reference.config)
+    text = config.get_text_config()
+    for name, value in changes.items():
+        setattr(text, name, value)
+    try:
+        if hasattr(config, "validate"):
+            config.validate()
+        model = kind(config).to(device=reference.device, dtype=whole.dtype)
+        model.load_state_dict(dict(state), strict=True)
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise InputError(f"{kind.__name__} can't have {asked}: {reason}") from error
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(whole.generation_config)
+    return cast(CausalLM, model.eval())
+
+
+def path_of(model: CausalLM, module: nn.Module) -> str:
+    """The name of a module inside a model, e.g. 'model.layers'."""
+    return next(str(name) for name, part in model.named_modules() if part is module)

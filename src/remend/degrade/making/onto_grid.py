@@ -17,12 +17,12 @@ from remend.degrade.making.job import (
     DENSE_BITS,
     Changed,
     Damage,
+    Methods,
     change_each,
     chosen_layers,
     share_of_zeros,
     undivided,
 )
-from remend.degrade.making.methods import Methods
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
 from remend.models.protocols import CausalLM

@@ -6,15 +6,12 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from accelerate import Accelerator
-from accelerate.state import is_initialized
 
 from remend.compression.recognise import was_pruned
 from remend.compression.stored_grid import GRID_FILE
-from remend.console import console, stage
+from remend.console import console
 from remend.data.examples import Example, load_pairs, prompt_key
 from remend.data.order import Order, derive_seed
 from remend.data.templates import dropped_text
@@ -28,8 +25,8 @@ from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
 from remend.models.tokens import eos_ids
 from remend.training.constraints import Adapter, Free
-from remend.training.loop import Optimization, Saving, Watch, train
-from remend.training.supervised import Supervised, encode_pairs
+from remend.training.loop import Optimization
+from remend.training.supervised import Supervised, encode_pairs, fit
 
 WARMUP_SHARE = 0.1
 
@@ -37,8 +34,9 @@ WARMUP_SHARE = 0.1
 def tuned(damage: Damage, settings: Finetune) -> Changed:
     """The student after training. Raises InputError for one with a grid or zeros, and where no row is short enough."""
     path = damage.source.path
-    what = _held(path) if path else None
-    if what:
+    on_grid = path is not None and (path / GRID_FILE).is_file()
+    if on_grid or (path is not None and was_pruned(path)):
+        what = "a model on a quantization grid" if on_grid else "a pruned model"
         raise InputError(
             f"{damage.source.spec} is {what}, which fine-tuning all together would give up; "
             "fine-tune the dense model, then degrade that"
@@ -50,9 +48,18 @@ def tuned(damage: Damage, settings: Finetune) -> Changed:
     if lora:
         seed = derive_seed(settings.seed, "lora")
         adapters.add_lora(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+    objective = Supervised(
+        student=scorer(student),
+        order=Order(rows, settings.seed),
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation,
+        precision=mixed_precision(choose_dtype(settings.dtype, student.device), student.device),
+    )
+    constraint = Adapter(student) if lora else Free(student)
+    optimization = Optimization(steps, settings.rate, warmup=math.ceil(WARMUP_SHARE * steps))
     with tempfile.TemporaryDirectory() as folder:
         scratch = RunDirectory(Path(folder))
-        trained = _train(damage, settings, rows, steps, scratch)
+        fit(objective, constraint, scratch, optimization, "training (cross-entropy of the completions)")
         metrics = (scratch.path / METRICS).read_bytes()
         losses = [row["loss"] for row in scratch.rows(METRICS)]
     if lora:
@@ -66,7 +73,7 @@ def tuned(damage: Damage, settings: Finetune) -> Changed:
         "gradient_accumulation": settings.gradient_accumulation,
         "max_tokens": settings.max_tokens,
         "lora": lora.model_dump() if lora else None,
-        "trained_parameters": trained,
+        "trained_parameters": sum(p.numel() for p in constraint.masters().values()),
         "data": {"path": settings.data, "hash": _hash(pairs), "rows": len(rows), "dropped": len(pairs) - len(rows)},
         "loss": {"first": losses[0], "last": losses[-1]},
     }
@@ -75,13 +82,6 @@ def tuned(damage: Damage, settings: Finetune) -> Changed:
         (target / METRICS).write_bytes(metrics)
 
     return Changed(student.requires_grad_(False), entry, files)
-
-
-def _held(path: Path) -> str | None:
-    """What fine-tuning would silently give up, or None."""
-    if (path / GRID_FILE).is_file():
-        return "a model on a quantization grid"
-    return "a pruned model" if was_pruned(path) else None
 
 
 def _rows(damage: Damage, settings: Finetune, pairs: Sequence[tuple[Example, str]]) -> list[Rollout]:
@@ -93,30 +93,6 @@ def _rows(damage: Damage, settings: Finetune, pairs: Sequence[tuple[Example, str
             raise InputError(f"{text}; none is left. Raise max_tokens or give shorter rows.")
         console.print(f"[yellow]warning[/]: {text}", soft_wrap=True)
     return rows
-
-
-def _train(damage: Damage, settings: Finetune, rows: Sequence[Rollout], steps: int, scratch: RunDirectory) -> int:
-    """Train the student in place; the number of parameters that moved."""
-    student = damage.student
-    # the first Accelerator of a process settles the device of all; this one only counts processes, so it may differ
-    accelerator = Accelerator(cpu=student.device.type == "cpu" and not is_initialized())
-    objective = Supervised(
-        student=scorer(student),
-        order=Order(rows, settings.seed),
-        batch_size=settings.batch_size,
-        accumulation=settings.gradient_accumulation,
-        precision=mixed_precision(choose_dtype(settings.dtype, student.device), student.device),
-    )
-    constraint = Adapter(student) if settings.lora else Free(student)
-    optimization = Optimization(steps, settings.rate, warmup=math.ceil(WARMUP_SHARE * steps))
-    with stage("training (cross-entropy of the completions)", steps) as advance:
-
-        def on_step(row: Mapping[str, float]) -> None:
-            advance(1, f"loss {row['loss']:.3f}")
-
-        saving = Saving(scratch, every=0, keep=1)
-        train(objective, constraint, accelerator, optimization, saving, watch=Watch(on_step=on_step))
-    return sum(p.numel() for p in constraint.masters().values())
 
 
 def _hash(pairs: Sequence[tuple[Example, str]]) -> str:

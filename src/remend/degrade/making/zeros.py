@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,12 @@ from remend.degrade.making.job import (
     DENSE_BITS,
     Changed,
     Damage,
+    Methods,
     change_each,
     chosen_layers,
     share_of_zeros,
     undivided,
 )
-from remend.degrade.making.methods import Methods
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
 from remend.models.protocols import CausalLM
@@ -42,6 +41,11 @@ class Sparsity:
     name: str
     share: float
     pattern: tuple[int, int] | None = None
+
+    @property
+    def free(self) -> float | None:
+        """The share where no pattern fixes it."""
+        return None if self.pattern else self.share
 
     @staticmethod
     def parse(text: str) -> Sparsity:
@@ -64,11 +68,6 @@ class Sparsity:
         )
 
 
-def bits_per_weight(sparsity: float) -> float:
-    """As packed, for a measured share of zeros: 16 · (1 − sparsity) + 1."""
-    return DENSE_BITS * (1 - sparsity) + MASK_BITS
-
-
 METHODS: Methods[Callable[[Tensor, Tensor | None, Sparsity], Tensor]] = Methods("pruning method")
 """(weight [O, I], Gram matrix of its inputs [I, I] or None, how much) -> the weight with zeros."""
 
@@ -76,7 +75,7 @@ METHODS: Methods[Callable[[Tensor, Tensor | None, Sparsity], Tensor]] = Methods(
 @METHODS.register("magnitude", source="Han et al., arXiv 1506.02626")
 def magnitude(weight_OI: Tensor, gram_II: Tensor | None, sparsity: Sparsity) -> Tensor:
     """Keep the weights of largest magnitude, compared within the whole matrix (or each m)."""
-    mask_OI = solvers.keep_mask(weight_OI.abs(), per="matrix", **_amount(sparsity))
+    mask_OI = solvers.keep_mask(weight_OI.abs(), per="matrix", sparsity=sparsity.free, pattern=sparsity.pattern)
     return torch.where(mask_OI, weight_OI, 0.0)
 
 
@@ -84,7 +83,8 @@ def magnitude(weight_OI: Tensor, gram_II: Tensor | None, sparsity: Sparsity) -> 
 def wanda(weight_OI: Tensor, gram_II: Tensor | None, sparsity: Sparsity) -> Tensor:
     """Keep the weights of largest |weight| · norm of its input, compared within each output row (or each m)."""
     assert gram_II is not None
-    mask_OI = solvers.keep_mask(solvers.wanda_scores(weight_OI, gram_II), per="row", **_amount(sparsity))
+    scores_OI = solvers.wanda_scores(weight_OI, gram_II)
+    mask_OI = solvers.keep_mask(scores_OI, per="row", sparsity=sparsity.free, pattern=sparsity.pattern)
     return torch.where(mask_OI, weight_OI, 0.0)
 
 
@@ -92,17 +92,7 @@ def wanda(weight_OI: Tensor, gram_II: Tensor | None, sparsity: Sparsity) -> Tens
 def sparsegpt(weight_OI: Tensor, gram_II: Tensor | None, sparsity: Sparsity) -> Tensor:
     """Choose the mask block of columns by block and move the kept weights to make good what is lost."""
     assert gram_II is not None
-    return solvers.sparsegpt(weight_OI, gram_II, **_amount(sparsity))
-
-
-class _Amount(TypedDict, total=False):
-    pattern: tuple[int, int]
-    sparsity: float
-
-
-def _amount(sparsity: Sparsity) -> _Amount:
-    """As the solvers take it."""
-    return {"pattern": sparsity.pattern} if sparsity.pattern else {"sparsity": sparsity.share}
+    return solvers.sparsegpt(weight_OI, gram_II, sparsity=sparsity.free, pattern=sparsity.pattern)
 
 
 @torch.no_grad()
@@ -169,7 +159,7 @@ def described(student: CausalLM, layers: Mapping[str, nn.Linear], entry: JsonObj
     weights = [layer.weight for layer in layers.values()]
     total, share = sum(w.numel() for w in weights), share_of_zeros(weights)
     entry = {"kind": "pruning", **entry, "matrices": len(weights), "sparsity": share}
-    bits = bits_per_weight(share)
+    bits = DENSE_BITS * (1 - share) + MASK_BITS
     others = sum(p.numel() for p in student.parameters()) - total
     packed = round(total * bits / 8) + others * DENSE_BITS // 8
     return Changed(student, entry, bits_per_weight=bits, packed_bytes=packed)
