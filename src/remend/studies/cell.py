@@ -8,6 +8,7 @@ Everything else is as `remend recover` writes it.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from pydantic import Field
 
 from remend.data.examples import demonstration_of, load_examples
 from remend.errors import InputError
+from remend.evaluation.job import evaluate
 from remend.files.atomic import JsonObject, JsonRow, read_json, write_json
 from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDirectory
 from remend.files.settings import Settings, build, merged
@@ -26,7 +28,6 @@ from remend.models.load import load_tokenizer
 from remend.recovery import recover
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import resolve, rows_of
-from remend.studies.grading import Grading, grade
 from remend.studies.labels import LabelSettings, write_labels
 from remend.training.supervised import ending
 from remend.training.teachers.cache import RECORD as LABELS_RECORD
@@ -75,6 +76,36 @@ def ungraded(place: Path, inputs: JsonRow) -> list[str]:
     """The wanted tasks that a finished cell was not graded on, or on other rows or with other options."""
     before = read_json(inputs_file(place)).get("grading", {})
     return [name for name, wanted in inputs["grading"].items() if before.get(name) != wanted]
+
+
+def grades_file(folder: Path, task: str) -> Path:
+    """Where a task's grades are in a cell's grades/."""
+    return folder / (re.sub(r"[^\w.+-]", "-", task) + ".json")
+
+
+class Grading(Settings):
+    """A task that a model is graded on."""
+
+    task: str = Field(description="a task's name, or lm-eval:NAME")
+    data: str | None = Field(description="the rows, None where the task brings its own")
+    options: JsonObject = Field(description="further settings of remend eval")
+
+
+def grade(model: str, folder: Path, grading: Grading) -> None:
+    """Grade a model on one task, anew; `folder` gets TASK.json. Raises RemendError as evaluate does."""
+    target = grades_file(folder, grading.task)
+    target.unlink(missing_ok=True)
+    evaluate(model, [grading.task], str(target), data=grading.data, **grading.options)
+
+
+def grade_reference(model: str, folder: str, grading: list[JsonObject], inputs: JsonRow) -> None:
+    """Grade a healthy model anew; `inputs` are kept beside the grades. Raises RemendError as evaluate does."""
+    place = Path(folder)
+    record = place / "graded.json"
+    record.unlink(missing_ok=True)
+    for entry in grading:
+        grade(model, place, Grading(**entry))
+    write_json(record, dict(inputs))
 
 
 class CellSettings(Settings):
@@ -134,15 +165,16 @@ def _train(path: Path, cell: CellSettings) -> None:
         if left.name != INPUTS:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     given: JsonObject = {"out": str(path), "select": "last", "keep_checkpoints": 1}
+    config = build(RecoverConfig, merged(cell.recipe, given), str(path))
     mean = {}
     if cell.labels is not None:
         place = path / INPUTS / "labels"
-        record = read_json(place / LABELS_RECORD) if place.is_dir() else write_labels(place, cell.labels)
-        given["streams"] = {"recover": {"teacher": str(place), "policy": "off", "data": None, "eval_data": None}}
+        record = read_json(place / LABELS_RECORD) if place.is_dir() else write_labels(place, config, cell.labels)
+        taught = {"teacher": str(place), "policy": "off", "data": None, "eval_data": None}
+        config = build(RecoverConfig, merged(config.model_dump(), {"streams": {"recover": taught}}), str(path))
         mean = {"recover": record["mean_tokens"]}
     elif cell.tokens:
         mean = completion_tokens(cell.recipe, Path(cell.idle) if cell.idle else None, cell.task_rows)
-    config = build(RecoverConfig, merged(cell.recipe, given), str(path))
     steps = steps_for(config, cell.tokens, mean)
     every = max(1, steps // cell.measurements)
     planned = {"steps": steps, "eval_every": every if steps else 0, "diagnose_every": every if steps else 0}

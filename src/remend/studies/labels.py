@@ -30,6 +30,8 @@ from remend.models.protocols import Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Draws, Rollout
 from remend.models.tokens import eos_ids
+from remend.recovery.settings import RecoverConfig
+from remend.recovery.streams import reference_of, resolve
 from remend.training.supervised import encode_pairs
 from remend.training.teachers.cache import PROMPTS, RECORD, VERSION, template_hash, vocabulary_hash
 
@@ -38,23 +40,17 @@ LABEL_TOKENS = 1024
 
 
 class LabelSettings(Settings):
-    """What labels are written."""
+    """What labels are written, beside what the recipe says of models and prompts."""
 
-    reference: str = Field(description="the healthy model, which answers where `taught` says so")
-    student: str = Field(description="the model that learns; both have one tokenizer")
-    train: str = Field(description="general prompts; those with a completion are used, or with `taught` any")
-    held_out: str = Field(description="general prompts to measure on")
     task: str | None = Field(description="rows of the task with their demonstrations")
     share: float = Field(description="of the labels that are the task's")
     taught: int | None = Field(description="None takes the rows' own completions; else so many prompts are answered")
-    max_new_tokens: int = Field(description="of the reference's answers")
-    max_prompt_tokens: int = Field(description="longer prompts are left out")
-    seed: int = Field(description="of choice and sampling")
-    device: str = Field(description="where the reference answers")
 
 
-def write_labels(out: Path, settings: LabelSettings) -> JsonObject:
+def write_labels(out: Path, recipe: RecoverConfig, settings: LabelSettings) -> JsonObject:
     """Write the labels that a cell trains on, into a new directory, to be named as a stream's teacher.
+
+    The general prompts are those of the stream `recover`: the ones with a completion, or any that the teacher answers.
 
     Returns:
         The record: `prompts` and `tokens` of the labels, `mean_tokens` of one, `seconds` that the reference took.
@@ -62,28 +58,30 @@ def write_labels(out: Path, settings: LabelSettings) -> JsonObject:
     Raises InputError where no row has a label, FileError for what can't be read or written.
     """
     began = time.perf_counter()
-    source = find_model(settings.student)
+    (stream,), longest = resolve(recipe), recipe.max_prompt_tokens
+    train, held_out = str(stream.data), str(stream.eval_data)
+    source = find_model(recipe.student)
     tokenizer = load_tokenizer(source)
     config = load_config(source).get_text_config()
     ends = eos_ids(config, tokenizer)
-    examples = load_examples(settings.train)
-    limit = settings.max_prompt_tokens + LABEL_TOKENS
+    examples = load_examples(train)
+    limit = longest + LABEL_TOKENS
     if settings.taught is None:
         general = _given(tokenizer, [e for e in examples if _has_answer(e)], limit, ends)
     else:
-        general = _taught(settings, settings.taught, tokenizer, examples)
+        general = _taught(recipe, settings.taught, tokenizer, examples)
     tasks = _given(tokenizer, load_examples(settings.task), limit, ends) if settings.task is not None else []
-    chosen = mixed(general, tasks, settings.share, settings.seed)
+    chosen = mixed(general, tasks, settings.share, recipe.seed)
     if not chosen:
         task = "the task has no rows" if settings.task is None else f"neither have those of {settings.task}"
         raise InputError(
-            f"no row has an answer to train on: the rows of {settings.train} have none of "
+            f"no row has an answer to train on: the rows of {train} have none of "
             f"{', '.join(COMPLETION_KEYS)}, and {task}"
         )
-    apart, _ = encode_within(tokenizer, load_examples(settings.held_out), settings.max_prompt_tokens)
+    apart, _ = encode_within(tokenizer, load_examples(held_out), longest)
     shared = min(config.vocab_size, 1 + max(tokenizer.get_vocab().values()))
     seconds = time.perf_counter() - began if settings.taught is not None else 0.0
-    about: JsonObject = {"of": [settings.train, settings.task], "seconds": round(seconds, 1)}
+    about: JsonObject = {"of": [train, settings.task], "seconds": round(seconds, 1)}
     return _write(out, tokenizer, chosen, apart, ends, shared, about)
 
 
@@ -96,21 +94,21 @@ def _given(tokenizer: Tokenizer, examples: Sequence[Example], limit: int, ends: 
     return encode_pairs(tokenizer, pairs, max_tokens=limit, eos=ends)[0]
 
 
-def _taught(settings: LabelSettings, count: int, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Rollout]:
+def _taught(recipe: RecoverConfig, count: int, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Rollout]:
     """The reference's own answers at temperature 1 to `count` of the prompts."""
-    where = choose_device(settings.device)
+    where = choose_device(recipe.device)
     dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
-    model = load_model(find_model(settings.reference), dtype=dtype, device=where)
-    prompts, _ = encode_within(tokenizer, examples, settings.max_prompt_tokens)
-    order = Order(prompts, derive_seed(settings.seed, "labels"))
+    model = load_model(find_model(reference_of(recipe)), dtype=dtype, device=where)
+    prompts, _ = encode_within(tokenizer, examples, recipe.max_prompt_tokens)
+    order = Order(prompts, derive_seed(recipe.seed, "labels"))
     chosen = [prompt for _, prompt in order.take(0, min(count, len(prompts)))]
     return answer(
         model,
         tokenizer,
         chosen,
         "the reference writes the labels",
-        max_new_tokens=settings.max_new_tokens,
-        draws=Draws(1.0, [derive_seed(settings.seed, "label", i) for i in range(len(chosen))]),
+        max_new_tokens=resolve(recipe)[0].lengths[1],
+        draws=Draws(1.0, [derive_seed(recipe.seed, "label", i) for i in range(len(chosen))]),
     )
 
 

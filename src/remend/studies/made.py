@@ -30,9 +30,9 @@ WORKED = tuple(key for key in DEMONSTRATION_KEYS if key != "answer")
 class TaskFiles:
     """Rows of a task: to train on, to grade, and few of the latter. Benchmarks of other makers have none."""
 
-    train: Path | None
-    held_out: Path | None
-    few: Path | None
+    train: Path | None = None
+    held_out: Path | None = None
+    few: Path | None = None
 
 
 @dataclass
@@ -62,13 +62,9 @@ class Made:
             if Path(key).suffix == ".jsonl" and Path(key).is_file():
                 self.hashes[key] = hashlib.sha256(Path(key).read_bytes()).hexdigest()
             else:
-                self.hashes[key] = digest(hash_files(find_model(key)))
+                files = json.dumps(hash_files(find_model(key)), sort_keys=True, ensure_ascii=False)
+                self.hashes[key] = hashlib.sha256(files.encode()).hexdigest()
         return self.hashes[key]
-
-
-def digest(values: object) -> str:
-    """SHA-256 over plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
 
 
 def make(study: Study, out: Path, data: Path | None = None) -> Made:
@@ -121,14 +117,12 @@ def _general(study: Study, tiny: Mapping[str, str]) -> tuple[list[Example], list
 
 def _task(name: str, spec: TaskSpec, tiny: Mapping[str, str], folder: Path, *, trained: bool) -> TaskFiles:
     if name not in tasks.names():  # a benchmark that brings its own rows
-        return TaskFiles(None, None, None)
+        return TaskFiles()
     held_out = _rows(name, "held_out", spec.held_out, spec.rows, tiny)
     files = {"held_out": held_out, "few": held_out[:FEW]}
     if trained:
-        files["train"] = [
-            _tagged(name, example)
-            for example in without(_rows(name, "train", spec.train, spec.train_rows, tiny), held_out)
-        ]
+        rows = _rows(name, "train", spec.train, spec.train_rows, tiny)
+        files["train"] = [_tagged(name, example) for example in without(rows, held_out)]
     paths = {split: _written(folder / f"{name}-{split}.jsonl", [e.row for e in rows]) for split, rows in files.items()}
     return TaskFiles(paths.get("train"), paths["held_out"], paths["few"])
 

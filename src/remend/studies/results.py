@@ -11,9 +11,8 @@ from remend.evaluation.compare import compare
 from remend.files.atomic import JsonObject, JsonRow, read_json
 from remend.files.run_directory import TRACK, RunDirectory
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence
-from remend.studies.cell import GRADES, OUTCOME
+from remend.studies.cell import GRADES, OUTCOME, grades_file
 from remend.studies.correlate import correlate
-from remend.studies.grading import grades_file
 from remend.studies.grid import Cell, Group, Method, Study
 from remend.studies.made import graded
 
@@ -27,12 +26,10 @@ class Done:
     cell: Cell
     place: Path
     outcome: JsonRow
-    ungraded: tuple[str, ...] = ()
+    ungraded: Sequence[str]
 
 
-def gather(
-    study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping[str, Sequence[str]] | None = None
-) -> JsonObject:
+def gather(study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping[str, Sequence[str]]) -> JsonObject:
     """All results of a study as plain values.
 
     Args:
@@ -41,16 +38,11 @@ def gather(
         states: of each cell: done, not run, or the message of its failure.
         ungraded: by finished cell, the tasks that it was not graded on; see cell.ungraded.
     """
-    ungraded = ungraded or {}
+    finished = [cell for cell in study.cells if states[cell.name] == "done"]
+    places = [out / "cells" / cell.name for cell in finished]
     done = [
-        Done(
-            cell,
-            out / "cells" / cell.name,
-            read_json(out / "cells" / cell.name / OUTCOME),
-            tuple(ungraded.get(cell.name, ())),
-        )
-        for cell in study.cells
-        if states[cell.name] == "done"
+        Done(cell, place, read_json(place / OUTCOME), ungraded[cell.name])
+        for cell, place in zip(finished, places, strict=True)
     ]
     groups = list(dict.fromkeys(cell.group for cell in study.cells))
     rows, at_tokens, at_seconds = [], [], []
@@ -66,6 +58,7 @@ def gather(
             at_tokens.append(_equal(group, trained, "tokens", None))
             at_seconds.append(_equal(group, trained, "seconds", study.budget.seconds))
     failures = {name: state for name, state in states.items() if state not in ("done", "not run")}
+    outcomes = {d.cell.name: d.outcome for d in done}
     return {
         "study": study.name,
         "models": {name: spec.path for name, spec in study.models.items()},
@@ -76,7 +69,7 @@ def gather(
         "at_equal_tokens": at_tokens,
         "at_equal_seconds": at_seconds,
         "correlation": _correlation(done, out),
-        "cells": [_cell(study, cell, states[cell.name], done) for cell in study.cells],
+        "cells": [_cell(cell, states[cell.name], outcomes.get(cell.name)) for cell in study.cells],
         "failures": failures,
         "hardware": _hardware(done),
         "notes": list(dict.fromkeys(note for d in done for note in d.outcome["notes"])),
@@ -84,13 +77,18 @@ def gather(
     }
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Of some numbers, added in their order."""
     return sum(values) / len(values)
 
 
 def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[Done], idle: Done) -> JsonObject:
     outcomes = [d.outcome for d in cells]
     gap, interval = _gap(cells)
+    # what one of the cells, or the degraded student, was not graded on can't be paired
+    not_graded = list(dict.fromkeys(name for d in (*cells, idle) for name in d.ungraded))
+    places = {REFERENCE: [out / "reference" / group.model], DEGRADED: [idle.place / GRADES]}
+    places[RECOVERED] = [d.place / GRADES for d in cells]
     cost = {key: [o["training_seconds_of"][key] for o in outcomes] for key in ("repair", "answers", "steps")}
     return {
         "group": group.name,
@@ -100,13 +98,13 @@ def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[
         "method": method.name,
         "how": method.how,
         "seeds": [d.cell.seed for d in cells],
-        "kl": {when: _mean([o["kl"][when] for o in outcomes]) for when in (DEGRADED, RECOVERED)},
-        "agreement": {when: _mean([o["agreement"][when] for o in outcomes]) for when in (DEGRADED, RECOVERED)},
+        "kl": {when: mean([o["kl"][when] for o in outcomes]) for when in (DEGRADED, RECOVERED)},
+        "agreement": {when: mean([o["agreement"][when] for o in outcomes]) for when in (DEGRADED, RECOVERED)},
         "gap_closed": gap,
         "gap_closed_95": interval,
         "gap_closed_by_seed": [o["gap_closed"] for o in outcomes],
-        "grades": _grades(study, out, group, cells, idle),
-        "not_graded": _not_graded(cells, idle),
+        "grades": _grades(study, group, places, not_graded),
+        "not_graded": not_graded,
         "steps": [o["steps"] for o in outcomes],
         "tokens_trained": [o["tokens_trained"] for o in outcomes],
         "training_seconds": [o["training_seconds"] for o in outcomes],
@@ -119,23 +117,15 @@ def _gap(cells: Sequence[Done]) -> tuple[float | None, tuple[float, float] | Non
     """Gap closed of the mean over seeds, and its interval over held-out prompts."""
     by_seed = [{row["id"]: row for row in RunDirectory(d.place).rows("held_out.jsonl")} for d in cells]
     ids = [name for name in by_seed[0] if all(name in rows for rows in by_seed)]
-    before = [_mean([rows[name]["kl_sum_degraded"] for rows in by_seed]) for name in ids]
-    after = [_mean([rows[name]["kl_sum_recovered"] for rows in by_seed]) for name in ids]
+    before = [mean([rows[name]["kl_sum_degraded"] for rows in by_seed]) for name in ids]
+    after = [mean([rows[name]["kl_sum_recovered"] for rows in by_seed]) for name in ids]
     tokens = sum(by_seed[0][name]["tokens"] for name in ids)
     value = gap_closed_divergence(sum(before) / tokens, sum(after) / tokens) if tokens else None
     return value, bootstrap_gap_closed(before, after) if value is not None else None
 
 
-def _not_graded(cells: Sequence[Done], idle: Done) -> list[str]:
-    """Tasks that one of the cells, or the degraded student, was not graded on: they can't be paired."""
-    return list(dict.fromkeys(name for d in (*cells, idle) for name in d.ungraded))
-
-
-def _grades(study: Study, out: Path, group: Group, cells: Sequence[Done], idle: Done) -> list[JsonObject]:
+def _grades(study: Study, group: Group, places: Mapping[str, Sequence[Path]], left: Sequence[str]) -> list[JsonObject]:
     """Scores and paired comparisons by task; the recovered models' are averaged over seeds, item by item."""
-    places = {REFERENCE: [out / "reference" / group.model], DEGRADED: [idle.place / GRADES]}
-    places[RECOVERED] = [d.place / GRADES for d in cells]
-    left = _not_graded(cells, idle)
     parts = {who: _parts(study, group, folders, left) for who, folders in places.items()}
     keys = [key for key in parts[RECOVERED] if all(key in parts[who] for who in places)]
     paired = [key for key in keys if all(parts[who][key]["items"] for who in places)]
@@ -189,9 +179,9 @@ def _averaged(parts: Sequence[JsonRow]) -> JsonObject:
         if all(name in others for others in lists):
             scores = [float(others[name]["correct"]) for others in lists]
             cluster = {"cluster": item["cluster"]} if item.get("cluster") is not None else {}
-            items.append({"id": name, "correct": _mean(scores), **cluster})
+            items.append({"id": name, "correct": mean(scores), **cluster})
     first = parts[0]
-    score = _mean([float(part["score"]) for part in parts])
+    score = mean([float(part["score"]) for part in parts])
     return {"task": first["task"], "grader": first["grader"], "score": score, "items": items}
 
 
@@ -208,8 +198,8 @@ def _equal(group: Group, trained: Mapping[Method, Sequence[Done]], what: str, wa
         rows.append(
             {
                 "method": method.name,
-                "kl": _mean(values),
-                "gap_closed": _mean(known) if known else None,
+                "kl": mean(values),
+                "gap_closed": mean(known) if known else None,
                 "gap_closed_by_seed": gaps,
                 "spent": [curve[-1][what] for curve in curves],
                 "ended_before": any(curve[-1][what] < at for curve in curves),
@@ -248,21 +238,13 @@ def _correlation(done: Sequence[Done], out: Path) -> JsonObject:
     return {**kept, "points": points, "cells": list(groups)}
 
 
-def _cell(study: Study, cell: Cell, state: str, done: Sequence[Done]) -> JsonObject:
-    entry: JsonObject = {"name": cell.name, "group": cell.group.name, "method": cell.method.name}
-    entry |= {"seed": cell.seed, "state": state}
-    outcome = next((d.outcome for d in done if d.cell == cell), None)
-    if outcome:
-        kept = ("steps", "tokens_trained", "training_seconds", "seconds", "peak_rss_mib", "curve", "warnings")
-        entry |= {key: outcome[key] for key in kept}
-    return entry
+def _cell(cell: Cell, state: str, outcome: JsonRow | None) -> JsonObject:
+    kept = ("steps", "tokens_trained", "training_seconds", "seconds", "peak_rss_mib", "curve", "warnings")
+    entry = {"name": cell.name, "group": cell.group.name, "method": cell.method.name, "seed": cell.seed, "state": state}
+    return entry | ({key: outcome[key] for key in kept} if outcome else {})
 
 
 def _hardware(done: Sequence[Done]) -> list[JsonObject]:
     """Each machine that cells ran on, once."""
-    machines: list[JsonObject] = []
-    for d in done:
-        entry = {key: d.outcome[key] for key in ("hardware", "dtype", "versions", "git_commit")}
-        if entry not in machines:
-            machines.append(entry)
-    return machines
+    entries = [{key: d.outcome[key] for key in ("hardware", "dtype", "versions", "git_commit")} for d in done]
+    return [entry for number, entry in enumerate(entries) if entry not in entries[:number]]

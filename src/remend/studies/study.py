@@ -22,12 +22,12 @@ from remend.console import console
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, JsonRow, read_json, write_json, write_text
 from remend.recovery.settings import RecoverConfig
+from remend.recovery.streams import resolve
 from remend.report.study import study_page
 from remend.report.writing import write_page
 from remend.studies import tiny_model
-from remend.studies.cell import OUTCOME, CellSettings, state_of, ungraded
+from remend.studies.cell import OUTCOME, CellSettings, Grading, state_of, ungraded
 from remend.studies.cost import estimate
-from remend.studies.grading import Grading
 from remend.studies.grid import Cell, Study, chosen
 from remend.studies.labels import LabelSettings
 from remend.studies.made import (
@@ -244,7 +244,7 @@ class _Work:
             tokens=plan.budget.tokens if cell.method.trained else 0,
             measurements=plan.spec.measurements,
             checkpoints=not plan.spec.one_process,
-            labels=self._labels(cell, student, reference, recipe) if cell.method.labelled else None,
+            labels=self._labels(cell, recipe) if cell.method.labelled else None,
             idle=str(self._place(idle)) if cell.method.trained else None,
             task_rows=str(files.train) if tasked and not cell.method.labelled else None,
             grading=[self._grading(name) for name in graded(plan, cell.group)],
@@ -252,23 +252,15 @@ class _Work:
             keep_model=plan.spec.keep_models,
         )
 
-    def _labels(self, cell: Cell, student: str, reference: str, recipe: RecoverConfig) -> LabelSettings:
-        plan, length = self.plan, recipe.max_new_tokens
-        length = length if isinstance(length, int) else length[1]
+    def _labels(self, cell: Cell, recipe: RecoverConfig) -> LabelSettings:
+        plan = self.plan
         general = plan.budget.tokens * (1 - plan.spec.task_share) / recipe.off_policy_passes
-        taught = max(1, round(general / length)) if cell.method.base == "sft-teacher" else None
         return LabelSettings(
-            reference=reference,
-            student=student,
-            train=str(self.made.train),
-            held_out=str(self.made.held_out),
             task=str(self.made.tasks[cell.group.task].train) if plan.tasked(cell) else None,
             share=plan.spec.task_share,
-            taught=taught,
-            max_new_tokens=length,
-            max_prompt_tokens=recipe.max_prompt_tokens,
-            seed=cell.seed,
-            device=recipe.device,
+            taught=max(1, round(general / resolve(recipe)[0].lengths[1]))
+            if cell.method.base == "sft-teacher"
+            else None,
         )
 
     def finish(self) -> JsonObject:

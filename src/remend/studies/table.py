@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 
 from remend.files.atomic import JsonObject, JsonRow
-
-DEGRADED, RECOVERED, REFERENCE = "degraded", "recovered", "reference"
+from remend.studies.results import DEGRADED, RECOVERED, REFERENCE, mean
 
 COLUMNS = (
     "group model degradation task method how seeds kl_degraded kl_recovered gap_closed gap_closed_low gap_closed_high "
@@ -16,10 +14,6 @@ COLUMNS = (
     "interval_method difference difference_low difference_high difference_method p_holm verdict can_show "
     "task_gap_closed task_gap_closed_low task_gap_closed_high not_graded steps tokens_trained training_seconds"
 )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def table_of(results: JsonRow) -> str:
@@ -35,7 +29,7 @@ def table_of(results: JsonRow) -> str:
 def _plain(row: JsonRow) -> JsonObject:
     low, high = row["gap_closed_95"] or (None, None)
     kept = {key: row[key] for key in ("group", "model", "degradation", "task", "method", "how", "gap_closed")}
-    means = {key: round(_mean(row[key]), 2) for key in ("steps", "tokens_trained", "training_seconds")}
+    means = {key: round(mean(row[key]), 2) for key in ("steps", "tokens_trained", "training_seconds")}
     by_time = {f"{what}_{when}": row[what][when] for what in ("kl", "agreement") for when in (DEGRADED, RECOVERED)}
     seeds = " ".join(map(str, row["seeds"]))
     ends = {"gap_closed_low": low, "gap_closed_high": high}

@@ -18,8 +18,7 @@ from remend.console import console
 from remend.errors import RemendError
 from remend.files.atomic import JsonRow, read_json, write_json, write_text
 from remend.plugins import asked_for, import_installed, import_modules
-from remend.studies.cell import run_cell
-from remend.studies.grading import grade_reference
+from remend.studies.cell import grade_reference, run_cell
 from remend.studies.made import make_student
 
 JOBS: dict[str, Callable[..., None]] = {"degrade": make_student, "grade": grade_reference, "cell": run_cell}
