@@ -13,7 +13,7 @@ import pytest
 
 import remend
 from remend import plugins
-from remend.cli.imports import taken_out
+from remend.cli import taken_out
 from remend.errors import InputError
 from remend.files.run_directory import MANIFEST, SUMMARY
 

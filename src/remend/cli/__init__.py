@@ -6,9 +6,8 @@ import sys
 
 import typer
 
-from remend.cli import degrading, grading, listing, measuring, recovering, studying
-from remend.cli.imports import taken_out
-from remend.errors import RemendError
+from remend.cli import degrading, listing, measuring, recovering
+from remend.errors import InputError, RemendError
 from remend.plugins import import_installed, import_modules
 
 
@@ -22,9 +21,31 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )
-    for family in (recovering, degrading, measuring, grading, studying, listing):
+    for family in (recovering, degrading, measuring, listing):
         family.add_to(app)
     return app
+
+
+def taken_out(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words without --import MODULE, which may stand anywhere, and the modules that were named.
+
+    What these register must be known before the other words are parsed. Raises InputError where no module follows.
+    """
+    rest: list[str] = []
+    modules: list[str] = []
+    left = iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if word == "--":
+            return [*rest, word, *left], modules
+        if name != "--import":
+            rest.append(word)
+            continue
+        module = value if equals else next(left, "")
+        if not module or module.startswith("-"):
+            raise InputError("--import names no module; write --import my_losses for a file my_losses.py")
+        modules.append(module)
+    return rest, modules
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -14,12 +15,19 @@ task = typer.Typer(help="List the tasks, and write rows of those that make their
 recipe = typer.Typer(help="List the recipes that ship with remend, and copy one.", no_args_is_help=True)
 
 
+Plain = Annotated[bool, typer.Option("--plain", help="One name a line.")]
+
+
+def _list(about: Mapping[str, str], plain: bool) -> None:
+    width = max(map(len, about))
+    for name, text in about.items():
+        print_line(name if plain else f"{name:<{width}}  {text}")
+
+
 @task.command("ls")
-def list_tasks(plain: Annotated[bool, typer.Option("--plain", help="One name a line.")] = False) -> None:
+def list_tasks(plain: Plain = False) -> None:
     """List the tasks."""
-    width = max(map(len, remend.tasks.names()))
-    for name in remend.tasks.names():
-        print_line(name if plain else f"{name:<{width}}  {remend.tasks.get(name).about}")
+    _list({name: remend.tasks.get(name).about for name in remend.tasks.names()}, plain)
 
 
 @task.command("write")
@@ -36,11 +44,9 @@ def write_task(
 
 
 @recipe.command("ls")
-def list_recipes(plain: Annotated[bool, typer.Option("--plain", help="One name a line.")] = False) -> None:
+def list_recipes(plain: Plain = False) -> None:
     """List the recipes."""
-    width = max(map(len, recipes.names()))
-    for name in recipes.names():
-        print_line(name if plain else f"{name:<{width}}  {recipes.about(name)}")
+    _list({name: recipes.about(name) for name in recipes.names()}, plain)
 
 
 @recipe.command("cp")

@@ -1,4 +1,4 @@
-"""Verbs that measure and show: diagnose, track, correlate, report."""
+"""Verbs that measure, grade and compare: diagnose, track, correlate, report, eval, compare, study."""
 
 from __future__ import annotations
 
@@ -6,11 +6,25 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 import remend
-from remend.cli.from_settings import Values, command, options_of
-from remend.cli.show import print_line, show_diagnosis, show_track
+from remend.cli.from_settings import Values, command, options_of, parameter
+from remend.cli.show import print_line, show_diagnosis, show_scores, show_track
 from remend.diagnosis.settings import DiagnoseSettings
+from remend.errors import InputError
+from remend.evaluation.settings import EvaluateSettings, parse_data, parse_tasks
+
+MODEL = "A directory, GGUF file, hub id[@revision], smollm2, or a run."
+TASK = "Names with commas between; lm-eval:NAME is lm-evaluation-harness."
+DATA = "Rows: JSON lines or a datasets id; TASK=FILE for one of several tasks."
+GRADED = (
+    parameter("model", str, typer.Argument(help=escape(MODEL))),
+    parameter("task", list[str], typer.Option(help=TASK)),
+    parameter("out", str, typer.Option(help="A new .json file; answers are kept beside it as they come.")),
+    parameter("data", list[str] | None, typer.Option(help=DATA), None),
+)
 
 
 def _diagnose(_: Values, given: Values) -> None:
@@ -49,6 +63,55 @@ def correlate(
         print_line(line)
 
 
+def _evaluate(fixed: Values, given: Values) -> None:
+    from remend.evaluation.results import raised_note
+
+    out, names = fixed["out"], parse_tasks(",".join(fixed["task"]))
+    done = remend.evaluate(fixed["model"], names, out, data=parse_data(fixed["data"]), **given)
+    show_scores(out, done)
+    raised = [raised_note(part) for part in done.get("results", [done]) if part.get("raised")]
+    if raised:
+        raise InputError("\n".join(f"{note}. The other grades hold, and {out} has them all" for note in raised))
+
+
+def compare(
+    files: Annotated[list[str], typer.Argument(help="Results of remend eval: reference, degraded, recovered …")],
+    name: Annotated[list[str] | None, typer.Option(help="A name for each file, in order; repeatable.")] = None,
+    out: Annotated[str | None, typer.Option(help="Also write this new file: .json or .md.")] = None,
+    level: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+) -> None:
+    """Compare graded results item by item: what was lost, what was won back, what so few items can't show."""
+    from remend.evaluation.compare import compare as pair
+    from remend.evaluation.compare import require_target, save, table
+
+    if out:
+        require_target(Path(out))
+    comparison = pair(files, names=name or None, level=level, seed=seed)
+    if out:
+        save(comparison, Path(out))
+    Console(highlight=False).print(table(comparison))
+
+
+def study(
+    path: Annotated[str, typer.Argument(help="A YAML file, or tiny, small, full, paper.", metavar="STUDY.yaml|NAME")],
+    out: Annotated[str, typer.Option(help="The study's directory: a new one, or the one that it was begun in.")],
+    jobs: Annotated[int, typer.Option(help="Cells at once, each in a process of its own.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell cells and cost; write nothing.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Cells to run: int3-g64, int3-g64/sft/0, '*/*/0'; repeatable.")
+    ] = None,
+) -> None:
+    """Degradations x methods x tasks x seeds as a grid of recoveries, compared on one page; goes on where it was."""
+    from remend.studies.study import lines
+
+    results = remend.study(path, out, jobs=jobs, dry_run=dry_run, only=only)
+    for line in lines(results):
+        print_line(line)
+    if results.get("failed_now"):
+        raise typer.Exit(1)
+
+
 def add_to(app: typer.Typer) -> None:
     """Put the verbs of this module into the command line."""
     options = options_of(DiagnoseSettings, renamed={"students": "student"})
@@ -56,3 +119,8 @@ def add_to(app: typer.Typer) -> None:
     app.command("diagnose")(command((), options, _diagnose, about))
     for verb in (track, correlate, report):
         app.command()(verb)
+    options = options_of(EvaluateSettings, only=[name for name in EvaluateSettings.model_fields if name != "data"])
+    about = "Grade a model on tasks; every answer is kept with its grade and the reason. Again, it goes on."
+    app.command("eval")(command(GRADED, options, _evaluate, about))
+    app.command()(compare)
+    app.command()(study)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import remend
-from remend.cli.from_settings import FIXED, Values, command, options_of
+from remend.cli.from_settings import FIXED, MODEL, Values, command, options_of
 from remend.cli.show import print_line, show, show_cache
 from remend.errors import InputError
 from remend.training.cache_settings import CacheSettings
@@ -24,11 +25,6 @@ Teacher = Annotated[
 Data = Annotated[str | None, typer.Option(help="Training prompts: JSON lines with a prompt, or a datasets id.")]
 As = Annotated[str | None, typer.Option("--as", help="dense: train weights freely whose grid can't be held.")]
 Out = Annotated[str | None, typer.Option(help="A new directory for everything that is written.")]
-
-
-Model = Annotated[str, typer.Argument(help="The healthy model: a directory, GGUF file, hub id[@revision], smollm2.")]
-NewDirectory = Annotated[str, typer.Option(help="A new directory.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model directory run its own Python.")]
 
 
@@ -81,7 +77,7 @@ def check(
 
 def export(
     source: Annotated[str, typer.Argument(help="A run's directory, or a model.")],
-    out: NewDirectory,
+    out: Annotated[str, typer.Option(help="A new directory.")],
     format: Annotated[
         str, typer.Option(help="dense, compressed-tensors, gguf or gguf:q4_0 …; a name that is none lists all")
     ] = "dense",
@@ -93,13 +89,13 @@ def export(
 
 
 def prompts(
-    model: Model,
+    model: Annotated[str, typer.Argument(help=escape(MODEL))],
     out: Annotated[str, typer.Option(help="A new file of JSON lines; NAME.stats.json beside it says how it was made.")],
     n: Annotated[int, typer.Option("--n", help="How many prompts.")] = 512,
     seed: Annotated[int, typer.Option(help="Settles the prompts.")] = 0,
     temperature: Annotated[float, typer.Option(help="Of the sampling; lower is plainer and less varied.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="A prompt that is longer is dropped, never cut.")] = 96,
-    device: Device = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")] = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Let a model write prompts itself: what users would ask, sampled from its chat template's user turn."""
