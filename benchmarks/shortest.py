@@ -45,7 +45,7 @@ PARTS = {
     "trl_distillation": "is run by time_to_recover's lines of TRL",
     "golden": "make golden",
     "count": "make count",
-    "noted": "runs the others",
+    "record": "keeps what came of the others",
     "shortest": "is this",
 }
 """Scripts that have no case of their own, and why."""

@@ -19,17 +19,14 @@ class Tokenizer(Protocol):
 
     bos_token_id: int | None
     eos_token_id: int | None
-    bos_token: str | None
     eos_token: str | None
     chat_template: str | None
 
     @property
-    def all_special_ids(self) -> list[int]:
-        """Ids of the special tokens."""
+    def all_special_ids(self) -> list[int]: ...
 
     @property
-    def all_special_tokens(self) -> list[str]:
-        """The special tokens as text."""
+    def all_special_tokens(self) -> list[str]: ...
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
@@ -40,8 +37,7 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
         """Token ids of a text, under 'input_ids'."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(
         self,
@@ -61,8 +57,6 @@ class Tokenizer(Protocol):
     ) -> object:
         """Chat messages as text, or as token ids."""
 
-    def get_vocab(self) -> dict[str, int]:
-        """Every token with its id."""
+    def get_vocab(self) -> dict[str, int]: ...
 
-    def save_pretrained(self, save_directory: str | Path) -> object:
-        """Write the tokenizer's files into a directory."""
+    def save_pretrained(self, save_directory: str | Path) -> object: ...

@@ -24,7 +24,10 @@ class Scored(Protocol):
 
 
 class CausalLM(Protocol):
-    """A causal language model of transformers (PreTrainedModel with a head over the vocabulary)."""
+    """A causal language model of transformers (PreTrainedModel with a head over the vocabulary).
+
+    What has no words here is torch.nn.Module's.
+    """
 
     config: PreTrainedConfig
     generation_config: GenerationConfig
@@ -47,41 +50,18 @@ class CausalLM(Protocol):
     def get_output_embeddings(self) -> nn.Linear:
         """The head, with `weight` [V, D]. `scorer` refuses a model for which transformers gives None."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """See torch.nn.Module."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """See torch.nn.Module."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """See torch.nn.Module."""
-
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """See torch.nn.Module."""
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """See torch.nn.Module."""
-
-    def set_submodule(self, target: str, module: nn.Module) -> None:
-        """See torch.nn.Module."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See torch.nn.Module."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object:
-        """See torch.nn.Module."""
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """See torch.nn.Module."""
-
-    def train(self, mode: bool = True) -> Self:
-        """See torch.nn.Module."""
-
-    def eval(self) -> Self:
-        """See torch.nn.Module."""
-
-    def to(self, device: torch.device | torch.dtype, /) -> Self:
-        """See torch.nn.Module."""
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def get_submodule(self, target: str) -> nn.Module: ...
+    def set_submodule(self, target: str, module: nn.Module) -> None: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> object: ...
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+    def train(self, mode: bool = True) -> Self: ...
+    def eval(self) -> Self: ...
+    def to(self, device: torch.device | torch.dtype, /) -> Self: ...
 
     def tie_weights(self) -> None:
         """Let the head be the embedding again, where the configuration ties them."""

@@ -52,42 +52,36 @@ def paragraphs_of(text: str) -> list[str]:
 @check("words_at_least", "Use at least {n} words.", group="words",
        draw=one_of(n=(60, 80, 100, 120, 150)))  # fmt: skip
 def words_at_least(response: str, n: int) -> bool:
-    """At least n words."""
     return len(words_of(response)) >= n
 
 
 @check("words_at_most", "Use at most {n} words.", group="words",
        draw=one_of(n=(60, 75, 90, 120)))  # fmt: skip
 def words_at_most(response: str, n: int) -> bool:
-    """At most n words."""
     return len(words_of(response)) <= n
 
 
 @check("words_between", "Use between {low} and {high} words.", group="words", source=OWN,
        draw=one_of(low=(60, 80, 100), high=(140, 160, 180)))  # fmt: skip
 def words_between(response: str, low: int, high: int) -> bool:
-    """From low to high words, both allowed."""
     return low <= len(words_of(response)) <= high
 
 
 @check("sentences_at_least", "Write at least {n} sentences.", group="sentences", clashes=("form",),
        draw=one_of(n=range(4, 9)))  # fmt: skip
 def sentences_at_least(response: str, n: int) -> bool:
-    """At least n sentences."""
     return len(sentences_of(response)) >= n
 
 
 @check("sentences_at_most", "Write at most {n} sentences.", group="sentences",
        draw=one_of(n=range(3, 7)), clashes=("form", "words_at_least", "words_between"))  # fmt: skip
 def sentences_at_most(response: str, n: int) -> bool:
-    """At most n sentences."""
     return len(sentences_of(response)) <= n
 
 
 @check("short_sentences", "No sentence may have more than {n} words.", group="sentences", clashes=("form",), source=OWN,
        draw=one_of(n=range(12, 21)))  # fmt: skip
 def short_sentences(response: str, n: int) -> bool:
-    """No sentence of more than n words."""
     return all(len(words_of(sentence)) <= n for sentence in sentences_of(response))
 
 
@@ -97,7 +91,6 @@ def short_sentences(response: str, n: int) -> bool:
 @check("paragraphs", "Write exactly {n} paragraphs, with an empty line between them.", group="form",
        clashes=("title", "postscript"), draw=one_of(n=range(2, 6)))  # fmt: skip
 def paragraphs(response: str, n: int) -> bool:
-    """Exactly n paragraphs."""
     return len(paragraphs_of(response)) == n
 
 
@@ -118,7 +111,6 @@ def numbered(response: str, n: int) -> bool:
 @check("lines", "Write exactly {n} lines and leave none of them empty.", group="form", source=OWN,
        clashes=("title", "postscript"), draw=one_of(n=range(4, 9)))  # fmt: skip
 def lines(response: str, n: int) -> bool:
-    """Exactly n lines, none of them blank."""
     written = response.strip().split("\n")
     return len(written) == n and all(line.strip() for line in written)
 
@@ -176,14 +168,12 @@ def _json(response: str) -> object:
 @check("all_capitals", "Write in capital letters only.", group="case",
        clashes=("starts_with", "ends_with", "postscript"))  # fmt: skip
 def all_capitals(response: str) -> bool:
-    """Letters, none of them small."""
     return any(c.isalpha() for c in response) and not any(c.islower() for c in response)
 
 
 @check("all_lower", "Write in small letters only, without any capital.", group="case",
        clashes=("starts_with", "ends_with", "postscript"))  # fmt: skip
 def all_lower(response: str) -> bool:
-    """Letters, none of them a capital."""
     return any(c.isalpha() for c in response) and not any(c.isupper() for c in response)
 
 
@@ -206,7 +196,6 @@ def starts_with(response: str, text: str) -> bool:
 
 @check("title", "Give your answer a title in double angular brackets, like <<this>>.", group="opening")
 def title(response: str) -> bool:
-    """Some text in << and >> on one line."""
     return any(text.strip() for text in _TITLE.findall(response))
 
 
@@ -219,7 +208,6 @@ def ends_with(response: str, text: str) -> bool:
 
 @check("postscript", "Add a postscript at the end, on a line that starts with P.S.", group="closing")
 def postscript(response: str) -> bool:
-    """A line that starts with P.S. and goes on."""
     return _POSTSCRIPT.search(response) is not None
 
 

@@ -29,28 +29,24 @@ def count_letter(response: str, letter: str) -> int:
 @check("required_words", "Use each of the words {words}.", group="required",
        draw=lambda rng, words: {"words": rng.sample(words[:WANTED], rng.randint(2, 3))})  # fmt: skip
 def required_words(response: str, words: list[str]) -> bool:
-    """Every word stands in the response."""
     return all(count_word(response, word) for word in words)
 
 
 @check("forbidden_words", "Don't use any of the words {words}.", group="forbidden",
        draw=lambda rng, words: {"words": rng.sample(words[WANTED:], rng.randint(2, 3))})  # fmt: skip
 def forbidden_words(response: str, words: list[str]) -> bool:
-    """No word stands in the response."""
     return not any(count_word(response, word) for word in words)
 
 
 @check("keyword_at_least", 'Use the word "{word}" at least {n} times.', group="keyword",
        draw=lambda rng, words: {"word": rng.choice(words[:WANTED]), "n": rng.randint(2, 4)})  # fmt: skip
 def keyword_at_least(response: str, word: str, n: int) -> bool:
-    """The word stands there n times or more."""
     return count_word(response, word) >= n
 
 
 @check("keyword_exactly", 'Use the word "{word}" exactly {n} times.', group="keyword", source=OWN,
        draw=lambda rng, words: {"word": rng.choice(words[:WANTED]), "n": rng.randint(2, 3)})  # fmt: skip
 def keyword_exactly(response: str, word: str, n: int) -> bool:
-    """The word stands there n times, no more and no less."""
     return count_word(response, word) == n
 
 
@@ -60,7 +56,6 @@ def keyword_exactly(response: str, word: str, n: int) -> bool:
 @check("letter_at_least", 'Let the letter "{letter}" appear at least {n} times.', group="letters",
        draw=one_of(letter="aehinorst", n=(10, 15, 20)))  # fmt: skip
 def letter_at_least(response: str, letter: str, n: int) -> bool:
-    """The letter stands there n times or more, in any case."""
     return count_letter(response, letter) >= n
 
 
@@ -68,7 +63,6 @@ def letter_at_least(response: str, letter: str, n: int) -> bool:
        clashes=("required", "keyword", "opening", "closing"),
        draw=one_of(letter="bfgkpvwy", n=range(2, 6)))  # fmt: skip
 def letter_at_most(response: str, letter: str, n: int) -> bool:
-    """The letter stands there n times or less, in any case."""
     return count_letter(response, letter) <= n
 
 
@@ -76,7 +70,6 @@ def letter_at_most(response: str, letter: str, n: int) -> bool:
        clashes=("required", "keyword", "opening", "closing"),
        draw=one_of(letter="bfkpvwxz"))  # fmt: skip
 def forbidden_letter(response: str, letter: str) -> bool:
-    """The letter is absent, in any case."""
     return count_letter(response, letter) == 0
 
 
@@ -85,26 +78,22 @@ def forbidden_letter(response: str, letter: str) -> bool:
 
 @check("no_commas", "Don't use any commas.", group="commas")
 def no_commas(response: str) -> bool:
-    """No comma."""
     return "," not in response
 
 
 @check("no_digits", "Don't use any digits; spell numbers out.", group="digits", source=OWN)
 def no_digits(response: str) -> bool:
-    """No digit."""
     return not any(c.isdigit() for c in response)
 
 
 @check("no_exclamations", "Don't use exclamation marks or question marks.", group="exclamations", source=OWN)
 def no_exclamations(response: str) -> bool:
-    """Neither ! nor ?."""
     return not set("!?") & set(response)
 
 
 @check("placeholders", "Leave at least {n} placeholders in square brackets, such as [name], for the reader to fill in.",
        group="placeholders", draw=one_of(n=range(2, 5)))  # fmt: skip
 def placeholders(response: str, n: int) -> bool:
-    """At least n texts in square brackets."""
     return len(_PLACEHOLDER.findall(response)) >= n
 
 
