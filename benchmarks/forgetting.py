@@ -42,12 +42,11 @@ from remend.maths.gap import bootstrap_gap_closed
 from remend.maths.paired import gap_closed, paired_bootstrap
 from remend.models.device import choose_device
 from remend.models.find import find_model
-from remend.models.load import load_model, load_tokenizer
+from remend.models.load import eos_ids, load_model, load_tokenizer
 from remend.models.sampling.answers import answer, answered_once
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import scorer
-from remend.models.tokens import eos_ids
 from remend.studies.demo import write_prompts
 from remend.training.measure import compare, pool
 from remend.training.teachers.frozen import Frozen

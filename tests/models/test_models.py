@@ -19,8 +19,7 @@ from remend.models import adapters
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import EMBEDDED, fetch_model, find_model, hash_files
 from remend.models.layers import count_parameters
-from remend.models.load import load_config, load_model, load_tokenizer, save_model, skeleton
-from remend.models.tokens import eos_ids
+from remend.models.load import eos_ids, load_config, load_model, load_tokenizer, save_model, skeleton
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from remend.compression.containers import Recognised, container_of, held_as_dense, packed_by
+from remend.compression.containers import (
+    RECORD,
+    Recognised,
+    container_of,
+    held_as_dense,
+    packed_by,
+    read_record,
+    set_to_zero,
+    was_pruned,
+)
 from remend.compression.containers.dense import PLAIN
-from remend.compression.record import RECORD, read_record, set_to_zero, was_pruned
 from remend.errors import FileError
 from remend.files.atomic import JsonObject
 from remend.models.find import ModelSource, fetch_model, find_model

@@ -19,21 +19,31 @@ from remend.console import console, stage
 from remend.data.order import derive_seed
 from remend.errors import InputError
 from remend.evaluation import harness, letters, results
-from remend.evaluation.generation import Limits, Question, ask, fill, hf_sampler, rows_of, token_cap
+from remend.evaluation.generation import (
+    Answers,
+    Limits,
+    Question,
+    answers_path,
+    ask,
+    fill,
+    hf_sampler,
+    key_of,
+    open_answers,
+    rows_of,
+    token_cap,
+)
 from remend.evaluation.plan import Plan, make_plan
 from remend.evaluation.rows import Material, TaskRows, dropped_note, encode, read
-from remend.evaluation.store import Answers, answers_path, key_of, open_answers
 from remend.files.atomic import JsonObject, write_json
 from remend.files.environment import environment
 from remend.files.run_directory import MANIFEST
 from remend.models.find import ModelSource, fetch_model, find_model, hash_files
-from remend.models.load import load_config, load_model, load_tokenizer
+from remend.models.load import eos_ids, load_config, load_model, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Sampler
 from remend.models.sampling.vllm_engine import ROWS as VLLM_ROWS
 from remend.models.sampling.vllm_engine import VllmSampler
 from remend.models.scorer import scorer
-from remend.models.tokens import eos_ids
 
 GPU_LETTER_LIMITS = Limits(rows=32, tokens=16_384)
 """Of the prompts that are scored for letters at once. A CPU takes them one by one: that is not slower, since what a

@@ -149,3 +149,15 @@ def skeleton(source: ModelSource, config: PreTrainedConfig) -> CausalLM:
     with _quietly(), torch.device("meta"):
         model: CausalLM = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     return model
+
+
+def eos_ids(model_or_config: CausalLM | PreTrainedConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Every token id that ends an answer: the generation config's, and the tokenizer's own."""
+    generation = getattr(model_or_config, "generation_config", None)
+    ids: set[int] = set()
+    for value in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
+        if isinstance(value, int):
+            ids.add(value)
+        elif value is not None:
+            ids.update(int(v) for v in value)
+    return tuple(sorted(ids))

@@ -24,11 +24,11 @@ from remend.files.atomic import json_line, read_json, write_json, write_text
 from remend.files.run_directory import REPAIR
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence, gap_closed_score
 from remend.maths.losses import Target
+from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM
 from remend.models.sampling.answers import answer, answered_once, as_text
 from remend.models.sampling.rollout import Draws, Rollout
 from remend.models.scorer import Scorer
-from remend.models.tokens import eos_ids
 from remend.recovery.begin import Run
 from remend.recovery.bootstrap import Verdict, judge_demonstrations, judge_rollouts, likelihood_gain, score_gain
 from remend.recovery.prompts import StreamData

@@ -32,11 +32,10 @@ from remend.errors import FileError, InputError
 from remend.files.atomic import json_line, write_json, write_text
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import find_model, hash_files
-from remend.models.load import load_model, load_tokenizer
+from remend.models.load import eos_ids, load_model, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout, Sampler
 from remend.models.sampling.transformers_engine import TransformersSampler
-from remend.models.tokens import eos_ids
 from remend.recovery.self_prompt_filters import Counts, Sieve, words_of
 
 PROBE = "remendprobe"

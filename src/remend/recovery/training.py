@@ -11,10 +11,10 @@ from torch import Tensor
 from remend.console import console, stage
 from remend.files.run_directory import METRICS, TIMING, TRACK
 from remend.models.device import free_bytes
+from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import Scorer, scorer
-from remend.models.tokens import eos_ids
 from remend.recovery.alignment import Aligned, aligned
 from remend.recovery.begin import Run, directions
 from remend.recovery.bootstrap import GATE, Gate, bootstrap_budget, repair_budget, reuses_repair

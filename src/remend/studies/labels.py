@@ -25,11 +25,10 @@ from remend.files.atomic import JsonObject, json_line, new_directory, write_json
 from remend.files.settings import Settings
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import find_model
-from remend.models.load import load_config, load_model, load_tokenizer
+from remend.models.load import eos_ids, load_config, load_model, load_tokenizer
 from remend.models.protocols import Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Draws, Rollout
-from remend.models.tokens import eos_ids
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import reference_of, resolve
 from remend.training.supervised import encode_pairs

@@ -27,9 +27,8 @@ from remend.data.order import Order
 from remend.files.atomic import JsonObject, json_line, new_directory, read_json, write_json, write_text
 from remend.files.run_directory import RunDirectory
 from remend.models.device import mixed_precision
-from remend.models.load import save_model
+from remend.models.load import eos_ids, save_model
 from remend.models.scorer import scorer
-from remend.models.tokens import eos_ids
 from remend.training.constraints import Free
 from remend.training.loop import Optimization
 from remend.training.supervised import Supervised, encode_pairs, fit

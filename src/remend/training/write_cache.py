@@ -31,12 +31,11 @@ from remend.maths.losses import divergence
 from remend.maths.topk import TopK, entropy_lost, top_k
 from remend.models.device import choose_device, choose_dtype, chunk_rows
 from remend.models.find import ModelSource, find_model, hash_files, origin_note
-from remend.models.load import load_config, load_model, load_tokenizer
+from remend.models.load import eos_ids, load_config, load_model, load_tokenizer
 from remend.models.protocols import Tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import Scorer, pack, scorer
-from remend.models.tokens import eos_ids
 from remend.training.cache_settings import CacheSettings
 from remend.training.teachers.cache import PROMPTS, RECORD, VERSION, template_hash, vocabulary_hash
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from remend.compression.containers import CONTAINERS, Container, Measured, Recognised, packed_by
-from remend.compression.record import was_pruned
+from remend.compression.containers import CONTAINERS, Container, Measured, Recognised, packed_by, was_pruned
 from remend.compression.stored_grid import StoredGrid
 from remend.models.find import ModelSource
 from remend.models.load import save_model

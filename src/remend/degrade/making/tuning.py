@@ -21,9 +21,9 @@ from remend.errors import InputError
 from remend.files.run_directory import METRICS, RunDirectory
 from remend.models import adapters
 from remend.models.device import choose_dtype, mixed_precision
+from remend.models.load import eos_ids
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
-from remend.models.tokens import eos_ids
 from remend.training.constraints import Adapter, Free
 from remend.training.loop import Optimization
 from remend.training.supervised import Supervised, encode_pairs, fit

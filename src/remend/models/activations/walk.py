@@ -27,9 +27,8 @@ from remend.console import stage
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded
 from remend.errors import InputError
-from remend.models.activations.anatomy import anatomy_of
 from remend.models.activations.passes import Settled, hidden_batches, look, products, real_states, run_block, start
-from remend.models.activations.targets import Targets, teacher_states
+from remend.models.activations.targets import Targets, anatomy_of, teacher_states
 from remend.models.layers import decoder_layers
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer

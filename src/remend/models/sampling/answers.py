@@ -8,10 +8,10 @@ from remend.console import stage
 from remend.data.templates import Encoded
 from remend.files.atomic import json_line, write_text
 from remend.files.run_directory import RunDirectory
+from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Draws, Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
-from remend.models.tokens import eos_ids
 
 
 def answer(
