@@ -162,10 +162,7 @@ def fill(
     batch that is kept in part is answered as a whole, and only what is missing is taken.
 
     Args:
-        answers: where they are kept.
-        keys: of all rows; lengths: their tokens, answer included.
-        limits: of a batch.
-        title: of the progress bar.
+        keys, lengths: of all rows; a length counts the answer's tokens too.
         answer: the lines of a batch, for its rows' numbers, each with its `key`.
     """
     done = sum(key in answers for key in keys)
@@ -190,14 +187,7 @@ def ask(
 ) -> None:
     """Have all questions answered and keep the answers: key, answer (a text without special tokens), tokens, clipped.
 
-    Args:
-        sampler: an engine.
-        questions: all of them, also those that have an answer already; see `fill`.
-        answers: where they are kept, batch by batch.
-        tokenizer: makes the text.
-        title: of the progress bar.
-        max_new_tokens, temperature: see Sampler.
-        limits: of a batch.
+    Questions that have an answer already are given too; see `fill`.
 
     Raises InputError when a batch does not fit into the GPU's memory.
     """

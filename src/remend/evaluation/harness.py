@@ -50,10 +50,7 @@ METRICS = {
 
 
 class Tasks:
-    """The harness with its own tasks and those of a folder.
-
-    Args:
-        include: a directory with task files (YAML), or None.
+    """The harness with its own tasks and those of a folder with task files (YAML).
 
     Raises FileError when the package is not installed.
     """
@@ -92,15 +89,9 @@ class Tasks:
     def run(
         self, model: CausalLM, tokenizer: Tokenizer, name: str, *, limit: int | None, seed: int, rows: int, code: bool
     ) -> list[JsonObject]:
-        """Evaluate a task or a group of tasks.
+        """Evaluate a task or a group of tasks: its first `limit` documents in batches of `rows`.
 
-        Args:
-            model, tokenizer: a transformers causal language model in memory, and its tokenizer.
-            name: with or without the prefix.
-            limit: documents of each task.
-            seed: of few-shot examples.
-            rows: of a batch.
-            code: the task may run code that the model writes.
+        The seed settles few-shot examples. `code`: the task may run code that the model writes.
 
         Returns:
             For each metric that is a number from 0 to 1 a document: task (with the prefix), grader (the metric's

@@ -73,11 +73,7 @@ def choice(
     """Put the letters after a prompt. `lead` and letter are tokenized together, apart from the prompt, as answers are.
 
     Args:
-        tokenizer: of the model.
-        name: of the row.
         prompt: token ids, up to and with the assistant's header.
-        letters: what to choose from.
-        lead: the text between prompt and letter.
         ends: tokens that end a turn; the first turn is told by them where a later one ends too. That hangs on the row
             alone, so that a row's score does not depend on which others are scored.
 

@@ -80,10 +80,6 @@ class Plan:
 def make_plan(model: str, names: Sequence[str], values: Mapping[str, object]) -> Plan:
     """Check the settings of `evaluate` and bring them into form.
 
-    Args:
-        model, names: what is evaluated, and on which tasks.
-        values: fields of EvaluateSettings.
-
     Raises:
         CheckError: all that is wrong with them.
         InputError: an unknown setting, one of another type, or a device that is not there.

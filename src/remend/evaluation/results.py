@@ -34,12 +34,7 @@ def pass_at(n: int, correct: int, k: int) -> float:
 
 
 def generated(material: Material, answers: Sequence[Sequence[Answer]], mode: str) -> JsonObject:
-    """Grade generated answers.
-
-    Args:
-        material: rows with prompts.
-        answers: for each row its samples, one or more, as many for each.
-        mode: paper or robust.
+    """Grade generated answers in one mode: for each row its samples, one or more, as many for each.
 
     Returns:
         task, grader, how, what `scored` gives, raised, empty, clipped, mean_tokens, and items. With one answer a row:

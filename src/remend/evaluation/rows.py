@@ -54,10 +54,7 @@ class Material:
 def read(name: str, data: str | None, limit: int | None) -> TaskRows:
     """A task's rows: of `data`, or the held-out ones that it makes, the same ones for every model.
 
-    Args:
-        name: of the task.
-        data: a JSON lines file or a datasets id.
-        limit: so many rows, the first ones; None is all of a file, and the task's `graded_rows` made ones.
+    `limit` takes the first ones; None is all rows of `data`, and the task's `graded_rows` made ones.
 
     Raises:
         FileError: the data can't be read.

@@ -204,12 +204,9 @@ def _print_in(directory: Path) -> str | None:
 def _tensors(directory: Path) -> dict[str, Tensor]:
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file():
-        pickled = any(directory.glob("*.bin"))
-        why = (
-            "its weights are pickled, and remend never unpickles; save it as safetensors"
-            if pickled
-            else "it is missing"
-        )
+        why = "it is missing"
+        if any(directory.glob("*.bin")):
+            why = "its weights are pickled, and remend never unpickles; save it as safetensors"
         raise FileError(f"adapter {directory} has no {ADAPTER_WEIGHTS}: {why}")
     try:
         tensors: dict[str, Tensor] = load_file(path)

@@ -85,12 +85,8 @@ def find_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
                 return ModelSource(spec, "gguf", path, trust_remote_code=trust)
         raise FileError(f"model file {path} is not a GGUF file; give a GGUF file or a transformers directory")
     match = _HUB_ID.fullmatch(spec)
-    if (
-        not match
-        or path.suffix == ".gguf"
-        or spec.startswith((".", "/", "~"))
-        or (path.parent.is_dir() and "/" in spec)
-    ):
+    meant_as_path = path.suffix == ".gguf" or spec.startswith((".", "/", "~")) or ("/" in spec and path.parent.is_dir())
+    if not match or meant_as_path:
         raise FileError(f"model {spec} does not exist: no such directory or GGUF file")
     return ModelSource(spec, "hub", None, match["repo"], match["revision"], trust_remote_code=trust)
 
@@ -98,12 +94,9 @@ def find_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
 def _require_safetensors(directory: Path) -> None:
     if any(directory.glob("*.safetensors")):
         return
-    pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
-    why = (
-        "its weights are pickled, and remend never unpickles; convert them to safetensors"
-        if pickled
-        else "weights are missing"
-    )
+    why = "weights are missing"
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+        why = "its weights are pickled, and remend never unpickles; convert them to safetensors"
     raise FileError(f"model directory {directory} has no .safetensors file: {why}")
 
 
@@ -175,11 +168,8 @@ def hash_files(source: ModelSource) -> dict[str, str]:
     assert source.path is not None
     if source.kind == "gguf":
         return {source.path.name: _sha256(source.path)}
-    files = [
-        p
-        for p in sorted(source.path.iterdir())
-        if p.is_file() and p.suffix in {".json", ".jinja", ".model", ".txt", ".safetensors", ".py"}
-    ]
+    kinds = {".json", ".jinja", ".model", ".txt", ".safetensors", ".py"}
+    files = [p for p in sorted(source.path.iterdir()) if p.is_file() and p.suffix in kinds]
     base = {f"base/{name}": value for name, value in hash_files(source.base).items()} if source.base else {}
     return {**{p.name: _sha256(p) for p in files}, **base}
 

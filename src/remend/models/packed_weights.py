@@ -72,10 +72,8 @@ def exact_products() -> Iterator[None]:
     ) -> object:
         scale = input_dict.get("weight_scale")
         if scale is not None:
-            input_dict = {
-                **input_dict,
-                "weight_scale": [_widen(s) for s in scale] if isinstance(scale, list) else _widen(scale),
-            }
+            wide = [_widen(s) for s in scale] if isinstance(scale, list) else _widen(scale)
+            input_dict = {**input_dict, "weight_scale": wide}
         return convert(self, input_dict, *args, **kwargs)
 
     fp4.unpack_fp4_from_uint8, Operation.convert = partial(unpack, dtype=torch.float32), widened

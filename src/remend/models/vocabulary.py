@@ -36,31 +36,25 @@ def compare_vocabularies(
     different = [i for i in range(rows) if i in of_student and i in of_teacher and of_student[i] != of_teacher[i]]
     if different:
         i = different[0]
-        return VocabularyMatch(
-            0,
-            [
-                f"student and teacher use different tokenizers: {len(different)} of {rows} shared token ids have "
-                f"different meanings (id {i} is {of_student[i]!r} for the student, {of_teacher[i]!r} for the teacher). "
-                "Distillation needs one vocabulary; choose a teacher of the same family."
-            ],
+        problem = (
+            f"student and teacher use different tokenizers: {len(different)} of {rows} shared token ids have "
+            f"different meanings (id {i} is {of_student[i]!r} for the student, {of_teacher[i]!r} for the teacher). "
+            "Distillation needs one vocabulary; choose a teacher of the same family."
         )
+        return VocabularyMatch(0, [problem])
     one_sided = (i for i in range(rows) if (i in of_student) != (i in of_teacher))
     shared = next(one_sided, rows)
     if 2 * shared < max(len(student), len(teacher)):
-        return VocabularyMatch(
-            shared,
-            [
-                f"student ({len(student)} tokens, {student_rows} rows) and teacher ({len(teacher)} "
-                f"tokens, {teacher_rows} "
-                f"rows) share only the first {shared} token ids; they can't be matched"
-            ],
+        problem = (
+            f"student ({len(student)} tokens, {student_rows} rows) and teacher ({len(teacher)} tokens, {teacher_rows} "
+            f"rows) share only the first {shared} token ids; they can't be matched"
         )
+        return VocabularyMatch(shared, [problem])
     warnings = []
     if shared < max(student_rows, teacher_rows):
         warnings.append(
-            f"vocabularies are aligned on the first {shared} ids (student has {student_rows} rows, "
-            f"teacher {teacher_rows}): "
-            "the rest is padding or named by one tokenizer only, and is neither sampled nor scored"
+            f"vocabularies are aligned on the first {shared} ids (student has {student_rows} rows, teacher {teacher_rows}):"
+            " the rest is padding or named by one tokenizer only, and is neither sampled nor scored"
         )
     return VocabularyMatch(shared, [], warnings)
 
@@ -71,8 +65,7 @@ def template_warnings(student: Tokenizer, teacher: Tokenizer) -> list[str]:
     if student.eos_token != teacher.eos_token:
         warnings.append(
             f"the end-of-sequence token differs: {student.eos_token!r} for the student, "
-            f"{teacher.eos_token!r} for the teacher; "
-            "the student's is used"
+            f"{teacher.eos_token!r} for the teacher; the student's is used"
         )
     if (student.chat_template or "").strip() != (teacher.chat_template or "").strip():
         warnings.append("the chat template differs between student and teacher; both are shown the student's rendering")

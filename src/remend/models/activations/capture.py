@@ -128,14 +128,12 @@ def capture(
     """Run the model over all sequences once.
 
     Args:
-        parts: the model as body and head.
         name: of the model, for messages.
         rollouts: prompts with the reference's completions.
         picks: for each sequence the completion token whose states are kept.
         sites: of SITES.
         consume: gets the states that become logits, batch by batch.
         turn: this process's number and how many there are; it runs every so many-th batch.
-        on_rows: progress callback.
 
     Returns:
         For each site and each sequence that this process ran: float32 [L, D] on the CPU.
@@ -149,10 +147,8 @@ def capture(
             part = [rollouts[i] for i in sequences]
             packed = pack([(r.prompt, r.completion) for r in part], device=parts.device)
             columns = [len(r.prompt) + picks[i] for r, i in zip(part, sequences, strict=True)]
-            recorder.places = (
-                torch.arange(len(part), device=parts.device),
-                torch.tensor(columns, device=parts.device),
-            )
+            rows = torch.arange(len(part), device=parts.device)
+            recorder.places = (rows, torch.tensor(columns, device=parts.device))
             states_BTD = parts.hidden(packed.tokens_BT)
             for site in sites:
                 layers = sorted(layer for s, layer in recorder.rows if s == site)

@@ -28,10 +28,6 @@ def answer(
     """A model's completions of prompts, in order.
 
     Args:
-        model, tokenizer: a transformers causal language model and its tokenizer.
-        prompts: what is answered.
-        title: of the progress bar.
-        max_new_tokens: tokens an answer.
         shared: only ids below it are sampled; None is the model's whole vocabulary.
         draws: None is greedy.
         shown: answer the teacher's prompts, where there are any.
@@ -52,12 +48,8 @@ def answered_once(
 ) -> list[Rollout]:
     """Completions of `prompts` from the run's file `name`, or what `write` gives, put there for a resumed run.
 
-    Args:
-        directory: of the run.
-        name: of the JSON lines file: id, completion (token ids), clipped, and the text to read.
-        prompts: what the completions belong to, in order.
-        tokenizer: makes the text.
-        write: samples them; called only when the file lacks some.
+    The file holds JSON lines: id, completion (token ids), clipped, and the text to read. `write` is called only when it
+    lacks some.
     """
     saved = directory.rows(name)
     if [row["id"] for row in saved] != [p.id for p in prompts]:

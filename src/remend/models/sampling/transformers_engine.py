@@ -27,11 +27,8 @@ class TransformersSampler:
     would not be the policy whose divergence is taken.
 
     Args:
-        model: a transformers causal language model in evaluation mode.
         shared: only ids below it are sampled (both models must know them).
         eos: ids that end a completion; the ending token belongs to it.
-        max_rows: rows decoded at once.
-        on_rows: progress callback.
         shown: answer the teacher's prompts instead, where there are any.
     """
 
@@ -46,7 +43,6 @@ class TransformersSampler:
     def __call__(
         self, prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> list[Rollout]:
-        """See Sampler."""
         uniform = torch.stack(
             [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
         )
@@ -92,12 +88,8 @@ class TransformersSampler:
                 break
             if not open_B.all():
                 keep = open_B.nonzero()[:, 0]
-                active, tokens_BT, mask_BT, position_BT = (
-                    active[keep],
-                    tokens_BT[keep],
-                    mask_BT[keep],
-                    position_BT[keep],
-                )
+                active, tokens_BT = active[keep], tokens_BT[keep]
+                mask_BT, position_BT = mask_BT[keep], position_BT[keep]
                 cache.batch_select_indices(keep)
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
             position_BT = position_BT[:, -1:] + 1

@@ -19,15 +19,9 @@ ROWS = 1024
 
 
 class VllmSampler:
-    """See remend.rollout.Sampler.
+    """A Sampler; `eos` are the ids that end an answer.
 
-    Args:
-        source: a transformers directory or a hub id.
-        dtype: float32 or bfloat16.
-        eos: ids that end an answer.
-
-    Raises:
-        InputError: vLLM is not installed, or the model is of a kind that it does not read.
+    Raises InputError when vLLM is not installed, or the model is no transformers directory and no hub id.
     """
 
     def __init__(self, source: ModelSource, *, dtype: str, eos: Sequence[int]) -> None:
@@ -52,17 +46,8 @@ class VllmSampler:
     def __call__(
         self, prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> list[Rollout]:
-        """One rollout a prompt, in order."""
-        each = [
-            self._parameters(
-                temperature=temperature,
-                top_p=1.0,
-                max_tokens=max_new_tokens,
-                seed=seed,
-                stop_token_ids=self._eos,
-            )
-            for seed in seeds
-        ]
+        shared = {"temperature": temperature, "top_p": 1.0, "max_tokens": max_new_tokens, "stop_token_ids": self._eos}
+        each = [self._parameters(seed=seed, **shared) for seed in seeds]
         asked = [{"prompt_token_ids": list(prompt.tokens)} for prompt in prompts]
         rollouts = []
         for prompt, output in zip(prompts, self._model.generate(asked, each, use_tqdm=False), strict=True):
