@@ -94,16 +94,13 @@ class Aligned:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """See Objective."""
         return self.plain.weights
 
     def prepare(self, step: int) -> Prepared[MicroBatch]:
-        """See Objective."""
         self._step = step
         return self.plain.prepare(step)
 
     def __call__(self, micro_batch: MicroBatch) -> StepOutput:
-        """See Objective."""
         source, rollouts = micro_batch
         trained = sum(map(source.trained_tokens, rollouts))
         if source is not self.plain.rounds.sources[0] or not trained:
@@ -151,15 +148,12 @@ class Aligned:
             self.scale = self.alignment.weight * lengths[1] / lengths[0]
 
     def updated(self, step: int) -> None:
-        """See Follower."""
         self.plain.updated(step)
 
     def state(self) -> dict[str, Tensor]:
-        """See Follower."""
         return {**self.plain.state(), "alignment.scale": torch.tensor(self.scale, dtype=torch.float64)}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """See Follower."""
         self.plain.load(saved)
         self.scale = float(saved["alignment.scale"])
 

@@ -76,7 +76,7 @@ class Run:
         """What the teachers are loaded into."""
         # a GPU's memory is dear, so its teacher is held in bfloat16; a CPU's measures in float32
         dtype = self.plan.dtype if self.device.type == "cuda" else torch.float32
-        return Workplace(student, initial, dtype, self.device, self.plan.config.model_dump(), self.read)
+        return Workplace(student, initial, dtype, self.plan.config.model_dump(), self.read)
 
     def wait(self) -> None:
         """Until all processes are here."""

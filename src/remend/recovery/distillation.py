@@ -45,7 +45,6 @@ class Distillation:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """See Objective."""
         return {source.stream.name: source.stream.weight for source in self.rounds.sources}
 
     def prepare(self, step: int) -> Prepared[MicroBatch]:

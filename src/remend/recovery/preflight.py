@@ -30,7 +30,6 @@ from remend.recovery.streams import Stream, reference_of, resolve, rows_of
 from remend.training.constraints import CONSTRAINTS, StudentFacts, kind_of
 from remend.training.constraints.fitting import shapes
 from remend.training.teachers import NamedTeacher, named
-from remend.training.teachers.teacher import Pupil
 
 
 @dataclass(frozen=True)
@@ -238,11 +237,11 @@ def _shared(
     for name, teacher in sorted(teachers.items(), key=lambda item: item[1].brings_prompts):
         with say.collecting():
             rows = shared if teacher.brings_prompts else student.rows
-            pupil = Pupil(source, student.tokenizer, rows)
-            fit = teacher.compare(pupil, shown_more=name not in alike)
-            say.problems.extend(fit.problems)
-            say.warn_once(list(fit.warnings))
-            shared = min(shared, fit.shared) if fit.shared is not None else shared
+            fit = teacher.compare(source, student.tokenizer, rows, shown_more=name not in alike)
+            if fit is not None:
+                say.problems.extend(fit.problems)
+                say.warn_once(fit.warnings)
+                shared = min(shared, fit.shared)
     return shared
 
 

@@ -52,8 +52,8 @@ def load_stream(
     """
     stream, brought = data.stream, teacher.brings()
     if brought is not None:
-        train, held = ([Encoded(r.id, r.prompt, "") for r in part] for part in (brought.train, brought.held_out))
-        return replace(data, train=train, held_out=held, hashes={"cache": brought.digest})
+        train, held = ([Encoded(r.id, r.prompt, "") for r in part] for part in brought[:2])
+        return replace(data, train=train, held_out=held, hashes={"cache": brought[2]})
     held_out = load_examples(stream.eval_data) if stream.eval_data else []
     if stream.data == SELF:
         return _encoded(data, config, tokenizer, ([], held_out), findings)

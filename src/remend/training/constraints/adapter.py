@@ -34,7 +34,6 @@ class Adapter(Constraint):
             raise InputError("the model carries no adapter to train; add one with lora, or name an adapter's directory")
 
     def masters(self) -> dict[str, Tensor]:
-        """See Constraint."""
         return dict(self._parameters)
 
 
@@ -42,16 +41,15 @@ class AdapterKind(ConstraintKind):
     """Students beside which an adapter is trained."""
 
     def holds(self, facts: StudentFacts) -> bool:
-        """See ConstraintKind."""
         return facts.adapted
 
     def describe(self, facts: StudentFacts) -> str:
-        """See ConstraintKind: what the base keeps."""
+        """What the base keeps."""
         base = replace(facts, adapted=False)
         return kind_of(base).describe(base)
 
     def check(self, model: CausalLM, facts: StudentFacts) -> None:
-        """See ConstraintKind: a base under which the adapter is still to be put is what its files promise."""
+        """A base under which the adapter is still to be put is what its files promise."""
         if not is_adapted(model):
             base = replace(facts, adapted=False)
             kind_of(base).check(model, base)
@@ -59,13 +57,10 @@ class AdapterKind(ConstraintKind):
     def hold(
         self, model: CausalLM, facts: StudentFacts, *, origin: CausalLM | None, start: Start | None, rate: float
     ) -> Constraint:
-        """See ConstraintKind."""
         return Adapter(model)
 
     def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
-        """See ConstraintKind."""
         return "an adapter is trained, and the weights under it stay"
 
     def learning_rate(self, facts: StudentFacts, *, repaired: bool) -> float:
-        """See ConstraintKind."""
         return ADAPTER_RATE

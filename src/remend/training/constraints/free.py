@@ -29,7 +29,6 @@ class Free(Constraint):
         self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def masters(self) -> dict[str, Tensor]:
-        """See Constraint."""
         return dict(self._parameters)
 
 
@@ -37,31 +36,27 @@ class FreeKind(ConstraintKind):
     """Every student that no other kind holds."""
 
     def holds(self, facts: StudentFacts) -> bool:
-        """See ConstraintKind."""
         return True
 
     def describe(self, facts: StudentFacts) -> str:
-        """See ConstraintKind."""
         return "none"
 
     def hold(
         self, model: CausalLM, facts: StudentFacts, *, origin: CausalLM | None, start: Start | None, rate: float
     ) -> Constraint:
-        """See ConstraintKind."""
         return Free(model)
 
     def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
-        """See ConstraintKind."""
         return NO_WEIGHTS if theirs is None else None
 
     def repairs(self, model: CausalLM, facts: StudentFacts, teacher: CausalLM) -> bool:
-        """See ConstraintKind: of one architecture and one residual stream, but fewer or narrower layers."""
+        """Of one architecture and one residual stream, but fewer or narrower layers."""
         ours, theirs = model.config.get_text_config(), teacher.config.get_text_config()
         alike = ours.model_type == theirs.model_type and ours.hidden_size == theirs.hidden_size
         return bool(alike) and _linear_size(model) < _linear_size(teacher)
 
     def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
-        """See ConstraintKind: the layers are refitted to the teacher's streams."""
+        """The layers are refitted to the teacher's streams."""
         layer_map = facts.layer_map or infer_layer_map(model, calibration.teacher)
         repair_smaller(model, calibration, layer_map)
         return Start()

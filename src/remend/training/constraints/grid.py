@@ -117,24 +117,22 @@ class OnGrid(Constraint):
         return master
 
     def masters(self) -> dict[str, Tensor]:
-        """See Constraint."""
         return {**{name: matrix.master for name, matrix in self._matrices.items()}, **self._free}
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """See Constraint. Straight-through: the gradient at the served weight, unchanged."""
+        """Straight-through: the gradient at the served weight, unchanged."""
         for matrix in self._matrices.values():
             matrix.master.grad, matrix.weight.grad = matrix.weight.grad, None
 
     @torch.no_grad()
     def project(self) -> None:
-        """See Constraint."""
         for matrix in self._matrices.values():
             snap(matrix.master, matrix.grid, self.format, out=matrix.weight)
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:
-        """See Constraint: codes, scales and zeros as `grid.safetensors`."""
+        """Codes, scales and zeros as `grid.safetensors`."""
         matrices = {name: (encode(m.master, m.grid, self.format), m.grid) for name, m in self._matrices.items()}
         StoredGrid(self.format, matrices).write(directory)
 
@@ -143,15 +141,13 @@ class GridKind(ConstraintKind):
     """Students whose linear weights lie on a quantization grid."""
 
     def holds(self, facts: StudentFacts) -> bool:
-        """See ConstraintKind."""
         return facts.recognised.stored is not None
 
     def describe(self, facts: StudentFacts) -> str:
-        """See ConstraintKind: the grid's name."""
+        """The grid's name."""
         return _stored(facts).format.name
 
     def lost(self, facts: StudentFacts) -> str | None:
-        """See ConstraintKind."""
         promised = facts.record.get("kind") == "quantization"
         if not promised or facts.directory is None or facts.recognised.stored or facts.as_dense:
             return None
@@ -161,28 +157,25 @@ class GridKind(ConstraintKind):
         )
 
     def check(self, model: CausalLM, facts: StudentFacts) -> None:
-        """See ConstraintKind: repair would write the grid's points, whatever the weights were."""
+        """Repair would write the grid's points, whatever the weights were."""
         _stored(facts).check(model)
 
     def hold(
         self, model: CausalLM, facts: StudentFacts, *, origin: CausalLM | None, start: Start | None, rate: float
     ) -> Constraint:
-        """See ConstraintKind."""
         start = start or Start()
         originals = dict(origin.named_parameters()) if origin is not None else None
         stored, margin = start.stored or _stored(facts), BORDER_UPDATES * rate
         return OnGrid(model, stored, origin=originals, masters=start.masters, margin=margin)
 
     def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
-        """See ConstraintKind."""
         return other_shapes(ours, theirs)
 
     def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
-        """See ConstraintKind: the teacher's weights are rounded anew."""
+        """The teacher's weights are rounded anew."""
         return repair_grid(model, _stored(facts), calibration)
 
     def learning_rate(self, facts: StudentFacts, *, repaired: bool) -> float:
-        """See ConstraintKind."""
         usual = super().learning_rate(facts, repaired=repaired)
         fine = _stored(facts).format.levels > COARSE_LEVELS
         return FINE_GRID_RATE if fine and usual == REPAIRED_RATE else usual

@@ -47,12 +47,11 @@ class Masked(Constraint):
             raise InputError("no linear layer of the student holds zeros: there is no sparsity mask to keep")
 
     def masters(self) -> dict[str, Tensor]:
-        """See Constraint."""
         return dict(self._parameters)
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """See Constraint. The gradient at a zero is dropped before clipping, so it takes no part in the norm."""
+        """The gradient at a zero is dropped before clipping, so it takes no part in the norm."""
         for name, kept_OI in self._kept.items():
             gradient = self._parameters[name].grad
             if gradient is not None:
@@ -60,7 +59,6 @@ class Masked(Constraint):
 
     @torch.no_grad()
     def project(self) -> None:
-        """See Constraint."""
         for name, kept_OI in self._kept.items():
             self._parameters[name].mul_(kept_OI)
 
@@ -69,16 +67,14 @@ class MaskKind(ConstraintKind):
     """Students with more exact zeros than chance gives, or whose record names them."""
 
     def holds(self, facts: StudentFacts) -> bool:
-        """See ConstraintKind."""
         return facts.recognised.mask
 
     def describe(self, facts: StudentFacts) -> str:
-        """See ConstraintKind: the share of zeros and their pattern."""
+        """The share of zeros and their pattern."""
         zeros, pattern = facts.recognised.sparsity, facts.recognised.pattern
         return f"mask, {zeros:.1%} zeros" + (f" ({pattern})" if pattern else "")
 
     def lost(self, facts: StudentFacts) -> str | None:
-        """See ConstraintKind."""
         directory, gone = facts.directory, not facts.recognised.mask and not facts.as_dense
         if not directory or not gone or not was_pruned(directory):
             return None
@@ -90,20 +86,18 @@ class MaskKind(ConstraintKind):
     def hold(
         self, model: CausalLM, facts: StudentFacts, *, origin: CausalLM | None, start: Start | None, rate: float
     ) -> Constraint:
-        """See ConstraintKind."""
         return Masked(model)
 
     def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
-        """See ConstraintKind."""
         return other_shapes(ours, theirs)
 
     def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
-        """See ConstraintKind: what the mask left is refitted."""
+        """What the mask left is refitted."""
         repair_mask(model, calibration)
         return Start()
 
     def learning_rate(self, facts: StudentFacts, *, repaired: bool) -> float:
-        """See ConstraintKind: under a mask even a repaired student is still far from its goal."""
+        """Under a mask even a repaired student is still far from its goal."""
         return RATE
 
 

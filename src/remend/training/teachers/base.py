@@ -13,11 +13,10 @@ from remend.training.teachers.views import View
 
 
 class AdapterOff(View):
-    """See the module docstring."""
+    """The student with its adapter switched off."""
 
     @contextmanager
     def policy(self) -> Iterator[CausalLM]:
-        """See View."""
         with without_adapter(self.parts.model):
             yield self.parts.model
 
@@ -32,9 +31,7 @@ class Base(NamedTeacher):
 
     @classmethod
     def claims(cls, name: str) -> bool:
-        """See NamedTeacher."""
         return name == "base"
 
     def load(self, workplace: Workplace) -> AdapterOff:
-        """See NamedTeacher."""
         return AdapterOff(workplace.student)

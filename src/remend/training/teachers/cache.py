@@ -31,18 +31,11 @@ from remend.data.examples import read_lines
 from remend.errors import FileError, InputError
 from remend.files.atomic import read_json
 from remend.maths.topk import TopK
+from remend.models.find import ModelSource
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout
-from remend.training.teachers.teacher import (
-    TEACHERS,
-    Brought,
-    Comparison,
-    NamedTeacher,
-    Pupil,
-    StreamView,
-    Unmoved,
-    Workplace,
-)
+from remend.models.vocabulary import VocabularyMatch
+from remend.training.teachers.teacher import TEACHERS, NamedTeacher, StreamView, Teacher, Workplace
 
 RECORD, PROMPTS = "teacher-cache.json", "prompts.jsonl"
 SPLITS = ("train", "held_out")
@@ -70,7 +63,7 @@ def template_hash(tokenizer: Tokenizer) -> str | None:
 
 
 @dataclass(frozen=True)
-class TeacherCache(Unmoved):
+class TeacherCache(Teacher):
     """An opened cache, a teacher that has scored its own completions only. Scores stay on disk until asked for.
 
     record: the content of teacher-cache.json.
@@ -152,15 +145,15 @@ class TeacherCache(Unmoved):
 
     @property
     def model(self) -> None:
-        """See Teacher: there is none."""
+        """There is none."""
         return None
 
     def policy(self) -> AbstractContextManager[CausalLM]:
-        """See Teacher. Raises InputError: a cache answers nothing new."""
+        """Raises InputError: a cache answers nothing new."""
         raise InputError(f"the cached teacher {self.path} holds completions, and no model that could write others")
 
     def score(self, rollouts: Sequence[Rollout], *, skip_first: int = 0) -> TopK:
-        """See Teacher: folded distributions, on the CPU.
+        """Folded distributions, on the CPU.
 
         Only these rows are read. `skip_first` tokens at the start of each completion are left out, as `pack` does.
 
@@ -248,11 +241,9 @@ class NamedCache(NamedTeacher):
 
     @classmethod
     def claims(cls, name: str) -> bool:
-        """See NamedTeacher."""
         return is_cache(name)
 
     def refuses(self, stream: StreamView) -> list[str]:
-        """See NamedTeacher."""
         reasons = []
         if stream.on_policy:
             reasons.append("a cached teacher has scored its own completions only, never the student's; set policy: off")
@@ -265,27 +256,23 @@ class NamedCache(NamedTeacher):
         return reasons
 
     def opened(self, *, trust_remote_code: bool) -> NamedCache:
-        """See NamedTeacher."""
         return replace(self, cache=TeacherCache.open(Path(self.name)))
 
-    def brings(self) -> Brought:
-        """See NamedTeacher. The digest is over the cache's own record of what it holds."""
+    def brings(self) -> tuple[Sequence[Rollout], Sequence[Rollout], str]:
+        """The digest is over the cache's own record of what it holds."""
         assert self.cache is not None
         digest = hashlib.sha256(json.dumps(dict(self.cache.record), sort_keys=True).encode()).hexdigest()
-        return Brought(self.cache.train, self.cache.held_out, digest)
+        return self.cache.train, self.cache.held_out, digest
 
-    def compare(self, pupil: Pupil, *, shown_more: bool) -> Comparison:
-        """See NamedTeacher."""
+    def compare(self, student: ModelSource, tokenizer: Tokenizer, rows: int, *, shown_more: bool) -> VocabularyMatch:
         assert self.cache is not None
-        return Comparison(self.cache.shared, (), self.cache.check(pupil.tokenizer, pupil.rows))
+        return VocabularyMatch(self.cache.shared, warnings=self.cache.check(tokenizer, rows))
 
     def hashes(self) -> Mapping[str, str]:
-        """See NamedTeacher."""
         assert self.cache is not None
         files: Mapping[str, str] = self.cache.record["files"]
         return files
 
     def load(self, workplace: Workplace) -> TeacherCache:
-        """See NamedTeacher."""
         assert self.cache is not None
         return self.cache

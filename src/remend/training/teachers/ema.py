@@ -13,7 +13,7 @@ from remend.training.teachers.views import Weights
 
 
 class Ema(Weights):
-    """See the module docstring.
+    """The teacher at work.
 
     Args:
         student: as it is at the start.
@@ -26,16 +26,13 @@ class Ema(Weights):
         self.rate, self.every = rate, every
 
     def updated(self, step: int) -> None:
-        """See Teacher."""
         if step % self.every == 0:
             self.approach(self.rate)
 
     def state(self) -> dict[str, Tensor]:
-        """See Teacher."""
         return self.values
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """See Teacher."""
         self.take(saved)
 
 
@@ -52,10 +49,8 @@ class NamedEma(NamedTeacher):
 
     @classmethod
     def claims(cls, name: str) -> bool:
-        """See NamedTeacher."""
         return name == "ema"
 
     def load(self, workplace: Workplace) -> Ema:
-        """See NamedTeacher."""
         settings = workplace.recipe["ema"]
         return Ema(workplace.student, settings["rate"], settings["every"])

@@ -11,7 +11,7 @@ from remend.training.teachers.views import Weights
 @TEACHERS.register("initial", source="learning without forgetting, arXiv 1606.09282")
 @dataclass(frozen=True)
 class Initial(NamedTeacher):
-    """See the module docstring."""
+    """The recipe's name for it."""
 
     moving = True
     healthy = False
@@ -20,11 +20,10 @@ class Initial(NamedTeacher):
 
     @classmethod
     def claims(cls, name: str) -> bool:
-        """See NamedTeacher."""
         return name == "initial"
 
     def load(self, workplace: Workplace) -> Weights:
-        """See NamedTeacher. Where repair has changed the student, the values from before are taken."""
+        """Where repair has changed the student, the values from before are taken."""
         weights = Weights(workplace.student)
         if workplace.initial is not None:
             weights.take(workplace.initial)

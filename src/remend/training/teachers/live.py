@@ -11,7 +11,7 @@ from remend.training.teachers.views import View
 @TEACHERS.register("live", source="arXiv 2601.19897")
 @dataclass(frozen=True)
 class Live(NamedTeacher):
-    """See the module docstring."""
+    """The recipe's name for it."""
 
     moving = True
     healthy = False
@@ -19,15 +19,12 @@ class Live(NamedTeacher):
 
     @classmethod
     def claims(cls, name: str) -> bool:
-        """See NamedTeacher."""
         return name == "live"
 
     def refuses(self, stream: StreamView) -> list[str]:
-        """See NamedTeacher."""
         if stream.demonstrations:
             return []
         return ["teacher live without demonstrations is the student itself: it teaches nothing"]
 
     def load(self, workplace: Workplace) -> View:
-        """See NamedTeacher."""
         return View(workplace.student)

@@ -20,80 +20,54 @@ from remend.models.find import ModelSource
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer
+from remend.models.vocabulary import VocabularyMatch
 from remend.registry import Registry
 
 
 class Teacher(Protocol):
-    """A teacher at work.
+    """A teacher at work. A class that names this one as its base need only write `model`, `score` and `policy`.
 
     model: the model whose own weights it has in memory; None where it has none of its own.
     train, held_out: completions that it brings along; None for a teacher that is asked for them.
     """
 
     @property
-    def model(self) -> CausalLM | None:
-        """See the class."""
-        ...
+    def model(self) -> CausalLM | None: ...
 
     @property
     def train(self) -> Sequence[Rollout] | None:
-        """See the class."""
-        ...
+        return None
 
     @property
     def held_out(self) -> Sequence[Rollout] | None:
-        """See the class."""
-        ...
+        return None
 
+    @abstractmethod
     def score(self, rollouts: Sequence[Rollout], *, skip_first: int = 0) -> Target:
         """What it says at the completion tokens, rollout after rollout, after the prompts that it is shown.
 
         `skip_first` tokens at the start of each completion are left out, as `pack` does.
         """
-        ...
 
+    @abstractmethod
     def policy(self) -> AbstractContextManager[CausalLM]:
         """The model that samples as this teacher does, inside the context. Raises InputError where there is none."""
-        ...
 
     def updated(self, step: int) -> None:
         """After the update of step `step`, counted from 1: what follows the student follows."""
-        ...
+        return
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it."""
-        ...
+        return {}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Inverse of `state`."""
-        ...
+        return
 
     def move_to(self, student: Scorer | None) -> None:
         """A view of the student moves over to another copy of it, or lets go of it; others stay as they are."""
-        ...
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How a student fits a teacher: `shared` leading token ids mean the same; None says nothing of them."""
-
-    shared: int | None = None
-    problems: Sequence[str] = ()
-    warnings: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Pupil:
-    """What is known of a student before it is loaded.
-
-    source: its files.
-    tokenizer: its own.
-    rows: of its output embedding.
-    """
-
-    source: ModelSource
-    tokenizer: Tokenizer
-    rows: int
+        return
 
 
 @dataclass(frozen=True)
@@ -102,7 +76,7 @@ class Workplace:
 
     student: as it starts.
     initial: its trainable parameters as it came in, where they have changed since (repair).
-    dtype, device: of frozen weights.
+    dtype: of frozen weights.
     recipe: the recipe's values, for settings of a kind's own.
     read: loads a model under a progress line.
     """
@@ -110,42 +84,27 @@ class Workplace:
     student: Scorer
     initial: Mapping[str, Tensor] | None
     dtype: torch.dtype
-    device: torch.device
     recipe: Mapping[str, Any]
     read: Callable[[ModelSource, torch.dtype], CausalLM]
 
 
 class StreamView(Protocol):
-    """What a teacher is told of a stream that names it."""
+    """What a teacher is told of a stream that names it.
+
+    demonstrations: it is shown the row's demonstration.
+    on_policy: share of completions that the student samples.
+    data: where the prompts come from.
+    top_k: tokens of the teacher that are kept by name.
+    """
 
     @property
-    def demonstrations(self) -> bool:
-        """Whether the teacher is shown the row's demonstration."""
-        ...
-
+    def demonstrations(self) -> bool: ...
     @property
-    def on_policy(self) -> float:
-        """Share of completions that the student samples."""
-        ...
-
+    def on_policy(self) -> float: ...
     @property
-    def data(self) -> str | None:
-        """Where the prompts come from."""
-        ...
-
+    def data(self) -> str | None: ...
     @property
-    def top_k(self) -> int | None:
-        """Tokens of the teacher that are kept by name."""
-        ...
-
-
-@dataclass(frozen=True)
-class Brought:
-    """Completions that a teacher brings along, with the SHA-256 of what it says of them."""
-
-    train: Sequence[Rollout]
-    held_out: Sequence[Rollout]
-    digest: str
+    def top_k(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -185,16 +144,23 @@ class NamedTeacher(ABC):
         """The files of its weights, where it has some of its own."""
         return None
 
-    def brings(self) -> Brought | None:
-        """Once opened: completions of its own, where it has some."""
+    def brings(self) -> tuple[Sequence[Rollout], Sequence[Rollout], str] | None:
+        """Once opened: its own completions for training and held-out ones, and a SHA-256 of them; None has none."""
         return None
 
-    def compare(self, pupil: Pupil, *, shown_more: bool) -> Comparison:
-        """How a student fits it; `shown_more`: it sees more of a prompt than the student in every stream.
+    def compare(
+        self, student: ModelSource, tokenizer: Tokenizer, rows: int, *, shown_more: bool
+    ) -> VocabularyMatch | None:
+        """How a student fits it; None says nothing of the vocabulary.
 
-        Raises InputError or FileError for one that does not.
+        Args:
+            student, tokenizer: its files, and its own tokenizer.
+            rows: of its output embedding.
+            shown_more: the teacher sees more of a prompt than the student in every stream.
+
+        Raises InputError or FileError for a student that does not fit.
         """
-        return Comparison()
+        return None
 
     def hashes(self) -> Mapping[str, str] | None:
         """SHA-256 of its files by name, for the manifest; None where it has none of its own."""
@@ -212,23 +178,3 @@ def named(name: str) -> NamedTeacher:
     """What a recipe means by a teacher's name: the first kind that claims it, a model's files if none does."""
     kinds = [TEACHERS.get(kind) for kind in TEACHERS.names()]
     return next((kind for kind in kinds if kind.claims(name)), TEACHERS.get("frozen"))(name)
-
-
-class Unmoved:
-    """What most teachers at work have in common: they bring nothing along, and nothing of them follows the student."""
-
-    train: Sequence[Rollout] | None = None
-    held_out: Sequence[Rollout] | None = None
-
-    def updated(self, step: int) -> None:
-        """See Teacher."""
-
-    def state(self) -> dict[str, Tensor]:
-        """See Teacher."""
-        return {}
-
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        """See Teacher."""
-
-    def move_to(self, student: Scorer | None) -> None:
-        """See Teacher."""

@@ -13,10 +13,10 @@ from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer
 from remend.training.teachers.frozen import scored
-from remend.training.teachers.teacher import Unmoved
+from remend.training.teachers.teacher import Teacher
 
 
-class View(Unmoved):
+class View(Teacher):
     """The student as it is. Scored without gradients."""
 
     model = None
@@ -32,16 +32,15 @@ class View(Unmoved):
 
     @contextmanager
     def policy(self) -> Iterator[CausalLM]:
-        """See Teacher: inside the context the student's model is this teacher."""
+        """Inside the context the student's model is this teacher."""
         yield self.parts.model
 
     def score(self, rollouts: Sequence[Rollout], *, skip_first: int = 0) -> HeadTarget:
-        """See Teacher. The head keeps the tensors that the model has inside the context."""
+        """The head keeps the tensors that the model has inside the context."""
         with self.policy():
             return scored(self.parts, rollouts, skip_first)
 
     def move_to(self, student: Scorer | None) -> None:
-        """See Teacher."""
         self.student = student
 
 
@@ -58,7 +57,7 @@ class Weights(View):
 
     @contextmanager
     def policy(self) -> Iterator[CausalLM]:
-        """See View. Pointers are exchanged, nothing is copied (unless a parameter is not float32)."""
+        """Pointers are exchanged, nothing is copied (unless a parameter is not float32)."""
         own = {name: p.data for name, p in self._parameters.items()}
         try:
             for name, p in self._parameters.items():
