@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,14 +30,14 @@ from remend.files.settings import build
 from remend.maths.losses import divergence
 from remend.maths.topk import TopK, entropy_lost, top_k
 from remend.models.device import choose_device, choose_dtype, chunk_rows
-from remend.models.find import ModelSource, find_model, hash_files, origin_note
+from remend.models.find import find_model, hash_files, origin_note
 from remend.models.load import eos_ids, load_config, load_model, load_tokenizer
 from remend.models.protocols import Tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import Scorer, pack, scorer
 from remend.training.cache_settings import CacheSettings
-from remend.training.teachers.cache import PROMPTS, RECORD, VERSION, template_hash, vocabulary_hash
+from remend.training.teachers.cache import PROMPTS, RECORD, SPLITS, VERSION, template_hash, vocabulary_hash
 
 SHARD_BYTES = 32 * 2**20
 """Of the scores in one file, and so of those held in memory while writing."""
@@ -51,8 +51,8 @@ def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObjec
 
     Args:
         model: the teacher: directory, GGUF file, hub id[@revision] or smollm2.
-        out: a new directory; see remend.teacher_cache for what it holds.
-        **overrides: fields of CacheSettings; `data` is needed. Each of its prompts gets one sampled completion.
+        out: a new directory; see remend.training.teachers.cache for what it holds.
+        **overrides: fields of CacheSettings; `data` is needed. Each of its prompts gets one completion.
 
     Returns:
         The content of teacher-cache.json.
@@ -71,19 +71,34 @@ def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObjec
     shared = min(rows, 1 + max(tokenizer.get_vocab().values()))
     if not 1 <= k <= shared:
         raise InputError(f"k is {k}; allowed is 1 to the {shared} tokens of {model}")
-    prompts = _prompts(plan, tokenizer)
+    sides = _sides(plan)
+    prompts, dropped = {}, {}
+    for split, examples in sides.items():
+        prompts[split], dropped[split] = _encoded(tokenizer, SPLITS[split], examples, plan.max_prompt_tokens)
     dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
     with stage(f"loading {model}"):
         teacher = load_model(source, dtype=dtype, device=where)
         teacher.requires_grad_(False)
-        record = _record(plan, model, source, tokenizer, shared, prompts)
-    parts = scorer(teacher, shared)
-    sampler = TransformersSampler(teacher, shared, eos_ids(teacher, tokenizer))
-    rollouts = {
-        "train": _answers(plan, sampler, prompts.train, "training", plan.temperature),
-        "held_out": _answers(plan, sampler, prompts.held_out, "held-out", 0.0),
+        files, note = hash_files(source), origin_note(source)
+    record = {
+        "version": VERSION,
+        "model": model,
+        "files": files,
+        **({"note": note} if note else {}),
+        "data": {split: data_hash(examples) for split, examples in sides.items()},
+        "vocabulary": {"shared": shared, "sha256": vocabulary_hash(tokenizer.get_vocab(), shared)},
+        "eos_token": tokenizer.eos_token,
+        "chat_template_sha256": template_hash(tokenizer),
+        "k": k,
+        "temperature": plan.temperature,
+        "max_new_tokens": plan.max_new_tokens,
+        "max_prompt_tokens": plan.max_prompt_tokens,
+        "seed": plan.seed,
+        "dropped": dropped,
     }
-    return _write(out, record, rollouts, parts, k)
+    sampler = TransformersSampler(teacher, shared, eos_ids(teacher, tokenizer))
+    rollouts = {split: _answers(plan, sampler, encoded, split) for split, encoded in prompts.items()}
+    return _write(out, record, rollouts, scorer(teacher, shared), k)
 
 
 def _check(plan: CacheSettings, out: Path) -> None:
@@ -100,60 +115,21 @@ def _check(plan: CacheSettings, out: Path) -> None:
         )
 
 
-def _record(
-    plan: CacheSettings, model: str, source: ModelSource, tokenizer: Tokenizer, shared: int, prompts: _Prompts
-) -> JsonObject:
-    """What teacher-cache.json says before anything is sampled."""
-    note = origin_note(source)
-    return {
-        "version": VERSION,
-        "model": model,
-        "files": hash_files(source),
-        **({"note": note} if note else {}),
-        "data": prompts.hashes,
-        "vocabulary": {"shared": shared, "sha256": vocabulary_hash(tokenizer.get_vocab(), shared)},
-        "eos_token": tokenizer.eos_token,
-        "chat_template_sha256": template_hash(tokenizer),
-        "k": plan.k,
-        "temperature": plan.temperature,
-        "max_new_tokens": plan.max_new_tokens,
-        "max_prompt_tokens": plan.max_prompt_tokens,
-        "seed": plan.seed,
-        "dropped": prompts.dropped,
-    }
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    train: list[Encoded]
-    held_out: list[Encoded]
-    dropped: dict[str, list[str]]
-    hashes: dict[str, str]
-
-
-def _prompts(plan: CacheSettings, tokenizer: Tokenizer) -> _Prompts:
-    """Split and encoded as `remend recover` does it: the same data, seed and held_out give the same sides."""
-    data, eval_data = plan.data, plan.eval_data
-    examples = load_examples(data)
-    if eval_data:
-        if plan.held_out is not None:
-            console.print("[yellow]warning[/]: held_out has no effect, since eval_data is given", soft_wrap=True)
-        apart = load_examples(eval_data)
-        train = without(examples, apart)
-        if len(train) < len(examples):
-            count = len(examples) - len(train)
-            console.print(
-                f"[yellow]warning[/]: {count} training prompts are also in eval_data and are left out", soft_wrap=True
-            )
-        if not train:
-            raise InputError(f"no prompt is left to train on: all of {data} are in eval_data {eval_data}")
-    else:
-        train, apart = split_held_out(examples, plan.held_out, plan.seed)
-    encoded, dropped = {}, {}
-    for split, what, side in (("train", "training", train), ("held_out", "held-out", apart)):
-        encoded[split], dropped[split] = _encoded(tokenizer, what, side, plan.max_prompt_tokens)
-    hashes = {"train": data_hash(train), "held_out": data_hash(apart)}
-    return _Prompts(encoded["train"], encoded["held_out"], dropped, hashes)
+def _sides(plan: CacheSettings) -> dict[str, list[Example]]:
+    """Split as `remend recover` does it: the same data, seed and held_out give the same sides."""
+    examples = load_examples(plan.data)
+    if not plan.eval_data:
+        return dict(zip(SPLITS, split_held_out(examples, plan.held_out, plan.seed), strict=True))
+    if plan.held_out is not None:
+        console.print("[yellow]warning[/]: held_out has no effect, since eval_data is given", soft_wrap=True)
+    held_out = load_examples(plan.eval_data)
+    train = without(examples, held_out)
+    if not train:
+        raise InputError(f"no prompt is left to train on: all of {plan.data} are in eval_data {plan.eval_data}")
+    if count := len(examples) - len(train):
+        text = f"{count} training prompts are also in eval_data and are left out"
+        console.print("[yellow]warning[/]:", text, soft_wrap=True)
+    return dict(zip(SPLITS, (train, held_out), strict=True))
 
 
 def _encoded(
@@ -170,10 +146,12 @@ def _encoded(
 
 
 def _answers(
-    plan: CacheSettings, sampler: TransformersSampler, prompts: Sequence[Encoded], what: str, temperature: float
+    plan: CacheSettings, sampler: TransformersSampler, prompts: Sequence[Encoded], split: str
 ) -> list[Rollout]:
+    """Sampled for training, greedy for held-out prompts."""
     seeds = [derive_seed(plan.seed, "cache", i) for i in range(len(prompts))]
-    with stage(f"the teacher answers the {what} prompts", len(prompts)) as advance:
+    temperature = plan.temperature if split == "train" else 0.0
+    with stage(f"the teacher answers the {SPLITS[split]} prompts", len(prompts)) as advance:
         sampler.on_rows = advance
         return sampler(prompts, max_new_tokens=plan.max_new_tokens, temperature=temperature, seeds=seeds)
 
@@ -196,7 +174,7 @@ def _write(out: Path, record: JsonObject, rollouts: dict[str, list[Rollout]], pa
                 split: sum(r.clipped for r in answers) / len(answers) for split, answers in rollouts.items()
             },
             "tokens": errors.tokens,
-            "bytes_per_token": shards.bytes_per_token,
+            "bytes_per_token": 6 * k + 4,  # an int32 and a float16 for each of k, and the tail's float32
             "bytes": sum(s["bytes"] for s in shards.written),
             "errors": errors.figures(),
             "shards": shards.written,
@@ -220,45 +198,20 @@ def _score(
         for start in range(0, states_NE.shape[0], rows):
             logits_NV = head(states_NE[start : start + rows]).float()
             target = top_k(logits_NV, k)
-            stored.append(_Stored.of(target))
+            stored.append(TopK(target.ids_NK.int().cpu(), target.log_p_NK.half().cpu(), target.log_tail_N.cpu()))
             errors.add(logits_NV, target, stored[-1])
-        joined = _Stored.join(stored)
-        start = 0
+        joined, start = _joined(stored), 0
         for i in part:
             end = start + len(rollouts[i].completion)
-            places[i] = shards.add(joined.rows(start, end))
+            places[i] = shards.add(joined[start:end])
             start = end
         advance(len(part))
     shards.flush()
     return [places[i] for i in range(len(rollouts))]
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Rows as they are on disk; see remend.teacher_cache."""
-
-    ids: Tensor
-    log_p: Tensor
-    log_tail: Tensor
-
-    @staticmethod
-    def of(target: TopK) -> _Stored:
-        return _Stored(target.ids_NK.int().cpu(), target.log_p_NK.half().cpu(), target.log_tail_N.float().cpu())
-
-    @staticmethod
-    def join(parts: Sequence[_Stored]) -> _Stored:
-        return _Stored(*(torch.cat([getattr(p, name) for p in parts]) for name in ("ids", "log_p", "log_tail")))
-
-    def rows(self, start: int, end: int) -> _Stored:
-        return _Stored(self.ids[start:end], self.log_p[start:end], self.log_tail[start:end])
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in vars(self).values())
-
-    def read(self) -> TopK:
-        """As a reader sees them."""
-        return TopK(self.ids.long(), self.log_p.float(), self.log_tail)
+def _joined(parts: Sequence[TopK]) -> TopK:
+    return TopK(*(torch.cat(tensors) for tensors in zip(*(vars(p).values() for p in parts), strict=True)))
 
 
 class _Shards:
@@ -267,15 +220,13 @@ class _Shards:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.written: list[JsonObject] = []
-        self.bytes_per_token = 0
-        self._held: list[_Stored] = []
+        self._held: list[TopK] = []
 
-    def add(self, stored: _Stored) -> tuple[int, int]:
+    def add(self, stored: TopK) -> tuple[int, int]:
         """Take a completion's rows: (number of the shard, first row in it)."""
-        if self._held and sum(s.bytes for s in self._held) + stored.bytes > SHARD_BYTES:
+        if self._held and sum(t.nbytes for rows in (*self._held, stored) for t in vars(rows).values()) > SHARD_BYTES:
             self.flush()
-        self.bytes_per_token = stored.bytes // len(stored.ids)
-        start = sum(len(s.ids) for s in self._held)
+        start = sum(map(len, self._held))
         self._held.append(stored)
         return len(self.written), start
 
@@ -283,14 +234,12 @@ class _Shards:
         """Write what is held."""
         if not self._held:
             return
-        path = self.directory / f"scores-{len(self.written):05d}.safetensors"
-        joined = _Stored.join(self._held)
-        save_file(vars(joined), path, metadata={"remend_teacher_cache": str(VERSION)})
+        path, rows = self.directory / f"scores-{len(self.written):05d}.safetensors", _joined(self._held)
+        tensors = {"ids": rows.ids_NK, "log_p": rows.log_p_NK, "log_tail": rows.log_tail_N}
+        save_file(tensors, path, metadata={"remend_teacher_cache": str(VERSION)})
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        self.written.append(
-            {"file": path.name, "rows": len(joined.ids), "bytes": path.stat().st_size, "sha256": digest}
-        )
+        self.written.append({"file": path.name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": digest})
         self._held = []
 
 
@@ -308,10 +257,11 @@ class _Errors:
         self._sums = dict.fromkeys(("tail_mean", "entropy", "entropy_lost", "rounding_kl"), 0.0)
         self._largest = dict.fromkeys(("tail_max", "rounding_max"), 0.0)
 
-    def add(self, logits_NV: Tensor, target: TopK, stored: _Stored) -> None:
+    def add(self, logits_NV: Tensor, target: TopK, stored: TopK) -> None:
         """Count some positions; the teacher's logits are float32."""
         tail_N, lost_N = target.log_tail_N.exp(), entropy_lost(logits_NV, target)
-        exact_NK1, rounded_NK1 = target.folded_NK1.cpu(), torch.log_softmax(stored.read().folded_NK1, -1)
+        read = replace(stored, log_p_NK=stored.log_p_NK.float())
+        exact_NK1, rounded_NK1 = target.folded_NK1.cpu(), torch.log_softmax(read.folded_NK1, -1)
         entropy_N = torch.special.entr(exact_NK1.exp()).sum(-1)
         self.tokens += len(target)
         self._sums["tail_mean"] += float(tail_N.sum())

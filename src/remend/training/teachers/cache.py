@@ -38,7 +38,9 @@ from remend.models.vocabulary import VocabularyMatch
 from remend.training.teachers.teacher import TEACHERS, NamedTeacher, StreamView, Teacher, Workplace
 
 RECORD, PROMPTS = "teacher-cache.json", "prompts.jsonl"
-SPLITS = ("train", "held_out")
+SPLITS = {"train": "training", "held_out": "held-out"}
+"""Of the prompts, and their names in messages."""
+
 VERSION = 1
 """Of the layout."""
 
@@ -98,7 +100,34 @@ class TeacherCache(Teacher):
                 f"{path / RECORD} has version {version}, and this remend reads {VERSION}; write the cache again with "
                 "remend cache-teacher"
             )
-        return _opened(path, record)
+        try:
+            for shard in record["shards"]:
+                file, size = path / shard["file"], shard["bytes"]
+                if not file.is_file():
+                    raise _damaged(path, f"{file.name} is missing")
+                if file.stat().st_size != size:
+                    raise _damaged(path, f"{file.name} has {file.stat().st_size} bytes instead of {size}")
+            if not (path / PROMPTS).is_file():
+                raise _damaged(path, f"{PROMPTS} is missing")
+            answers: dict[str, list[Rollout]] = {split: [] for split in SPLITS}
+            places = {}
+            for _, row in read_lines(path / PROMPTS, "prompt"):
+                prompt, completion = tuple(row["prompt"]), tuple(row["completion"])
+                rollout = Rollout(row["id"], prompt, completion, row["clipped"], off_policy=True)
+                answers.get(row["split"], []).append(rollout)
+                places[prompt, completion] = (record["shards"][row["shard"]]["file"], row["start"])
+            counts = [len(rollouts) for rollouts in answers.values()]
+            counts.append(sum(len(r.completion) for rollouts in answers.values() for r in rollouts))
+            expected = [record["prompts"][split] for split in SPLITS] + [record["tokens"]]
+            missing = [name for name in ("k", "model", "eos_token", "chat_template_sha256") if name not in record]
+            whole = {"shared", "sha256"} <= set(record["vocabulary"])
+        except (InputError, KeyError, IndexError, TypeError) as error:
+            raise _damaged(path, f"{type(error).__name__}: {error}") from None
+        if missing or not whole:
+            raise _damaged(path, f"{RECORD} lacks {', '.join(missing) or 'the vocabulary'}")
+        if counts != expected:
+            raise _damaged(path, f"{PROMPTS} has (training, held-out, tokens) {tuple(counts)} of {tuple(expected)}")
+        return TeacherCache(path, record, places, answers["train"], answers["held_out"])
 
     @property
     def shared(self) -> int:
@@ -189,41 +218,6 @@ class TeacherCache(Teacher):
         if name not in self._files:
             self._files[name] = safe_open(self.path / name, framework="pt")
         return self._files[name]
-
-
-def _opened(path: Path, record: Mapping[str, Any]) -> TeacherCache:
-    """The cache, after everything but the scores was read and found complete."""
-    try:
-        for shard in record["shards"]:
-            _check_size(path, path / shard["file"], shard["bytes"])
-        if not (path / PROMPTS).is_file():
-            raise _damaged(path, f"{PROMPTS} is missing")
-        names = [shard["file"] for shard in record["shards"]]
-        rows = [row for _, row in read_lines(path / PROMPTS, "prompt")]
-        train, held_out = ([_rollout(row) for row in rows if row["split"] == split] for split in SPLITS)
-        places = {(tuple(r["prompt"]), tuple(r["completion"])): (names[r["shard"]], r["start"]) for r in rows}
-        found = len(train), len(held_out), sum(len(r.completion) for r in [*train, *held_out])
-        expected = *(record["prompts"][split] for split in SPLITS), record["tokens"]
-        missing = [name for name in ("k", "model", "eos_token", "chat_template_sha256") if name not in record]
-        whole = {"shared", "sha256"} <= set(record["vocabulary"])
-    except (InputError, KeyError, IndexError, TypeError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from None
-    if missing or not whole:
-        raise _damaged(path, f"{RECORD} lacks {', '.join(missing) or 'the vocabulary'}")
-    if found != expected:
-        raise _damaged(path, f"{PROMPTS} has (training, held-out, tokens) {found} of {expected}")
-    return TeacherCache(path, record, places, train, held_out)
-
-
-def _rollout(row: Mapping[str, Any]) -> Rollout:
-    return Rollout(row["id"], tuple(row["prompt"]), tuple(row["completion"]), row["clipped"], off_policy=True)
-
-
-def _check_size(path: Path, shard: Path, size: int) -> None:
-    if not shard.is_file():
-        raise _damaged(path, f"{shard.name} is missing")
-    if shard.stat().st_size != size:
-        raise _damaged(path, f"{shard.name} has {shard.stat().st_size} bytes instead of {size}")
 
 
 def _damaged(path: Path, reason: str) -> FileError:
