@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from remend.errors import InputError
 from remend.models.adapters import is_adapted
 from remend.models.protocols import CausalLM
+from remend.training.constraints.free import Free
 from remend.training.constraints.kind import Constraint, ConstraintKind, Shapes, Start, StudentFacts, kind_of
 
 ADAPTER_RATE = 2e-3
 """As in `degrade finetune`."""
 
 
-class Adapter(Constraint):
+class Adapter(Free):
     """Only an adapter's parameters move (remend.models.adapters puts it into the model and is what freezes the rest).
 
     Whatever the base lies on, a grid or a mask, it keeps: none of its weights is written. The adapter is never merged,
@@ -29,12 +28,9 @@ class Adapter(Constraint):
     """
 
     def __init__(self, model: CausalLM) -> None:
-        self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model)
         if not is_adapted(model) or not self._parameters:
             raise InputError("the model carries no adapter to train; add one with lora, or name an adapter's directory")
-
-    def masters(self) -> dict[str, Tensor]:
-        return dict(self._parameters)
 
 
 class AdapterKind(ConstraintKind):

@@ -14,8 +14,10 @@ Legend: O rows (outputs), I columns (inputs).
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator, Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remend.compression.solvers import least_squares
 from remend.models.activations.walk import Sites
@@ -59,9 +61,17 @@ def _strength(sites: Sites) -> Tensor:
     return min(max(PRIOR_TOKENS / sites.rows, LEAST_PULL), MOST_PULL) * sites.gram_II.diagonal()
 
 
-def float_weights(model: CausalLM) -> dict[str, Tensor]:
-    """All parameters by name, detached, in float32."""
-    return {name: p.detach().float() for name, p in model.named_parameters()}
+def priors(teacher: CausalLM, names: Container[str]) -> dict[str, Tensor]:
+    """The teacher's parameters of these names, detached, in float32."""
+    return {name: p.detach().float() for name, p in teacher.named_parameters() if name in names}
+
+
+def targets(sites: Sites, healthy: Mapping[str, Tensor], gram_II: Tensor) -> Iterator[tuple[str, nn.Linear, Tensor]]:
+    """Name of the weight, layer and `target` [O, I], of the layers whose prior there is in the same shape."""
+    for at, (name, layer) in enumerate(zip(sites.names, sites.layers, strict=True)):
+        prior_OI = healthy.get(f"{name}.weight")
+        if prior_OI is not None and prior_OI.shape == layer.weight.shape:
+            yield f"{name}.weight", layer, target(sites, at, prior_OI, gram_II)
 
 
 def shapes(model: CausalLM) -> dict[str, torch.Size]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -55,30 +53,19 @@ class FreeKind(ConstraintKind):
         alike = ours.model_type == theirs.model_type and ours.hidden_size == theirs.hidden_size
         return bool(alike) and _linear_size(model) < _linear_size(teacher)
 
+    @torch.no_grad()
     def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
         """The layers are refitted to the teacher's streams."""
         layer_map = facts.layer_map or infer_layer_map(model, calibration.teacher)
-        repair_smaller(model, calibration, layer_map)
+
+        def visit(sites: Sites) -> None:
+            gram_II = anchored_gram(sites)
+            for at, layer in enumerate(sites.layers):
+                layer.weight.copy_(target(sites, at, layer.weight.detach().float(), gram_II))
+
+        calibration.walk(model, visit, "repairing at the cut", layer_map=layer_map)
         return Start()
 
 
 def _linear_size(model: CausalLM) -> int:
     return sum(shape.numel() for shape in shapes(model).values())
-
-
-@torch.no_grad()
-def repair_smaller(student: CausalLM, calibration: Calibration, layer_map: Sequence[int]) -> None:
-    """Refit the layers of a student with fewer or narrower layers to the teacher's streams, in place.
-
-    Args:
-        student: changed.
-        calibration: what it is fitted to.
-        layer_map: for each of the student's layers the teacher's.
-    """
-
-    def visit(sites: Sites) -> None:
-        gram_II = anchored_gram(sites)
-        for at, layer in enumerate(sites.layers):
-            layer.weight.copy_(target(sites, at, layer.weight.detach().float(), gram_II))
-
-    calibration.walk(student, visit, "repairing at the cut", layer_map=layer_map)

@@ -19,7 +19,7 @@ from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.errors import InputError
 from remend.models.activations.walk import Sites
 from remend.models.protocols import CausalLM
-from remend.training.constraints.fitting import anchored_gram, float_weights, target
+from remend.training.constraints.fitting import anchored_gram, priors, targets
 from remend.training.constraints.kind import (
     REPAIRED_RATE,
     Calibration,
@@ -195,18 +195,15 @@ def repair_grid(student: CausalLM, stored: StoredGrid, calibration: Calibration)
     Returns:
         The grid with its new codes, and for each matrix the compensated weights that were rounded: float32 masters.
     """
-    healthy, masters, matrices = float_weights(calibration.teacher), {}, dict(stored.matrices)
+    healthy, masters, matrices = priors(calibration.teacher, stored.matrices), {}, dict(stored.matrices)
 
     def visit(sites: Sites) -> None:
         gram_II = anchored_gram(sites)
-        for at, (name, layer) in enumerate(zip(sites.names, sites.layers, strict=True)):
-            key = f"{name}.weight"
-            if key not in matrices or key not in healthy or healthy[key].shape != layer.weight.shape:
-                continue
-            grid = matrices[key][1].to(layer.weight.device)
-            rounded = gptq(target(sites, at, healthy[key], gram_II), gram_II, stored.format, grid)
+        for name, layer, target_OI in targets(sites, healthy, gram_II):
+            grid = matrices[name][1].to(layer.weight.device)
+            rounded = gptq(target_OI, gram_II, stored.format, grid)
             layer.weight.copy_(decode(rounded.codes, grid, stored.format))
-            matrices[key], masters[key] = (rounded.codes, grid), rounded.weight
+            matrices[name], masters[name] = (rounded.codes, grid), rounded.weight
 
     calibration.walk(student, visit, "repairing on the grid")
     return Start(StoredGrid(stored.format, matrices), masters)

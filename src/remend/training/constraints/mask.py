@@ -6,7 +6,6 @@ Legend: O rows (outputs), I columns (inputs).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from remend.compression.recognise import RECORD, was_pruned
 from remend.compression.solvers import refit_kept
@@ -14,7 +13,8 @@ from remend.errors import InputError
 from remend.models.activations.walk import Sites
 from remend.models.layers import kept_weights
 from remend.models.protocols import CausalLM
-from remend.training.constraints.fitting import anchored_gram, float_weights, target
+from remend.training.constraints.fitting import anchored_gram, priors, targets
+from remend.training.constraints.free import Free
 from remend.training.constraints.kind import (
     RATE,
     Calibration,
@@ -27,7 +27,7 @@ from remend.training.constraints.kind import (
 )
 
 
-class Masked(Constraint):
+class Masked(Free):
     """The exact zeros of linear weights stay exactly zero; everything else is free.
 
     The mask is the zeros that the student came with. Gradients at them are dropped, so AdamW's moments there are 0 and
@@ -41,13 +41,10 @@ class Masked(Constraint):
     """
 
     def __init__(self, model: CausalLM) -> None:
-        self._parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model)
         self._kept = kept_weights(model)
         if not self._kept:
             raise InputError("no linear layer of the student holds zeros: there is no sparsity mask to keep")
-
-    def masters(self) -> dict[str, Tensor]:
-        return dict(self._parameters)
 
     @torch.no_grad()
     def take_gradients(self) -> None:
@@ -104,14 +101,12 @@ class MaskKind(ConstraintKind):
 @torch.no_grad()
 def repair_mask(student: CausalLM, calibration: Calibration) -> None:
     """Refit what the mask left, in place; the zeros stay where they are."""
-    healthy, kept = float_weights(calibration.teacher), kept_weights(student)
+    kept = kept_weights(student)
+    healthy = priors(calibration.teacher, kept)
 
     def visit(sites: Sites) -> None:
         gram_II = anchored_gram(sites)
-        for at, (name, layer) in enumerate(zip(sites.names, sites.layers, strict=True)):
-            key = f"{name}.weight"
-            if key not in kept or key not in healthy or healthy[key].shape != layer.weight.shape:
-                continue
-            layer.weight.copy_(refit_kept(target(sites, at, healthy[key], gram_II), gram_II, kept[key]))
+        for name, layer, target_OI in targets(sites, healthy, gram_II):
+            layer.weight.copy_(refit_kept(target_OI, gram_II, kept[name]))
 
     calibration.walk(student, visit, "repairing under the mask")
