@@ -19,13 +19,6 @@ SELF = "self"
 """As `data`: the reference writes the prompts itself."""
 
 
-BASE = "base"
-
-
-MOVING = ("ema", "live", "initial", BASE)
-"""Teachers that are views of the student: its moving average, itself, itself as it came in, itself without adapter."""
-
-
 def _on_off(value: object) -> object:
     # YAML 1.1 reads on and off as booleans
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
