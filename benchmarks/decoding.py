@@ -1,5 +1,5 @@
-"""Sampling on a CPU with weights laid out beforehand (models/sampling/prepacked.py) and keys and values written in place
-(kv_cache.py), and without: tokens a second.
+"""Sampling on a CPU with weights laid out beforehand (models/sampling/prepacked.py) and keys and values written in
+place (kv_cache.py), and without: tokens a second.
 
     python benchmarks/decoding.py [--rows 8 32 64] [--tokens 48] [--rounds 3]
 

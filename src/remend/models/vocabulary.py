@@ -53,8 +53,8 @@ def compare_vocabularies(
     warnings = []
     if shared < max(student_rows, teacher_rows):
         warnings.append(
-            f"vocabularies are aligned on the first {shared} ids (student has {student_rows} rows, teacher {teacher_rows}):"
-            " the rest is padding or named by one tokenizer only, and is neither sampled nor scored"
+            f"vocabularies are aligned on the first {shared} ids (student has {student_rows} rows, "
+            f"teacher {teacher_rows}): the rest is padding or named by one tokenizer only, and is neither sampled nor scored"
         )
     return VocabularyMatch(shared, [], warnings)
 
