@@ -42,7 +42,7 @@ class NamedSoftened(NamedModel):
 
     def opened(self, *, trust_remote_code: bool) -> NamedSoftened:
         source = find_model(self.name.removeprefix(PREFIX), trust_remote_code=trust_remote_code)
-        return replace(self, found=fetch_model(source, weights=False))
+        return replace(self, files=fetch_model(source, weights=False))
 
     def refuses(self, stream: StreamView) -> list[str]:
         return ["a softened teacher has learned nothing from demonstrations"] if stream.demonstrations else []

@@ -54,7 +54,8 @@ def compare_vocabularies(
     if shared < max(student_rows, teacher_rows):
         warnings.append(
             f"vocabularies are aligned on the first {shared} ids (student has {student_rows} rows, "
-            f"teacher {teacher_rows}): the rest is padding or named by one tokenizer only, and is neither sampled nor scored"
+            f"teacher {teacher_rows}): the rest is padding or named by one tokenizer only, and is neither sampled nor "
+            "scored"
         )
     return VocabularyMatch(shared, [], warnings)
 
