@@ -22,8 +22,9 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
-def student(smollm2_dir: Path) -> Path:
-    path = smollm2_dir.parent / "int3"
+def student(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # a new directory each time: a worker that comes back to this file makes the student again
+    path = tmp_path_factory.mktemp("real") / "int3"
     degradation = quantize(str(smollm2_dir), path, format="int3-g64", probe=False)
     assert degradation["matrices"] == 210
     assert degradation["bits_per_weight"] == 3.5
