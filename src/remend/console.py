@@ -12,6 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 console = Console(stderr=True, highlight=False)
 
 
+def warn(text: str) -> None:
+    """Tell the user something that stops nothing."""
+    console.print(f"[yellow]warning[/]: {text}", soft_wrap=True)
+
+
 class Advance(Protocol):
     """Move the bar on by `count`; `note` is shown beside it."""
 

@@ -49,7 +49,7 @@ class Fake:
         self.asked: set[tuple[int, float]] = set()
 
     def __call__(
-        self, prompts: Sequence[Encoded], *, max_new_tokens: int, temperature: float, seeds: Sequence[int]
+        self, prompts: Sequence[Encoded], *, seeds: Sequence[int], max_new_tokens: int = 96, temperature: float = 1.0
     ) -> list[Rollout]:
         self.sizes.append(len(prompts))
         self.asked.add((max_new_tokens, temperature))

@@ -65,14 +65,14 @@ def check(
 ) -> None:
     """Check a recipe without training: every problem and warning at once."""
     recipe, overrides = _arguments(words, as_, student=student, teacher=teacher, data=data, out=out)
-    checked = remend.check(recipe, files=files, **overrides)
+    result = remend.check(recipe, files=files, **overrides)
     console = Console(highlight=False, soft_wrap=True)
-    for warning in checked.warnings:
+    for warning in result.warnings:
         console.print("warning:", warning, markup=False)
-    checked.raise_problems()
-    for note in checked.notes:
+    result.raise_problems()
+    for note in result.notes:
         console.print("note:", note, markup=False)
-    console.print(checked.verdict(), markup=False)
+    console.print(result.verdict(), markup=False)
 
 
 def export(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from remend.console import console
+from remend.console import warn
 from remend.data.examples import data_hash
 from remend.diagnosis import layers, severity, subjects
 from remend.diagnosis.examination import Examination, examination
@@ -70,7 +70,7 @@ def diagnose(reference: str, students: Sequence[str], out: str | Path, **overrid
     first, *others = [_worded({**one.figures, "compared_with": pair}) for one, pair in _paired(exam, measured, text)]
     about = {**_about(exam, text, conditions.dtype, hashes), "seconds": round(time.monotonic() - began, 1)}
     for warning in exam.warnings:
-        console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
+        warn(warning)
     content: JsonObject = without_nan({**first, "others": others, **about})
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "diagnosis.json", content)

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
-from remend.console import console, stage
+from remend.console import console, stage, warn
 from remend.data.order import derive_seed
 from remend.errors import InputError
 from remend.evaluation import harness, letters, results
@@ -89,7 +89,7 @@ def evaluate(model: str, tasks: Sequence[str], out: str | Path, **overrides: obj
     if package:
         parts += [part for name in plan.harness for part in evaluation.theirs(package, name)]
     for warning in evaluation.warnings:
-        console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
+        warn(warning)
     about: JsonObject = {"model": plan.model, **same, "warnings": evaluation.warnings, "environment": environment()}
     about["seconds"] = round(time.monotonic() - began, 1)
     content = results.plain({**(parts[0] if len(parts) == 1 else {"results": parts}), **about})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remend.console import console, stage
+from remend.console import console, stage, warn
 from remend.errors import InputError
 from remend.files.atomic import read_json
 from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory
@@ -90,16 +90,16 @@ def run_recovery(
     with stage("checking the recipe"):
         plan = _plan(config, resuming=directory is not None)
     for warning in plan.warnings:
-        console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
+        warn(warning)
     return result_of(carry_out(plan, directory, began))
 
 
 def _plan(config: RecoverConfig, *, resuming: bool) -> Plan:
     """The plan of a recipe. Raises CheckError with all problems."""
-    checked = preflight(config, resuming=resuming)
-    checked.raise_problems()
-    assert checked.plan is not None
-    return checked.plan
+    result = preflight(config, resuming=resuming)
+    result.raise_problems()
+    assert result.plan is not None
+    return result.plan
 
 
 def track(path: str | Path) -> list[dict[str, Any]]:

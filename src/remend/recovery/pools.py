@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from remend.console import console
+from remend.console import warn
 from remend.data.order import Order, derive_seed
 from remend.data.templates import Encoded
 from remend.models.sampling.answers import answer, answered_once
@@ -88,11 +88,10 @@ def _sampled_pool(
         return None
     count = min(len(data.train), math.ceil(wanted / config.off_policy_passes))
     if wanted > count * config.off_policy_passes:
-        console.print(
-            f"[yellow]warning[/]: {source.stream.name} has {count} prompts, so each of its teacher's completions "
+        warn(
+            f"{source.stream.name} has {count} prompts, so each of its teacher's completions "
             f"is trained on about {wanted / count:.0f} times, more than off_policy_passes = "
-            f"{config.off_policy_passes}; give more prompts",
-            soft_wrap=True,
+            f"{config.off_policy_passes}; give more prompts"
         )
     stream = source.stream
     chosen = Order(data.train, derive_seed(config.seed, "pool", stream.name)).take(0, count)

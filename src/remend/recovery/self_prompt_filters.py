@@ -64,7 +64,7 @@ _EDGE = re.compile(r"^[\W_]+|[\W_]+$")
 
 def words_of(text: str) -> list[str]:
     """Words in lower case without the punctuation around them; each Chinese or Japanese character is one."""
-    return [word for found in _WORD.findall(text.casefold()) if (word := _EDGE.sub("", found))]
+    return [word for part in _WORD.findall(text.casefold()) if (word := _EDGE.sub("", part))]
 
 
 def grams_of(words: Sequence[str]) -> list[tuple[str, ...]]:

@@ -19,8 +19,8 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,12 +29,12 @@ from remend.data.examples import Example, data_hash, prompt_id
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded, render
 from remend.errors import FileError, InputError
-from remend.files.atomic import json_line, write_json, write_text
+from remend.files.atomic import JsonObject, json_line, write_json, write_text
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import find_model, hash_files
 from remend.models.load import eos_ids, load_model, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
-from remend.models.sampling.rollout import Rollout, Sampler
+from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.recovery.self_prompt_filters import Counts, Sieve, words_of
 
@@ -70,7 +70,7 @@ def user_turn(tokenizer: Tokenizer, eos: Iterable[int]) -> UserTurn:
     """Find from the chat template alone where the user's turn begins and what ends it.
 
     Args:
-        tokenizer: a transformers tokenizer.
+        tokenizer: the model's own.
         eos: ids that end the model's answers; they end the user's turn as well.
 
     Raises:
@@ -128,36 +128,29 @@ def beginning(text: str) -> str | None:
 
 
 def collect(
-    sampler: Sampler,
+    sample: Callable[..., list[Rollout]],
     tokenizer: Tokenizer,
     turn: UserTurn,
     *,
     n: int,
     seed: int,
-    temperature: float = 1.0,
-    max_new_tokens: int = 96,
     rows: int = ROWS,
-    on_kept: Callable[[int], object] | None = None,
+    on_kept: Callable[[int], object] = lambda count: None,
 ) -> tuple[list[str], Counts]:
-    """`generate` with a sampler and a turn that are there already; at most `rows` tries are sampled at once."""
+    """`generate` with a turn and a sampler of (prompts, seeds) that are there already; at most `rows` tries at once."""
     sieve, start = Sieve(n, turn.marks), 0
     while not sieve.full:
         rate = (len(sieve.kept) + 1) / (start + 2)
         size = min(rows, max(FEWEST_ROWS, math.ceil((n - len(sieve.kept)) / rate)))
         tries, before = range(start, start + size), len(sieve.kept)
-        rollouts = sampler(
-            [Encoded(str(i), turn.tokens, turn.text) for i in tries],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seeds=[derive_seed(seed, "prompt", i) for i in tries],
-        )
+        prompts = [Encoded(str(i), turn.tokens, turn.text) for i in tries]
+        rollouts = sample(prompts, seeds=[derive_seed(seed, "prompt", i) for i in tries])
         for rollout in rollouts:
             sieve.offer(written(tokenizer, turn, rollout))
             if sieve.full:  # what else was sampled is not counted: it depends on `rows`
                 break
             sieve.require_yield()
-        if on_kept:
-            on_kept(len(sieve.kept) - before)
+        on_kept(len(sieve.kept) - before)
         start += size
     return sieve.kept, sieve.counts
 
@@ -171,12 +164,12 @@ def generate(
     shared: int,
     temperature: float = 1.0,
     max_new_tokens: int = 96,
-    on_kept: Callable[[int], object] | None = None,
+    on_kept: Callable[[int], object] = lambda count: None,
 ) -> tuple[list[str], Counts]:
     """Prompts that a model writes itself (Magpie, arXiv 2406.08464).
 
     Args:
-        model, tokenizer: a transformers causal language model in evaluation mode, and its tokenizer.
+        model, tokenizer: the model in evaluation mode, and its own tokenizer.
         n: how many prompts.
         seed: settles every try's draws, and with them the prompts.
         shared: only ids below it are sampled.
@@ -193,16 +186,8 @@ def generate(
     _require(n, temperature, max_new_tokens)
     turn = user_turn(tokenizer, eos_ids(model, tokenizer))
     sampler = TransformersSampler(model, shared, turn.ends, max_rows=ROWS)
-    return collect(
-        sampler,
-        tokenizer,
-        turn,
-        n=n,
-        seed=seed,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        on_kept=on_kept,
-    )
+    sample = partial(sampler, temperature=temperature, max_new_tokens=max_new_tokens)
+    return collect(sample, tokenizer, turn, n=n, seed=seed, on_kept=on_kept)
 
 
 def _require(n: int, temperature: float, max_new_tokens: int) -> None:
@@ -229,7 +214,7 @@ def write_self_prompts(
     max_new_tokens: int = 96,
     device: str = "auto",
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Let `model` write prompts into a new JSON lines file ({id, prompt}), with a record beside it (`stats_path`).
 
     Args:

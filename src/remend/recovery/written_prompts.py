@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from remend.console import console, stage
+from remend.console import stage, warn
 from remend.data.examples import example_of
 from remend.errors import InputError
 from remend.files.atomic import json_line, read_json, write_json, write_text
@@ -47,7 +47,7 @@ def with_written_prompts(run: Run, reference: Teacher) -> Run:
         raise InputError("\n".join(say.problems))
     new = [warning for warning in dict.fromkeys(say.warnings) if warning not in plan.warnings]
     for warning in new:
-        console.print(f"[yellow]warning[/]: {warning}", soft_wrap=True)
+        warn(warning)
     plan = replace(plan, streams=tuple(streams), warnings=(*plan.warnings, *new))
     if run.main:
         _note(run, plan)

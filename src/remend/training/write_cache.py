@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from remend.console import Advance, console, stage
+from remend.console import Advance, stage, warn
 from remend.data.examples import Example, data_hash, load_examples, split_held_out, without
 from remend.data.order import batches_by_length, derive_seed
 from remend.data.templates import Encoded, dropped_text, encode_within
@@ -121,14 +121,13 @@ def _sides(plan: CacheSettings) -> dict[str, list[Example]]:
     if not plan.eval_data:
         return dict(zip(SPLITS, split_held_out(examples, plan.held_out, plan.seed), strict=True))
     if plan.held_out is not None:
-        console.print("[yellow]warning[/]: held_out has no effect, since eval_data is given", soft_wrap=True)
+        warn("held_out has no effect, since eval_data is given")
     held_out = load_examples(plan.eval_data)
     train = without(examples, held_out)
     if not train:
         raise InputError(f"no prompt is left to train on: all of {plan.data} are in eval_data {plan.eval_data}")
     if count := len(examples) - len(train):
-        text = f"{count} training prompts are also in eval_data and are left out"
-        console.print("[yellow]warning[/]:", text, soft_wrap=True)
+        warn(f"{count} training prompts are also in eval_data and are left out")
     return dict(zip(SPLITS, (train, held_out), strict=True))
 
 
@@ -141,7 +140,7 @@ def _encoded(
     text = dropped_text(dropped, len(examples), f"{what} prompts", f"max_prompt_tokens = {limit}")
     if not kept:
         raise InputError(f"{text}; none is left. Raise max_prompt_tokens or shorten the prompts.")
-    console.print("[yellow]warning[/]:", text, soft_wrap=True)
+    warn(text)
     return kept, dropped
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from remend.compression.recognise import RECORD
-from remend.console import console, stage
+from remend.console import stage, warn
 from remend.data.examples import bundled, choose, data_hash, load_examples
 from remend.data.templates import encode
 from remend.degrade.kinds import Calibrated, DegradeSettings
@@ -113,7 +113,7 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
         seconds = time.perf_counter() - began - damage.calibration_seconds
     if isinstance(settings, Calibrated) and settings.data is not None and damage.calibration_hash is None:
         text = f"data {settings.data} has no effect: {settings.title()} needs no calibration"
-        console.print(f"[yellow]warning[/]: {text}", soft_wrap=True)
+        warn(text)
     record = _record(damage, changed, model, hashes, seconds)
     if settings.probe:
         record["probe"] = probe_against(damage.reference, changed.student, damage.tokenizer)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from remend.compression.recognise import was_pruned
 from remend.compression.stored_grid import GRID_FILE
-from remend.console import console
+from remend.console import warn
 from remend.data.examples import Example, load_pairs, prompt_key
 from remend.data.order import Order, derive_seed
 from remend.data.templates import dropped_text
@@ -91,7 +91,7 @@ def _rows(damage: Damage, settings: Finetune, pairs: Sequence[tuple[Example, str
         text = dropped_text(dropped, len(pairs), "rows", f"max_tokens = {settings.max_tokens}")
         if not rows:
             raise InputError(f"{text}; none is left. Raise max_tokens or give shorter rows.")
-        console.print(f"[yellow]warning[/]: {text}", soft_wrap=True)
+        warn(text)
     return rows
 
 
