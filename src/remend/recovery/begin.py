@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,6 @@ class Run:
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
-
-    def with_plan(self, plan: Plan) -> Run:
-        """The run with another plan."""
-        return replace(self, plan=plan)
 
 
 def begin(plan: Plan, directory: RunDirectory | None) -> Run:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from remend.console import stage
@@ -60,18 +61,12 @@ class HeldOut:
     on_policy: list[PromptSums]
     answers: list[str]
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> HeldOut:
-        """Inverse of to_json."""
-        return HeldOut(
-            [PromptSums(**s) for s in value["on_reference"]],
-            [PromptSums(**s) for s in value["on_policy"]],
-            value["answers"],
-        )
+    def read(path: Path) -> HeldOut:
+        """As its fields were written."""
+        value = read_json(path)
+        on_reference, on_policy = ([PromptSums(**s) for s in value[of]] for of in ("on_reference", "on_policy"))
+        return HeldOut(on_reference, on_policy, value["answers"])
 
     def figures(self) -> dict[str, Any]:
         """Means over tokens, as in summary.json. A cached reference can't score the student's own answers: None."""
@@ -136,9 +131,9 @@ class Judge:
         """The measurement of the student as it came in, made once per run."""
         path = self.run.directory.path / BASELINE
         if path.is_file():
-            return HeldOut.from_json(read_json(path))
+            return HeldOut.read(path)
         measured = self.measure(student, "degraded")
-        write_json(path, measured.to_json())
+        write_json(path, asdict(measured))
         return measured
 
     def repaired(

@@ -51,7 +51,7 @@ def with_written_prompts(run: Run, reference: Teacher) -> Run:
     plan = replace(plan, streams=tuple(streams), warnings=(*plan.warnings, *new))
     if run.main:
         _note(run, plan)
-    return run.with_plan(plan)
+    return replace(run, plan=plan)
 
 
 def _write(run: Run, reference: Teacher) -> None:

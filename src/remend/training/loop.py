@@ -57,15 +57,12 @@ class Objective(Protocol[M]):
     @property
     def weights(self) -> Mapping[str, float]:
         """Of each stream's mean loss in the sum."""
-        ...
 
     def prepare(self, step: int) -> Prepared[M]:
         """Sample everything that step `step` (from 1) trains on."""
-        ...
 
     def __call__(self, micro_batch: M) -> StepOutput:
         """Sums of the losses of one micro-batch, with gradients attached."""
-        ...
 
 
 class Follower(Protocol):
@@ -73,15 +70,12 @@ class Follower(Protocol):
 
     def updated(self, step: int) -> None:
         """After the update of step `step`."""
-        ...
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it."""
-        ...
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Inverse of `state`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -174,17 +168,18 @@ def train(
         began = time.perf_counter()
         torch.manual_seed(step)  # whatever still draws from the global stream draws the same after a resume
         rate = optimization.rate_at(step)
-        row = _gradients(objective, accelerator, device, step, saving)
+        row, ids = _gradients(objective, accelerator, device, step, saving)
         norm = _update(constraint, optimizer, rate, optimization.max_grad_norm, accelerator)
         if not math.isfinite(norm):
-            raise TrainingError(_not_finite("gradient norm", norm, step, row.ids, saving))
+            raise TrainingError(_not_finite("gradient norm", norm, step, ids, saving))
         if follower:
             follower.updated(step)
         seconds = time.perf_counter() - began
-        values = {**row.values, "learning_rate": rate, "grad_norm": norm}
-        _log(saving, accelerator, step, values)
-        _time(saving, accelerator, step, seconds)
-        watch.on_step({"step": step, **values, "seconds": seconds})
+        row |= {"learning_rate": rate, "grad_norm": norm}
+        _log(saving, accelerator, step, row)
+        if accelerator.is_main_process:
+            saving.run.append(TIMING, {"step": step, "seconds": round(seconds, 4)})
+        watch.on_step({"step": step, **row, "seconds": seconds})
         for hook in watch.hooks:
             _log(saving, accelerator, step, hook(step) or {})
         if saving.every and step % saving.every == 0 and accelerator.is_main_process:
@@ -215,27 +210,16 @@ def _asked_to_stop(watch: Watch, accelerator: Accelerator, device: torch.device)
     return bool(_over_processes(accelerator, said))
 
 
-def _time(saving: Saving, accelerator: Accelerator, step: int, seconds: float) -> None:
-    if accelerator.is_main_process:
-        saving.run.append(TIMING, {"step": step, "seconds": round(seconds, 4)})
-
-
 def _log(saving: Saving, accelerator: Accelerator, step: int, values: Mapping[str, float]) -> None:
     if values and accelerator.is_main_process:
         saving.run.append(METRICS, {"step": step, **values})
         accelerator.log(dict(values), step=step)
 
 
-@dataclass(frozen=True)
-class _Row:
-    values: dict[str, float]
-    ids: Sequence[str]
-
-
 def _gradients(
     objective: Objective[M], accelerator: Accelerator, device: torch.device, step: int, saving: Saving
-) -> _Row:
-    """Backward passes of one step, summed over micro-batches and processes, divided once."""
+) -> tuple[dict[str, float], Sequence[str]]:
+    """Backward passes of one step, summed over micro-batches and processes, divided once: its row, and its ids."""
     prepared = objective.prepare(step)
     streams = sorted(objective.weights)
     counts = torch.tensor([prepared.tokens.get(s, 0) for s in streams], dtype=torch.float64, device=device)
@@ -266,7 +250,7 @@ def _gradients(
     if len(streams) > 1:
         values.update({f"{s}/loss": m for s, m in means.items()})
         values.update({f"{s}/tokens": int(n) for s, n in zip(streams, totals, strict=True)})
-    return _Row(values, prepared.ids)
+    return values, prepared.ids
 
 
 def _over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -120,7 +119,7 @@ def repetition(completion: Sequence[int], n: int = 4) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def pool(sums: Sequence[PromptSums]) -> dict[str, Any]:
+def pool(sums: Sequence[PromptSums]) -> dict[str, float]:
     """Means over all tokens: kl (nats a token), top1_agreement, perplexity, reference_perplexity.
 
     A perplexity beyond float64 (a mean above 700 nats) is given as that of 700.
