@@ -13,7 +13,6 @@ from helpers.tiny import build_model, build_tokenizer, prompts
 from remend.degrade.depth import prune_depth
 from remend.errors import CheckError
 from remend.recovery import check, recover, settings
-from remend.recovery.hold import learning_rate
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.preflight import preflight
 from remend.training.write_cache import cache_teacher
@@ -216,7 +215,7 @@ def test_a_repair_that_does_nothing_is_said(
     assert len(said) == (why is not None) == (not result.plan.repairs)
     assert all(str(why) in note for note in said)
     if why != "an adapter is trained":
-        rate = learning_rate(plan_of(values, learning_rate=None))
+        rate = plan_of(values, learning_rate=None).learning_rate
         assert rate == (2e-4 if why else 1e-4)  # the rate after a repair belongs to a repair that is made
     without = plan_of(values, repair=False)
     assert not any("not repaired" in note for note in without.notes)

@@ -11,7 +11,7 @@ from remend.data.templates import Encoded
 from remend.files.run_directory import RunDirectory
 from remend.recovery import RecoverResult
 from remend.recovery.pools import REPAIR_ANSWERS
-from remend.recovery.repair import Questions, repair
+from remend.recovery.repair import calibration_prompts, repair
 from remend.training.constraints import StudentFacts
 
 
@@ -22,7 +22,7 @@ def test_a_padded_teacher_writes_no_calibration_text_that_the_student_can_not_re
     padded.get_input_embeddings().weight.data[len(tokenizer) :] = 9.0
     facts = StudentFacts(Recognised("remend", put_on_grid(student, "int3-g64"), False, "it lies on a grid"))
     asked = [Encoded(str(i), (1, 40 + i), "") for i in range(3)]
-    result = repair(student, padded, facts, Questions(tokenizer, asked, 3, 0, shared=len(tokenizer)))
+    result = repair(student, padded, facts, tokenizer, asked, seed=0, shared=len(tokenizer))
     assert result.seconds > 0
     assert len(result.answers) == 3
     assert max(token for row in result.answers for token in row.completion) < len(tokenizer)
@@ -32,7 +32,7 @@ def test_calibration_prompts_are_as_many_as_asked_or_as_rows_allow(monkeypatch: 
     prompts = [Encoded(str(i), tuple(range(10)), "") for i in range(5)]
 
     def chosen(samples: int) -> list[str]:
-        return [p.id for p in Questions(build_tokenizer(), prompts, samples, 0).chosen()]
+        return [p.id for p in calibration_prompts(prompts, samples, 0)]
 
     assert len(set(chosen(4))) == 4
     assert chosen(12).count("3") >= 2  # answered again, with other draws

@@ -113,11 +113,6 @@ def begin(plan: Plan, directory: RunDirectory | None) -> Run:
     return Run(plan, directory, accelerator, saved[-1] if saved else None)
 
 
-def directions(plan: Plan) -> str:
-    """The divergences of all streams, in words."""
-    return "; ".join(dict.fromkeys(s.stream.loss.words for s in plan.streams))
-
-
 def load(run: Run) -> tuple[CausalLM, dict[str, Teacher]]:
     """The student, and the teachers that do not follow it, by name; the reference is among them."""
     plan = run.plan
@@ -149,7 +144,7 @@ def _create(plan: Plan, inputs: Mapping[str, Any]) -> None:
         "recipe": recipe,
         "reference": plan.reference,
         "answer_tokens": plan.main.stream.lengths[1],
-        "kl_direction": directions(plan),
+        "kl_direction": plan.directions,
         "seeds": {"seed": plan.config.seed},
         **inputs,
         "prompts": counts[plan.main.stream.name],

@@ -69,6 +69,17 @@ class Plan:
         return kind_of(self.facts).describe(self.facts)
 
     @property
+    def learning_rate(self) -> float:
+        """The recipe's, or the one for what is trained."""
+        given = self.config.learning_rate
+        return kind_of(self.facts).learning_rate(self.facts, repaired=self.repairs) if given is None else given
+
+    @property
+    def directions(self) -> str:
+        """The divergences of all streams, in words."""
+        return "; ".join(dict.fromkeys(s.stream.loss.words for s in self.streams))
+
+    @property
     def rows(self) -> int:
         """Prompts of a step, in this process."""
         return self.config.batch_size * self.config.gradient_accumulation
@@ -86,8 +97,7 @@ class Plan:
             for s in self.streams
         )
         held = f"; held to {self.constraint}" if self.constraint != "none" else ""
-        losses = list(dict.fromkeys(s.stream.loss.words for s in self.streams))
-        loss = f"; loss {'; '.join(losses)}" if losses != [of_beta(0.0).words] else ""
+        loss = f"; loss {self.directions}" if self.directions != of_beta(0.0).words else ""
         return f"ok: {prompts}, {self.parameters / 1e6:.1f}M parameters, {self.shared} shared token ids{held}{loss}"
 
 

@@ -32,39 +32,6 @@ MOST_ROWS = 65_536
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What the teacher is asked for calibration text.
-
-    Attributes:
-        tokenizer: of the student.
-        prompts: which training has, in its own order.
-        samples: how many answers; where that is more than there are prompts, some are answered anew.
-        seed: of the text and its choice.
-        shared: ids that both models know; a padded teacher writes no others.
-    """
-
-    tokenizer: Tokenizer
-    prompts: Sequence[Encoded]
-    samples: int
-    seed: int
-    shared: int | None = None
-
-    def chosen(self) -> list[Encoded]:
-        """From the end of training's order, as far as MOST_ROWS reaches; one at least.
-
-        The order is varied (files go by topic), and training begins at its other end: with what repair has not seen.
-        """
-        prompts: list[Encoded] = []
-        rows = 0
-        for _, prompt in reversed(Order(self.prompts, self.seed).take(0, max(self.samples, len(self.prompts)))):
-            rows += len(prompt.tokens) + TOKENS
-            if prompts and (rows > MOST_ROWS or len(prompts) == self.samples):
-                break
-            prompts.append(prompt)
-        return prompts
-
-
-@dataclass(frozen=True)
 class Repaired:
     """What a repair gave.
 
@@ -79,30 +46,48 @@ class Repaired:
     answers: Sequence[Rollout] = ()
 
 
+def calibration_prompts(prompts: Sequence[Encoded], samples: int, seed: int) -> list[Encoded]:
+    """From the end of training's order, as far as MOST_ROWS reaches; one at least, and some twice where they are few.
+
+    The order is varied (files go by topic), and training begins at its other end: with what repair has not seen.
+    """
+    chosen: list[Encoded] = []
+    rows = 0
+    for _, prompt in reversed(Order(prompts, seed).take(0, max(samples, len(prompts)))):
+        rows += len(prompt.tokens) + TOKENS
+        if chosen and (rows > MOST_ROWS or len(chosen) == samples):
+            break
+        chosen.append(prompt)
+    return chosen
+
+
 def repair(
     student: CausalLM,
     teacher: CausalLM,
     facts: StudentFacts,
-    questions: Questions,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Encoded],
+    *,
+    seed: int,
+    shared: int,
     precision: AbstractContextManager[object] | None = None,
 ) -> Repaired:
     """Repair a compressed student in place. One that is not compressed, or not cut from the teacher, is left as it is.
 
     Args:
         student, teacher: the models; the teacher's weights are used, so it must be of the student's family.
-        facts: of the student.
-        questions: what the teacher answers.
+        facts, tokenizer: of the student.
+        prompts: what the teacher answers for calibration text.
+        seed: of its answers.
+        shared: ids that both models know; a padded teacher writes no others.
         precision: context of the forward passes, and of sampling.
     """
     kind = kind_of(facts)
     if not kind.repairs(student, facts, teacher):
         return Repaired()
     began = time.perf_counter()
-    prompts, seed = questions.chosen(), questions.seed
     with precision or nullcontext():
-        text = completions(
-            teacher, questions.tokenizer, prompts, max_new_tokens=TOKENS, seed=seed, shared=questions.shared
-        )
+        text = completions(teacher, tokenizer, prompts, max_new_tokens=TOKENS, seed=seed, shared=shared)
     if next(teacher.parameters()).dtype != torch.float32:
         # what a layer ought to add is a difference of large states, which bfloat16 (a GPU's teacher) would blur
         teacher = copy.deepcopy(teacher).to(torch.float32)
@@ -112,12 +97,14 @@ def repair(
 
 def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaired:
     """Repair the student in place where the plan asks for it; `seconds` is 0 where nothing was done."""
-    plan, config = run.plan, run.plan.config
+    plan, config, teacher = run.plan, run.plan.config, reference.model
     # a checkpoint holds what came of repair, so a resumed run need not do it again
-    if run.resumed or not config.repair or plan.facts.adapted or reference.model is None:
+    if run.resumed or not config.repair or plan.facts.adapted or teacher is None:
         return Repaired()
-    questions = Questions(plan.tokenizer, plan.main.train, config.repair_samples, config.seed, plan.shared)
-    return repair(student, reference.model, plan.facts, questions, run.precision())
+    prompts, how = calibration_prompts(plan.main.train, config.repair_samples, config.seed), run.precision()
+    return repair(
+        student, teacher, plan.facts, plan.tokenizer, prompts, seed=config.seed, shared=plan.shared, precision=how
+    )
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from remend.models.adapters import is_adapted, merge
 from remend.models.find import find_model
 from remend.models.load import save_model
 from remend.models.protocols import CausalLM
-from remend.recovery.begin import Run, directions
+from remend.recovery.begin import Run
 from remend.recovery.judge import HeldOut, summarize
 from remend.report import write_report
 from remend.training.constraints import Constraint
@@ -68,7 +68,7 @@ def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str
     summary = {
         **summarize(degraded, recovered, plan.config.seed),
         "kl_direction": of_beta(0.0).words,
-        "training_loss": directions(plan),
+        "training_loss": plan.directions,
         "constraint": plan.constraint,
         "repair": read_json(repair) if repair.is_file() else None,
         **outcome,

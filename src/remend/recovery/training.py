@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,16 +17,14 @@ from remend.models.protocols import CausalLM
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import Scorer, scorer
 from remend.recovery.alignment import Aligned, aligned
-from remend.recovery.begin import Run, directions
+from remend.recovery.begin import Run
 from remend.recovery.bootstrap import GATE, Gate, bootstrap_budget, repair_budget, reuses_repair
 from remend.recovery.distillation import Distillation
-from remend.recovery.evaluating import evaluation_hook, tracking_hook
-from remend.recovery.hold import learning_rate
 from remend.recovery.judge import Judge, SideJudge, gate_verdict, side_judge_of
 from remend.recovery.memory import must_recompute
 from remend.recovery.pools import build_sources, repair_answers, with_pools
 from remend.recovery.rounds import Rounds, Source
-from remend.recovery.selection import Selection
+from remend.recovery.selection import SCORE, Selection, score
 from remend.recovery.tracking import Tracker
 from remend.training.constraints import Constraint
 from remend.training.loop import Hook, Optimization, Saving, Watch, train
@@ -75,16 +74,16 @@ def train_student(
 
     hooks: list[Hook] = []
     if judge and side and config.eval_every:
-        hooks.append(evaluation_hook(run, parts, judge, side, selection, kl_before or 0.0))
+        hooks.append(_evaluation_hook(run, parts, judge, side, selection, kl_before or 0.0))
     if judge and tracker:
-        hooks.append(tracking_hook(run, parts, judge, tracker))
+        hooks.append(_tracking_hook(run, parts, judge, tracker))
     objective = _objective(run, student, parts, sources, gate)
     steps = _loop(run, objective, constraint, hooks, selection)
     chosen = selection.restore() if judge else None
     after = side.measure() if side else {}
     return {
         "steps": steps,
-        "learning_rate": learning_rate(run.plan),
+        "learning_rate": run.plan.learning_rate,
         "gradient_checkpointing": recompute,
         "selected": chosen or {"step": steps},
         "streams": {name: {"before": before[name], "after": after[name]} for name in before},
@@ -130,6 +129,44 @@ def _gate(run: Run, student: CausalLM, judge: Judge | None, side: SideJudge | No
     return gate
 
 
+def _evaluation_hook(
+    run: Run, student: Scorer, judge: Judge, side: SideJudge, selection: Selection, kl_before: float
+) -> Hook:
+    """Held-out measures of all streams every `eval_every` steps, and the score that selection goes by."""
+    config, main = run.plan.config, run.plan.main.stream.name
+    weights = {name: source.stream.weight for name, source in side.sources.items()}
+
+    def evaluate(step: int) -> Mapping[str, float] | None:
+        last = config.selects == "best" and step == config.steps
+        if step % config.eval_every and not last:
+            return None
+        row = {f"eval/{key}": value for key, value in judge.quick(student).items()}
+        before, now = {main: kl_before}, {main: row["eval/kl"]}
+        for name, figures in side.measure().items():
+            row |= {f"eval/{name}/{key}": value for key, value in figures.items()}
+            before[name], now[name] = side.goal(name, side.baseline()[name]), side.goal(name, figures)
+        if config.selects == "best" or config.patience or config.streams:
+            row[SCORE] = score(before, now, {name: weights[name] for name in now})
+            selection.seen(step, row[SCORE])
+        return row
+
+    return evaluate
+
+
+def _tracking_hook(run: Run, student: Scorer, judge: Judge, tracker: Tracker) -> Hook:
+    """Alignment of the layers every `diagnose_every` steps; the last step is measured as saved."""
+    config = run.plan.config
+
+    def diagnose(step: int) -> Mapping[str, float] | None:
+        if step % config.diagnose_every or step == config.steps:
+            return None
+        values = tracker.note(student, step, "training", judge.quick(student))
+        known = [value for value in values if not math.isnan(value)]
+        return {"eval/cka": sum(known) / len(known)} if known else None
+
+    return diagnose
+
+
 def _objective(run: Run, student: CausalLM, parts: Scorer, sources: Sequence[Source], gate: Gate) -> Distillation:
     config = run.plan.config
     precision = run.precision()
@@ -156,7 +193,7 @@ def _loop(
         objective = aligned(distillation, config.alignment, distillation.student.model, plan.facts.layer_map)
     if config.report_to:
         run.accelerator.init_trackers("remend", config=config.model_dump())
-    with stage(f"recovering ({directions(plan)})", config.steps, run.step) as advance:
+    with stage(f"recovering ({plan.directions})", config.steps, run.step) as advance:
 
         def on_step(row: Mapping[str, float]) -> None:
             advance(1, f"loss {row['loss']:.3f}  {row['tokens'] / row['seconds']:.0f} tokens/s")
@@ -167,7 +204,7 @@ def _loop(
             run.accelerator,
             Optimization(
                 config.steps,
-                learning_rate(plan),
+                plan.learning_rate,
                 config.warmup_steps,
                 config.final_learning_rate,
                 config.weight_decay,

@@ -26,12 +26,9 @@ class AdapterOff(View):
 class Base(NamedTeacher):
     """The one view of the student that may be the healthy reference: it does not move."""
 
+    word = "base"
     moving = True
     no_layers = "base has the student's own. Name the base model"
-
-    @classmethod
-    def claims(cls, name: str) -> bool:
-        return name == "base"
 
     def load(self, workplace: Workplace) -> AdapterOff:
         return AdapterOff(workplace.student)

@@ -41,15 +41,12 @@ class Ema(Weights):
 class NamedEma(NamedTeacher):
     """The recipe's `ema: {rate, every}` says how it moves."""
 
+    word = "ema"
     moving = True
     healthy = False
     copies = 1
     saved = True
     no_layers = "ema has the student's own"
-
-    @classmethod
-    def claims(cls, name: str) -> bool:
-        return name == "ema"
 
     def load(self, workplace: Workplace) -> Ema:
         settings = workplace.recipe["ema"]

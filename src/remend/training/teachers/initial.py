@@ -13,14 +13,11 @@ from remend.training.teachers.views import Weights
 class Initial(NamedTeacher):
     """The recipe's name for it."""
 
+    word = "initial"
     moving = True
     healthy = False
     copies = 1
     no_layers = "initial has the student's own"
-
-    @classmethod
-    def claims(cls, name: str) -> bool:
-        return name == "initial"
 
     def load(self, workplace: Workplace) -> Weights:
         """Where repair has changed the student, the values from before are taken."""

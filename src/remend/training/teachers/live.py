@@ -13,13 +13,10 @@ from remend.training.teachers.views import View
 class Live(NamedTeacher):
     """The recipe's name for it."""
 
+    word = "live"
     moving = True
     healthy = False
     no_layers = "live has the student's own"
-
-    @classmethod
-    def claims(cls, name: str) -> bool:
-        return name == "live"
 
     def refuses(self, stream: StreamView) -> list[str]:
         if stream.demonstrations:

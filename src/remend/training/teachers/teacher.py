@@ -111,6 +111,7 @@ class StreamView(Protocol):
 class NamedTeacher(ABC):
     """A teacher as a recipe names it. A kind of its own overrides what differs.
 
+    word: what a recipe says for it, where that is one word.
     moving: it follows the student, and is no model of its own.
     healthy: everything may be measured against it.
     brings_prompts: it has completions of its own, and is never asked for others.
@@ -119,6 +120,7 @@ class NamedTeacher(ABC):
     """
 
     name: str
+    word: ClassVar[str | None] = None
     moving: ClassVar[bool] = False
     healthy: ClassVar[bool] = True
     brings_prompts: ClassVar[bool] = False
@@ -129,7 +131,7 @@ class NamedTeacher(ABC):
     @classmethod
     def claims(cls, name: str) -> bool:
         """Whether a recipe that says `name` means this kind."""
-        return False
+        return name == cls.word
 
     def refuses(self, stream: StreamView) -> list[str]:
         """Why a stream can't be taught by it, a sentence each."""
