@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -89,7 +88,8 @@ def _plan(
         student = _student(config, source, say)
         facts = _facts(config, source, say)
         _check_adapter(config, source, facts, teachers, say)
-        shared = _shared(config, source, student, teachers, streams, say)
+    if student:
+        shared = _shared(student, teachers, streams, say)
     for stream in streams:
         if stream.top_k and shared and stream.top_k > shared:
             say.problems.append(f"top_k is {stream.top_k}; the vocabulary has {shared} tokens. Leave it out")
@@ -106,7 +106,14 @@ def _plan(
     if student and facts:
         with say.collecting():
             repairs, facts = _fit_to_reference(config, student, facts, healthy, say)
-    data = _data(config, streams, teachers, reference, student.tokenizer if student else None, say)
+    data: list[StreamData] = []
+    if student:
+        for stream in streams:
+            with say.collecting():
+                empty = StreamData(stream, by_reference=stream.teacher.name == reference)
+                teacher = teachers.get(stream.teacher.name, stream.teacher)
+                data.append(load_stream(empty, config, student.tokenizer, teacher, say))
+    data = kept_apart(data, say)
     if student is None or facts is None or say.problems:
         return None
     _check_disk(config, student, data, say)
@@ -139,7 +146,14 @@ def _opened_teachers(config: RecoverConfig, names: Sequence[str], say: Findings)
 
 
 def _check_settings(config: RecoverConfig, say: Findings) -> None:
-    _check_tracker(config.report_to, say)
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    name, known = config.report_to, [str(kind) for kind in LoggerType.list() if kind != "all"]
+    if name is not None and name not in known:
+        say.problems.append(f'unknown report_to "{name}"; known: {", ".join(known)}.{did_you_mean(name, known)}')
+    elif name is not None and name not in map(str, get_available_trackers()):
+        say.problems.append(f"report_to {name} needs the package of that tracker, which is not installed")
     if config.eval_data and config.held_out is not None:
         say.warnings.append("held_out has no effect, since eval_data is given")
     if config.warmup_steps > config.steps > 0:
@@ -163,29 +177,22 @@ def _check_alignment(config: RecoverConfig, teacher: NamedTeacher, layers: int, 
         )
 
 
-def _check_tracker(name: str | None, say: Findings) -> None:
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
-
-    known = [str(kind) for kind in LoggerType.list() if kind != "all"]
-    if name is not None and name not in known:
-        say.problems.append(f'unknown report_to "{name}"; known: {", ".join(known)}.{did_you_mean(name, known)}')
-    elif name is not None and name not in map(str, get_available_trackers()):
-        say.problems.append(f"report_to {name} needs the package of that tracker, which is not installed")
-
-
 def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Student | None:
     with say.collecting():
         settings = load_config(source)
         text = settings.get_text_config()
-        tokenizer: Tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
         say.warnings += _ending(tokenizer, source)
         model = skeleton(source, settings)
         if config.lora:
             check_targets(model, config.lora.targets)
-        _check_layer_map(config.layer_map, text.num_hidden_layers)
-        parameters = count_parameters(model)
-        return Student(source, tokenizer, text.vocab_size, parameters, text.num_hidden_layers, shapes(model))
+        layers, given = text.num_hidden_layers, config.layer_map
+        if given is not None and (len(given) != layers or min(given) < 0 or given != sorted(set(given))):
+            raise InputError(
+                f"layer_map {given} must name, rising from 0, one of the teacher's layers for each of the student's "
+                f"{layers}"
+            )
+        return Student(source, tokenizer, text.vocab_size, count_parameters(model), layers, shapes(model))
     return None
 
 
@@ -211,25 +218,8 @@ def _check_adapter(
         )
 
 
-def _check_layer_map(given: Sequence[int] | None, layers: int) -> None:
-    if given is not None and (len(given) != layers or min(given) < 0 or list(given) != sorted(set(given))):
-        raise InputError(
-            f"layer_map {given} must name, rising from 0, one of the teacher's layers for each of the "
-            f"student's {layers}"
-        )
-
-
-def _shared(
-    config: RecoverConfig,
-    source: ModelSource,
-    student: Student | None,
-    teachers: Mapping[str, NamedTeacher],
-    streams: Sequence[Stream],
-    say: Findings,
-) -> int:
+def _shared(student: Student, teachers: Mapping[str, NamedTeacher], streams: Sequence[Stream], say: Findings) -> int:
     """How many leading token ids mean the same to the student and all its teachers."""
-    if student is None:
-        return 0
     shared = student.rows
     # a teacher that sees no more of the prompt than the student, in some stream
     alike = {s.teacher.name for s in streams if not s.demonstrations}
@@ -237,7 +227,7 @@ def _shared(
     for name, teacher in sorted(teachers.items(), key=lambda item: item[1].brings_prompts):
         with say.collecting():
             rows = shared if teacher.brings_prompts else student.rows
-            fit = teacher.compare(source, student.tokenizer, rows, shown_more=name not in alike)
+            fit = teacher.compare(student.source, student.tokenizer, rows, shown_more=name not in alike)
             if fit is not None:
                 say.problems.extend(fit.problems)
                 say.warn_once(fit.warnings)
@@ -249,16 +239,16 @@ def _fit_to_reference(
     config: RecoverConfig, student: Student, facts: StudentFacts, reference: NamedTeacher, say: Findings
 ) -> tuple[bool, StudentFacts]:
     """Whether one-shot repair has an effect; and the facts, without a map of layers that does not fit the reference."""
-    if not facts.layer_map and not (config.repair and facts.compressed):
+    repairs, theirs = config.repair and facts.compressed, None
+    if not (facts.layer_map or repairs):
         return False, facts
-    theirs = None
     if reference.source is not None:
         settings = load_config(reference.source)
         theirs = shapes(skeleton(reference.source, settings))
         facts = _with_fitting_layers(config, student, facts, settings.get_text_config().num_hidden_layers, say)
     elif not reference.brings_prompts:
         return False, facts  # the reference is the student's own base
-    if not (config.repair and facts.compressed):
+    if not repairs:
         return False, facts
     why = kind_of(facts).no_repair(facts, student.matrices, theirs)
     say.notes.extend([f"the student is not repaired before training: {why}"] if why else [])
@@ -298,7 +288,7 @@ def _facts(config: RecoverConfig, source: ModelSource, say: Findings) -> Student
     return None
 
 
-def _ending(tokenizer: Any, source: ModelSource) -> list[str]:
+def _ending(tokenizer: Tokenizer, source: ModelSource) -> list[str]:
     if tokenizer.eos_token_id is None:
         return ["the student's tokenizer has no end-of-sequence token: every rollout will run to max_new_tokens"]
     path = source.path / "generation_config.json" if source.kind == "directory" and source.path else None
@@ -314,24 +304,6 @@ def _ending(tokenizer: Any, source: ModelSource) -> list[str]:
                 f"({tokenizer.eos_token!r}); rollouts end at either"
             ]
     return []
-
-
-def _data(
-    config: RecoverConfig,
-    streams: Sequence[Stream],
-    teachers: Mapping[str, NamedTeacher],
-    reference: str,
-    tokenizer: Tokenizer | None,
-    say: Findings,
-) -> list[StreamData]:
-    data: list[StreamData] = []
-    for stream in streams:
-        teacher = teachers.get(stream.teacher.name, stream.teacher)
-        if tokenizer is not None:
-            with say.collecting():
-                empty = StreamData(stream, by_reference=stream.teacher.name == reference)
-                data.append(load_stream(empty, config, tokenizer, teacher, say))
-    return kept_apart(data, say)
 
 
 def _check_disk(config: RecoverConfig, student: Student, streams: Sequence[StreamData], say: Findings) -> None:
