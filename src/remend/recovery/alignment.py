@@ -65,11 +65,7 @@ def aligned(
 ) -> Aligned:
     """The step function with an alignment of the first stream's blocks, whose teacher must be a frozen model.
 
-    Args:
-        objective: the step function as it is.
-        config: the recipe's.
-        student: its model.
-        layer_map: for each of its layers the teacher's; None finds it by the weights.
+    `layer_map` has for each of the student's layers the teacher's; None finds it by the weights.
     """
     first = objective.rounds.sources[0].teacher
     assert isinstance(first, Frozen), "the checks refuse other teachers"

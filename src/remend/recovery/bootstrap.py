@@ -54,12 +54,9 @@ class Verdict:
 
 
 def judge_rollouts(own: Sequence[Rollout], sums: Sequence[PromptSums], reference: Sequence[Rollout]) -> Verdict:
-    """Are the student's own samples degenerate?
+    """Are the student's own samples at temperature 1 degenerate, beside the reference's answers to the same prompts?
 
-    Args:
-        own: samples of the student at temperature 1.
-        sums: its divergence from the reference on them.
-        reference: the reference's answers to the same prompts, under the same length limit.
+    `sums` are the student's divergence from the reference on its samples; one length limit holds for both models.
     """
     kl = pool(sums)["kl"]
     repeated = sum(repetition(r.completion) for r in own) / len(own)
@@ -77,10 +74,7 @@ def judge_rollouts(own: Sequence[Rollout], sums: Sequence[PromptSums], reference
 def judge_demonstrations(name: str, gains: Mapping[str, Sequence[float]], seed: int) -> Verdict:
     """Does seeing the demonstration help the teacher of stream `name`?
 
-    Args:
-        name: of the stream.
-        gains: paired differences (with − without demonstration, above 0 is better) of each held-out row, by measure.
-        seed: of the bootstrap.
+    `gains` are paired differences (with − without demonstration, above 0 is better) of each held-out row, by measure.
     """
     reasons, figures = [], {}
     for measure, values in gains.items():
@@ -106,16 +100,8 @@ def likelihood_gain(teacher: Teacher, rollouts: Sequence[Rollout]) -> list[float
 def score_gain(data: StreamData, teacher: Teacher, tokenizer: Tokenizer, shared: int) -> list[float]:
     """Does the teacher solve more of the stream's task when it sees the row's demonstration?
 
-    Greedy answers, graded by the stream's task in `robust` mode.
-
-    Args:
-        data: a stream with a task.
-        teacher: answers its first held-out prompts, at most GRADED_ROWS.
-        tokenizer: of the answers.
-        shared: only ids below it are sampled.
-
-    Returns:
-        1 for a row that is solved only with its demonstration, −1 for one solved only without, else 0.
+    Its greedy answers to the first GRADED_ROWS held-out prompts are graded in `robust` mode: 1 for a row that is solved
+    only with its demonstration, −1 for one solved only without, else 0.
     """
     assert data.stream.task is not None
     task, prompts = tasks.get(data.stream.task), data.held_out[:GRADED_ROWS]
@@ -160,12 +146,9 @@ def bootstrap_budget(config: RecoverConfig) -> int:
 class Gate:
     """Shut while the student should learn from the teacher's completions; once open it stays open.
 
-    Args:
-        mode: 'off' is open at once, 'on' opens when the budget is spent, 'auto' by measurement.
-        budget: steps of bootstrap at most.
-        measure: makes a Verdict of the student as it is; called in the main process only.
-        directory: keeps what was measured, so that a resumed run decides alike.
-        accelerator: all processes follow the main one.
+    mode: 'off' is open at once, 'on' opens when the budget of steps is spent, 'auto' by measurement.
+    measure: makes a Verdict of the student as it is; called in the main process, which the others follow.
+    directory: keeps what was measured, so that a resumed run decides alike.
     """
 
     mode: str

@@ -139,14 +139,9 @@ class Judge:
     def repaired(
         self, student: CausalLM, before: HeldOut, seconds: float, answers: Sequence[Rollout]
     ) -> tuple[list[PromptSums], bool]:
-        """Measure a repaired student on the reference's answers; writes repair.json and held_out_repaired.jsonl.
+        """Measure a student repaired on `answers`; writes repair.json and held_out_repaired.jsonl.
 
-        Args:
-            student: as it is now.
-            before: as it came in.
-            seconds: that repair took.
-            answers: what it was fitted to. `kl_fitted` is on some of them: where it is far below, repair is short of
-                text.
+        Where `kl_fitted`, which is on some of those answers, is far below the held-out KL, repair is short of text.
 
         Returns:
             The sums, and whether repair is kept: its KL is not above that of the student as it came in.
@@ -219,16 +214,24 @@ def judge_of(run: Run, reference: Teacher) -> Judge | None:
     if not run.main:
         return None
     prompts = [replace(p, shown=None) for p in run.plan.main.held_out]
-    if reference.held_out is not None:
-        return Judge(run, reference, prompts, reference.held_out)
+    completions = reference.held_out
+    if completions is None:
+        title, length = "reference answers the held-out prompts", run.plan.main.stream.lengths[1]
+        completions = _greedy_answers(run, reference, prompts, "reference.jsonl", title, length)
+    return Judge(run, reference, prompts, completions)
+
+
+def _greedy_answers(
+    run: Run, teacher: Teacher, prompts: Sequence[Encoded], file: str, title: str, length: int
+) -> list[Rollout]:
+    """A teacher's answers to prompts of `length` tokens at most, sampled once per run and kept in `file`."""
+    plan = run.plan
 
     def write() -> list[Rollout]:
-        with reference.policy() as model:
-            return _sample(run, model, prompts, "reference answers the held-out prompts", 0.0)
+        with teacher.policy() as model:
+            return answer(model, plan.tokenizer, prompts, title, max_new_tokens=length, shared=plan.shared)
 
-    return Judge(
-        run, reference, prompts, answered_once(run.directory, "reference.jsonl", prompts, run.plan.tokenizer, write)
-    )
+    return answered_once(run.directory, file, prompts, plan.tokenizer, write)
 
 
 def _sample(run: Run, model: CausalLM, prompts: Sequence[Encoded], title: str, temperature: float) -> list[Rollout]:
@@ -314,9 +317,15 @@ def side_judge_of(run: Run, sources: Sequence[Source], student: Scorer) -> SideJ
         s.stream.name: _row_answers(run, s, student) for s in streams if s.stream.demonstrations
     }
     for data in streams:
-        name = data.stream.name
-        if data is not run.plan.main and data.held_out and name not in completions:
-            completions[name] = _taught_answers(run, data, named[name].teacher, student)
+        name, length, prompts = data.stream.name, data.stream.lengths[1], data.held_out[:SIDE_ROWS]
+        if data is run.plan.main or not prompts or name in completions:
+            continue
+        teacher, title = named[name].teacher, f"the teacher of {name} answers"
+        completions[name] = (
+            _greedy_answers(run, teacher, prompts, f"reference-{name}.jsonl", title, length)
+            if teacher.held_out is None
+            else teacher.held_out[:SIDE_ROWS]
+        )
     return SideJudge(run, named, student, completions)
 
 
@@ -330,17 +339,3 @@ def _row_answers(run: Run, data: StreamData, student: Scorer) -> list[Rollout]:
         tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         rollouts.append(Rollout(prompt.id, prompt.tokens, (*tokens, *close), False, prompt.shown))
     return rollouts
-
-
-def _taught_answers(run: Run, data: StreamData, teacher: Teacher, student: Scorer) -> Sequence[Rollout]:
-    """The teacher's greedy answers before training, from the run's directory or sampled into it."""
-    if teacher.held_out is not None:
-        return teacher.held_out[:SIDE_ROWS]
-    name, prompts = data.stream.name, data.held_out[:SIDE_ROWS]
-
-    def write() -> list[Rollout]:
-        title, length = f"the teacher of {name} answers", data.stream.lengths[1]
-        with teacher.policy() as model:
-            return answer(model, run.plan.tokenizer, prompts, title, max_new_tokens=length, shared=student.shared)
-
-    return answered_once(run.directory, f"reference-{name}.jsonl", prompts, run.plan.tokenizer, write)

@@ -35,11 +35,7 @@ def activation_bytes(config: Any, rows: int, tokens: int) -> int:
 def must_recompute(config: Any, rows: int, tokens: int, trained: int, free: int, copies: int = 0) -> bool:
     """Whether a micro-batch's activations take over SHARE of what `free` bytes leave beside the training's state.
 
-    Args:
-        config, rows, tokens: see `activation_bytes`.
-        trained: parameters that are trained.
-        free: bytes, see `free_bytes`.
-        copies: of the trained parameters that teachers keep.
+    That is the state of so many `trained` parameters, of which teachers keep `copies`; see `activation_bytes`.
     """
     state = (STATE_BYTES + COPY_BYTES * copies) * trained
     return activation_bytes(config, rows, tokens) > SHARE * (free - state)

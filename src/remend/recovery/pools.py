@@ -29,11 +29,8 @@ def build_sources(
 ) -> list[Source]:
     """One source per stream, without pools. Streams that name one teacher share it.
 
-    Args:
-        run: whose streams they are.
-        student: as it starts.
-        known: the teachers that are loaded already, by name; the others are views of the student.
-        initial: the trainable parameters as the student came in, where they have changed since (repair).
+    `known` are the teachers that are loaded already; the others are views of the student. `initial` are the trainable
+    parameters as the student came in, where they have changed since (repair).
     """
     plan, teachers = run.plan, dict(known)
     rows = rows_of([data.stream for data in plan.streams], plan.rows * run.accelerator.num_processes)
@@ -56,12 +53,11 @@ def _order(data: StreamData, seed: int) -> Order[Encoded]:
 def with_pools(
     run: Run, sources: Sequence[Source], shared: int, *, bootstrapping: int, answers: Sequence[Rollout] = ()
 ) -> list[Source]:
-    """Give the sources that need one their pool of the teacher's completions, sampled once per run.
+    """Give the sources that need one their pool of the teacher's completions.
+
+    A pool is sampled once per run and kept in its directory, for a resumed run and for the processes after the first.
 
     Args:
-        run: pools are kept in its directory, for a resumed run and for the processes after the first.
-        sources: teachers are as at the start.
-        shared: only ids below it are sampled.
         bootstrapping: so many steps at the start take pools only.
         answers: what the first of the sources takes in place of a pool that would be sampled.
     """
@@ -120,9 +116,7 @@ def _sampled_pool(
 def repair_answers(run: Run, fresh: Sequence[Rollout] = ()) -> list[Rollout]:
     """The reference's completions that repair was fitted to, kept in the run's directory; none where none was kept.
 
-    Args:
-        run: its main stream's prompts are answered.
-        fresh: those of a repair that was just made; they are kept.
+    `fresh` are those of a repair that was just made; they are kept.
     """
     prompts = {p.id: p for p in run.plan.main.train}
     ids = [r.id for r in fresh] or [row["id"] for row in run.directory.rows(REPAIR_ANSWERS)]

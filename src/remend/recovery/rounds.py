@@ -82,10 +82,7 @@ class Rounds:
         """Fill the round that begins at step `first`.
 
         A length that grows stays what it is at the first step: each length more would be another pass of decoding.
-
-        Args:
-            first: counted from 1.
-            on_policy: whether the student's own completions are used yet; until then all streams take their pool's.
+        Until `on_policy`, all streams take their pool's completions.
         """
         steps = range(first, min(first + self.updates, self.steps + 1))
         taken: dict[tuple[int, int, int], Rollout] = {}

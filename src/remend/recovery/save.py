@@ -55,13 +55,9 @@ def reopened(run: Run, reference: Teacher) -> CausalLM:
 
 
 def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str, Any], began: float) -> None:
-    """Write the report and the summary.
+    """Write the report and the summary, with what training says of itself (`outcome`); see `run_recovery` for `began`.
 
-    Args:
-        run: that ends.
-        degraded, recovered: the student as it came in, and as saved and loaded again.
-        outcome: what training says of itself.
-        began: time.monotonic() when the user's command began.
+    degraded, recovered: the student as it came in, and as saved and loaded again.
     """
     directory, plan = run.directory, run.plan
     repair = directory.path / REPAIR

@@ -70,15 +70,9 @@ class Tracker:
                 self.note(self.run.parts(model), step, name, figures)
 
     def note(self, student: Scorer, step: int, stage: str, figures: Mapping[str, float]) -> list[float]:
-        """Add a row.
+        """Add a row, with the student's kl and top1_agreement on the same answers; CKA by layer.
 
-        Args:
-            student: as it is now.
-            step, stage: degraded, repaired, training or recovered.
-            figures: its kl and top1_agreement on the same answers.
-
-        Returns:
-            CKA by layer.
+        `stage` is degraded, repaired, training or recovered.
         """
         if self._theirs is None:
             self._theirs = self._rows(self.reference, "the reference")

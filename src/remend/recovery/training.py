@@ -41,18 +41,13 @@ def train_student(
     tracker: Tracker | None,
     kl_before: float | None,
 ) -> dict[str, Any]:
-    """Train, and put the selected weights in place.
+    """Train, and put the selected weights in place; what the summary says of it.
 
     Args:
-        run: its plan says how.
-        student, constraint: the model and what it is held to.
-        teachers: those that are loaded, by name; views of the student are made here.
+        teachers: those that are loaded; views of the student are made here.
         initial: trainable parameters as the student came in, where repair has changed them.
         judge, kl_before: measure the main stream, in the main process; else None.
         tracker: measures the layers, where the recipe asks for it.
-
-    Returns:
-        What the summary says of it.
     """
     config = run.plan.config
     recompute = _recomputes(run, student)
