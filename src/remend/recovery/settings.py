@@ -8,12 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from remend.files.run_directory import updates_a_round
-from remend.files.settings import Gone, Settings, as_number, build
+from remend.files.settings import Gone, Number, Settings, as_number, build
 from remend.maths.losses import LOSSES, choose
 from remend.models.lora import LoraConfig
+
+OptionalNumber = Annotated[float | None, BeforeValidator(as_number)]
 
 SELF = "self"
 """As `data`: the reference writes the prompts itself."""
@@ -55,20 +65,16 @@ EMA_RATE = 0.01
 class EmaConfig(Settings):
     """The moving average of the student's weights that teaches where a stream says `teacher: ema`."""
 
-    rate: float = Field(EMA_RATE, gt=0, le=1, description="ema += rate · (student − ema) (SDFT authors' code: 0.01)")
+    rate: Number = Field(EMA_RATE, gt=0, le=1, description="ema += rate · (student − ema) (SDFT authors' code: 0.01)")
     every: int = Field(1, ge=1, description="after every n steps")
-
-    _numbers = field_validator("rate", mode="before")(as_number)
 
 
 class AlignmentConfig(Settings):
     """A second signal beside the divergence: hidden states that are like the teacher's (after arXiv 2606.05682)."""
 
     measure: Literal["cka", "l2"] = Field("cka", description="1 − debiased CKA, or relative squared distance")
-    weight: float = Field(0.5, gt=0, le=100, description="length of its gradient as a share of the divergence's")
+    weight: Number = Field(0.5, gt=0, le=100, description="length of its gradient as a share of the divergence's")
     layers: list[int] | None = Field(None, description="the student's layers; by default all")
-
-    _numbers = field_validator("weight", mode="before")(as_number)
 
 
 class LossConfig(Settings):
@@ -111,19 +117,18 @@ class StreamConfig(Settings):
     )
     demonstrations: bool = Field(False, description="show the teacher the row's demonstration")
     policy: Policy = Field("on", description="on: the student's completions; off: the teacher's; a number: share of on")
-    weight: float = Field(1.0, ge=0, description="of the stream's mean loss in the sum")
-    share: float = Field(1.0, gt=0, description="of the step's prompts, relative to the other streams'")
-    beta: float | None = Field(None, ge=0, le=1, description="as in the recipe")
+    weight: Number = Field(1.0, ge=0, description="of the stream's mean loss in the sum")
+    share: Number = Field(1.0, gt=0, description="of the step's prompts, relative to the other streams'")
+    beta: OptionalNumber = Field(None, ge=0, le=1, description="as in the recipe")
     loss: LossConfig | None = Field(None, strict=False, description="as in the recipe")
     top_k: int | None = Field(None, ge=1, description="as in the recipe")
     max_new_tokens: Length | None = Field(None, description="as in the recipe")
-    temperature: float | None = Field(None, gt=0, le=5, description="as in the recipe")
+    temperature: OptionalNumber = Field(None, gt=0, le=5, description="as in the recipe")
     skip_first_tokens: int | None = Field(None, ge=0, description="as in the recipe")
     eval_data: str | None = Field(None, description="as in the recipe")
     held_out: int | None = Field(None, ge=1, description="as in the recipe")
     task: str | None = Field(None, description="graders by name (remend tasks ls): the gate then measures task scores")
 
-    _numbers = field_validator("weight", "share", "beta", "temperature", mode="before")(as_number)
     _one = field_validator("loss", mode="after")(_only_loss)
 
 
@@ -170,7 +175,7 @@ class RecoverConfig(Settings):
         None,
         description="recompute layers in the backward pass; by default where activations would fill half the memory",
     )
-    learning_rate: float | None = Field(
+    learning_rate: OptionalNumber = Field(
         None,
         gt=0,
         le=1,
@@ -179,12 +184,12 @@ class RecoverConfig(Settings):
     warmup_steps: int = Field(
         5, ge=0, description="linear warm-up, then cosine (SDFT authors' code: cosine with warm-up)"
     )
-    final_learning_rate: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
-    weight_decay: float = Field(
+    final_learning_rate: Number = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
+    weight_decay: Number = Field(
         0.0, ge=0, lt=1, description="AdamW; 0 as in TRL's and the SDFT authors' configurations"
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping (transformers' default)")
-    beta: float | None = Field(
+    max_grad_norm: Number = Field(1.0, gt=0, description="gradient clipping (transformers' default)")
+    beta: OptionalNumber = Field(
         0.0, ge=0, le=1, description="0 forward KL (teacher‖student), 1 reverse KL, between: GKD's JSD"
     )
     loss: LossConfig | None = Field(
@@ -233,10 +238,7 @@ class RecoverConfig(Settings):
     max_prompt_tokens: int = Field(
         1024, ge=1, description="longer prompts are dropped, never cut (SDFT authors' code: 1024)"
     )
-    repair: bool = Field(
-        True,
-        description="first refit a compressed student in closed form (GPTQ, least squares)",
-    )
+    repair: bool = Field(True, description="first refit a compressed student in closed form (GPTQ, least squares)")
     repair_samples: int = Field(
         600, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
     )
@@ -256,7 +258,7 @@ class RecoverConfig(Settings):
     alignment: AlignmentConfig | None = Field(
         None, strict=False, description="{measure, weight, layers}: pull hidden states towards the teacher's too"
     )
-    temperature: float = Field(1.0, gt=0, le=5, description="of the rollouts; 1 samples the policy itself (all peers)")
+    temperature: Number = Field(1.0, gt=0, le=5, description="of the rollouts; 1 samples the policy itself (all peers)")
 
     eval_data: str | None = Field(None, description="held-out prompts; without it, held_out of the data are set apart")
     held_out: int | None = Field(None, ge=1, description="prompts set apart; by default the smaller of 64 and 10%")
@@ -304,15 +306,6 @@ class RecoverConfig(Settings):
         """`select`, or without it the best where any step is evaluated, else the last."""
         return self.select or ("best" if 0 < self.eval_every <= self.steps else "last")
 
-    _numbers = field_validator(
-        "learning_rate",
-        "temperature",
-        "beta",
-        "max_grad_norm",
-        "weight_decay",
-        "final_learning_rate",
-        mode="before",
-    )(as_number)
     _switch = field_validator("bootstrap", mode="before")(_on_off)
     _one = field_validator("loss", mode="after")(_only_loss)
 
