@@ -116,11 +116,6 @@ def score_gain(data: StreamData, teacher: Teacher, tokenizer: Tokenizer, shared:
     return [float(b) - float(a) for a, b in zip(*solved, strict=True)]
 
 
-def asks_for_pools(config: RecoverConfig) -> bool:
-    """Whether teachers may be asked for completions to begin with; repair's answers are there already."""
-    return config.bootstrap in ("auto", "on")
-
-
 def reuses_repair(config: RecoverConfig, streams: Sequence[Stream]) -> bool:
     """Whether training begins with repair's answers, and they are of the kind that the streams want."""
     (first, *others) = streams

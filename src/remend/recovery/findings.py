@@ -24,7 +24,3 @@ class Findings:
             yield
         except RemendError as error:
             self.problems.append(str(error))
-
-    def warn_once(self, sentences: list[str]) -> None:
-        """Add warnings that were not given yet."""
-        self.warnings += [s for s in sentences if s not in self.warnings]

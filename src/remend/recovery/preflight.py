@@ -230,7 +230,7 @@ def _shared(student: Student, teachers: Mapping[str, NamedTeacher], streams: Seq
             fit = teacher.compare(student.source, student.tokenizer, rows, shown_more=name not in alike)
             if fit is not None:
                 say.problems.extend(fit.problems)
-                say.warn_once(fit.warnings)
+                say.warnings += [warning for warning in fit.warnings if warning not in say.warnings]
                 shared = min(shared, fit.shared)
     return shared
 

@@ -118,48 +118,34 @@ def _encoded(
     parts: tuple[Sequence[Example], Sequence[Example]],
     findings: Findings,
 ) -> StreamData:
+    """The examples that fit the length limit, encoded; those that don't are noted in `dropped`."""
+    stream, limit, encoded, dropped = data.stream, config.max_prompt_tokens, [], {}
+    template = (config.demonstration_template or DEMONSTRATION) if stream.demonstrations else None
+    for what, examples in zip(("training", "held-out"), parts, strict=True):
+        try:
+            kept, too_long = encode_within(tokenizer, examples, limit, template=template)
+        except InputError as error:
+            source = (stream.eval_data if what == "held-out" else None) or stream.data
+            raise InputError(f"data {source} of stream {stream.name}: {error}") from None
+        encoded.append(kept)
+        if not too_long:
+            continue
+        dropped[what if data.by_reference else f"{stream.name}/{what}"] = too_long
+        shown = " with their demonstrations" if template else ""
+        text = dropped_text(too_long, len(examples), f"{what} prompts{shown}", f"max_prompt_tokens = {limit}")
+        share = len(too_long) / len(examples)
+        if share <= DROPPED_LIMIT and kept:
+            findings.warnings.append(text)
+            continue
+        rest = "no example is left" if not kept else f"that is {share:.0%}, above the {DROPPED_LIMIT:.0%} limit"
+        findings.problems.append(f"{text}; {rest}. Raise max_prompt_tokens or shorten the prompts.")
     train, held_out = parts
-    dropped: dict[str, list[str]] = {}
-    encoded = {
-        what: _within(data, what, examples, config, tokenizer, dropped, findings)
-        for what, examples in (("training", train), ("held-out", held_out))
-    }
     _check_gradable(data, held_out, findings)
     return replace(
         data,
-        train=encoded["training"],
-        held_out=encoded["held-out"],
+        train=encoded[0],
+        held_out=encoded[1],
         examples={e.id: e for e in held_out},
         hashes={"train": data_hash(train), "held_out": data_hash(held_out)},
         dropped=dropped,
     )
-
-
-def _within(
-    data: StreamData,
-    what: str,
-    examples: Sequence[Example],
-    config: RecoverConfig,
-    tokenizer: Tokenizer,
-    dropped: dict[str, list[str]],
-    findings: Findings,
-) -> list[Encoded]:
-    """The examples that fit the length limit, encoded; those that don't are noted in `dropped`."""
-    template = (config.demonstration_template or DEMONSTRATION) if data.stream.demonstrations else None
-    try:
-        kept, too_long = encode_within(tokenizer, examples, config.max_prompt_tokens, template=template)
-    except InputError as error:
-        source = (data.stream.eval_data if what == "held-out" else None) or data.stream.data
-        raise InputError(f"data {source} of stream {data.stream.name}: {error}") from None
-    if too_long:
-        dropped[what if data.by_reference else f"{data.stream.name}/{what}"] = too_long
-        shown = " with their demonstrations" if template else ""
-        limit = f"max_prompt_tokens = {config.max_prompt_tokens}"
-        text = dropped_text(too_long, len(examples), f"{what} prompts{shown}", limit)
-        share = len(too_long) / len(examples)
-        if share > DROPPED_LIMIT or not kept:
-            rest = "no example is left" if not kept else f"that is {share:.0%}, above the {DROPPED_LIMIT:.0%} limit"
-            findings.problems.append(f"{text}; {rest}. Raise max_prompt_tokens or shorten the prompts.")
-        else:
-            findings.warnings.append(text)
-    return kept

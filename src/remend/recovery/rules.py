@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from remend.data import tasks
-from remend.recovery.bootstrap import asks_for_pools, bootstrap_budget, reuses_repair
+from remend.recovery.bootstrap import bootstrap_budget, reuses_repair
 from remend.recovery.settings import EMA_RATE, SELF, RecoverConfig
 from remend.recovery.streams import SELF_PROMPTS, Stream
 
@@ -44,7 +44,7 @@ def problems(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
             "the prompts of one stream. That wants repair: true and a single stream with the reference as teacher, "
             "policy: on, temperature: 1 and no demonstrations; bootstrap: on samples for any stream what it lacks"
         )
-    if asks_for_pools(config) and not on_policy:
+    if config.bootstrap in ("auto", "on") and not on_policy:
         yield f"bootstrap: {config.bootstrap} has nothing to prepare: every stream is off-policy throughout"
 
 
@@ -79,7 +79,9 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
 def notes(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
     """What is allowed and may not be meant."""
     budget, be = bootstrap_budget(config), "is" if config.bootstrap == "on" else "may be"
-    if asks_for_pools(config) and any(s.on_policy for s in streams) and budget >= config.steps > 0:
+    # repair's answers are there already, and serve as many steps as they do
+    whole = config.bootstrap in ("auto", "on") and budget >= config.steps > 0
+    if whole and any(s.on_policy for s in streams):
         yield (
             f"bootstrap {be} all of the run: at most {budget} of {config.steps} steps, so nothing {be} on-policy; "
             "policy: off says that plainly, a lower bootstrap_steps leaves steps for the student's own completions"

@@ -13,7 +13,6 @@ from remend.files.atomic import json_line, read_json, write_json, write_text
 from remend.files.run_directory import MANIFEST
 from remend.recovery.begin import Run
 from remend.recovery.findings import Findings
-from remend.recovery.plan import Plan
 from remend.recovery.prompts import StreamData, kept_apart, with_prompts
 from remend.recovery.self_prompts import generate
 from remend.recovery.settings import SELF
@@ -31,11 +30,11 @@ def with_written_prompts(run: Run, reference: Teacher) -> Run:
     plan = run.plan
     if not any(data.unwritten for data in plan.streams):
         return run
-    path = run.directory.path / WRITTEN
-    if run.main and not path.is_file():
+    file = run.directory.path / WRITTEN
+    if run.main and not file.is_file():
         _write(run, reference)
     run.wait()
-    written, say = [example_of(row, str(path)) for row in run.directory.rows(WRITTEN)], Findings()
+    written, say = [example_of(row, str(file)) for row in run.directory.rows(WRITTEN)], Findings()
     streams: Sequence[StreamData] = [
         with_prompts(data, plan.config, plan.tokenizer, written, list(data.examples.values()), say)
         if data.unwritten
@@ -50,7 +49,10 @@ def with_written_prompts(run: Run, reference: Teacher) -> Run:
         warn(warning)
     plan = replace(plan, streams=tuple(streams), warnings=(*plan.warnings, *new))
     if run.main:
-        _note(run, plan)
+        path, counts = run.directory.path / MANIFEST, plan.counts()
+        hashes = {s.stream.name: dict(s.hashes) for s in plan.streams if s.stream.data == SELF}
+        noted = {"prompts": counts[plan.main.stream.name], "streams": counts, "self_prompts": hashes}
+        write_json(path, {**read_json(path), **noted})
     return replace(run, plan=plan)
 
 
@@ -64,11 +66,3 @@ def _write(run: Run, reference: Teacher) -> None:
         )
     write_text(run.directory.path / WRITTEN, "".join(json_line({"prompt": text}) for text in texts))
     run.directory.note_seconds("prompts", time.perf_counter() - began)
-
-
-def _note(run: Run, plan: Plan) -> None:
-    """Into the manifest: how many prompts there are now, and their hashes."""
-    path, counts = run.directory.path / MANIFEST, plan.counts()
-    written = {s.stream.name: dict(s.hashes) for s in plan.streams if s.stream.data == SELF}
-    noted = {"prompts": counts[plan.main.stream.name], "streams": counts, "self_prompts": written}
-    write_json(path, {**read_json(path), **noted})
