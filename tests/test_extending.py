@@ -8,7 +8,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from remend import plugins
+from helpers.registering import restored
 from remend.cli import main
 from remend.compression.containers import CONTAINERS
 from remend.data.tasks import TASKS
@@ -45,11 +44,8 @@ def workplace(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
-    with ExitStack() as stack:
-        for registry in (LOSSES, TEACHERS, DEGRADATIONS, CONSTRAINTS, CONTAINERS, TASKS):
-            stack.enter_context(registry.restored())
+    with restored(LOSSES, TEACHERS, DEGRADATIONS, CONSTRAINTS, CONTAINERS, TASKS):
         yield tmp_path
-    plugins.forget()
     for name in set(sys.modules) - before:
         if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == tmp_path:
             del sys.modules[name]

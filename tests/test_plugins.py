@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import remend
+from helpers.registering import restored
 from remend import plugins
 from remend.cli import taken_out
 from remend.errors import InputError
@@ -22,13 +23,12 @@ from remend.files.run_directory import MANIFEST, SUMMARY
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module in the working directory that notes each import in a file."""
     monkeypatch.chdir(tmp_path)
-    plugins.forget()
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "grown_outside.py").write_text("open('seen.txt', 'a').write('x')\n")
     monkeypatch.delitem(sys.modules, "grown_outside", raising=False)
-    yield "grown_outside"
+    with restored():
+        yield "grown_outside"
     sys.modules.pop("grown_outside", None)
-    plugins.forget()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_an_option_without_a_module_is_refused(words: list[str]) -> None:
 
 def test_a_module_of_the_working_directory_is_imported_once_and_remembered(module: str) -> None:
     plugins.import_modules([module, module])
-    assert plugins.asked_for() == [module]
+    assert plugins.asked_for == [module]
     assert Path("seen.txt").read_text() == "x"
 
 
@@ -62,7 +62,7 @@ def test_a_module_that_fails_is_named_with_its_reason(module: str) -> None:
         plugins.import_modules(["broken_outside"])
     with pytest.raises(InputError, match="--import nowhere can't be imported: ModuleNotFoundError"):
         plugins.import_modules(["nowhere"])
-    assert plugins.asked_for() == []
+    assert plugins.asked_for == []
 
 
 def test_an_installed_package_names_its_module(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_an_installed_package_names_its_module(module: str, monkeypatch: pytest.
     monkeypatch.setattr(plugins, "entry_points", lambda group: [entry] if group == "remend.plugins" else [])
     plugins.import_installed()
     assert Path("seen.txt").read_text() == "x"
-    assert plugins.asked_for() == []  # nobody named it on a command line
+    assert plugins.asked_for == []  # nobody named it on a command line
 
 
 def test_a_run_keeps_the_name_and_imports_it_again_when_it_is_resumed(module: str, recipe: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def test_a_run_keeps_the_name_and_imports_it_again_when_it_is_resumed(module: st
     result = remend.recover(**recipe)
     assert json.loads((result.out / MANIFEST).read_text())["imports"] == [module]
     (result.out / SUMMARY).unlink()
-    plugins.forget()  # as in a new process
+    plugins.asked_for.clear()  # as in a new process
     sys.modules.pop(module)
     remend.recover(resume=result.out)
     assert Path("seen.txt").read_text() == "xx"

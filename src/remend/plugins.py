@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 
-from remend.errors import InputError
+from remend.errors import InputError, RemendError
 
 GROUP = "remend.plugins"
 """Of entry points; each names a module."""
 
-_asked_for: list[str] = []
+asked_for: list[str] = []
+"""Modules that were imported because a user named them, in order."""
 
 
 def import_modules(names: Iterable[str]) -> None:
@@ -29,8 +30,8 @@ def import_modules(names: Iterable[str]) -> None:
         sys.path.append("")  # last, so that no file here hides an installed module
     for name in names:
         _import(name, f"--import {name}")
-        if name not in _asked_for:
-            _asked_for.append(name)
+        if name not in asked_for:
+            asked_for.append(name)
 
 
 def import_installed() -> None:
@@ -39,19 +40,11 @@ def import_installed() -> None:
         _import(entry.value, f"the installed plugin {entry.name}")
 
 
-def asked_for() -> list[str]:
-    """Modules that were imported because a user named them, in order."""
-    return list(_asked_for)
-
-
-def forget() -> None:
-    """Begin anew, as in another process: no module was asked for."""
-    _asked_for.clear()
-
-
 def _import(name: str, whose: str) -> None:
     try:
         importlib.import_module(name)
+    except RemendError as error:  # what it registers can't be used, and the message says why
+        raise InputError(f"{whose}: {error}") from error
     except Exception as error:  # a plugin may fail in any way, and the user must hear which one did
         reason = " ".join(str(error).split())[:300]
         raise InputError(

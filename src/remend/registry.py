@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from remend.errors import InputError, did_you_mean
@@ -14,7 +13,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table of implementations under names.
+    """A table of implementations under names. `entries` has them in the order in which they were registered.
 
     Example:
         >>> methods: Registry[Callable[..., object]] = Registry("quantization method")
@@ -22,9 +21,10 @@ class Registry(Generic[T]):
         ... def rtn(weight): ...
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._entries: dict[str, T] = {}
+    def __init__(self, kind: str, check: Callable[[str, T], None] | None = None) -> None:
+        """`check` raises InputError for a name and an implementation that can't be used, when they are registered."""
+        self.kind, self._check = kind, check
+        self.entries: dict[str, T] = {}
 
     def register(self, name: str, *, source: str) -> Callable[[T], T]:
         """Decorator that files an implementation under `name`; a name taken twice is a ValueError.
@@ -33,41 +33,25 @@ class Registry(Generic[T]):
         """
 
         def add(entry: T) -> T:
-            if name in self._entries:
+            if name in self.entries:
                 raise ValueError(f'{self.kind} "{name}" is registered already')
-            self._entries[name] = entry
+            if self._check:
+                self._check(name, entry)
+            self.entries[name] = entry
             return entry
 
         return add
 
     def get(self, name: str) -> T:
         """The implementation called `name`. Raises InputError that lists the known names."""
-        if name not in self._entries:
+        if name not in self.entries:
             known = ", ".join(self.names())
-            raise InputError(f'unknown {self.kind} "{name}"; known: {known}.{did_you_mean(name, self._entries)}')
-        return self._entries[name]
-
-    def entries(self) -> list[T]:
-        """All implementations, in the order in which they were registered."""
-        return list(self._entries.values())
-
-    def remove(self, name: str) -> None:
-        """Take an implementation out again, as a test does with the one that it added."""
-        self.get(name)
-        del self._entries[name]
+            raise InputError(f'unknown {self.kind} "{name}"; known: {known}.{did_you_mean(name, self.entries)}')
+        return self.entries[name]
 
     def names(self) -> list[str]:
         """All names, sorted."""
-        return sorted(self._entries)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """What is registered inside is forgotten afterwards, as a test wants it."""
-        entries = dict(self._entries)
-        try:
-            yield
-        finally:
-            self._entries = entries
+        return sorted(self.entries)
 
 
 def register_all(package: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from transformers import AutoModelForCausalLM
 
 import remend
 from helpers.patching import replace_everywhere
+from helpers.registering import restored
 from remend.degrade import DEGRADATIONS
 from remend.degrade.kinds import DegradeSettings
 from remend.degrade.making.job import Changed, Damage
 from remend.models.find import find_model, hash_files
 from remend.models.load import load_tokenizer
+from remend.models.lora import LoraConfig
 from remend.studies.study import study
 
 VERBS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -57,25 +60,51 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
 
 
+class Blur(DegradeSettings):
+    """Shrink every weight."""
+
+    factor: float = Field(0.5, gt=0, description="What weights are multiplied with.")
+    only: list[str] = Field(default_factory=list, description="Parts of names.")
+    often: list[int] = Field(default_factory=lambda: [1, 2], description="factors by number")
+    names: dict[str, int] = Field(default_factory=dict, description="what no option can hold")
+
+    def change(self, damage: Damage) -> Changed:
+        for name, weight in damage.student.named_parameters():
+            if any(part in name for part in self.only):
+                weight.data.mul_(self.factor)
+        return Changed(damage.student, {"kind": "blur", "factor": self.factor} if self.only else {})
+
+
 @pytest.fixture
 def blur() -> Iterator[str]:
     """A kind of damage from outside the package."""
+    with restored(DEGRADATIONS):
+        DEGRADATIONS.register("blur", source="made up")(Blur)
+        yield "blur"
 
-    @DEGRADATIONS.register("blur", source="made up")
-    class Blur(DegradeSettings):
-        """Shrink every weight."""
 
-        factor: float = Field(0.5, gt=0, description="What weights are multiplied with.")
-        only: list[str] = Field(default_factory=list, description="Parts of names.")
-
-        def change(self, damage: Damage) -> Changed:
-            for name, weight in damage.student.named_parameters():
-                if any(part in name for part in self.only):
-                    weight.data.mul_(self.factor)
-            return Changed(damage.student, {"kind": "blur", "factor": self.factor})
-
-    yield "blur"
-    DEGRADATIONS.remove("blur")
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"model": str}, 'has a field "model", and that name is an argument of its command and function; call the'),
+        ({"out": str}, 'a field "out", and that name is an argument of its command'),
+        ({"kind": str}, 'a field "kind", and that name is what a study calls the kind itself'),
+        ({"help": str}, 'a field "help", and that name is an option of every command'),
+        ({"title": str}, 'a field "title", and that name is a part of every DegradeSettings'),
+        ({"no_probe": bool}, 'a field "no_probe", and that name is also the option --no-probe of another field'),
+        ({"lora": LoraConfig, "lora_rank": int}, 'a field "lora_rank", and that name is also the option --lora-rank'),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Field name")
+def test_a_field_whose_name_is_taken_is_refused_when_its_kind_is_registered(
+    run: Any, fields: dict[str, type], part: str
+) -> None:
+    body: dict[str, Any] = {"__annotations__": fields, "__module__": __name__}
+    body |= {name: Field(None, description="x") for name in fields}
+    with pytest.raises(remend.RemendError, match=re.escape(part)) as raised, restored(DEGRADATIONS):
+        DEGRADATIONS.register("odd", source="made up")(type("Odd", (DegradeSettings,), body))
+    assert str(raised.value).startswith(f'kind of degradation "odd": {__name__}.Odd has a field ')
+    assert run("degrade", "--help")[0] == 0
 
 
 def test_every_kind_is_covered_here() -> None:
@@ -221,6 +250,8 @@ def test_device_and_trust_are_handed_on(
 
 def test_a_kind_from_outside_has_a_verb_and_is_a_studys_kind(run: Any, reference_dir: Path, blur: str) -> None:
     assert "Shrink every weight." in run("degrade", "--help")[1]
+    said = run("degrade", blur, "--help")[1]
+    assert ("PydanticUndefined" in said, "--names" in said, "[default: 1,2]" in said) == (False, False, True)
     words = ("--factor", "0.25", "--only", "o_proj", "--only", "up_proj", "--no-probe", "--out", "blurred")
     code, out, _ = run("degrade", blur, reference_dir, *words)
     assert (code, out.startswith("blurred: blur: ")) == (0, True)
@@ -228,6 +259,10 @@ def test_a_kind_from_outside_has_a_verb_and_is_a_studys_kind(run: Any, reference
     changed = {name.split(".")[-2] for name in before if not before[name].equal(after[name])}
     assert changed == {"o_proj", "up_proj"}
     assert run("degrade", blur, reference_dir, "--factor", "0", "--out", "x")[0] == 2
+    code, _, err = run("degrade", blur, reference_dir, "--no-probe", "--out", "x")
+    assert (code, Path("x").exists()) == (2, False)
+    assert 'error: Blur.change describes its damage without a "kind"' in err
+    assert "making the damage blur" in err
     text = "\n".join((
         f"model: {reference_dir}",
         "degradations: {soft: {kind: blur, factor: 0.9}}",

@@ -155,3 +155,12 @@ def test_an_empty_calibration_file_is_refused(made: Any, tmp_path: Path, content
     with pytest.raises(InputError, match=r"empty\.jsonl"):
         made("a", data=str(tmp_path / "empty.jsonl"))
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("skip", [[], ["*.down_proj"]])
+def test_a_model_without_linear_layers_is_told_so_and_not_its_skip(skip: list[str]) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(InputError, match="^GPT2LMHeadModel has no linear layer beside its head"):
+        job.chosen_layers(model, skip)

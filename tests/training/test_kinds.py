@@ -74,7 +74,7 @@ def test_what_the_record_promises_and_the_files_lost(tmp_path: Path) -> None:
     def lost(record: dict[str, Any], **facts: Any) -> list[str]:
         write_json(tmp_path / "degradation.json", record)
         student = StudentFacts(**{"recognised": NOTHING, "directory": tmp_path, "record": record, **facts})
-        return [what for kind in CONSTRAINTS.entries() if (what := kind.lost(student))]
+        return [what for kind in CONSTRAINTS.entries.values() if (what := kind.lost(student))]
 
     pruned = {"kind": "pruning", "method": "wanda", "sparsity": 0.5}
     quantized = {"kind": "quantization", "format": "int3-g64-asym"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import typer
@@ -24,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
         options, run = options_of(model), _runs(kind)
         if kind == "prune":
             options, run = [*options, *_older_options()], _prune
-        about = (model.__doc__ or "").strip().partition("\n\n")[0]
+        about = inspect.cleandoc(model.__doc__ or "").partition("\n\n")[0]
         group.command(kind)(command(FIXED, options, run, about))
     app.add_typer(group, name="degrade")
 

@@ -8,6 +8,7 @@
 | list of numbers or choices | --name 1,2,3 |
 | one or a list of them | --name 5, or --name 1,2,3; with a comma it is a list |
 | other settings | an option for each of theirs, --name-theirs |
+| anything else | none: only Python and YAML can give it |
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ Values = dict[str, Any]
 class Option:
     """A parameter of a command, and the path of the field that it sets.
 
-    part: what the parts of a list with commas are; None for all else. single: whether one value may stand in its place.
+    part: what reads a part of a list with commas; None for all else. single: whether one value may stand in its place.
     """
 
     path: tuple[str, ...]
     parameter: inspect.Parameter
-    part: type[int] | type[str] | None
+    part: type[int | float | str] | None
     single: bool
 
     def read(self, value: Any) -> object:
@@ -100,15 +101,15 @@ def command(
         about: the help.
     """
 
-    def called(context: typer.Context, **values: Any) -> None:
+    def called(_context: typer.Context, **values: Any) -> None:
         given: Values = {}
         for option in options:
             name = option.parameter.name
-            if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+            if str(_context.get_parameter_source(name)).endswith("COMMANDLINE"):
                 given = merged(given, option.values(values[name]))
         run({one.name: values[one.name] for one in fixed}, given)
 
-    first = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    first = inspect.Parameter("_context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     called.__signature__ = inspect.Signature([first, *fixed, *(o.parameter for o in options)])  # type: ignore[attr-defined]
     called.__doc__ = about
     return called
@@ -144,20 +145,22 @@ def _options(path: tuple[str, ...], field: FieldInfo, hidden: bool, inside: bool
             yield from _options((*path, name), inner.model_fields[name], hidden, inside=True)
         return
     lists = [kind for kind in kinds if get_origin(kind) is list]
+    if any(kind not in (bool, int, float, str, *lists) for kind in kinds):
+        return
     parts = [part for kind in lists for part in get_args(kind)]
     single = len(lists) < len(kinds)
     repeatable = parts == [str] and not single
-    separated: type[int] | type[str] | None = None
+    separated: type[int | float | str] | None = None
     if lists and not repeatable:
-        separated = int if parts == [int] else str
+        separated = parts[0] if parts[0] in (int, float) else str
     kind: Any = list[str] if repeatable else kinds[0] if not lists and len(kinds) == 1 else str
-    default: Any = None if inside or repeatable else field.get_default()
+    default: Any = None if inside or repeatable else field.get_default(call_default_factory=True)
     if field.is_required() and not inside:
         default = inspect.Parameter.empty
-    elif default is None:
-        kind = kind | None
+    elif default is None or default == []:
+        default, kind = None, kind | None
     elif kind is str:
-        default = ",".join(default) if isinstance(default, list) else str(default)
+        default = ",".join(map(str, default)) if isinstance(default, list) else str(default)
     more = "; repeatable" if repeatable else "; with commas between" if separated and not single else ""
     how = typer.Option(help=escape(_sentence(field.description or "", more)), hidden=hidden)
     yield Option(path, parameter("_".join(path), kind, how, default), separated, single)

@@ -32,7 +32,7 @@ def list_tasks(plain: Plain = False) -> None:
 
 @task.command("write")
 def write_task(
-    name: Annotated[str, typer.Argument(help="A task of remend tasks ls.")],
+    name: Annotated[str, typer.Argument(help="A task; remend tasks ls lists them.")],
     out: Annotated[str, typer.Option(help="A new file of JSON lines.")],
     n: Annotated[int, typer.Option("--n", help="How many rows.")],
     split: Annotated[str, typer.Option(help="train or held_out; they share no item.")] = "train",
@@ -51,7 +51,7 @@ def list_recipes(plain: Plain = False) -> None:
 
 @recipe.command("cp")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="A recipe of remend recipes ls.")],
+    name: Annotated[str, typer.Argument(help="A recipe; remend recipes ls lists them.")],
     directory: Annotated[str, typer.Argument(help="Where the copy goes.")],
 ) -> None:
     """Copy a recipe, to change and own it."""

@@ -18,7 +18,7 @@ from remend.evaluation.settings import EvaluateSettings, parse_data, parse_tasks
 
 MODEL = "A directory, GGUF file, hub id[@revision], smollm2, or a run."
 TASK = "Names with commas between; lm-eval:NAME is lm-evaluation-harness."
-DATA = "Rows: JSON lines or a datasets id; TASK=FILE for one of several tasks."
+DATA = "Rows: JSON lines or a datasets id; TASK=FILE for one of several tasks; repeatable."
 GRADED = (
     parameter("model", str, typer.Argument(help=escape(MODEL))),
     parameter("task", list[str], typer.Option(help=TASK)),
@@ -52,8 +52,8 @@ def track(run: Annotated[str, typer.Argument(help="A recovery's directory.")]) -
 def correlate(
     runs: Annotated[list[str], typer.Argument(help="Recoveries with a track.jsonl (diagnose_every, remend track).")],
     out: Annotated[str | None, typer.Option(help="Also write correlation.json into this new directory.")] = None,
-    permutations: Annotated[int, typer.Option(help="Of the p-values.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Of permutations and resampling.")] = 0,
+    permutations: Annotated[int, typer.Option(help="How many, for the p-values.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed of permutations and resampling.")] = 0,
 ) -> None:
     """Relate recovery to alignment over checkpoints and runs: within runs and between them."""
     from remend.studies.correlate import correlate as relate
@@ -78,8 +78,8 @@ def compare(
     files: Annotated[list[str], typer.Argument(help="Results of remend eval: reference, degraded, recovered …")],
     name: Annotated[list[str] | None, typer.Option(help="A name for each file, in order; repeatable.")] = None,
     out: Annotated[str | None, typer.Option(help="Also write this new file: .json or .md.")] = None,
-    level: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+    level: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
 ) -> None:
     """Compare graded results item by item: what was lost, what was won back, what so few items can't show."""
     from remend.evaluation.compare import compare as pair

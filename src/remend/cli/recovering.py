@@ -16,21 +16,28 @@ from remend.errors import InputError
 from remend.training.cache_settings import CacheSettings
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Recipe file, then key=value …", metavar="[RECIPE.yaml] [KEY=VALUE]…")
+    list[str] | None,
+    typer.Argument(
+        help="A recipe file, then key=value …: keys that go over the recipe's.", metavar="[RECIPE.yaml] [KEY=VALUE]…"
+    ),
 ]
-Student = Annotated[str | None, typer.Option(help="The damaged model: a directory, GGUF file, hub id[@revision].")]
+Student = Annotated[
+    str | None, typer.Option(help=escape("The damaged model: a directory, GGUF file, hub id[@revision]."))
+]
 Teacher = Annotated[
     str | None, typer.Option(help="The healthy reference, named likewise; smollm2 is the embedded model.")
 ]
 Data = Annotated[str | None, typer.Option(help="Training prompts: JSON lines with a prompt, or a datasets id.")]
-As = Annotated[str | None, typer.Option("--as", help="dense: train weights freely whose grid can't be held.")]
+As = Annotated[
+    str | None, typer.Option("--as", help="dense: train weights freely that lie on a grid which can't be held.")
+]
 Out = Annotated[str | None, typer.Option(help="A new directory for everything that is written.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model directory run its own Python.")]
 
 
 def demo(
     out: Out = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of the recovery.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of the recovery; by default 40.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of rollouts and order.")] = 0,
     model: Annotated[str, typer.Option(help="The healthy model to start from.")] = "smollm2",
 ) -> None:
@@ -49,7 +56,7 @@ def recover(
     as_: As = None,
     resume: Annotated[str | None, typer.Option(help="Continue the interrupted run in this directory.")] = None,
 ) -> None:
-    """Recover a degraded student: remend recover RECIPE.yaml [key=value …], or with the four options."""
+    """Recover a degraded student, by a recipe or with --student, --teacher, --data and --out."""
     recipe, overrides = _arguments(words, as_, student=student, teacher=teacher, data=data, out=out)
     show(remend.recover(recipe, resume=resume, **overrides))
 
@@ -79,7 +86,7 @@ def export(
     source: Annotated[str, typer.Argument(help="A run's directory, or a model.")],
     out: Annotated[str, typer.Option(help="A new directory.")],
     format: Annotated[
-        str, typer.Option(help="dense, compressed-tensors, gguf or gguf:q4_0 …; a name that is none lists all")
+        str, typer.Option(help="dense, compressed-tensors, gguf or gguf:q4_0 …; a wrong name lists all.")
     ] = "dense",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -92,7 +99,7 @@ def prompts(
     model: Annotated[str, typer.Argument(help=escape(MODEL))],
     out: Annotated[str, typer.Option(help="A new file of JSON lines; NAME.stats.json beside it says how it was made.")],
     n: Annotated[int, typer.Option("--n", help="How many prompts.")] = 512,
-    seed: Annotated[int, typer.Option(help="Settles the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     temperature: Annotated[float, typer.Option(help="Of the sampling; lower is plainer and less varied.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="A prompt that is longer is dropped, never cut.")] = 96,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")] = "auto",

@@ -28,9 +28,11 @@ class Depth(Calibrated):
     In degradation.json `layer_map` holds, for every layer that stays, its number in the reference, from 0.
     """
 
-    layers: int | list[int] = Field(5, description="how many to remove, or which: 5; 23,24; 23, is that one")
+    layers: int | list[int] = Field(
+        5, description="how many to remove, as 5, or which: 23,24 (one alone has a comma too: 23,)"
+    )
     method: str = Field(
-        "block-influence", description="how they are chosen: block-influence, angular; list goes with given ones"
+        "block-influence", description="how they are chosen: block-influence, angular; given ones have list"
     )
 
     @model_validator(mode="before")

@@ -44,7 +44,9 @@ class Finetune(DegradeSettings):
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, of batch_size rows each")
     max_tokens: int = Field(1024, ge=1, description="longer rows are dropped, never cut")
     lora: LoraConfig | None = Field(None, description="train an adapter and fold it in")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the arithmetic")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the arithmetic: auto, float32, bfloat16"
+    )
 
     @property
     def rate(self) -> float:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, field_validator
 
-from remend.files.settings import Settings, build
+from remend.errors import InputError
+from remend.files.settings import Settings, build, settings_in
 from remend.registry import Registry
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class DegradeSettings(Settings):
 
     def title(self) -> str:
         """What is done, for the line that shows progress."""
-        return f"making the damage {type(self).__name__.lower()}"
+        word = next(word for word, model in DEGRADATIONS.entries.items() if model is type(self))
+        return f"making the damage {word}"
 
     def change(self, damage: Damage) -> Changed:
         """Change `damage.student` or a model made from it. Raises InputError for a model that can't be changed so."""
@@ -68,7 +70,34 @@ class Calibrated(DegradeSettings):
         return value
 
 
-DEGRADATIONS: Registry[type[DegradeSettings]] = Registry("kind of degradation")
+TAKEN = dict.fromkeys(("model", "out"), "an argument of its command and function") | {
+    "help": "an option of every command",
+    "kind": "what a study calls the kind itself",
+}
+"""Names that no field can have, and what they are."""
+
+
+def _usable(word: str, model: type[DegradeSettings]) -> None:
+    """Raises InputError for a field whose name means something else already."""
+    options: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = settings_in(field.annotation)
+        options += [f"{name}_{part}" for part in inner.model_fields] if inner else [name]
+        options += [f"no_{name}"] if field.annotation is bool else []
+    for name in dict.fromkeys([*model.model_fields, *options]):
+        taken = TAKEN.get(name)
+        if name not in DegradeSettings.model_fields and hasattr(DegradeSettings, name):
+            taken = "a part of every DegradeSettings"
+        elif options.count(name) > 1:
+            taken = f"also the option --{name.replace('_', '-')} of another field"
+        if taken:
+            raise InputError(
+                f'kind of degradation "{word}": {model.__module__}.{model.__qualname__} has a field "{name}", and that '
+                f"name is {taken}; call the field something else"
+            )
+
+
+DEGRADATIONS: Registry[type[DegradeSettings]] = Registry("kind of degradation", _usable)
 
 
 def degrade(kind: str, model: str, out: str | Path, settings: Mapping[str, object]) -> JsonObject:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @DEGRADATIONS.register("prune", source="ways to choose zeros: making/zeros.py")
 class Prune(Calibrated):
-    """Set weights of every linear layer of the decoder to zero.
+    """Set weights of every linear layer to zero; `degrade depth` and `degrade width` make a smaller model.
 
     The zeros themselves are the mask: nothing else is stored. In degradation.json `sparsity` is their measured share in
     the pruned matrices, and `bits_per_weight` what these take as packed: 16 bits a value

@@ -29,7 +29,7 @@ class Width(Calibrated):
     """
 
     ffn: Number = Field(0.25, description="share of feed-forward channels to remove")
-    heads: int = Field(0, description="Key-value head groups to remove from each layer")
+    heads: int = Field(0, description="key-value head groups to remove from each layer")
 
     def check(self) -> None:
         """Raise InputError for a share out of range, and where nothing would be dropped."""

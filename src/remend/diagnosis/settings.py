@@ -19,12 +19,12 @@ class DiagnoseSettings(Settings):
     out: str = Field(description="a new directory")
     data: str | None = Field(None, description="prompts: JSON lines or a datasets id; by default bundled ones")
     rows: int | None = Field(None, description="prompts, one row each; by default 256 on a CPU, 1,024 on a GPU")
-    max_new_tokens: int = Field(32, description="of the reference's answers")
-    sites: list[Site] = Field(["residual"], description="of residual (always measured), attention, mlp")
+    max_new_tokens: int = Field(32, description="tokens of each of the reference's answers")
+    sites: list[Site] = Field(["residual"], description="where states are compared: residual (always), attention, mlp")
     layer_map: list[int] | None = Field(
         None, description="for students with fewer layers, the reference's of each; by default recorded or found"
     )
-    seed: int = Field(0, description="of rows, resampling, permutations and random weights")
+    seed: int = Field(0, description="seed of rows, resampling, permutations and random weights")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps; float32, on a GPU bfloat16 where it is fast")
     cache: str | None = Field(
         None, description="where the reference's answers and rows are kept; by default REMEND_CACHE or the user's cache"

@@ -29,15 +29,16 @@ class EvaluateSettings(Settings):
     data: str | dict[str, str] | None = Field(
         None, description="rows: JSON lines or a datasets id; by task where there are several"
     )
-    engine: str = Field("hf", description="transformers (hf) or vllm")
+    engine: str = Field("hf", description="what generates: hf (transformers) or vllm")
     grader: str | None = Field(
-        None, description="paper (default) grades as the authors do, robust what was meant, both"
+        None,
+        description="how answers are graded: paper (default) as the authors do, robust by what was meant, both",
     )
     how: str = Field("generate", description="generate, or choices: log-likelihood of the answer letters")
     samples: int = Field(1, description="answers a row: 1 is greedy, more are drawn at temperature 1 and give pass@k")
-    max_new_tokens: int | None = Field(None, description="of an answer; by default by task")
+    max_new_tokens: int | None = Field(None, description="tokens of an answer; by default by task")
     limit: int | None = Field(None, description="only so many rows a task, the first ones")
-    seed: int = Field(0, description="of drawn answers and of the test against chance")
+    seed: int = Field(0, description="seed of drawn answers and of the test against chance")
     batch_rows: int | None = Field(None, description="rows at once, at most; memory limits them too")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     dtype: str = Field("auto", description="auto, float32, bfloat16")

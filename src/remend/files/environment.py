@@ -48,7 +48,7 @@ def environment() -> dict[str, Any]:
         "hardware": hardware,
         "git_commit": _git_commit(),
         "command": sys.argv,
-        **({"imports": asked_for()} if asked_for() else {}),
+        **({"imports": list(asked_for)} if asked_for else {}),
     }
 
 

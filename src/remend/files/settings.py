@@ -101,15 +101,16 @@ def _settings_at(model: type[Settings], place: Sequence[Any]) -> type[Settings]:
     """The settings in which a key stands, for the path of keys that leads there."""
     for part in place:
         field = model.model_fields.get(str(part))
-        inner = _settings_in(field.annotation) if field else None  # another part is a name that the user gave
+        inner = settings_in(field.annotation) if field else None  # another part is a name that the user gave
         model = inner or model
     return model
 
 
-def _settings_in(annotation: Any) -> type[Settings] | None:
+def settings_in(annotation: Any) -> type[Settings] | None:
+    """The settings that a field of this type holds, or None for another type."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
-    return next((inner for part in get_args(annotation) if (inner := _settings_in(part))), None)
+    return next((inner for part in get_args(annotation) if (inner := settings_in(part))), None)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

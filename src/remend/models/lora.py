@@ -15,5 +15,5 @@ class LoraConfig(Settings):
     rank: int = Field(16, ge=1, description="rank of the update of every target matrix")
     alpha: int | None = Field(None, ge=1, description="the update is scaled by alpha / rank; by default 2 · rank")
     targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="all-linear (the decoder's, not the head), or ends of names: [q_proj, v_proj]"
+        "all-linear", description="all-linear (the decoder's, not the head), or ends of names such as q_proj"
     )

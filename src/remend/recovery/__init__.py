@@ -143,7 +143,7 @@ def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any])
 def import_again(directory: RunDirectory) -> None:
     """Import the modules that a run's command named. Raises InputError where one is missing."""
     for name in read_json(directory.path / MANIFEST).get("imports", []):
-        if name not in asked_for():
+        if name not in asked_for:
             console.print(f"importing {name}, which the command of this run named", markup=False)
             import_modules([name])
 

@@ -279,7 +279,7 @@ def _facts(config: RecoverConfig, source: ModelSource, say: Findings) -> Student
         held, dense = recognise(source, as_dense=config.as_dense), config.as_dense
         placed = config.layer_map or record.get("layer_map")
         facts = StudentFacts(held, directory, record, adapted=adapted, as_dense=dense, layer_map=placed)
-        say.problems.extend(what for kind in CONSTRAINTS.entries() if (what := kind.lost(facts)))
+        say.problems.extend(what for kind in CONSTRAINTS.entries.values() if (what := kind.lost(facts)))
         if held.kind != "remend" and held.why != PLAIN:
             say.notes.append(f"student {config.student}: {held.why}")
         if config.train_embeddings and adapted:

@@ -90,7 +90,7 @@ def _here(job: Job) -> str | None:
 def _apart(out: Path, job: Job, threads: int) -> str | None:
     given, log, failed = paths_of(out, job.name)
     failed.unlink(missing_ok=True)
-    write_json(given, {"do": job.do, "arguments": dict(job.arguments), "imports": asked_for()})
+    write_json(given, {"do": job.do, "arguments": dict(job.arguments), "imports": asked_for})
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     command = [sys.executable, "-m", "remend.studies.work", str(given), str(failed)]
     with log.open("w", encoding="utf-8") as stream:

@@ -103,7 +103,7 @@ def container_of(source: ModelSource) -> Container | None:
 
     What was registered last is asked first.
     """
-    return next((container for container in reversed(CONTAINERS.entries()) if container.reads(source)), None)
+    return next((container for container in reversed(CONTAINERS.entries.values()) if container.reads(source)), None)
 
 
 def packed_by(source: ModelSource) -> str | None:

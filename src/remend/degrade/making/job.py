@@ -110,6 +110,11 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
     with stage(settings.title()):
         began = time.perf_counter()
         changed = settings.change(damage)
+        if not changed.entry.get("kind"):
+            raise InputError(
+                f'{type(settings).__name__}.change describes its damage without a "kind"; its Changed needs one in '
+                'entry, e.g. {"kind": "noise"}'
+            )
         seconds = time.perf_counter() - began - damage.calibration_seconds
     if isinstance(settings, Calibrated) and settings.data is not None and damage.calibration_hash is None:
         text = f"data {settings.data} has no effect: {settings.title()} needs no calibration"
@@ -213,6 +218,8 @@ def chosen_layers(model: CausalLM, skip: Sequence[str]) -> dict[str, nn.Linear]:
     Raises InputError for a pattern that matches nothing, or when nothing is left.
     """
     layers = linear_layers(model)
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no linear layer beside its head, so there is nothing to change")
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in layers):
             some = ", ".join(list(layers)[:3])

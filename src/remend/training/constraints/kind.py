@@ -174,7 +174,7 @@ CONSTRAINTS: Registry[ConstraintKind] = Registry("constraint")
 
 def kind_of(facts: StudentFacts) -> ConstraintKind:
     """The kind that holds a student. The one that was registered last is asked first, and the free one holds all."""
-    return next(kind for kind in reversed(CONSTRAINTS.entries()) if kind.holds(facts))
+    return next(kind for kind in reversed(CONSTRAINTS.entries.values()) if kind.holds(facts))
 
 
 def other_shapes(ours: Shapes, theirs: Shapes | None) -> str | None:
