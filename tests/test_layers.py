@@ -125,9 +125,9 @@ def test_type_checkers_see_the_same_names() -> None:
     tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     imported = {
-        alias.name: "data" if alias.name == "tasks" else str(node.module).removeprefix("remend.")
+        alias.name: getattr(importlib.import_module(str(node.module)), alias.name)
         for node in block.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert imported == remend._HOMES
+    assert imported == {name: getattr(remend, name) for name in remend.__all__}

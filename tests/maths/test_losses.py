@@ -21,6 +21,7 @@ from remend.maths.losses import (
     choose,
     chunked_cross_entropy_sum,
     chunked_loss_sum,
+    described,
     divergence,
     of_beta,
 )
@@ -420,3 +421,12 @@ def test_cross_entropy_in_float32_and_bfloat16_products() -> None:
     rounded = functional.cross_entropy((hidden.bfloat16() @ weight.bfloat16().T).double(), targets, reduction="sum")
     assert total.dtype == torch.float32
     assert float(total) == pytest.approx(float(rounded), rel=1e-5)
+
+
+def test_a_loss_says_what_a_user_should_know_of_its_parameters() -> None:
+    assert [of_beta(beta).caution for beta in (0.0, 0.5, 1.0)] == [None] * 3
+    assert "close to 1 but is no reverse KL" in str(of_beta(0.97).caution)
+    with LOSSES.restored():
+        mine = described("mine", caution=lambda *, heat: f"heat {heat:g} is odd")(lambda s, t, *, heat=2.0: s.sum(-1))
+        LOSSES.register("mine", source="this test")(mine)
+        assert choose("mine").caution == "heat 2 is odd"

@@ -13,12 +13,13 @@ from transformers import LlamaForCausalLM
 from helpers.recovering import assert_equal_runs, torn_copy
 from helpers.steps import distillation, encoded, source
 from helpers.tiny import build_model
+from remend.files.settings import build
 from remend.models.layers import decoder_layers
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
 from remend.recovery import recover
 from remend.recovery.alignment import BALANCE_EVERY, Aligned, Alignment, aligned
-from remend.recovery.settings import AlignmentConfig
+from remend.recovery.settings import RecoverConfig
 from remend.training.teachers.frozen import Frozen
 
 MEASURES = ["cka", "l2"]
@@ -27,7 +28,11 @@ MEASURES = ["cka", "l2"]
 def objective(student: LlamaForCausalLM, teacher: LlamaForCausalLM, measure: str, **rest: Any) -> Aligned:
     """A step of three prompts in one micro-batch, 15 completion tokens."""
     plain = distillation(student, source(Frozen(scorer(teacher)), encoded(3), 3), steps=99, **rest)
-    return aligned(plain, AlignmentConfig(measure=measure, weight=0.25), student, [0, 1])
+    named = {"student": "s", "teacher": "t", "data": "d", "out": "o"}
+    config = build(RecoverConfig, {**named, "alignment": {"measure": measure, "weight": 0.25}}, "a test")
+    made = aligned(plain, config, [0, 1])
+    assert isinstance(made, Aligned)
+    return made
 
 
 def total(made: Aligned, step: int) -> tuple[Tensor, list[Rollout]]:

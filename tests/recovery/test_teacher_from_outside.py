@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.recovering import assert_equal_runs, keeping, torn_copy
+from remend.errors import InputError
 from remend.maths.losses import HeadTarget
 from remend.models.find import fetch_model, find_model
+from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import Scorer
 from remend.recovery import check, recover
-from remend.training.teachers import TEACHERS
+from remend.training.teachers import TEACHERS, NamedTeacher, Teacher
+from remend.training.teachers.ema import NamedEma
 from remend.training.teachers.frozen import Frozen, NamedModel
 from remend.training.teachers.teacher import StreamView, Workplace
 
@@ -76,6 +81,65 @@ def test_a_stream_may_have_it_beside_the_reference(both: dict[str, Any], place: 
     assert beside.metrics[0]["keep/loss"] > 0.01
     (problem,) = check(**{**keeping(both, teacher=name, demonstrations=True), "out": str(place / "refused")}).problems
     assert problem == "streams.keep: a softened teacher has learned nothing from demonstrations"
+
+
+class Blended(Teacher):
+    """Two models' mean: none of its own."""
+
+    model = None
+
+    def __init__(self, parts: Scorer) -> None:
+        self.parts = parts
+
+    def score(self, rollouts: Sequence[Rollout], *, skip_first: int = 0) -> HeadTarget:
+        return Frozen(self.parts).score(rollouts, skip_first=skip_first)
+
+    @contextmanager
+    def policy(self) -> Iterator[CausalLM]:
+        yield self.parts.model
+
+
+@pytest.mark.parametrize("key", ["alignment", "diagnose_every"])
+def test_one_without_layers_is_refused_by_name(recipe: dict[str, Any], key: str) -> None:
+    """In the checks; one that promises layers and brings none, when it is loaded."""
+
+    class NamedBlended(NamedTeacher):
+        word = "blended"
+
+        def load(self, workplace: Workplace) -> Blended:
+            return Blended(workplace.student)
+
+    class Promising(NamedBlended):
+        word = "promising"
+        no_layers = None
+
+    values = {**recipe, key: {"measure": "cka"} if key == "alignment" else 2}
+    with TEACHERS.restored():
+        for kind in (NamedBlended, Promising):
+            TEACHERS.register(str(kind.word), source="this test")(kind)
+        problems = check(**{**values, "teacher": "blended"}).problems
+        said = (
+            "blended is none" if key == "alignment" else "reference's layers in memory; this kind of teacher shows none"
+        )
+        assert [said in problem for problem in problems] == [True]
+        with pytest.raises(
+            InputError, match=r"teacher promising: Promising.no_layers is None, so it must bring a model"
+        ):
+            recover(**{**values, "teacher": "promising"})
+
+
+def test_settings_of_a_kind_have_an_effect_on_kinds_made_of_it(both: dict[str, Any]) -> None:
+    class Slow(NamedEma):
+        word = "slow"
+
+    def warnings(teacher: str) -> list[str]:
+        checked = check(**{**keeping(both, teacher=teacher, demonstrations=True), "ema": {"rate": 0.001}})
+        return [warning for warning in checked.warnings if warning.startswith("ema has no effect")]
+
+    with TEACHERS.restored():
+        TEACHERS.register("slow", source="this test")(Slow)
+        assert warnings("slow") == []
+    assert warnings("initial") == ["ema has no effect, since no stream has teacher: ema"]
 
 
 def test_other_names_mean_what_they_meant(recipe: dict[str, Any]) -> None:

@@ -62,8 +62,9 @@ def test_what_a_student_lost_counts_as_compressed() -> None:
         (ADAPTED, None, "an adapter is trained, and the weights under it stay"),
         *((facts, None, "repair needs the teacher's weights, and a cache holds none") for facts in (CUT, MASK, COARSE)),
         *((facts, OTHER, "its matrices and the teacher's have other shapes") for facts in (MASK, COARSE)),
-        *((facts, SHAPES, None) for facts in (CUT, MASK, COARSE)),
+        *((facts, SHAPES, None) for facts in (MASK, COARSE)),
         (CUT, OTHER, None),
+        (CUT, SHAPES, "none of its layers is missing or narrower than the teacher's"),
     ],
 )
 def test_why_there_is_no_repair(facts: StudentFacts, theirs: Any, why: str | None) -> None:

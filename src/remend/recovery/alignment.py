@@ -9,13 +9,15 @@ is added to the divergence. The two are balanced by their gradients at those blo
 every BALANCE_EVERY steps the factor is set so that the alignment's gradient is `weight` times as long as the
 divergence's.
 
-`aligned` wraps the step function of a recovery; nothing else knows of it.
+`problems` says what a recipe asks for in vain, and `aligned` wraps the step function where the recipe asks for it.
+Beside these two calls and the recipe's key, nothing else knows of it.
 
 Legend: N completion tokens, D width, B batch, T time.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,13 +25,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from remend.errors import InputError
 from remend.maths.cka import cka_alignment
 from remend.models.layers import decoder_layers, infer_layer_map
-from remend.models.protocols import CausalLM
 from remend.models.scorer import pack
 from remend.recovery.distillation import Distillation, MicroBatch
-from remend.recovery.settings import AlignmentConfig
+from remend.recovery.settings import RecoverConfig
 from remend.training.loop import Prepared, StepOutput
+from remend.training.teachers import NamedTeacher, Teacher
 from remend.training.teachers.frozen import Frozen
 
 BALANCE_EVERY = 10
@@ -60,20 +63,44 @@ class Alignment:
         return torch.stack([measure(a_ND, b_ND) for a_ND, b_ND in zip(ours, theirs, strict=True)]).mean()
 
 
-def aligned(
-    objective: Distillation, config: AlignmentConfig, student: CausalLM, layer_map: Sequence[int] | None
-) -> Aligned:
-    """The step function with an alignment of the first stream's blocks, whose teacher must be a frozen model.
+def problems(config: RecoverConfig, teacher: NamedTeacher, layers: int) -> Iterator[str]:
+    """What stands against the recipe's alignment: of the first stream's teacher, and of the student's number of layers.
+
+    `layers` is 0 where the student could not be read.
+    """
+    if config.alignment is None:
+        return
+    if teacher.no_layers:
+        yield (
+            f"alignment needs a frozen model as the teacher of the first stream, and {teacher.name} is none: its "
+            "layers are not there, or move with the student. Name a model, or leave alignment out"
+        )
+    chosen = config.alignment.layers
+    wrong = [layer for layer in chosen or [] if layers and not 0 <= layer < layers]
+    if chosen is not None and (not chosen or wrong):
+        yield (
+            f"alignment.layers is {chosen}; allowed are the student's layers, 0 to {(layers or 1) - 1}, or none for all"
+        )
+
+
+def aligned(objective: Distillation, config: RecoverConfig, layer_map: Sequence[int] | None) -> Distillation | Aligned:
+    """The step function, with an alignment of the first stream's blocks where the recipe asks for it.
 
     `layer_map` has for each of the student's layers the teacher's; None finds it by the weights.
     """
-    first = objective.rounds.sources[0].teacher
-    assert isinstance(first, Frozen), "the checks refuse other teachers"
-    placed = layer_map or infer_layer_map(student, first.model)
-    chosen = range(len(placed)) if config.layers is None else config.layers
-    ours, theirs = list(decoder_layers(student)), list(decoder_layers(first.model))
+    if config.alignment is None:
+        return objective
+    student, teacher = objective.student.model, objective.rounds.sources[0].teacher.model
+    if teacher is None:
+        raise InputError("alignment needs a teacher whose layers are in memory")
+    placed = layer_map or infer_layer_map(student, teacher)
+    chosen = range(len(placed)) if config.alignment.layers is None else config.alignment.layers
+    ours, theirs = list(decoder_layers(student)), list(decoder_layers(teacher))
     alignment = Alignment(
-        config.measure, config.weight, [ours[layer] for layer in chosen], [theirs[placed[layer]] for layer in chosen]
+        config.alignment.measure,
+        config.alignment.weight,
+        [ours[layer] for layer in chosen],
+        [theirs[placed[layer]] for layer in chosen],
     )
     return Aligned(objective, alignment)
 
@@ -101,9 +128,7 @@ class Aligned:
         trained = sum(map(source.trained_tokens, rollouts))
         if source is not self.plain.rounds.sources[0] or not trained:
             return self.plain(micro_batch)
-        assert isinstance(source.teacher, Frozen)
-        teacher = Frozen(replace(source.teacher.parts, prefixes=False))
-        whole = replace(source, teacher=teacher), rollouts
+        whole = replace(source, teacher=_at_once(source.teacher)), rollouts
         name = source.stream.name
         if self._balanced != self._step and (self._step - 1) % BALANCE_EVERY == 0:
             # a pass of its own: the divergence's gradient can be taken once only
@@ -119,6 +144,11 @@ class Aligned:
         """The divergence, and the outputs [B, T, D] of both sides' blocks on the way."""
         with _watched(self.alignment.student) as ours, _watched(self.alignment.teacher) as theirs:
             output = self._whole(micro_batch)
+        if len(theirs) != len(ours):
+            raise InputError(
+                f"alignment looks at the blocks of teacher {micro_batch[0].stream.teacher.name}, which does not run "
+                "each of its model's blocks once when it scores; leave alignment out, or name a plain model"
+            )
         return output, ours, theirs
 
     def _at_tokens(
@@ -152,6 +182,14 @@ class Aligned:
     def load(self, saved: Mapping[str, Tensor]) -> None:
         self.plain.load(saved)
         self.scale = float(saved["alignment.scale"])
+
+
+def _at_once(teacher: Teacher) -> Teacher:
+    """The teacher, with whole rows run through its model: what all prompts open with is not run apart."""
+    if isinstance(teacher, Frozen):
+        teacher = copy.copy(teacher)
+        teacher.parts = replace(teacher.parts, prefixes=False)
+    return teacher
 
 
 @contextmanager

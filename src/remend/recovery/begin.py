@@ -24,7 +24,7 @@ from remend.models.load import load_model
 from remend.models.protocols import CausalLM
 from remend.models.scorer import Scorer, scorer
 from remend.recovery.plan import Plan
-from remend.training.teachers import Teacher
+from remend.training.teachers import Teacher, at_work
 from remend.training.teachers.teacher import Workplace
 
 
@@ -119,7 +119,7 @@ def load(run: Run) -> tuple[CausalLM, dict[str, Teacher]]:
     student = run.read(plan.student)
     workplace = run.workplace(run.parts(student))
     early = (name for name, teacher in plan.teachers.items() if not teacher.moving or name == plan.reference)
-    return student, {name: plan.teachers[name].load(workplace) for name in early}
+    return student, {name: at_work(plan.teachers[name], workplace) for name in early}
 
 
 def _inputs(plan: Plan) -> dict[str, Any]:

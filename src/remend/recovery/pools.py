@@ -19,7 +19,7 @@ from remend.recovery.begin import Run
 from remend.recovery.prompts import StreamData
 from remend.recovery.rounds import Source
 from remend.recovery.streams import RECOVER, rows_of
-from remend.training.teachers import Teacher
+from remend.training.teachers import Teacher, at_work
 
 REPAIR_ANSWERS = "repair-answers.jsonl"
 
@@ -39,7 +39,7 @@ def build_sources(
     for data in plan.streams:
         name = data.stream.teacher.name
         if name not in teachers:
-            teachers[name] = plan.teachers[name].load(workplace)
+            teachers[name] = at_work(plan.teachers[name], workplace)
         order = None if teachers[name].train is not None else _order(data, plan.config.seed)
         sources.append(Source(data.stream, teachers[name], order, rows[data.stream.name]))
     return sources

@@ -20,6 +20,7 @@ from remend.models.find import ModelSource, fetch_model, find_model, origin_note
 from remend.models.layers import count_parameters
 from remend.models.load import load_config, load_tokenizer, skeleton
 from remend.models.protocols import Tokenizer
+from remend.recovery import alignment
 from remend.recovery.findings import Findings
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.prompts import StreamData, kept_apart, load_stream
@@ -93,8 +94,7 @@ def _plan(
     for stream in streams:
         if stream.top_k and shared and stream.top_k > shared:
             say.problems.append(f"top_k is {stream.top_k}; the vocabulary has {shared} tokens. Leave it out")
-    if config.alignment:
-        _check_alignment(config, streams[0].teacher, student.layers if student else 0, say)
+    say.problems += alignment.problems(config, streams[0].teacher, student.layers if student else 0)
     healthy = teachers.get(reference, named(reference))
     if healthy.no_layers and config.diagnose_every:
         say.problems.append(
@@ -159,21 +159,6 @@ def _check_settings(config: RecoverConfig, say: Findings) -> None:
     if config.warmup_steps > config.steps > 0:
         say.warnings.append(
             f"warmup_steps {config.warmup_steps} is above steps {config.steps}: the peak learning rate is never reached"
-        )
-
-
-def _check_alignment(config: RecoverConfig, teacher: NamedTeacher, layers: int, say: Findings) -> None:
-    assert config.alignment is not None
-    if teacher.no_layers:
-        say.problems.append(
-            f"alignment needs a frozen model as the teacher of the first stream, and {teacher.name} is none: its "
-            "layers are not there, or move with the student. Name a model, or leave alignment out"
-        )
-    chosen = config.alignment.layers
-    wrong = [layer for layer in chosen or [] if layers and not 0 <= layer < layers]
-    if chosen is not None and (not chosen or wrong):
-        say.problems.append(
-            f"alignment.layers is {chosen}; allowed are the student's layers, 0 to {(layers or 1) - 1}, or none for all"
         )
 
 

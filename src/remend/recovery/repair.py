@@ -117,7 +117,7 @@ def take_back(run: Run, student: CausalLM) -> None:
 
 def initial_weights(run: Run, student: CausalLM) -> dict[str, Tensor] | None:
     """The weights as the student came in, where repair may change what a stream's teacher needs."""
-    wanted = any(s.stream.teacher.name == "initial" for s in run.plan.streams)
+    wanted = any(s.stream.teacher.needs_initial for s in run.plan.streams)
     if run.plan.config.lora is not None or not wanted:
         return None
     return {n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from remend.data import tasks
 from remend.recovery.bootstrap import bootstrap_budget, reuses_repair
-from remend.recovery.settings import EMA_RATE, SELF, RecoverConfig
+from remend.recovery.settings import SELF, RecoverConfig
 from remend.recovery.streams import SELF_PROMPTS, Stream
+from remend.training.teachers import TEACHERS
 
 
 def problems(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
@@ -53,8 +54,10 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
     on_policy, updates = any(s.on_policy for s in streams), config.updates_per_rollout or 1
     if config.demonstration_template and not any(s.demonstrations for s in streams):
         yield "demonstration_template has no effect, since no stream uses demonstrations"
-    if (config.ema.rate, config.ema.every) != (EMA_RATE, 1) and not any(s.teacher.name == "ema" for s in streams):
-        yield "ema has no effect, since no stream has teacher: ema"
+    for kind in TEACHERS.entries():
+        for key in kind.recipe_keys:
+            if getattr(config, key) != _default(key) and not any(key in s.teacher.recipe_keys for s in streams):
+                yield f"{key} has no effect, since no stream has teacher: {kind.word}"
     if config.self_prompts and not any(s.data == SELF for s in streams):
         yield "self_prompts has no effect, since no stream has data: self"
     if updates > 1 and not on_policy:
@@ -95,7 +98,7 @@ def _gives_back(config: RecoverConfig, stream: Stream) -> bool:
 
 
 def _default(key: str) -> object:
-    return RecoverConfig.model_fields[key].default
+    return RecoverConfig.model_fields[key].get_default(call_default_factory=True)
 
 
 def _stream_problems(config: RecoverConfig, stream: Stream) -> Iterator[str]:
@@ -119,14 +122,8 @@ def _stream_problems(config: RecoverConfig, stream: Stream) -> Iterator[str]:
 def _stream_warnings(config: RecoverConfig, stream: Stream) -> Iterator[str]:
     if stream.task and not (stream.demonstrations and config.bootstrap == "auto"):
         yield f"task of {stream.name} has no effect without demonstrations and bootstrap: auto"
-    beta = stream.loss.parameters.get("beta") if stream.loss.name == "jsd" else None
-    for near, name in ((0.0, "forward KL"), (1.0, "reverse KL")):
-        if isinstance(beta, float) and abs(beta - near) < 0.05:
-            yield (
-                f"beta {beta:g} is close to {near:g} but is no {name}: the generalised JSD shrinks there "
-                f"(about {abs(beta - near):g} of the KL), so the same learning rate does less; "
-                f"{near:g} is the {name} itself"
-            )
+    if caution := stream.loss.caution:
+        yield caution
 
 
 def _unused_beside_brought_prompts(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:

@@ -58,14 +58,10 @@ Policy = Annotated[str | float, PlainValidator(_policy)]
 Length = Annotated[int | list[int], PlainValidator(_length)]
 
 
-EMA_RATE = 0.01
-"""SDFT authors' code."""
-
-
 class EmaConfig(Settings):
     """The moving average of the student's weights that teaches where a stream says `teacher: ema`."""
 
-    rate: Number = Field(EMA_RATE, gt=0, le=1, description="ema += rate · (student − ema) (SDFT authors' code: 0.01)")
+    rate: Number = Field(0.01, gt=0, le=1, description="ema += rate · (student − ema) (SDFT authors' code: 0.01)")
     every: int = Field(1, ge=1, description="after every n steps")
 
 

@@ -30,7 +30,6 @@ from remend.recovery.repair import Repaired
 from remend.recovery.save import saved_model
 from remend.training.loop import restore_masters
 from remend.training.teachers import Teacher
-from remend.training.teachers.frozen import Frozen
 
 
 @dataclass
@@ -97,12 +96,12 @@ class Tracker:
 
 def tracker_of(run: Run, reference: Teacher, judge: Judge | None) -> Tracker | None:
     """A tracker of the reference's layers on the judge's prompts; None where there are no layers or no judge."""
-    if judge is None or not isinstance(reference, Frozen):
+    if judge is None or reference.model is None:
         return None
     completions = [r for r in judge.completions if r.completion]
     draws = [derive_seed(run.plan.config.seed, "row", r.id) / 2**63 for r in completions]
     picks = pick_positions([len(r.completion) for r in completions], draws)
-    return Tracker(run, reference.parts, completions, picks, run.plan.facts.layer_map)
+    return Tracker(run, run.parts(reference.model), completions, picks, run.plan.facts.layer_map)
 
 
 def track_run(plan: Plan, directory: RunDirectory) -> list[dict[str, Any]]:

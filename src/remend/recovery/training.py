@@ -16,7 +16,7 @@ from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import Scorer, scorer
-from remend.recovery.alignment import Aligned, aligned
+from remend.recovery.alignment import aligned
 from remend.recovery.begin import Run
 from remend.recovery.bootstrap import GATE, Gate, bootstrap_budget, repair_budget, reuses_repair
 from remend.recovery.distillation import Distillation
@@ -183,9 +183,7 @@ def _loop(
 ) -> int:
     """The one loop over the step function; the number of steps done."""
     config, plan = run.plan.config, run.plan
-    objective: Distillation | Aligned = distillation
-    if config.alignment:
-        objective = aligned(distillation, config.alignment, distillation.student.model, plan.facts.layer_map)
+    objective = aligned(distillation, config, plan.facts.layer_map)
     if config.report_to:
         run.accelerator.init_trackers("remend", config=config.model_dump())
     with stage(f"recovering ({plan.directions})", config.steps, run.step) as advance:

@@ -25,8 +25,20 @@ def jsd_with_gradient(student_NV: Tensor, teacher_NV: Tensor, *, beta: float) ->
     return values_N + total_N, grad_NV
 
 
+def near_an_end(*, beta: float) -> str | None:
+    """Close to an end of its range the divergence all but vanishes."""
+    for near, name in ((0.0, "forward KL"), (1.0, "reverse KL")):
+        if abs(beta - near) < 0.05:
+            return (
+                f"beta {beta:g} is close to {near:g} but is no {name}: the generalised JSD shrinks there "
+                f"(about {abs(beta - near):g} of the KL), so the same learning rate does less; "
+                f"{near:g} is the {name} itself"
+            )
+    return None
+
+
 @LOSSES.register("jsd", source="GKD, arXiv 2306.13649")
-@described("generalised JSD", with_gradient=jsd_with_gradient)
+@described("generalised JSD", with_gradient=jsd_with_gradient, caution=near_an_end)
 def jsd(student_NV: Tensor, teacher_NV: Tensor, *, beta: float = 0.5) -> Tensor:
     """[N] nats. Raises ValueError unless 0 < beta < 1."""
     log_q_NV, log_p_NV = log_probabilities(student_NV, teacher_NV)

@@ -41,6 +41,7 @@ class Described:
     function: LossFunction
     words: str
     with_gradient: Callable[..., tuple[Tensor, Tensor]] | None
+    caution: Callable[..., str | None] | None
 
     def __call__(self, student_NV: Tensor, teacher_NV: Tensor, **parameters: object) -> Tensor:
         """The function's own value."""
@@ -48,7 +49,10 @@ class Described:
 
 
 def described(
-    words: str, *, with_gradient: Callable[..., tuple[Tensor, Tensor]] | None = None
+    words: str,
+    *,
+    with_gradient: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    caution: Callable[..., str | None] | None = None,
 ) -> Callable[[LossFunction], LossFunction]:
     """Decorator below `LOSSES.register` for a loss that brings words or a closed form.
 
@@ -58,8 +62,9 @@ def described(
         with_gradient: the closed form: the function's arguments to (values [N], their gradient at the student's logits
             [N, V]). Both functions then get the logits as they are, in any float dtype and with −inf where an entry is
             masked, and make log-probabilities of them by `log_probabilities`: no other copy of a chunk is alive.
+        caution: the parameters to what a user should know of them before training, or None.
     """
-    return lambda function: Described(function, words, with_gradient)
+    return lambda function: Described(function, words, with_gradient, caution)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,12 @@ class Loss:
         words = entry.words if isinstance(entry, Described) else self.name.replace("_", " ")
         values = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.parameters.items()]
         return ", ".join([words, *values])
+
+    @property
+    def caution(self) -> str | None:
+        """What a user should know of these parameters, a sentence; mostly None."""
+        entry = LOSSES.get(self.name)
+        return entry.caution(**self.parameters) if isinstance(entry, Described) and entry.caution else None
 
     def __call__(self, student_NV: Tensor, teacher: Tensor | TopK) -> Tensor:
         """The loss of each position.

@@ -45,13 +45,16 @@ class FreeKind(ConstraintKind):
         return Free(model)
 
     def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
-        return NO_WEIGHTS if theirs is None else None
+        """An uncut student, as a pruned one whose zeros are not held, has nothing to refit."""
+        if theirs is None:
+            return NO_WEIGHTS
+        return None if _size(ours) < _size(theirs) else "none of its layers is missing or narrower than the teacher's"
 
     def repairs(self, model: CausalLM, facts: StudentFacts, teacher: CausalLM) -> bool:
         """Of one architecture and one residual stream, but fewer or narrower layers."""
         ours, theirs = model.config.get_text_config(), teacher.config.get_text_config()
         alike = ours.model_type == theirs.model_type and ours.hidden_size == theirs.hidden_size
-        return bool(alike) and _linear_size(model) < _linear_size(teacher)
+        return bool(alike) and _size(shapes(model)) < _size(shapes(teacher))
 
     @torch.no_grad()
     def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
@@ -67,5 +70,5 @@ class FreeKind(ConstraintKind):
         return Start()
 
 
-def _linear_size(model: CausalLM) -> int:
-    return sum(shape.numel() for shape in shapes(model).values())
+def _size(matrices: Shapes) -> int:
+    return sum(shape.numel() for shape in matrices.values())

@@ -47,6 +47,7 @@ class NamedEma(NamedTeacher):
     copies = 1
     saved = True
     no_layers = "ema has the student's own"
+    recipe_keys = ("ema",)
 
     def load(self, workplace: Workplace) -> Ema:
         settings = workplace.recipe["ema"]

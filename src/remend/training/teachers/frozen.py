@@ -49,6 +49,7 @@ class NamedModel(NamedTeacher):
     """A model's name: directory, GGUF file, hub id[@revision], smollm2."""
 
     files: ModelSource | None = None
+    no_layers = None
 
     def opened(self, *, trust_remote_code: bool) -> NamedModel:
         source = find_model(self.name, trust_remote_code=trust_remote_code)

@@ -18,6 +18,7 @@ class Initial(NamedTeacher):
     healthy = False
     copies = 1
     no_layers = "initial has the student's own"
+    needs_initial = True
 
     def load(self, workplace: Workplace) -> Weights:
         """Where repair has changed the student, the values from before are taken."""

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from remend.errors import InputError
 from remend.maths.losses import Target
 from remend.models.find import ModelSource
 from remend.models.protocols import CausalLM, Tokenizer
@@ -116,7 +117,9 @@ class NamedTeacher(ABC):
     healthy: everything may be measured against it.
     brings_prompts: it has completions of its own, and is never asked for others.
     copies: of the trained parameters that it keeps in memory; saved: they belong into a checkpoint.
-    no_layers: why its layers can't be looked at, or None where they can; `load` gives a Frozen then.
+    no_layers: why its layers can't be looked at, or None where they can: the loaded teacher's `model` has them.
+    needs_initial: it is given the trainable parameters as the student came in (`Workplace.initial`).
+    recipe_keys: keys of the recipe that nothing else reads.
     """
 
     name: str
@@ -126,7 +129,9 @@ class NamedTeacher(ABC):
     brings_prompts: ClassVar[bool] = False
     copies: ClassVar[int] = 0
     saved: ClassVar[bool] = False
-    no_layers: ClassVar[str | None] = None
+    no_layers: ClassVar[str | None] = "this kind of teacher shows none. Name a model"
+    needs_initial: ClassVar[bool] = False
+    recipe_keys: ClassVar[Sequence[str]] = ()
 
     @classmethod
     def claims(cls, name: str) -> bool:
@@ -174,6 +179,17 @@ class NamedTeacher(ABC):
 
 
 TEACHERS: Registry[type[NamedTeacher]] = Registry("teacher")
+
+
+def at_work(teacher: NamedTeacher, workplace: Workplace) -> Teacher:
+    """The teacher, loaded. Raises InputError for one that promises layers to look at and brings no model."""
+    loaded = teacher.load(workplace)
+    if teacher.no_layers is None and loaded.model is None:
+        raise InputError(
+            f"teacher {teacher.name}: {type(teacher).__name__}.no_layers is None, so it must bring a model whose "
+            "layers can be looked at, and it brings none; let no_layers say why"
+        )
+    return loaded
 
 
 def named(name: str) -> NamedTeacher:
