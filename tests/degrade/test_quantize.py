@@ -162,5 +162,5 @@ def test_a_model_without_linear_layers_is_told_so_and_not_its_skip(skip: list[st
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(InputError, match="^GPT2LMHeadModel has no linear layer beside its head"):
+    with pytest.raises(InputError, match=r"^GPT2LMHeadModel has no linear layer beside its head"):
         job.chosen_layers(model, skip)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from helpers.losses import DISTANCE
+from helpers.registering import restored
 from remend.errors import InputError
 from remend.maths.losses import (
     LOSSES,
@@ -426,7 +427,7 @@ def test_cross_entropy_in_float32_and_bfloat16_products() -> None:
 def test_a_loss_says_what_a_user_should_know_of_its_parameters() -> None:
     assert [of_beta(beta).caution for beta in (0.0, 0.5, 1.0)] == [None] * 3
     assert "close to 1 but is no reverse KL" in str(of_beta(0.97).caution)
-    with LOSSES.restored():
+    with restored(LOSSES):
         mine = described("mine", caution=lambda *, heat: f"heat {heat:g} is odd")(lambda s, t, *, heat=2.0: s.sum(-1))
         LOSSES.register("mine", source="this test")(mine)
         assert choose("mine").caution == "heat 2 is odd"

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.recovering import assert_equal_runs, keeping, torn_copy
+from helpers.registering import restored
 from remend.errors import InputError
 from remend.maths.losses import HeadTarget
 from remend.models.find import fetch_model, find_model
@@ -114,7 +115,7 @@ def test_one_without_layers_is_refused_by_name(recipe: dict[str, Any], key: str)
         no_layers = None
 
     values = {**recipe, key: {"measure": "cka"} if key == "alignment" else 2}
-    with TEACHERS.restored():
+    with restored(TEACHERS):
         for kind in (NamedBlended, Promising):
             TEACHERS.register(str(kind.word), source="this test")(kind)
         problems = check(**{**values, "teacher": "blended"}).problems
@@ -136,7 +137,7 @@ def test_settings_of_a_kind_have_an_effect_on_kinds_made_of_it(both: dict[str, A
         checked = check(**{**keeping(both, teacher=teacher, demonstrations=True), "ema": {"rate": 0.001}})
         return [warning for warning in checked.warnings if warning.startswith("ema has no effect")]
 
-    with TEACHERS.restored():
+    with restored(TEACHERS):
         TEACHERS.register("slow", source="this test")(Slow)
         assert warnings("slow") == []
     assert warnings("initial") == ["ema has no effect, since no stream has teacher: ema"]

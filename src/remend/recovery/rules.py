@@ -54,7 +54,7 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
     on_policy, updates = any(s.on_policy for s in streams), config.updates_per_rollout or 1
     if config.demonstration_template and not any(s.demonstrations for s in streams):
         yield "demonstration_template has no effect, since no stream uses demonstrations"
-    for kind in TEACHERS.entries():
+    for kind in TEACHERS.entries.values():
         for key in kind.recipe_keys:
             if getattr(config, key) != _default(key) and not any(key in s.teacher.recipe_keys for s in streams):
                 yield f"{key} has no effect, since no stream has teacher: {kind.word}"

@@ -2,7 +2,7 @@
 
 Forward KL from such a teacher is the cross-entropy of the labels, so SFT runs through `remend recover` like every other
 method: the student's grid or mask is held, and the same held-out prompts measure it. The labels are written in the
-form of a cached teacher (remend.teacher_cache) with k = 1: log p = 0 for the label, −inf for all other tokens.
+form of a cached teacher (training/teachers/cache.py) with k = 1: log p = 0 for the label, −inf for all other tokens.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 
 from remend.data.examples import COMPLETION_KEYS, Example, completion_of, load_examples
 from remend.data.order import Order, derive_seed
 from remend.data.templates import Encoded, encode_within
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, json_line, new_directory, write_json, write_text
+from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.settings import Settings
+from remend.maths.topk import TopK
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import find_model
 from remend.models.load import eos_ids, load_config, load_model, load_tokenizer
@@ -32,7 +32,8 @@ from remend.models.sampling.rollout import Draws, Rollout
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import reference_of, resolve
 from remend.training.supervised import encode_pairs
-from remend.training.teachers.cache import PROMPTS, RECORD, VERSION, template_hash, vocabulary_hash
+from remend.training.teachers.cache import PROMPTS, RECORD, VERSION
+from remend.training.write_cache import read_by, write_scored
 
 LABEL_TOKENS = 1024
 """A row with a longer prompt than the recipe allows and so many tokens more is left out, never cut."""
@@ -137,39 +138,30 @@ def _write(
 ) -> JsonObject:
     """In the form of a cached teacher. A held-out prompt gets one label that nothing reads: the end."""
     close = (int(ends[0]) if ends else 0,)
-    rows = [("train", r.id, r.prompt, r.completion, r.clipped) for r in labels if r.completion]
-    tokens = sum(len(completion) for *_, completion, _ in rows)
-    rows += [("held_out", p.id, p.tokens, close, False) for p in held_out]
-    ids = torch.tensor([token for *_, completion, _ in rows for token in completion], dtype=torch.int32)
-    scores = {
-        "ids": ids.unsqueeze(1),
-        "log_p": torch.zeros(len(ids), 1, dtype=torch.float16),
-        "log_tail": torch.full((len(ids),), -math.inf),
+    answers = {
+        "train": [r for r in labels if r.completion],
+        "held_out": [Rollout(p.id, p.tokens, close, False) for p in held_out],
     }
+    everything = [r for rollouts in answers.values() for r in rollouts]
+    tokens = sum(len(r.completion) for r in answers["train"])
     with new_directory(out) as target:
-        shard = target / "scores-00000.safetensors"
-        save_file(scores, shard, metadata={"remend_teacher_cache": str(VERSION)})
-        lines, start = [], 0
-        for split, name, prompt, completion, clipped in rows:
-            row = {"id": name, "split": split, "prompt": prompt, "completion": completion, "clipped": clipped}
-            lines.append(json_line({**row, "shard": 0, "start": start}))
-            start += len(completion)
-        write_text(target / PROMPTS, "".join(lines))
-        content, scored = (hashlib.sha256((target / name).read_bytes()).hexdigest() for name in (PROMPTS, shard.name))
-        count = len(rows) - len(held_out)
+        written = write_scored(target, answers, ((i, _certain(r.completion)) for i, r in enumerate(everything)))
         record = {
             "version": VERSION,
             "model": "labels: all probability is on the given token",
-            "files": {PROMPTS: content},
-            "vocabulary": {"shared": shared, "sha256": vocabulary_hash(tokenizer.get_vocab(), shared)},
-            "eos_token": tokenizer.eos_token,
-            "chat_template_sha256": template_hash(tokenizer),
-            "k": 1,
-            "prompts": {"train": count, "held_out": len(held_out)},
-            "tokens": len(ids),
-            "mean_tokens": tokens / count,
-            "shards": [{"file": shard.name, "rows": len(ids), "bytes": shard.stat().st_size, "sha256": scored}],
+            "files": {PROMPTS: hashlib.sha256((target / PROMPTS).read_bytes()).hexdigest()},
+            **read_by(tokenizer, shared, 1),
+            "prompts": written["prompts"],
+            "tokens": sum(shard["rows"] for shard in written["shards"]),
+            "mean_tokens": tokens / len(answers["train"]),
+            "shards": written["shards"],
             **about,
         }
         write_json(target / RECORD, record)
     return record
+
+
+def _certain(tokens: Sequence[int]) -> TopK:
+    """Scores that put all probability on these tokens."""
+    ids_N1, count = torch.tensor(tokens, dtype=torch.int32).unsqueeze(1), len(tokens)
+    return TopK(ids_N1, torch.zeros(count, 1, dtype=torch.float16), torch.full((count,), -math.inf))

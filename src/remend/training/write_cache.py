@@ -11,7 +11,7 @@ Legend: N completion tokens, V shared vocabulary, K kept tokens, E width of the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,10 +86,7 @@ def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObjec
         "files": files,
         **({"note": note} if note else {}),
         "data": {split: data_hash(examples) for split, examples in sides.items()},
-        "vocabulary": {"shared": shared, "sha256": vocabulary_hash(tokenizer.get_vocab(), shared)},
-        "eos_token": tokenizer.eos_token,
-        "chat_template_sha256": template_hash(tokenizer),
-        "k": k,
+        **read_by(tokenizer, shared, k),
         "temperature": plan.temperature,
         "max_new_tokens": plan.max_new_tokens,
         "max_prompt_tokens": plan.max_prompt_tokens,
@@ -156,39 +153,68 @@ def _answers(
 
 
 def _write(out: Path, record: JsonObject, rollouts: dict[str, list[Rollout]], parts: Scorer, k: int) -> JsonObject:
-    everything = [(split, r) for split, answers in rollouts.items() for r in answers]
+    errors, everything = _Errors(), [r for answers in rollouts.values() for r in answers]
     with new_directory(out) as directory:
-        shards, errors = _Shards(directory), _Errors()
         with stage(f"scoring: the {k} most likely tokens and the rest", len(everything)) as advance:
-            places = _score(parts, [r for _, r in everything], k, shards, errors, advance)
-        lines = []
-        for (split, rollout), (shard, start) in zip(everything, places, strict=True):
-            row = {"id": rollout.id, "split": split, "prompt": rollout.prompt, "completion": rollout.completion}
-            lines.append(json_line({**row, "clipped": rollout.clipped, "shard": shard, "start": start}))
-        write_text(directory / PROMPTS, "".join(lines))
+            written = write_scored(directory, rollouts, _scored(parts, everything, k, errors, advance))
         record = {
             **record,
-            "prompts": {split: len(answers) for split, answers in rollouts.items()},
+            "prompts": written["prompts"],
             "clipped_share": {
                 split: sum(r.clipped for r in answers) / len(answers) for split, answers in rollouts.items()
             },
             "tokens": errors.tokens,
             "bytes_per_token": 6 * k + 4,  # an int32 and a float16 for each of k, and the tail's float32
-            "bytes": sum(s["bytes"] for s in shards.written),
+            "bytes": sum(s["bytes"] for s in written["shards"]),
             "errors": errors.figures(),
-            "shards": shards.written,
+            "shards": written["shards"],
         }
         write_json(directory / RECORD, record)
     return record
 
 
+def read_by(tokenizer: Tokenizer, shared: int, k: int) -> JsonObject:
+    """The part of teacher-cache.json that says which students can read the scores."""
+    return {
+        "vocabulary": {"shared": shared, "sha256": vocabulary_hash(tokenizer.get_vocab(), shared)},
+        "eos_token": tokenizer.eos_token,
+        "chat_template_sha256": template_hash(tokenizer),
+        "k": k,
+    }
+
+
+def write_scored(
+    directory: Path, answers: Mapping[str, Sequence[Rollout]], scores: Iterable[tuple[int, TopK]]
+) -> JsonObject:
+    """Write the completions and their scores into a cache's directory; all but teacher-cache.json.
+
+    Args:
+        directory: of the new cache.
+        answers: completions by split.
+        scores: the place of a completion among all of them, and its scores as they are stored; each once, in any order.
+
+    Returns:
+        `prompts`, the number of completions by split, and `shards`, the files of scores, as the record holds them.
+    """
+    shards = _Shards(directory)
+    places = {number: shards.add(stored) for number, stored in scores}
+    shards.flush()
+    everything = [(split, r) for split, rollouts in answers.items() for r in rollouts]
+    lines = []
+    for number, (split, r) in enumerate(everything):
+        shard, start = places[number]
+        row = {"id": r.id, "split": split, "prompt": r.prompt, "completion": r.completion, "clipped": r.clipped}
+        lines.append(json_line({**row, "shard": shard, "start": start}))
+    write_text(directory / PROMPTS, "".join(lines))
+    return {"prompts": {split: len(rollouts) for split, rollouts in answers.items()}, "shards": shards.written}
+
+
 @torch.no_grad()
-def _score(
-    parts: Scorer, rollouts: Sequence[Rollout], k: int, shards: _Shards, errors: _Errors, advance: Advance
-) -> list[tuple[int, int]]:
-    """Score all completions, like lengths together; (shard, first row) of each, in the order given."""
+def _scored(
+    parts: Scorer, rollouts: Sequence[Rollout], k: int, errors: _Errors, advance: Advance
+) -> Iterator[tuple[int, TopK]]:
+    """Score all completions, like lengths together: the number of each, and its scores as they are stored."""
     lengths = [len(r.prompt) + len(r.completion) for r in rollouts]
-    places: dict[int, tuple[int, int]] = {}
     head, rows = parts.head, chunk_rows(parts.shared, parts.device)
     for part in batches_by_length(lengths, rows=ROWS):
         batch = pack([(rollouts[i].prompt, rollouts[i].completion) for i in part], device=parts.device)
@@ -202,11 +228,9 @@ def _score(
         joined, start = _joined(stored), 0
         for i in part:
             end = start + len(rollouts[i].completion)
-            places[i] = shards.add(joined[start:end])
+            yield i, joined[start:end]
             start = end
         advance(len(part))
-    shards.flush()
-    return [places[i] for i in range(len(rollouts))]
 
 
 def _joined(parts: Sequence[TopK]) -> TopK:
