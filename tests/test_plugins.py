@@ -74,13 +74,18 @@ def test_an_installed_package_names_its_module(module: str, monkeypatch: pytest.
     assert plugins.asked_for == []  # nobody named it on a command line
 
 
-def test_a_run_keeps_the_name_and_imports_it_again_when_it_is_resumed(module: str, recipe: dict[str, Any]) -> None:
+def test_a_run_keeps_the_name_and_imports_it_again_when_it_is_resumed(
+    module: str, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     plugins.import_modules([module])
     result = remend.recover(**recipe)
     assert json.loads((result.out / MANIFEST).read_text())["imports"] == [module]
     (result.out / SUMMARY).unlink()
     plugins.asked_for.clear()  # as in a new process
     sys.modules.pop(module)
+    remend.check(result.out / "recipe.yaml", out="elsewhere")
+    assert f"is of a run that was begun with --import {module}; what these modules" in capsys.readouterr().err
+    assert Path("seen.txt").read_text() == "x"
     remend.recover(resume=result.out)
     assert Path("seen.txt").read_text() == "xx"
 

@@ -2,7 +2,8 @@
 
 Two ways lead in. An installed package names a module under the entry point `remend.plugins`; whoever installs it has
 asked for it. A module that is not installed is named on the command line, `remend --import MODULE …`; a recipe can't
-name one. A run's manifest keeps the names, so that a resumed run and a study's workers import them again.
+name one. A run's manifest keeps the names, so that a resumed run and a study's workers import them again. A
+study keeps them too, and asks for them when it is started again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def import_installed() -> None:
     """Import what installed packages name. Raises InputError for a module that fails."""
     for entry in entry_points(group=GROUP):
         _import(entry.value, f"the installed plugin {entry.name}")
+
+
+def not_imported(names: Iterable[str]) -> str:
+    """Those of these modules that are not imported, as the options that name them; empty where all are."""
+    return " ".join(f"--import {name}" for name in names if name not in sys.modules)
 
 
 def _import(name: str, whose: str) -> None:

@@ -107,3 +107,7 @@ def test_a_mapping_over_a_mapping_changes_the_keys_that_it_names() -> None:
     assert merged(recipe, {"lora": None})["lora"] is None
     assert merged({"lora": None}, {"lora": {"rank": 2}})["lora"] == {"rank": 2}
     assert recipe["lora"] == {"rank": 4, "alpha": 9}
+    jsd = {"loss": {"name": "jsd", "beta": 0.5}}
+    assert merged(jsd, {"loss": {"beta": 0.1}}) == {"loss": {"name": "jsd", "beta": 0.1}}
+    assert merged(jsd, {"loss": {"name": "forward_kl"}}) == {"loss": {"name": "forward_kl"}}  # beta was the jsd's
+    assert merged({"loss": {"beta": 0.1}}, {"loss": {"name": "jsd"}}) == {"loss": {"name": "jsd", "beta": 0.1}}

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from helpers.registering import restored
 from remend.errors import InputError
 from remend.files.settings import build, parse_overrides
+from remend.maths.losses import LOSSES
 from remend.recovery.settings import RecoverConfig
 
 NEEDED = {"student": "s", "teacher": "t", "data": "d.jsonl", "out": "o"}
@@ -45,6 +47,23 @@ def test_unknown_and_lost_keys_are_refused() -> None:
     assert text.startswith('r.yaml: unknown key "learning_rat". Did you mean "learning_rate"? Known: student, teacher,')
     for key, value in (("scales", "learned"), ("importance_clip", 5.0)):
         assert message(**{key: value}).startswith(f'r.yaml: "{key}" is gone since version 0.2: ')
+    assert message(scales="lerned") == (
+        "r.yaml: \"scales\" is 'lerned': it used to be one of fixed, learned, and the key is gone; leave it out"
+    )
+
+
+def test_a_loss_may_be_its_name_alone_and_a_tuple_is_given_as_a_list() -> None:
+    with restored(LOSSES):
+        LOSSES.register("two", source="made for the test")(lambda s_NV, t_NV, *, w=(0.1, 0.2): (s_NV - t_NV).sum(-1))
+        made = config(loss={"name": "two", "w": [1, "1e-4"]}).loss
+        assert (made and made.parameters) == {"w": (1.0, 1e-4)}
+        assert config(loss={"name": "two", "w": [1, "1e-4"]}) == config(loss=made)
+    assert config(loss="jsd") == config(loss={"name": "jsd"})
+    assert "unknown loss" in message(loss="jsdd")
+    assert message(loss=5) == (
+        'r.yaml: "loss" is 5: a loss is its name, as jsd, or a mapping of name and parameters: {name: jsd, beta: 0.5}'
+    )
+    assert message(beta=1, loss="jsd").endswith("give null for it: beta=0.5 loss=null, or loss.name=jsd beta=null")
 
 
 def test_all_problems_are_told_at_once() -> None:

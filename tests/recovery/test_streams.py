@@ -70,7 +70,7 @@ def test_a_loss_by_name_stands_in_place_of_beta() -> None:
         ({"loss": {"name": "jds"}}, r'"loss" is .*: unknown loss "jds"; known: .*jsd.* Did you mean "jsd"\?'),
         ({"loss": {"name": "jsd", "beta": 2}}, '"loss" is .*beta is 2.0; allowed is above 0 and below 1'),
         ({"loss": {"beta": 0.5}}, r'"loss\.name" is missing'),
-        ({"loss": "jsd"}, "\"loss\" is 'jsd'"),
+        ({"loss": "jds"}, "\"loss\" is 'jds': unknown loss"),
         ({"loss": {"name": "jsd"}, "beta": 0.0}, r"beta \(0\) is given too, and both choose the loss; leave one out"),
         (
             {"streams": {"a": {**PLAIN, "beta": 1, "loss": {"name": "jsd"}}}},

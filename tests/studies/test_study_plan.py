@@ -120,6 +120,12 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (out / "study.json").write_text('{"study": "other", "models": {"model": "smollm2"}}')
     with pytest.raises(InputError, match=r'holds the study "other" of smollm2, and this is "mine" of smollm2'):
         study(path, out, dry_run=True)
+    begun = '{"study": "mine", "models": {"model": "smollm2"}, "imports": ["json", "mine_outside"]}'
+    (out / "study.json").write_text(begun)
+    with pytest.raises(InputError, match="was begun with --import mine_outside; give that again"):
+        study("a study that needs it to be read.yaml", out)
+    (out / "study.json").write_text(begun.replace("mine_outside", "csv"))
+    assert study(path, out, dry_run=True)["cells"]
     with pytest.raises(InputError, match="is a file"):
         study(path, out / "letter.txt")
     with pytest.raises(InputError, match="jobs is 0"):

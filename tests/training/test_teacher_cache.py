@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import remend
+from helpers.registering import restored
 from helpers.tiny import build_tokenizer, prompts
 from remend.data.examples import load_examples, prompt_key, split_held_out
 from remend.errors import FileError, InputError, RemendError
@@ -24,6 +25,7 @@ from remend.models.find import find_model, hash_files
 from remend.models.load import load_model
 from remend.models.sampling.rollout import Rollout
 from remend.training import write_cache
+from remend.training.teachers import TEACHERS
 from remend.training.teachers.cache import PROMPTS, RECORD, TeacherCache, is_cache
 
 K = 12
@@ -271,6 +273,19 @@ def test_empty_data_and_occupied_directories(reference_dir: Path, data: Path, tm
     with pytest.raises(FileError, match="does not exist"):
         remend.cache_teacher("no/such/place/model", tmp_path / "out", data=str(data))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_is_no_model_can_not_be_stored(data: Path, tmp_path: Path) -> None:
+    class Soft(TEACHERS.get("frozen")):  # type: ignore[misc]
+        @classmethod
+        def claims(cls, name: str) -> bool:
+            return name.startswith("soft:")
+
+    with restored(TEACHERS):
+        TEACHERS.register("soft", source="made for the test")(Soft)
+        for name, kind in (("ema", "ema"), ("soft:reference", "soft")):
+            with pytest.raises(InputError, match=f'^"{name}" is the teacher "{kind}" in a recipe, and no model'):
+                remend.cache_teacher(name, tmp_path / "out", data=str(data))
 
 
 def edit(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:

@@ -28,10 +28,14 @@ Number = Annotated[float, BeforeValidator(as_number)]
 
 @dataclass(frozen=True)
 class Gone:
-    """A key that used to exist: its default then, and since when and why it is gone, from "since …"."""
+    """A key that used to exist: its default then, and since when and why it is gone, from "since …".
+
+    others: all further values that it had, where these are few; None for any.
+    """
 
     default: object
     why: str
+    others: tuple[object, ...] | None = None
 
 
 class Settings(BaseModel):
@@ -74,11 +78,18 @@ def build(model: type[Config], values: dict[str, Any], origin: str) -> Config:
 
 
 def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with `overrides` on top; a mapping over a mapping changes the keys that it names."""
+    """`values` with `overrides` on top; a mapping over a mapping changes the keys that it names.
+
+    A mapping whose `name` is another one takes the place of the whole: what it had belongs to the old name.
+    """
     result = dict(values)
     for key, value in overrides.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if both else value
+        below = result.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            name = value.get("name")
+            renamed = isinstance(name, str) and name != below.get("name", name)
+            value = value if renamed else merged(below, value)
+        result[key] = value
     return result
 
 
@@ -87,7 +98,11 @@ def _explain(model: type[Settings], item: Any) -> str:
     if item["type"] == "extra_forbidden":
         settings = _settings_at(model, item["loc"][:-1])
         if last in settings.gone:
-            return f'"{key}" is gone {settings.gone[last].why}'
+            gone = settings.gone[last]
+            if gone.others is None or item["input"] in gone.others:
+                return f'"{key}" is gone {gone.why}'
+            had = ", ".join(map(str, (gone.default, *gone.others)))
+            return f'"{key}" is {item["input"]!r}: it used to be one of {had}, and the key is gone; leave it out'
         known = list(settings.model_fields)
         return f'unknown key "{key}".{did_you_mean(last, known)} Known: {", ".join(known)}'
     if item["type"] == "missing":

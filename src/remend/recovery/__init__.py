@@ -13,7 +13,7 @@ from remend.errors import InputError
 from remend.files.atomic import read_json
 from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory
 from remend.files.settings import build, merged, read_yaml
-from remend.plugins import asked_for, import_modules
+from remend.plugins import asked_for, import_modules, not_imported
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.preflight import preflight
 from remend.recovery.run import carry_out
@@ -41,8 +41,18 @@ def settings(recipe: str | Path | None = None, overrides: Mapping[str, Any] | No
 
     Raises FileError for an unreadable recipe and InputError for unknown keys or values out of range.
     """
+    if recipe is not None:
+        _mention_imports(Path(recipe))
     values = merged(read_yaml(recipe) if recipe is not None else {}, overrides or {})
     return build(RecoverConfig, values, f"recipe {recipe}" if recipe is not None else "settings")
+
+
+def _mention_imports(recipe: Path) -> None:
+    """Warn where a recipe is that of a run whose command named modules which are not imported now."""
+    manifest = recipe.parent / MANIFEST
+    missing = not_imported(read_json(manifest).get("imports", [])) if manifest.is_file() else ""
+    if missing:
+        warn(f"{recipe} is of a run that was begun with {missing}; what these modules register is not known now")
 
 
 def check(recipe: str | Path | None = None, *, files: bool = True, **overrides: Any) -> Checked:

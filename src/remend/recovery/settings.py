@@ -74,7 +74,10 @@ class AlignmentConfig(Settings):
 
 
 class LossConfig(Settings):
-    """A loss by name with its parameters; what is not given has the loss's own default, and is filled in."""
+    """A loss by name with its parameters; what is not given has the loss's own default, and is filled in.
+
+    A name alone, `loss: jsd`, is the loss with all its defaults.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -88,16 +91,22 @@ class LossConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, values: object) -> object:
-        if not isinstance(values, Mapping) or not isinstance(name := values.get("name"), str):
+        if isinstance(values, str):
+            values = {"name": values}
+        if isinstance(values, LossConfig) or (isinstance(values, Mapping) and "name" not in values):
             return values
-        parameters = {k: as_number(v) if isinstance(v, str) else v for k, v in values.items() if k != "name"}
-        return {"name": name, **choose(name, parameters).parameters}
+        if not isinstance(values, Mapping) or not isinstance(name := values["name"], str):
+            raise ValueError(
+                "a loss is its name, as jsd, or a mapping with name and parameters: {name: jsd, beta: 0.5}"
+            )
+        return {"name": name, **choose(name, {k: v for k, v in values.items() if k != "name"}).parameters}
 
 
 def _only_loss(loss: LossConfig | None, info: ValidationInfo) -> LossConfig | None:
     if loss is not None and info.data.get("beta") is not None:
         raise ValueError(
-            f"beta ({info.data['beta']:g}) is given too, and both choose the loss; leave one out, or set beta: null"
+            f"beta ({info.data['beta']:g}) is given too, and both choose the loss; leave one out. Over a recipe "
+            "that has one of them, give null for it: beta=0.5 loss=null, or loss.name=jsd beta=null"
         )
     return loss
 
@@ -133,7 +142,9 @@ class RecoverConfig(Settings):
 
     gone: ClassVar[Mapping[str, Gone]] = {
         "scales": Gone(
-            "fixed", "since version 0.2: scales learned beside the weights won next to nothing; they stay as stored"
+            "fixed",
+            "since version 0.2: scales learned beside the weights won next to nothing; they stay as stored",
+            others=("learned",),
         ),
         "importance_clip": Gone(
             None,

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from remend.console import console
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, JsonRow, read_json, write_json, write_text
+from remend.plugins import asked_for, not_imported
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import resolve
 from remend.report.study import study_page
@@ -79,13 +80,15 @@ def study(
     """
     if jobs < 1:
         raise InputError(f"jobs is {jobs}; allowed is 1 or more processes")
-    plan, out = read_study(path), Path(out)
+    out = Path(out)
+    imports = _imports(out)
+    plan = read_study(path)
     cells = chosen(plan, only)
     _require_own(plan, out)
     if dry_run:
         return estimate(plan, out, cells, _finished(plan, out, cells))
     require_benchmarks(plan)
-    write_json(out / STUDY, _identity(plan))
+    write_json(out / STUDY, {**_identity(plan), **({"imports": imports} if imports else {})})
     work = _Work(plan, out, jobs, make(plan, out))
     try:
         work.students(cells)
@@ -101,6 +104,15 @@ def study(
     return results | {"failed_now": [name for name in results["failures"] if name not in others]}
 
 
+def _imports(out: Path) -> list[str]:
+    """The modules that the commands of a study named. Raises InputError where this one leaves one of them out."""
+    earlier = read_json(out / STUDY).get("imports", []) if (out / STUDY).is_file() else []
+    missing = not_imported(earlier)
+    if missing:
+        raise InputError(f"the study in {out} was begun with {missing}; give that again: only then is its code run")
+    return list(dict.fromkeys([*earlier, *asked_for]))
+
+
 def _identity(plan: Study) -> JsonObject:
     return {"study": plan.name, "models": {name: spec.path for name, spec in plan.models.items()}}
 
@@ -111,7 +123,7 @@ def _require_own(plan: Study, out: Path) -> None:
         raise InputError(f"out {out} is a file; name a directory")
     if (out / STUDY).is_file():
         there, mine = read_json(out / STUDY), _identity(plan)
-        if there != mine:
+        if any(there.get(key) != mine[key] for key in mine):
             raise InputError(
                 f'out {out} holds the study "{there.get("study")}" of {_named(there)}, and this is "{plan.name}" of '
                 f"{_named(mine)}; name another out"

@@ -37,6 +37,7 @@ from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import Scorer, pack, scorer
 from remend.training.cache_settings import CacheSettings
+from remend.training.teachers import TEACHERS, named
 from remend.training.teachers.cache import PROMPTS, RECORD, SPLITS, VERSION, template_hash, vocabulary_hash
 
 SHARD_BYTES = 32 * 2**20
@@ -62,6 +63,13 @@ def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObjec
             data or model.
     """
     plan, out = build(CacheSettings, dict(overrides), "cache-teacher"), Path(out)
+    claimed = type(named(str(model)))
+    kind = next(word for word, entry in TEACHERS.entries.items() if entry is claimed)
+    if kind != "frozen":
+        raise InputError(
+            f'"{model}" is the teacher "{kind}" in a recipe, and no model whose answers can be stored; name a model: '
+            "a directory (as ./NAME), GGUF file, hub id[@revision] or smollm2"
+        )
     _check(plan, out)
     k, where = plan.k, choose_device(plan.device)
     source = find_model(model, trust_remote_code=plan.trust_remote_code)

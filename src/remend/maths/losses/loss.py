@@ -152,7 +152,7 @@ def choose(name: str, parameters: Mapping[str, object] | None = None) -> Loss:
             known = ", ".join(defaults) or "none"
             raise InputError(f'loss "{name}" has no parameter "{key}"; it has: {known}.{did_you_mean(key, defaults)}')
         if value is not None:
-            values[key] = float(value) if isinstance(defaults[key], float) and type(value) is int else value
+            values[key] = _like(defaults[key], value)
             if type(values[key]) is not type(defaults[key]):
                 raise InputError(f'{key} of loss "{name}" is {value!r}; its default is {defaults[key]!r}')
     loss = Loss(name, values)
@@ -164,6 +164,18 @@ def choose(name: str, parameters: Mapping[str, object] | None = None) -> Loss:
     if shape != (2,):
         raise InputError(f'loss "{name}" gives shape {shape} for 2 positions; it must give one value for each')
     return loss
+
+
+def _like(default: object, value: object) -> object:
+    """A value as the default's type where YAML has another: whole numbers and 1e-4 for floats, lists for tuples."""
+    if isinstance(default, float) and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(_like(default[0] if default else None, part) for part in value)
+    return value
 
 
 def of_beta(beta: float) -> Loss:
