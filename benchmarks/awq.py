@@ -53,9 +53,9 @@ def best_scale(sites: Sites, fmt: GridFormat) -> Tensor:
         raw_I = size_I ** (step / 20)
         scale_I = raw_I / (raw_I.max() * raw_I.min()).sqrt()
         loss = 0.0
-        for layer in sites.layers:
-            codes, grid = quantize(layer.weight * scale_I, fmt)
-            error_OI = decode(codes, grid, fmt) / scale_I - layer.weight
+        for matrix in sites.matrices:
+            codes, grid = quantize(matrix.weight_OI * scale_I, fmt)
+            error_OI = decode(codes, grid, fmt) / scale_I - matrix.weight_OI
             loss += float(((error_OI @ sites.gram_II) * error_OI).sum())
         if loss < least:
             best, least = scale_I, loss
@@ -69,15 +69,15 @@ def scaled(damage: Damage, fmt: GridFormat) -> Any:
     found: list[tuple[Sites, Tensor]] = []
 
     def visit(sites: Sites) -> None:
-        if sites.names[0].rsplit(".", 1)[-1] in FRONT:
+        if sites.matrices[0].name.rsplit(".", 1)[-1] in FRONT:
             found.append((sites, best_scale(sites, fmt)))
 
     walk(model, damage.calibration(), visit, title="choosing scales")
     modules = dict(model.named_modules())
     for sites, scale_I in found:
-        for layer in sites.layers:
-            layer.weight.mul_(scale_I)
-        block, first = sites.names[0].rsplit(".", 2)[0], sites.names[0].rsplit(".", 1)[-1]
+        for matrix in sites.matrices:
+            matrix.weight_OI.mul_(scale_I)
+        block, first = sites.matrices[0].name.rsplit(".", 2)[0], sites.matrices[0].name.rsplit(".", 1)[-1]
         front: nn.Module = modules[f"{block}.{FRONT[first]}"]
         front.weight.div_(scale_I if front.weight.ndim == 1 else scale_I[:, None])  # type: ignore[operator]
     return model

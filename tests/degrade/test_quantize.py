@@ -24,8 +24,8 @@ from remend.degrade.making.onto_grid import quantize_in_place
 from remend.degrade.quantize import Quantize, quantize
 from remend.errors import InputError
 from remend.models.find import find_model
-from remend.models.layers import linear_layers
 from remend.models.load import load_model
+from remend.models.matrices import matrices
 from remend.models.sampling.rollout import Rollout
 
 INT3 = GridFormat.parse("int3-g64")
@@ -57,7 +57,7 @@ def slow_inputs(model: Any, rollouts: list[Rollout], name: str) -> Tensor:
 def test_gptq_of_a_model_is_gptq_of_each_layer_on_what_it_sees(calibrated: Damage) -> None:
     """Slow reference: for three layers the inputs of a model whose earlier layers are quantized and no others."""
     stored = quantize_in_place(calibrated.student, INT3, "gptq", damage=calibrated)
-    order = list(linear_layers(calibrated.student))
+    order = list(matrices(calibrated.student))
     text = calibrated.calibration()
     for name in (FIRST, "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"):
         partly = copy.deepcopy(calibrated.reference)

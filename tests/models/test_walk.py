@@ -37,9 +37,9 @@ def missed(student: Any, teacher: Any, text: list[Rollout]) -> dict[str, float]:
 
     def visit(sites: Sites) -> None:
         assert sites.rows == rows
-        for name, layer, cross in zip(sites.names, sites.layers, sites.cross_OI or (), strict=True):
-            assert cross is not None, name
-            seen[name] = float((cross - layer.weight @ sites.gram_II).norm() / cross.norm())
+        for matrix, cross in zip(sites.matrices, sites.cross_OI or (), strict=True):
+            assert cross is not None, matrix.name
+            seen[matrix.name] = float((cross - matrix.weight_OI @ sites.gram_II).norm() / cross.norm())
 
     walk(student, text, visit, teacher=teacher)
     return seen
@@ -86,7 +86,7 @@ def test_walk_sees_real_tokens_only(teacher: Any, text: list[Rollout]) -> None:
     grams: dict[str, torch.Tensor] = {}
 
     def visit(sites: Sites) -> None:
-        grams[sites.names[0]] = sites.gram_II
+        grams[sites.matrices[0].name] = sites.gram_II
 
     walk(copy.deepcopy(teacher), text, visit)
     block = teacher.model.layers[0]
@@ -100,8 +100,8 @@ def test_walk_sees_real_tokens_only(teacher: Any, text: list[Rollout]) -> None:
 def test_what_is_settled_in_a_block_runs_once_more_and_is_then_replayed(teacher: Any, text: list[Rollout]) -> None:
     student, calls, seen = copy.deepcopy(teacher), [], []
     student.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
-    walk(student, text[:2], lambda s: seen.append(s.names), teacher=teacher)  # one batch
-    assert len([names for names in seen if "layers.1." in names[0]]) == 4
+    walk(student, text[:2], lambda s: seen.append(s.matrices[0].name), teacher=teacher)  # one batch
+    assert len([name for name in seen if "layers.1." in name]) == 4
     # the probe, up to the output matrix's input, and once whole: not for the MLP's two groups and the end again
     assert len(calls) == 3
 

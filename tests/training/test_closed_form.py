@@ -17,6 +17,7 @@ from remend.degrade.making.blocks import without_blocks
 from remend.degrade.making.channels import narrowed
 from remend.models.activations.walk import Sites
 from remend.models.layers import infer_layer_map, kept_weights
+from remend.models.matrices import Matrix
 from remend.models.sampling.rollout import Rollout
 from remend.training.constraints import Calibration, OnGrid, StudentFacts, fitting
 from remend.training.constraints.free import FreeKind
@@ -112,8 +113,8 @@ def test_the_target_stays_near_the_prior_by_each_inputs_energy(
     generator = torch.Generator().manual_seed(3)
     x_NI = torch.randn(50, 6, generator=generator, dtype=torch.float64) * torch.tensor([9.0, 1, 1, 3, 0.1, 1])
     y_NO, prior_OI = (torch.randn(n, m, generator=generator, dtype=torch.float64) for n, m in ((50, 4), (4, 6)))
-    gram_II, layers = (x_NI.T @ x_NI).float(), (torch.nn.Linear(6, 4, bias=False),)
-    sites = Sites(0, ("layer",), layers, gram_II, ((y_NO.T @ x_NI).float(),), 50)
+    gram_II, layer = (x_NI.T @ x_NI).float(), Matrix("layer", torch.nn.Linear(6, 4, bias=False), "layer.weight")
+    sites = Sites(0, (layer,), gram_II, ((y_NO.T @ x_NI).float(),), 50)
     monkeypatch.setattr(fitting, "PRIOR_TOKENS", prior_tokens)
     anchored_II = fitting.anchored_gram(sites)
     result = fitting.target(sites, 0, prior_OI.float(), anchored_II)

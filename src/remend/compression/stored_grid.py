@@ -15,6 +15,7 @@ from torch import Tensor
 
 from remend.compression.grids import Grid, GridFormat, decode, restore, store
 from remend.errors import FileError, InputError
+from remend.models.matrices import by_key
 from remend.models.protocols import CausalLM
 
 GRID_FILE = "grid.safetensors"
@@ -29,8 +30,9 @@ _FORMULAS = {
 class StoredGrid:
     """The content of `grid.safetensors`: one format, and for every quantized matrix its codes and its grid.
 
-    For a matrix W the file holds 'W.codes' (uint8 [O, I]), 'W.scales' and, where the format has them, 'W.zeros' (each
-    [O, K]) and 'W.outer' ([]), in the types that `store` gives. The header names format and formula.
+    For a matrix of key W (see `models.matrices`) the file holds 'W.codes' (uint8 [O, I]), 'W.scales' and, where the
+    format has them, 'W.zeros' (each [O, K]) and 'W.outer' ([]), in the types that `store` gives. The header names
+    format and formula.
     """
 
     def __init__(self, fmt: GridFormat, matrices: dict[str, tuple[Tensor, Grid]]) -> None:
@@ -39,13 +41,14 @@ class StoredGrid:
 
     def check(self, model: CausalLM) -> None:
         """Raise InputError when the model lacks a matrix, or its weights are not the ones that this grid describes."""
-        parameters = dict(model.named_parameters())
+        parts = by_key(model)
         for name, (codes, grid) in self.matrices.items():
-            weight = parameters.get(name)
-            if weight is None or weight.shape != codes.shape:
+            matrix = parts.get(name)
+            if matrix is None or matrix.weight_OI.shape != codes.shape:
                 raise InputError(f"the grid describes {name} {tuple(codes.shape)}, which the model does not have")
-            codes, grid = codes.to(weight.device), grid.to(weight.device)
-            if not torch.equal(decode(codes, grid, self.format), weight.detach().float()):
+            weight_OI = matrix.weight_OI
+            codes, grid = codes.to(weight_OI.device), grid.to(weight_OI.device)
+            if not torch.equal(decode(codes, grid, self.format), weight_OI.float()):
                 raise InputError(
                     f"{name} does not lie on its grid: {GRID_FILE} belongs to another model; remove it to take the "
                     "weights as they are"

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from remend.errors import InputError
+from remend.models.matrices import matrices
 from remend.models.protocols import CausalLM
 
 
 def kept_weights(model: CausalLM) -> dict[str, Tensor]:
-    """For every linear weight of the decoder that holds a zero a bool [O, I]: True where it is not zero."""
-    kept = {f"{name}.weight": layer.weight.detach() != 0 for name, layer in linear_layers(model).items()}
-    return {name: kept_OI for name, kept_OI in kept.items() if not bool(kept_OI.all())}
+    """For every matrix of the decoder that holds a zero a bool [O, I] by its key: True where it is not zero."""
+    kept = {matrix.key: matrix.weight_OI != 0 for matrix in matrices(model).values()}
+    return {key: kept_OI for key, kept_OI in kept.items() if not bool(kept_OI.all())}
 
 
 def decoder_layers(model: CausalLM) -> nn.ModuleList:
@@ -82,12 +83,6 @@ def infer_rows(ours_OI: Tensor, theirs_PI: Tensor) -> Tensor | None:
         return None
     nearest_O = torch.cdist(ours_OI.float(), theirs_PI.float()).argmin(dim=1)
     return nearest_O if len(set(nearest_O.tolist())) == len(nearest_O) else None
-
-
-def linear_layers(model: CausalLM) -> dict[str, nn.Linear]:
-    """Every linear layer of the decoder by name: not the head, not embeddings."""
-    head = model.get_output_embeddings()
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
 def count_parameters(model: CausalLM) -> int:

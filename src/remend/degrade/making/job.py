@@ -26,8 +26,8 @@ from remend.files.run_directory import occupied
 from remend.models.activations.walk import Sites, completions, walk
 from remend.models.device import choose_device
 from remend.models.find import ModelSource, find_model, hash_files, origin_note
-from remend.models.layers import linear_layers
 from remend.models.load import load_model, load_tokenizer, save_model
+from remend.models.matrices import Matrix, matrices
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
@@ -132,7 +132,7 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
 
 def _record(damage: Damage, changed: Changed, model: str, hashes: Mapping[str, str], seconds: float) -> JsonObject:
     record: JsonObject = {
-        "sparsity": share_of_zeros([layer.weight for layer in linear_layers(changed.student).values()]),
+        "sparsity": share_of_zeros([matrix.weight_OI for matrix in matrices(changed.student).values()]),
         **changed.entry,
         "reference": {"model": model, "files": hashes},
         "bits_per_weight": changed.bits_per_weight,
@@ -212,14 +212,14 @@ class Methods(Generic[Apply]):
         return self._methods.get(name)
 
 
-def chosen_layers(model: CausalLM, skip: Sequence[str]) -> dict[str, nn.Linear]:
-    """`models.linear_layers` without those that a skip pattern matches (shell patterns over the full name).
+def chosen_matrices(model: CausalLM, skip: Sequence[str]) -> dict[str, Matrix]:
+    """The decoder's matrices without those that a skip pattern matches (shell patterns over the full name).
 
     Raises InputError for a pattern that matches nothing, or when nothing is left.
     """
-    layers = linear_layers(model)
+    layers = matrices(model)
     if not layers:
-        raise InputError(f"{type(model).__name__} has no linear layer beside its head, so there is nothing to change")
+        raise InputError(f"{type(model).__name__} has no weight matrix beside its head, so there is nothing to change")
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in layers):
             some = ", ".join(list(layers)[:3])
@@ -230,7 +230,7 @@ def chosen_layers(model: CausalLM, skip: Sequence[str]) -> dict[str, nn.Linear]:
     return kept
 
 
-def undivided(layers: Mapping[str, nn.Linear], number: int) -> str:
+def undivided(layers: Mapping[str, Matrix], number: int) -> str:
     """Those layers whose input width `number` does not divide, named for a message; empty where it divides all."""
     names = [f"{name} ({layer.in_features})" for name, layer in layers.items() if layer.in_features % number]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -239,29 +239,29 @@ def undivided(layers: Mapping[str, nn.Linear], number: int) -> str:
 @torch.no_grad()
 def change_each(
     model: CausalLM,
-    layers: Mapping[str, nn.Linear],
-    change: Callable[[str, nn.Linear, Tensor | None], None],
+    chosen: Mapping[str, Matrix],
+    change: Callable[[Matrix, Tensor | None], None],
     calibrated_on: Damage | None,
     title: str,
 ) -> None:
-    """Change layers of a model in place, one by one.
+    """Change matrices of a model in place, one by one.
 
     Args:
-        model: has the layers.
-        layers: by name.
-        change: called with a layer's name, itself, and the Gram matrix [I, I] of its inputs where it is calibrated.
-        calibrated_on: None where it is not. A layer's inputs are those that the layers changed before give it.
+        model: has them.
+        chosen: by name.
+        change: called with a matrix, and with the Gram matrix [I, I] of its inputs where it is calibrated.
+        calibrated_on: None where it is not. A matrix's inputs are those that what was changed before gives it.
         title: of the walk through the calibration text.
     """
     if calibrated_on is None:
-        for name, layer in layers.items():
-            change(name, layer, None)
+        for matrix in chosen.values():
+            change(matrix, None)
         return
 
     def visit(sites: Sites) -> None:
-        for name, layer in zip(sites.names, sites.layers, strict=True):
-            if name in layers:
-                change(name, layer, sites.gram_II)
+        for matrix in sites.matrices:
+            if matrix.name in chosen:
+                change(matrix, sites.gram_II)
 
     walk(model, calibrated_on.calibration(), visit, title=title)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from remend.compression.grids import Grid, GridFormat, decode
 from remend.compression.grids import quantize as quantize_matrix
@@ -19,12 +19,13 @@ from remend.degrade.making.job import (
     Damage,
     Methods,
     change_each,
-    chosen_layers,
+    chosen_matrices,
     share_of_zeros,
     undivided,
 )
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
+from remend.models.matrices import Matrix
 from remend.models.protocols import CausalLM
 
 METHODS: Methods[Callable[[Tensor, Tensor | None, GridFormat], tuple[Tensor, Grid]]] = Methods("quantization method")
@@ -63,22 +64,22 @@ def quantize_in_place(
 
     Raises InputError that names the layers whose rows the group size does not divide.
     """
-    layers, chosen = chosen_layers(model, skip), METHODS.get(method)
+    layers, chosen = chosen_matrices(model, skip), METHODS.get(method)
     if named := undivided(layers, fmt.group or 1):
         raise InputError(
             f"group {fmt.group} of {fmt.name} does not divide the input width of {named}; choose a format with a "
             "smaller group, or skip those layers"
         )
     assert damage is not None or not chosen.calibrated
-    matrices = {}
+    stored = {}
 
-    def settle(name: str, layer: nn.Linear, gram_II: Tensor | None) -> None:
-        codes, grid = chosen.apply(layer.weight, gram_II, fmt)
-        layer.weight.copy_(decode(codes, grid, fmt))
-        matrices[f"{name}.weight"] = (codes, grid)
+    def settle(matrix: Matrix, gram_II: Tensor | None) -> None:
+        codes, grid = chosen.apply(matrix.weight_OI, gram_II, fmt)
+        matrix.weight_OI.copy_(decode(codes, grid, fmt))
+        stored[matrix.key] = (codes, grid)
 
     change_each(model, layers, settle, damage if chosen.calibrated else None, f"quantizing ({method})")
-    return StoredGrid(fmt, matrices)
+    return StoredGrid(fmt, stored)
 
 
 def described(student: CausalLM, stored: StoredGrid, entry: JsonObject) -> Changed:

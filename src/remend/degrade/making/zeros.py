@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remend.compression import solvers
 from remend.degrade.making.job import (
@@ -19,12 +19,13 @@ from remend.degrade.making.job import (
     Damage,
     Methods,
     change_each,
-    chosen_layers,
+    chosen_matrices,
     share_of_zeros,
     undivided,
 )
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
+from remend.models.matrices import Matrix
 from remend.models.protocols import CausalLM
 
 MASK_BITS = 1
@@ -118,23 +119,23 @@ def zero_smallest(weights: Sequence[Tensor], share: float) -> None:
 
 def prune_in_place(
     damage: Damage, sparsity: Sparsity, method: str, scope: str, skip: Sequence[str]
-) -> dict[str, nn.Linear]:
-    """Set weights of the student's linear layers to zero; returns those layers.
+) -> dict[str, Matrix]:
+    """Set weights of the student's matrices to zero; returns those matrices.
 
     Raises InputError where m of n:m does not divide the width of one.
     """
-    layers, chosen = chosen_layers(damage.student, skip), METHODS.get(method)
+    layers, chosen = chosen_matrices(damage.student, skip), METHODS.get(method)
     if sparsity.pattern and (named := undivided(layers, sparsity.pattern[1])):
         raise InputError(
             f"{sparsity.name} needs input widths that {sparsity.pattern[1]} divides, which it does not in {named}; "
             "choose another pattern, or skip those layers"
         )
 
-    def zero(_: str, layer: nn.Linear, gram_II: Tensor | None) -> None:
-        layer.weight.copy_(chosen.apply(layer.weight, gram_II, sparsity))
+    def zero(matrix: Matrix, gram_II: Tensor | None) -> None:
+        matrix.weight_OI.copy_(chosen.apply(matrix.weight_OI, gram_II, sparsity))
 
     if scope == "global":
-        zero_smallest([layer.weight for layer in layers.values()], sparsity.share)
+        zero_smallest([matrix.weight_OI for matrix in layers.values()], sparsity.share)
     else:
         change_each(damage.student, layers, zero, damage if chosen.calibrated else None, f"pruning ({method})")
     return layers
@@ -154,9 +155,9 @@ def check(sparsity: Sparsity, method: str, scope: str) -> None:
         )
 
 
-def described(student: CausalLM, layers: Mapping[str, nn.Linear], entry: JsonObject) -> Changed:
+def described(student: CausalLM, layers: Mapping[str, Matrix], entry: JsonObject) -> Changed:
     """A pruned model with its part of degradation.json: `entry`, and what is zero of `layers`."""
-    weights = [layer.weight for layer in layers.values()]
+    weights = [matrix.weight_OI for matrix in layers.values()]
     total, share = sum(w.numel() for w in weights), share_of_zeros(weights)
     entry = {"kind": "pruning", **entry, "matrices": len(weights), "sparsity": share}
     bits = DENSE_BITS * (1 - share) + MASK_BITS

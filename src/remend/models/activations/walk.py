@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remend.console import stage
 from remend.data.order import derive_seed
@@ -30,6 +30,7 @@ from remend.errors import InputError
 from remend.models.activations.passes import Settled, hidden_batches, look, products, real_states, run_block, start
 from remend.models.activations.targets import Targets, anatomy_of, teacher_states
 from remend.models.layers import decoder_layers
+from remend.models.matrices import Matrix, matrices
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Draws, Rollout
@@ -37,10 +38,10 @@ from remend.models.sampling.rollout import Draws, Rollout
 
 @dataclass(frozen=True)
 class Sites:
-    """Linear layers of one block that read the same input.
+    """Matrices of one block that read the same input.
 
     index: the block, counted in the model that is walked.
-    names, layers: full module names and the modules, in order of execution.
+    matrices: in order of execution.
     gram_II: float32, Σ x xᵀ over the N calibration tokens.
     cross_OI: with a teacher, for each layer Σ y xᵀ, where y is what the layer should give (its bias taken off); None
         for a layer whose outputs are not all among the teacher's.
@@ -48,8 +49,7 @@ class Sites:
     """
 
     index: int
-    names: tuple[str, ...]
-    layers: tuple[nn.Linear, ...]
+    matrices: tuple[Matrix, ...]
     gram_II: Tensor
     cross_OI: tuple[Tensor | None, ...] | None
     rows: int
@@ -94,7 +94,7 @@ def walk(
     """Visit every group of linear layers of the decoder, each with what it sees after the changes in front of it.
 
     Args:
-        model: walked, and changed by `visit`, which may write into `layer.weight`.
+        model: walked, and changed by `visit`, which may write into `weight_OI` of a matrix.
         rollouts: calibration text; prompts and completions both count.
         visit: called once a group, in order of execution.
         teacher: a healthy model with the same kinds of blocks; then Sites.cross_OI is given, and what all prompts of a
@@ -107,7 +107,7 @@ def walk(
         InputError: blocks or inputs that can't be found; a layer map that does not fit.
     """
     blocks = decoder_layers(model)
-    names = {m: n for n, m in model.named_modules()}
+    by_module = {matrix.module: matrix for matrix in matrices(model).values()}
     healthy, how = None, precision or nullcontext()
     if teacher is not None:
         healthy = teacher_states(teacher, rollouts, layer_map if layer_map is not None else range(len(blocks)), how)
@@ -127,7 +127,7 @@ def walk(
                     wanted = (targets.wanted(m, settled.written) for m in group)
                     cross = tuple(None if y_NO is None else products(y_NO, x_NI, precision) for y_NO in wanted)
                 gram_II = products(x_NI, x_NI, precision)
-                visit(Sites(index, tuple(names[m] for m in group), tuple(group), gram_II, cross, len(x_NI)))
+                visit(Sites(index, tuple(by_module[m] for m in group), gram_II, cross, len(x_NI)))
                 settled.visited.update(group)
             for number, batch in enumerate(batches):
                 with settled.at(number):

@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remend.compression.solvers import least_squares
 from remend.models.activations.walk import Sites
-from remend.models.layers import linear_layers
+from remend.models.matrices import Matrix, matrices
 from remend.models.protocols import CausalLM
 
 PRIOR_TOKENS = 7_500
@@ -61,19 +61,19 @@ def _strength(sites: Sites) -> Tensor:
     return min(max(PRIOR_TOKENS / sites.rows, LEAST_PULL), MOST_PULL) * sites.gram_II.diagonal()
 
 
-def priors(teacher: CausalLM, names: Container[str]) -> dict[str, Tensor]:
-    """The teacher's parameters of these names, detached, in float32."""
-    return {name: p.detach().float() for name, p in teacher.named_parameters() if name in names}
+def priors(teacher: CausalLM, keys: Container[str]) -> dict[str, Tensor]:
+    """The teacher's matrices [O, I] of these keys, in float32."""
+    return {m.key: m.weight_OI.float() for m in matrices(teacher).values() if m.key in keys}
 
 
-def targets(sites: Sites, healthy: Mapping[str, Tensor], gram_II: Tensor) -> Iterator[tuple[str, nn.Linear, Tensor]]:
-    """Name of the weight, layer and `target` [O, I], of the layers whose prior there is in the same shape."""
-    for at, (name, layer) in enumerate(zip(sites.names, sites.layers, strict=True)):
-        prior_OI = healthy.get(f"{name}.weight")
-        if prior_OI is not None and prior_OI.shape == layer.weight.shape:
-            yield f"{name}.weight", layer, target(sites, at, prior_OI, gram_II)
+def targets(sites: Sites, healthy: Mapping[str, Tensor], gram_II: Tensor) -> Iterator[tuple[Matrix, Tensor]]:
+    """The matrices whose prior there is in the same shape, each with its `target` [O, I]."""
+    for at, matrix in enumerate(sites.matrices):
+        prior_OI = healthy.get(matrix.key)
+        if prior_OI is not None and prior_OI.shape == matrix.weight_OI.shape:
+            yield matrix, target(sites, at, prior_OI, gram_II)
 
 
 def shapes(model: CausalLM) -> dict[str, torch.Size]:
-    """Shapes of the decoder's linear weights, by layer name."""
-    return {name: layer.weight.shape for name, layer in linear_layers(model).items()}
+    """Shapes [O, I] of the decoder's matrices, by name."""
+    return {name: matrix.weight_OI.shape for name, matrix in matrices(model).items()}

@@ -63,8 +63,8 @@ class FreeKind(ConstraintKind):
 
         def visit(sites: Sites) -> None:
             gram_II = anchored_gram(sites)
-            for at, layer in enumerate(sites.layers):
-                layer.weight.copy_(target(sites, at, layer.weight.detach().float(), gram_II))
+            for at, matrix in enumerate(sites.matrices):
+                matrix.weight_OI.copy_(target(sites, at, matrix.weight_OI.float(), gram_II))
 
         calibration.walk(model, visit, "repairing at the cut", layer_map=layer_map)
         return Start()

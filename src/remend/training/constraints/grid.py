@@ -18,6 +18,7 @@ from remend.compression.solvers import gptq
 from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.errors import InputError
 from remend.models.activations.walk import Sites
+from remend.models.matrices import Matrix, by_key
 from remend.models.protocols import CausalLM
 from remend.training.constraints.fitting import anchored_gram, priors, targets
 from remend.training.constraints.kind import (
@@ -44,10 +45,10 @@ q4_0 of SmolLM2 0.4 to 3.7% (95%) below its repaired KL; without it, at 5e-5, th
 
 
 @dataclass
-class _Matrix:
-    """One matrix in training: the weight as served, what the optimizer moves, the grid that it is on."""
+class _Held:
+    """One matrix in training: where it is served, what the optimizer moves, the grid that it is on."""
 
-    weight: Tensor
+    matrix: Matrix
     master: Tensor
     grid: Grid
 
@@ -60,8 +61,8 @@ class OnGrid(Constraint):
     Args:
         model: holds the quantized weights already.
         stored: the grid as read from the student's directory.
-        origin: parameters of the model before quantization (the teacher's), by name. Where names and shapes agree, a
-            master starts at the original weight, moved as far as its code demands: it still rounds to the student's
+        origin: matrices [O, I] of the model before quantization (the teacher's), by key. Where keys and shapes agree,
+            a master starts at the original weight, moved as far as its code demands: it still rounds to the student's
             code, but remembers on which side of it the lost weight was. Elsewhere it starts on the grid point.
         masters: where masters start instead, by name, e.g. the weights that one-shot repair rounded.
         margin: in the weights' unit. Values of `masters`, and original weights that round to another code than the
@@ -84,10 +85,12 @@ class OnGrid(Constraint):
     ) -> None:
         self.format = stored.format
         stored.check(model)
-        parameters = dict(model.named_parameters())
-        self._matrices: dict[str, _Matrix] = {}
+        parameters, parts = dict(model.named_parameters()), by_key(model)
+        self._parameters = {parts[name].parameter: parameters[parts[name].parameter] for name in stored.matrices}
+        self._held: dict[str, _Held] = {}
+        self._beside: dict[str, tuple[Matrix, Tensor]] = {}
         for name, (codes, grid) in stored.matrices.items():
-            weight = parameters[name]
+            weight = parts[name].weight_OI
             codes, grid = codes.to(weight.device), grid.to(weight.device)
             start, source = (masters or {}).get(name), (origin or {}).get(name)
             if start is not None:
@@ -95,9 +98,12 @@ class OnGrid(Constraint):
             elif source is not None and source.shape == codes.shape:
                 master = self._from_origin(source.detach().to(weight.device), codes, grid, margin)
             else:
-                master = weight.detach().clone()
-            self._matrices[name] = _Matrix(weight, master, grid)
-        self._free = {n: p for n, p in parameters.items() if n not in self._matrices and p.requires_grad}
+                master = weight.clone()
+            self._held[name] = _Held(parts[name], master, grid)
+        self._free = {n: p for n, p in parameters.items() if n not in self._parameters and p.requires_grad}
+        for key, matrix in parts.items():  # experts that were skipped, of a parameter whose others are on the grid
+            if matrix.parameter in self._parameters and key not in self._held:
+                self._beside[key] = (matrix, matrix.weight_OI)
 
     def _from_origin(self, source: Tensor, codes: Tensor, grid: Grid, margin: float) -> Tensor:
         """The original weight where it rounds to its code; where it does not (GPTQ), inside the cell by `margin`.
@@ -117,23 +123,34 @@ class OnGrid(Constraint):
         return master
 
     def masters(self) -> dict[str, Tensor]:
-        return {**{name: matrix.master for name, matrix in self._matrices.items()}, **self._free}
+        held = {name: one.master for name, one in self._held.items()}
+        return {**held, **{key: weight_OI for key, (_, weight_OI) in self._beside.items()}, **self._free}
 
     @torch.no_grad()
     def take_gradients(self) -> None:
         """Straight-through: the gradient at the served weight, unchanged."""
-        for matrix in self._matrices.values():
-            matrix.master.grad, matrix.weight.grad = matrix.weight.grad, None
+        masters = [(one.matrix, one.master) for one in self._held.values()] + list(self._beside.values())
+        for matrix, master in masters:
+            gradient = self._parameters[matrix.parameter].grad
+            master.grad = None if gradient is None else matrix.of(gradient)
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def project(self) -> None:
-        for matrix in self._matrices.values():
-            snap(matrix.master, matrix.grid, self.format, out=matrix.weight)
+        for one in self._held.values():
+            weight_OI = one.matrix.weight_OI
+            if weight_OI.is_contiguous():
+                snap(one.master, one.grid, self.format, out=weight_OI)
+            else:  # `snap` writes into groups of a row, which lie apart here
+                rows_OI = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
+                snap(one.master, one.grid, self.format, out=rows_OI)
+                weight_OI.copy_(rows_OI)
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:
         """Codes, scales and zeros as `grid.safetensors`."""
-        matrices = {name: (encode(m.master, m.grid, self.format), m.grid) for name, m in self._matrices.items()}
+        matrices = {name: (encode(m.master, m.grid, self.format), m.grid) for name, m in self._held.items()}
         StoredGrid(self.format, matrices).write(directory)
 
 
@@ -164,7 +181,7 @@ class GridKind(ConstraintKind):
         self, model: CausalLM, facts: StudentFacts, *, origin: CausalLM | None, start: Start | None, rate: float
     ) -> Constraint:
         start = start or Start()
-        originals = dict(origin.named_parameters()) if origin is not None else None
+        originals = {k: m.weight_OI for k, m in by_key(origin).items()} if origin is not None else None
         stored, margin = start.stored or _stored(facts), BORDER_UPDATES * rate
         return OnGrid(model, stored, origin=originals, masters=start.masters, margin=margin)
 
@@ -199,11 +216,11 @@ def repair_grid(student: CausalLM, stored: StoredGrid, calibration: Calibration)
 
     def visit(sites: Sites) -> None:
         gram_II = anchored_gram(sites)
-        for name, layer, target_OI in targets(sites, healthy, gram_II):
-            grid = matrices[name][1].to(layer.weight.device)
+        for matrix, target_OI in targets(sites, healthy, gram_II):
+            grid = matrices[matrix.key][1].to(target_OI.device)
             rounded = gptq(target_OI, gram_II, stored.format, grid)
-            layer.weight.copy_(decode(rounded.codes, grid, stored.format))
-            matrices[name], masters[name] = (rounded.codes, grid), rounded.weight
+            matrix.weight_OI.copy_(decode(rounded.codes, grid, stored.format))
+            matrices[matrix.key], masters[matrix.key] = (rounded.codes, grid), rounded.weight
 
     calibration.walk(student, visit, "repairing on the grid")
     return Start(StoredGrid(stored.format, matrices), masters)

@@ -12,6 +12,7 @@ from remend.compression.solvers import refit_kept
 from remend.errors import InputError
 from remend.models.activations.walk import Sites
 from remend.models.layers import kept_weights
+from remend.models.matrices import matrices
 from remend.models.protocols import CausalLM
 from remend.training.constraints.fitting import anchored_gram, priors, targets
 from remend.training.constraints.free import Free
@@ -42,22 +43,23 @@ class Masked(Free):
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__(model)
-        self._kept = kept_weights(model)
+        kept = kept_weights(model)
+        self._kept = [(matrix, kept[matrix.key]) for matrix in matrices(model).values() if matrix.key in kept]
         if not self._kept:
             raise InputError("no linear layer of the student holds zeros: there is no sparsity mask to keep")
 
     @torch.no_grad()
     def take_gradients(self) -> None:
         """The gradient at a zero is dropped before clipping, so it takes no part in the norm."""
-        for name, kept_OI in self._kept.items():
-            gradient = self._parameters[name].grad
+        for matrix, kept_OI in self._kept:
+            gradient = self._parameters[matrix.parameter].grad
             if gradient is not None:
-                gradient.mul_(kept_OI)
+                matrix.of(gradient).mul_(kept_OI)
 
     @torch.no_grad()
     def project(self) -> None:
-        for name, kept_OI in self._kept.items():
-            self._parameters[name].mul_(kept_OI)
+        for matrix, kept_OI in self._kept:
+            matrix.weight_OI.mul_(kept_OI)
 
 
 class MaskKind(ConstraintKind):
@@ -106,7 +108,7 @@ def repair_mask(student: CausalLM, calibration: Calibration) -> None:
 
     def visit(sites: Sites) -> None:
         gram_II = anchored_gram(sites)
-        for name, layer, target_OI in targets(sites, healthy, gram_II):
-            layer.weight.copy_(refit_kept(target_OI, gram_II, kept[name]))
+        for matrix, target_OI in targets(sites, healthy, gram_II):
+            matrix.weight_OI.copy_(refit_kept(target_OI, gram_II, kept[matrix.key]))
 
     calibration.walk(student, visit, "repairing under the mask")

@@ -1,0 +1,173 @@
+"""The weight matrices of a decoder, whatever keeps them: what can be quantized, pruned and refitted.
+
+transformers keeps a matrix in one of three ways, and a method that changes weights should not care which:
+
+    nn.Linear   weight [O, I]
+    Conv1D      weight [I, O] (GPT-2)
+    experts     one parameter for all of them, [E, O, I] or [E, I, O] (GPT-OSS); each expert is a matrix of its own
+
+`Matrix` shows each as [O, I]. `account` sorts all weights of a model, so that nothing is left out unseen.
+
+Legend: O rows (outputs), I columns (inputs), E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from remend.models.protocols import CausalLM
+
+EXPERT_PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
+"""Parameters of a module of experts, as transformers names them in every architecture (integrations/moe.py)."""
+
+_NO_PRODUCT = re.compile(r"(^|[._])(bias|A_log|dt_bias|D)$")
+"""Parameters with two or more dimensions that multiply nothing: biases of experts, decays of state-space models."""
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One weight matrix.
+
+    name: of the layer; of an expert's the parameter's name and the expert's number, 'model.….experts.down_proj.3'.
+    module: that holds it.
+    parameter: full name of the parameter that it is, or is a part of.
+    expert: its number in that parameter; None where the parameter is the matrix.
+    transposed: the parameter holds it as [I, O].
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    expert: int | None = None
+    transposed: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in a file of codes: the parameter's name, or the expert's."""
+        return self.parameter if self.expert is None else self.name
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part [O, I] of a tensor that is shaped like the parameter (its gradient, say): a view, not a copy."""
+        part = tensor if self.expert is None else tensor[self.expert]
+        return part.T if self.transposed else part
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """A view without gradient: what is written into it changes the model."""
+        tensor: Tensor = getattr(self.module, self.parameter.rpartition(".")[2])
+        return self.of(tensor.detach())
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return int(self.weight_OI.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return int(self.weight_OI.shape[0])
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        """What the layer adds to its product, or None."""
+        name = self.parameter.rpartition(".")[2]
+        bias = getattr(self.module, "bias" if self.expert is None else f"{name}_bias", None)
+        if bias is None or self.expert is None:
+            return bias
+        chosen: Tensor = bias.detach()[self.expert]
+        return chosen
+
+
+@dataclass(frozen=True)
+class Account:
+    """All weights of a model, each in one place, by parameter name and number of values.
+
+    matrices: of the decoder, by name; the head and embeddings are none.
+    routers: what chooses experts; it stays dense.
+    unknown: parameters of two or more dimensions in the decoder that are no matrix that remend knows.
+    towers: parameters outside the decoder (a vision or audio tower and what joins it), the head apart.
+    """
+
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    routers: dict[str, int] = field(default_factory=dict)
+    unknown: dict[str, int] = field(default_factory=dict)
+    towers: dict[str, int] = field(default_factory=dict)
+
+
+def decoder_of(model: CausalLM) -> nn.Module:
+    """The part that reads text: of a multi-modal model the text model, else all but the head."""
+    asked = getattr(model, "get_decoder", None)
+    decoder = asked() if callable(asked) else None
+    return decoder if isinstance(decoder, nn.Module) else model.base_model
+
+
+def account(model: CausalLM) -> Account:
+    """Where each weight of a model belongs."""
+    decoder, head, result = decoder_of(model), model.get_output_embeddings(), Account()
+    inside = {id(part) for part in decoder.modules()}
+    experts = {name: len_ for name, part in model.named_modules() if (len_ := _experts_of(part))}
+    for name, module in model.named_modules():
+        if module is head or isinstance(module, nn.Embedding):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{own}" if name else own
+            if id(module) not in inside:
+                result.towers[full] = parameter.numel()
+            elif parameter.ndim < 2 or _NO_PRODUCT.search(full) or isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                continue
+            elif _routes(name, int(parameter.shape[0]), experts):
+                result.routers[full] = parameter.numel()
+            elif parts := list(_matrices(name, module, own, parameter)):
+                result.matrices.update({matrix.name: matrix for matrix in parts})
+            else:
+                result.unknown[full] = parameter.numel()
+    return result
+
+
+def matrices(model: CausalLM) -> dict[str, Matrix]:
+    """Every weight matrix of the decoder by name, in the model's order: not the head, embeddings or routers."""
+    return account(model).matrices
+
+
+def by_key(model: CausalLM) -> dict[str, Matrix]:
+    """Every weight that codes may describe by its key: the decoder's matrices, its routers, the head, embeddings."""
+    known = {matrix.key: matrix for matrix in matrices(model).values()}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{own}" if name else own
+            if parameter.ndim == 2 and own == "weight":
+                known.setdefault(full, Matrix(name, module, full))
+    return known
+
+
+def _matrices(name: str, module: nn.Module, own: str, parameter: Tensor) -> Iterator[Matrix]:
+    full = f"{name}.{own}" if name else own
+    if own == "weight" and isinstance(module, nn.Linear):
+        yield Matrix(name, module, full)
+    elif own == "weight" and isinstance(module, Conv1D):
+        yield Matrix(name, module, full, transposed=True)
+    elif own in EXPERT_PRODUCTS and parameter.ndim == 3 and hasattr(module, "is_transposed"):
+        for expert in range(len(parameter)):
+            yield Matrix(f"{full}.{expert}", module, full, expert, bool(module.is_transposed))
+
+
+def _experts_of(module: nn.Module) -> int:
+    """How many experts a layer chooses from; 0 for any other module."""
+    experts = getattr(module, "experts", None)
+    if isinstance(experts, nn.ModuleList):
+        return len(experts)
+    return int(getattr(experts, "num_experts", 0)) if isinstance(experts, nn.Module) else 0
+
+
+def _routes(name: str, rows: int, experts: dict[str, int]) -> bool:
+    """Whether a parameter of module `name` with so many rows chooses experts, or how much of a shared one is taken."""
+    for layer, count in experts.items():
+        inner = name.removeprefix(f"{layer}.") if name.startswith(f"{layer}.") else ""
+        if inner and not inner.startswith("experts.") and inner != "experts":
+            return rows in (1, count) and "." not in inner.removeprefix("gate.").removeprefix("router.")
+    return False
