@@ -158,9 +158,9 @@ def test_an_empty_calibration_file_is_refused(made: Any, tmp_path: Path, content
 
 
 @pytest.mark.parametrize("skip", [[], ["*.down_proj"]])
-def test_a_model_without_linear_layers_is_told_so_and_not_its_skip(skip: list[str]) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_a_model_without_matrices_is_told_so_and_not_its_skip(skip: list[str]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(InputError, match=r"^GPT2LMHeadModel has no linear layer beside its head"):
-        job.chosen_layers(model, skip)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=0, num_attention_heads=1))
+    with pytest.raises(InputError, match=r"^LlamaForCausalLM has no weight matrix beside its head"):
+        job.chosen_matrices(model, skip)
