@@ -6,6 +6,7 @@
 # make slow      all tests on the real model; adds a row to docs/measurements/runs.md
 # make golden    run OLD (a commit) and the code here side by side and compare every file that they write; adds a row
 # make golden-figures    keep the figures of this machine for tests/test_golden.py, after a change that is meant
+# make zoo       every verb on every model of the zoo, checked with transformers alone; rewrites docs/measurements/zoo.md
 # make count     how large is the code, and how much of what was to leave is left
 # make benchmarks-short  run the shortest case of each benchmark; adds a row
 # make runs      print the table of long checks
@@ -19,13 +20,14 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
 OLD ?= 13d6498
+ZOO ?= runs/zoo-$(shell git rev-parse --short HEAD 2>/dev/null)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 SAMPLE := tests/slow/test_slow.py tests/models tests/data tests/recovery/test_self_prompts.py
 RECORD = $(BIN)/python benchmarks/record.py
 
-.PHONY: help demo test fast sample slow check golden golden-figures count benchmarks-short runs clean
+.PHONY: help demo test fast sample slow check golden golden-figures zoo count benchmarks-short runs clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -65,6 +67,9 @@ golden: .venv/ready-dev
 
 golden-figures: .venv/ready-dev
 	$(BIN)/python tests/test_golden.py
+
+zoo: .venv/ready-dev
+	$(BIN)/python tests/campaign/table.py --out $(ZOO) --record
 
 count: .venv/ready-dev
 	$(BIN)/python benchmarks/count.py --old $(OLD)
