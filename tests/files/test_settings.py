@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 from pydantic import ValidationError
 
+import remend
+from remend.degrade.depth import Depth
+from remend.degrade.quantize import Quantize
+from remend.diagnosis.settings import DiagnoseSettings
 from remend.errors import FileError, InputError
-from remend.files.settings import Gone, Settings, build, merged, parse_overrides, read_yaml
+from remend.files.settings import Gone, Settings, build, merged, parse_overrides, read_yaml, takes
 
 
 class Inner(Settings):
@@ -111,3 +116,33 @@ def test_a_mapping_over_a_mapping_changes_the_keys_that_it_names() -> None:
     assert merged(jsd, {"loss": {"beta": 0.1}}) == {"loss": {"name": "jsd", "beta": 0.1}}
     assert merged(jsd, {"loss": {"name": "forward_kl"}}) == {"loss": {"name": "forward_kl"}}  # beta was the jsd's
     assert merged({"loss": {"beta": 0.1}}, {"loss": {"name": "jsd"}}) == {"loss": {"name": "jsd", "beta": 0.1}}
+
+
+def test_a_functions_signature_and_docstring_show_the_settings_that_it_takes() -> None:
+    @takes(Outer)
+    def act(steps: int, **overrides: object) -> None:
+        """Do it."""
+
+    assert list(inspect.signature(act).parameters) == ["steps", "inner"]
+    shown = inspect.signature(remend.finetune).parameters
+    assert (shown["data"].default, shown["batch_size"].default) == (inspect.Parameter.empty, 4)
+    assert (shown["learning_rate"].annotation, shown["dtype"].annotation) == (
+        float | None,
+        Literal["auto", "float32", "bfloat16"],
+    )
+    assert "    batch_size: rows a step\n" in (remend.finetune.__doc__ or "")
+    inspect.signature(remend.recover).bind("recipe.yaml", steps=2)  # what the recipe gives may be left out
+    for function in (remend.quantize, remend.prune, remend.prune_depth, remend.prune_width, remend.finetune,
+                     remend.cache_teacher, remend.diagnose, remend.evaluate, remend.recover, remend.check):  # fmt: skip
+        kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+def test_paths_count_as_texts_and_sequences_as_lists(tmp_path: Path) -> None:
+    values = {"skip": ("a",), "data": tmp_path}
+    assert build(Quantize, values, "x") == Quantize(skip=["a"], data=str(tmp_path))
+    for layers in ((0, 2), range(0, 3, 2)):
+        assert build(Depth, {"layers": layers}, "x") == Depth(layers=[0, 2])
+    assert build(DiagnoseSettings, {"reference": "r", "students": ("s",), "out": "o", "cache": tmp_path}, "x").cache
+    with pytest.raises(TypeError, match="layers"):
+        remend.prune_depth("model", tmp_path / "out")  # type: ignore[call-arg]

@@ -61,7 +61,7 @@ def test_a_loss_may_be_its_name_alone_and_a_tuple_is_given_as_a_list() -> None:
     assert config(loss="jsd") == config(loss={"name": "jsd"})
     assert "unknown loss" in message(loss="jsdd")
     assert message(loss=5) == (
-        'r.yaml: "loss" is 5: a loss is its name, as jsd, or a mapping of name and parameters: {name: jsd, beta: 0.5}'
+        'r.yaml: "loss" is 5: a loss is its name, as jsd, or a mapping with name and parameters: {name: jsd, beta: 0.5}'
     )
     assert message(beta=1, loss="jsd").endswith("give null for it: beta=0.5 loss=null, or loss.name=jsd beta=null")
 

@@ -5,7 +5,7 @@ remend degrade depth smollm2 --layers 5 --out student
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from remend.degrade.kinds import DEGRADATIONS, Calibrated, degrade
 from remend.errors import InputError
+from remend.files.settings import takes
 
 if TYPE_CHECKING:
     from remend.degrade.making.job import Changed, Damage
@@ -70,6 +71,12 @@ class Depth(Calibrated):
         return Changed(student, entry)
 
 
-def prune_depth(model: str, out: str | Path, **overrides: object) -> JsonObject:
-    """Remove blocks of a model and save the shallower one. See kinds.degrade; `overrides` are fields of Depth."""
-    return degrade("depth", model, out, overrides)
+@takes(Depth)
+def prune_depth(model: str, out: str | Path, *, layers: int | Sequence[int], **overrides: object) -> JsonObject:
+    """Remove blocks of a model and save the shallower one. See kinds.degrade; `overrides` are fields of Depth.
+
+    Args:
+        model, out: as of kinds.degrade.
+        layers: how many blocks to remove, or the numbers of those, from 0.
+    """
+    return degrade("depth", model, out, {"layers": layers, **overrides})

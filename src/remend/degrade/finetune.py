@@ -13,7 +13,7 @@ from pydantic import Field
 
 from remend.degrade.kinds import DEGRADATIONS, DegradeSettings, degrade
 from remend.errors import InputError
-from remend.files.settings import Number
+from remend.files.settings import Number, takes
 from remend.models.lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Finetune(DegradeSettings):
         return tuned(damage, self)
 
 
+@takes(Finetune)
 def finetune(model: str, out: str | Path, **overrides: object) -> JsonObject:
     """Fine-tune a model on given completions and save it. See kinds.degrade; `overrides` are fields of Finetune."""
     return degrade("finetune", model, out, overrides)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -27,9 +27,6 @@ from remend.registry import Registry
 if TYPE_CHECKING:
     from remend.degrade.making.job import Changed, Damage
     from remend.files.atomic import JsonObject
-
-Patterns = Annotated[list[str], Field(strict=False)]
-"""Texts in any kind of sequence."""
 
 
 class DegradeSettings(Settings):
@@ -117,7 +114,7 @@ def degrade(kind: str, model: str, out: str | Path, settings: Mapping[str, objec
             changed so, an occupied directory.
         TrainingError: loss or gradient is not finite.
     """
-    chosen = build(DEGRADATIONS.get(kind), dict(settings), kind)
+    chosen = build(DEGRADATIONS.get(kind), settings, kind)
     chosen.check()
     from remend.degrade.making.job import run_job
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from remend.degrade.kinds import DEGRADATIONS, Calibrated, Patterns, degrade
+from remend.degrade.kinds import DEGRADATIONS, Calibrated, degrade
+from remend.files.settings import takes
 
 if TYPE_CHECKING:
     from remend.degrade.making.job import Changed, Damage
@@ -30,7 +31,7 @@ class Prune(Calibrated):
     method: str = Field("magnitude", description="which weights become zero: magnitude, wanda, sparsegpt")
     sparsity: str | float = Field("0.5", description="share of zeros, 0.5, or how many of how many stay, 2:4")
     scope: str = Field("layer", description="the share holds in every layer, or over all: layer, global")
-    skip: Patterns = Field(default_factory=list, description="layers to leave as they are, e.g. '*.down_proj'")
+    skip: list[str] = Field(default_factory=list, description="layers to leave as they are, e.g. '*.down_proj'")
 
     def amount(self) -> Sparsity:
         """`sparsity`, read. Raises InputError for one out of range."""
@@ -56,6 +57,7 @@ class Prune(Calibrated):
         return zeros.described(damage.student, layers, entry)
 
 
+@takes(Prune)
 def prune(model: str, out: str | Path, **overrides: object) -> JsonObject:
     """Set weights of a model to zero and save it. See kinds.degrade; `overrides` are fields of Prune."""
     return degrade("prune", model, out, overrides)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from remend.degrade.kinds import DEGRADATIONS, Calibrated, Patterns, degrade
+from remend.degrade.kinds import DEGRADATIONS, Calibrated, degrade
+from remend.files.settings import takes
 
 if TYPE_CHECKING:
     from remend.compression.grids import GridFormat
@@ -24,7 +25,7 @@ class Quantize(Calibrated):
 
     format: str = Field("int3-g64", description="int3-g64, int4-g32-sym, gguf:q4_0, nf4, nvfp4, …")
     method: str = Field("rtn", description="how weights are put on the grid: rtn or gptq")
-    skip: Patterns = Field(default_factory=list, description="layers to leave as they are, e.g. '*.down_proj'")
+    skip: list[str] = Field(default_factory=list, description="layers to leave as they are, e.g. '*.down_proj'")
 
     def grid_format(self) -> GridFormat:
         """`format`, read. Raises InputError for an unknown one."""
@@ -52,6 +53,7 @@ class Quantize(Calibrated):
         return onto_grid.described(damage.student, stored, entry)
 
 
+@takes(Quantize)
 def quantize(model: str, out: str | Path, **overrides: object) -> JsonObject:
     """Quantize a model and save it with its grid. See kinds.degrade; `overrides` are fields of Quantize."""
     return degrade("quantize", model, out, overrides)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from remend.degrade.kinds import DEGRADATIONS, Calibrated, degrade
 from remend.errors import InputError
-from remend.files.settings import Number
+from remend.files.settings import Number, takes
 
 if TYPE_CHECKING:
     from remend.degrade.making.job import Changed, Damage
@@ -48,6 +48,7 @@ class Width(Calibrated):
         return channels.narrower(damage, self.ffn, self.heads)
 
 
+@takes(Width)
 def prune_width(model: str, out: str | Path, **overrides: object) -> JsonObject:
     """Remove channels and heads of a model and save the rest. See kinds.degrade; `overrides` are fields of Width."""
     return degrade("width", model, out, overrides)

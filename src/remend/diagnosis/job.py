@@ -22,7 +22,7 @@ from remend.diagnosis.settings import DiagnoseSettings
 from remend.diagnosis.student import Examined, measure
 from remend.files.atomic import JsonObject, write_json
 from remend.files.environment import environment
-from remend.files.settings import build
+from remend.files.settings import build, takes
 from remend.maths.gap import bootstrap_gap_closed
 from remend.models.activations.capture import MASSIVE, usable
 from remend.models.find import hash_files
@@ -35,6 +35,7 @@ DISCLAIMER = (
 )
 
 
+@takes(DiagnoseSettings)
 def diagnose(reference: str, students: Sequence[str], out: str | Path, **overrides: Any) -> JsonObject:
     """Measure students against a healthy reference and write diagnosis.json and report.html.
 
@@ -55,9 +56,8 @@ def diagnose(reference: str, students: Sequence[str], out: str | Path, **overrid
             numbers that are not finite (with the layer), an occupied directory.
     """
     began = time.monotonic()
-    lists = {key: list(overrides[key]) for key in ("sites", "layer_map") if overrides.get(key) is not None}
-    named = {"reference": reference, "students": list(students), "out": str(out)}
-    exam = examination(build(DiagnoseSettings, {**overrides, **lists, **named}, "settings"))
+    named = {"reference": reference, "students": list(students), "out": out}
+    exam = examination(build(DiagnoseSettings, {**overrides, **named}, "settings"))
     teacher = scorer(exam.load(exam.source, reference), exam.shared)
     hashes, asked = hash_files(exam.source), exam.settings
     conditions = Conditions(asked.max_new_tokens, exam.shared, asked.seed, exam.sites, str(exam.dtype)[len("torch.") :])

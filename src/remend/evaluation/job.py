@@ -34,9 +34,11 @@ from remend.evaluation.generation import (
 )
 from remend.evaluation.plan import Plan, make_plan
 from remend.evaluation.rows import Material, TaskRows, dropped_note, encode, read
+from remend.evaluation.settings import EvaluateSettings
 from remend.files.atomic import JsonObject, write_json
 from remend.files.environment import environment
 from remend.files.run_directory import MANIFEST
+from remend.files.settings import takes
 from remend.models.find import ModelSource, fetch_model, find_model, hash_files
 from remend.models.load import eos_ids, load_config, load_model, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
@@ -51,6 +53,7 @@ layer makes stays in its cache, nothing is padding, and a score can't hang on wh
 """
 
 
+@takes(EvaluateSettings)
 def evaluate(model: str, tasks: Sequence[str], out: str | Path, **overrides: object) -> JsonObject:
     """Grade a model on tasks and write the results, as `remend compare` reads them.
 

@@ -84,7 +84,7 @@ def make_plan(model: str, names: Sequence[str], values: Mapping[str, object]) ->
         CheckError: all that is wrong with them.
         InputError: an unknown setting, one of another type, or a device that is not there.
     """
-    settings = build(EvaluateSettings, dict(values), "evaluate")
+    settings = build(EvaluateSettings, values, "evaluate")
     names = [names] if isinstance(names, str) else list(names)
     problems = [*_task_problems(names, settings.how), *_setting_problems(names, settings)]
     data, unclear = _data_by_task(settings.data, [name for name in names if name in tasks.names()])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -65,8 +67,12 @@ class Settings(BaseModel):
 Config = TypeVar("Config", bound=Settings)
 
 
-def build(model: type[Config], values: dict[str, Any], origin: str) -> Config:
-    """Validate `values` as `model`. Raises InputError that lists every problem, not the first only."""
+def build(model: type[Config], values: Mapping[str, object], origin: str) -> Config:
+    """Validate `values` as `model`; a path counts as its text, and a sequence as a list.
+
+    Raises InputError that lists every problem, not the first only.
+    """
+    values = {key: _plain(value) for key, value in values.items()}
     problems, built = model.missing(values), None
     try:
         built = model(**values)
@@ -75,6 +81,43 @@ def build(model: type[Config], values: dict[str, Any], origin: str) -> Config:
     if problems or built is None:
         raise InputError("\n".join(f"{origin}: {p}" for p in problems))
     return built
+
+
+def _plain(value: object) -> object:
+    """A value of Python's as YAML would have it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(part) for part in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def takes(model: type[Settings], *, over_recipe: bool = False) -> Callable[[Function], Function]:
+    """Decorator for a function whose **overrides are fields of `model`: help() and editors show them.
+
+    The signature gets each field that is no parameter already, with its type and default. The docstring gets the
+    descriptions. With `over_recipe` a recipe may give what has no default, and `...` stands for it.
+    """
+
+    def documented(function: Function) -> Function:
+        signature, types = inspect.signature(function), get_type_hints(model)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        fields = {name: field for name, field in model.model_fields.items() if name not in signature.parameters}
+        for name, field in fields.items():
+            default = field.get_default(call_default_factory=True)
+            if field.is_required():
+                default = ... if over_recipe else inspect.Parameter.empty
+            parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            own.append(parameter.replace(annotation=types[name]))
+        function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        lines = "".join(f"    {name}: {field.description}\n" for name, field in fields.items())
+        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nSettings:\n{lines}"
+        return function
+
+    return documented
 
 
 def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from remend.console import console, stage, warn
 from remend.errors import InputError
 from remend.files.atomic import read_json
 from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory
-from remend.files.settings import build, merged, read_yaml
+from remend.files.settings import build, merged, read_yaml, takes
 from remend.plugins import asked_for, import_modules, not_imported
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.preflight import preflight
@@ -55,11 +55,13 @@ def _mention_imports(recipe: Path) -> None:
         warn(f"{recipe} is of a run that was begun with {missing}; what these modules register is not known now")
 
 
+@takes(RecoverConfig, over_recipe=True)
 def check(recipe: str | Path | None = None, *, files: bool = True, **overrides: Any) -> Checked:
     """Check a recovery without training; see `preflight`. Problems are in the result, not raised."""
     return preflight(settings(recipe, overrides), files=files)
 
 
+@takes(RecoverConfig, over_recipe=True)
 def recover(recipe: str | Path | None = None, *, resume: str | Path | None = None, **overrides: Any) -> RecoverResult:
     """Recover a degraded student by on-policy self-distillation (arXiv 2604.15794).
 

@@ -122,7 +122,7 @@ class _Reader:
             self.problems.append(f"{self.origin}: {place} is {values!r}; it must be a mapping of keys to values")
             return None
         try:
-            return build(kind, dict(values), f"{self.origin}: {place}")
+            return build(kind, values, f"{self.origin}: {place}")
         except InputError as error:
             self.problems.append(str(error))
             return None

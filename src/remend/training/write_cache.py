@@ -26,7 +26,7 @@ from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, json_line, new_directory, write_json, write_text
 from remend.files.run_directory import occupied
-from remend.files.settings import build
+from remend.files.settings import build, takes
 from remend.maths.losses import divergence
 from remend.maths.topk import TopK, entropy_lost, top_k
 from remend.models.device import choose_device, choose_dtype, chunk_rows
@@ -47,6 +47,7 @@ ROWS = 8
 """Completions a forward pass, as recovery takes them."""
 
 
+@takes(CacheSettings)
 def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObject:
     """Let a teacher answer prompts and store how it scores its own answers.
 
@@ -62,7 +63,7 @@ def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObjec
         InputError, FileError: unknown settings or ones out of range, an occupied directory, no prompt left, unreadable
             data or model.
     """
-    plan, out = build(CacheSettings, dict(overrides), "cache-teacher"), Path(out)
+    plan, out = build(CacheSettings, overrides, "cache-teacher"), Path(out)
     claimed = type(named(str(model)))
     kind = next(word for word, entry in TEACHERS.entries.items() if entry is claimed)
     if kind != "frozen":
