@@ -28,7 +28,7 @@ def original(reference_dir: Path) -> dict[str, torch.Tensor]:
     return linear_weights(AutoModelForCausalLM.from_pretrained(reference_dir))
 
 
-def pruned(reference_dir: Path, out: Path, **settings: object) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+def pruned(reference_dir: Path, out: Path, **settings: object) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     record = prune(str(reference_dir), out, samples=3, probe=False, **settings)  # type: ignore[arg-type]
     return record, linear_weights(AutoModelForCausalLM.from_pretrained(out))
 
@@ -178,7 +178,9 @@ def test_skipped_layers_stay_as_they_are(
         assert torch.equal(weight, original[name]) == name.endswith("down_proj"), name
     assert record["matrices"] == 12
     assert record["skip"] == ["*.down_proj"]
-    assert record["sparsity"] == 0.5
+    left = record["decoder"]["untouched"]
+    assert left == sum(w.numel() for n, w in weights.items() if n.endswith("down_proj")) / record["decoder"]["weights"]
+    assert record["sparsity"] == pytest.approx(0.5 * (1 - left))  # of the whole decoder
 
 
 def test_head_and_embeddings_are_never_pruned(reference_dir: Path, tmp_path: Path) -> None:

@@ -28,11 +28,22 @@ def show_damage(out: str, done: JsonRow) -> None:
     print_line(f"{out}: {what}: {bits}{size:.1f} MiB as packed, {done['seconds']:.1f} s")
     if "matrices" in done:
         print_line(f"sparsity: {done['sparsity']:.2%} of the weights in {done['matrices']} matrices are zero")
+    if decoder := done.get("decoder"):
+        print_line(_reached(decoder))
     if probe := done.get("probe"):
         print_line(
             f"probe: KL {probe['kl']:.3f} nats a token, top-1 agreement {probe['top1_agreement']:.1%} "
             f"with the reference on {probe['prompts']} held-out prompts"
         )
+
+
+def _reached(decoder: JsonRow) -> str:
+    """Which of the decoder's weights were changed, and what stays dense by its nature."""
+    words = {"on_grid": "on the grid", "masked": "under the mask"}
+    parts = [f"{decoder[key]:.1%} {text}" for key, text in words.items() if key in decoder]
+    dense = [f"{decoder[key]} weights of {key}" for key in ("routers", "towers") if decoder.get(key)]
+    stays = f"; {' and '.join(dense)} stay dense" if dense else ""
+    return f"decoder: {parts[0]}, {decoder['untouched']:.1%} untouched of {decoder['weights']} matrix weights{stays}"
 
 
 def show_cache(out: str, done: JsonRow) -> None:

@@ -24,8 +24,8 @@ class Prune(Calibrated):
     """Set weights of every linear layer to zero; `degrade depth` and `degrade width` make a smaller model.
 
     The zeros themselves are the mask: nothing else is stored. In degradation.json `sparsity` is their measured share in
-    the pruned matrices, and `bits_per_weight` what these take as packed: 16 bits a value
-    that stays, and one bit a weight for the mask.
+    the matrices of the whole decoder, and `bits_per_weight` what these take as packed: 16 bits a value that stays, and
+    one bit a weight for the mask.
     """
 
     method: str = Field("magnitude", description="which weights become zero: magnitude, wanda, sparsegpt")

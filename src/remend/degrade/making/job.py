@@ -20,6 +20,7 @@ from remend.console import stage, warn
 from remend.data.examples import bundled, choose, data_hash, load_examples
 from remend.data.templates import encode
 from remend.degrade.kinds import Calibrated, DegradeSettings
+from remend.degrade.making.shares import require_known
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.run_directory import occupied
@@ -27,7 +28,7 @@ from remend.models.activations.walk import Sites, completions, walk
 from remend.models.device import choose_device
 from remend.models.find import ModelSource, find_model, hash_files, origin_note
 from remend.models.load import load_model, load_tokenizer, save_model
-from remend.models.matrices import Matrix, matrices
+from remend.models.matrices import Matrix, account, matrices
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
@@ -89,7 +90,7 @@ class Changed:
     student: the changed model.
     entry: its part of degradation.json: kind, method, and what else describes it.
     files: writes what lies beside the model (a grid, say) into a directory.
-    bits_per_weight: of the changed matrices, as packed, scales included; 16 for dense ones.
+    bits_per_weight: of the decoder's matrices, as packed, scales included; 16 for dense ones.
     packed_bytes: the whole model as packed; None counts every parameter at 16 bits.
     """
 
@@ -217,13 +218,15 @@ def chosen_matrices(model: CausalLM, skip: Sequence[str]) -> dict[str, Matrix]:
 
     Raises InputError for a pattern that matches nothing, or when nothing is left.
     """
-    layers = matrices(model)
-    if not layers:
+    parts = account(model)
+    layers = parts.matrices
+    if not layers and not parts.unknown:
         raise InputError(f"{type(model).__name__} has no weight matrix beside its head, so there is nothing to change")
     for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in layers):
+        if not any(fnmatchcase(name, pattern) for name in (*layers, *parts.unknown)):
             some = ", ".join(list(layers)[:3])
             raise InputError(f'skip "{pattern}" matches no linear layer; names are like {some}; * matches any part')
+    require_known(parts, skip, model)
     kept = {n: m for n, m in layers.items() if not any(fnmatchcase(n, p) for p in skip)}
     if not kept:
         raise InputError(f"skip {', '.join(skip)} leaves no layer to change")

@@ -23,9 +23,11 @@ from remend.degrade.making.job import (
     share_of_zeros,
     undivided,
 )
+from remend.degrade.making.shares import shares
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
-from remend.models.matrices import Matrix
+from remend.models.layers import count_parameters
+from remend.models.matrices import Matrix, matrices
 from remend.models.protocols import CausalLM
 
 METHODS: Methods[Callable[[Tensor, Tensor | None, GridFormat], tuple[Tensor, Grid]]] = Methods("quantization method")
@@ -83,19 +85,25 @@ def quantize_in_place(
 
 
 def described(student: CausalLM, stored: StoredGrid, entry: JsonObject) -> Changed:
-    """A quantized model with its part of degradation.json: `entry`, and what lies on the grid."""
+    """A quantized model with its part of degradation.json: `entry`, and what lies on the grid.
+
+    Raises InputError where matrices are not on it that no skip pattern names.
+    """
     fmt = stored.format
+    stored.check(student)
+    decoder = shares(student, "on_grid", stored.matrices, entry["skip"])
     quantized = sum(codes.numel() for codes, _ in stored.matrices.values())
     bits = sum(codes.numel() * fmt.bits_per_weight(codes.shape[1]) for codes, _ in stored.matrices.values())
-    weights = dict(student.named_parameters())
-    parameters = sum(p.numel() for p in weights.values())
+    parameters = count_parameters(student)
     entry = {
         "kind": "quantization",
         **entry,
         "matrices": len(stored.matrices),
         "weights_on_grid": quantized,
         "weights_in_all": parameters,
-        "sparsity": share_of_zeros([weights[name] for name in stored.matrices]),
+        "sparsity": share_of_zeros([matrix.weight_OI for matrix in matrices(student).values()]),
+        "decoder": decoder,
     }
     packed = round(bits / 8) + DENSE_BITS // 8 * (parameters - quantized)
-    return Changed(student, entry, stored.write, bits_per_weight=bits / quantized, packed_bytes=packed)
+    whole = (bits + DENSE_BITS * (decoder["weights"] - quantized)) / decoder["weights"]
+    return Changed(student, entry, stored.write, bits_per_weight=whole, packed_bytes=packed)

@@ -23,9 +23,11 @@ from remend.degrade.making.job import (
     share_of_zeros,
     undivided,
 )
+from remend.degrade.making.shares import shares
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
-from remend.models.matrices import Matrix
+from remend.models.layers import count_parameters
+from remend.models.matrices import Matrix, matrices
 from remend.models.protocols import CausalLM
 
 MASK_BITS = 1
@@ -156,11 +158,17 @@ def check(sparsity: Sparsity, method: str, scope: str) -> None:
 
 
 def described(student: CausalLM, layers: Mapping[str, Matrix], entry: JsonObject) -> Changed:
-    """A pruned model with its part of degradation.json: `entry`, and what is zero of `layers`."""
+    """A pruned model with its part of degradation.json: `entry`, and what is zero of `layers`.
+
+    Raises InputError where matrices hold no zeros that no skip pattern names; over all layers at once that may be.
+    """
     weights = [matrix.weight_OI for matrix in layers.values()]
     total, share = sum(w.numel() for w in weights), share_of_zeros(weights)
-    entry = {"kind": "pruning", **entry, "matrices": len(weights), "sparsity": share}
-    bits = DENSE_BITS * (1 - share) + MASK_BITS
-    others = sum(p.numel() for p in student.parameters()) - total
-    packed = round(total * bits / 8) + others * DENSE_BITS // 8
+    masked = {matrix.key for matrix in layers.values() if bool((matrix.weight_OI == 0).any())}
+    decoder = shares(student, "masked", masked, entry["skip"], refuse=entry["scope"] == "layer")
+    zeros = share_of_zeros([matrix.weight_OI for matrix in matrices(student).values()])
+    entry = {"kind": "pruning", **entry, "matrices": len(weights), "sparsity": zeros, "decoder": decoder}
+    of_these = DENSE_BITS * (1 - share) + MASK_BITS
+    packed = round(total * of_these / 8) + (count_parameters(student) - total) * DENSE_BITS // 8
+    bits = (total * of_these + (decoder["weights"] - total) * DENSE_BITS) / decoder["weights"]
     return Changed(student, entry, bits_per_weight=bits, packed_bytes=packed)

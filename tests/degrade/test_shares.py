@@ -1,0 +1,96 @@
+"""A degradation says which of the decoder's weights it reached, and does not pass over any in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+
+from helpers.tiny import build_tokenizer
+from remend.degrade.making.shares import require_known, shares
+from remend.degrade.prune import prune
+from remend.degrade.quantize import quantize
+from remend.errors import InputError
+from remend.models.matrices import account
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out, tokenizer = tmp_path_factory.mktemp("mixtral"), build_tokenizer()
+    torch.manual_seed(0)
+    config = T.MixtralConfig(
+        **SMALL, vocab_size=len(tokenizer), num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2
+    )
+    T.MixtralForCausalLM(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def test_experts_are_on_the_grid_and_routers_stay(mixtral: Path, tmp_path: Path) -> None:
+    record = quantize(str(mixtral), tmp_path / "out", format="int4-g32-sym", probe=False)
+    assert record["decoder"]["on_grid"] == 1.0
+    assert record["decoder"]["routers"] == 2 * 3 * 32
+    before, after = (T.AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (mixtral, tmp_path / "out"))
+    for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.q_proj.weight"):
+        assert not torch.equal(before[f"model.layers.1.{name}"], after[f"model.layers.1.{name}"])
+        groups = after[f"model.layers.1.{name}"].reshape(-1, 32)
+        assert max(len(row.unique()) for row in groups) <= 16
+    assert torch.equal(before["model.layers.1.mlp.gate.weight"], after["model.layers.1.mlp.gate.weight"])
+
+
+def test_what_is_skipped_counts_at_16_bits(mixtral: Path, tmp_path: Path) -> None:
+    every = quantize(str(mixtral), tmp_path / "a", format="int4-g32-sym", probe=False)
+    some = quantize(str(mixtral), tmp_path / "b", format="int4-g32-sym", probe=False, skip=["*experts*"])
+    left = some["decoder"]["untouched"]
+    assert 0.5 < left < 1
+    assert some["bits_per_weight"] == pytest.approx(every["bits_per_weight"] * (1 - left) + 16 * left)
+
+
+def test_every_expert_has_its_pattern(mixtral: Path, tmp_path: Path) -> None:
+    record = prune(str(mixtral), tmp_path / "out", sparsity="2:4", probe=False)
+    assert (record["decoder"]["masked"], record["sparsity"]) == (1.0, 0.5)
+    state = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name in ("gate_up_proj", "down_proj"):
+        kept = (state[f"model.layers.0.mlp.experts.{name}"].reshape(-1, 4) != 0).sum(-1)
+        assert int(kept.max()) == 2
+
+
+class Strange(T.LlamaForCausalLM):
+    """A model with a product that is kept in no layer that remend knows."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[0].mlp.blend = torch.nn.Parameter(torch.zeros(3, 64, 64))
+
+
+def test_parameters_that_nobody_can_read_are_named_before_the_work() -> None:
+    model: Any = Strange(T.LlamaConfig(**SMALL, vocab_size=16))
+    with pytest.raises(InputError, match=r"\d+% of .* Strange .* model\.layers\.0\.mlp\.blend.*--skip"):
+        require_known(account(model), [], model)
+    require_known(account(model), ["*.blend"], model)
+    reached = {matrix.key for matrix in account(model).matrices.values()}
+    assert 0.1 < shares(model, "on_grid", reached, ["*.blend"])["untouched"] < 1
+
+
+def test_a_matrix_that_was_not_reached_is_a_refusal() -> None:
+    model: Any = T.LlamaForCausalLM(T.LlamaConfig(**SMALL, vocab_size=16))
+    keys = [matrix.key for matrix in account(model).matrices.values()]
+    with pytest.raises(InputError, match=r"were not reached: model\.layers\.0\.self_attn\.q_proj"):
+        shares(model, "on_grid", keys[1:], [])
+    assert shares(model, "masked", keys[1:], ["*0.self_attn.q_proj"])["masked"] < 1
+
+
+def test_the_command_prints_the_shares(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from remend.cli.show import show_damage
+
+    record = quantize(str(mixtral), tmp_path / "out", format="int4-g32-sym", probe=False)
+    show_damage("out", json.loads((tmp_path / "out" / "degradation.json").read_text()))
+    said = capsys.readouterr().out
+    assert f"decoder: 100.0% on the grid, 0.0% untouched of {record['decoder']['weights']} matrix weights" in said
+    assert "192 weights of routers stay dense" in said
