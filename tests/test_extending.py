@@ -15,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import remend
 from helpers.registering import restored
 from remend.cli import main
 from remend.compression.containers import CONTAINERS
 from remend.data.tasks import TASKS
 from remend.degrade import DEGRADATIONS
+from remend.files.settings import parse_overrides
 from remend.maths.losses import LOSSES
 from remend.training.constraints import CONSTRAINTS
 from remend.training.teachers import TEACHERS
@@ -79,6 +81,9 @@ def held_to_its_constraint() -> None:
     assert summary("norms")["constraint"] == "only norms move"
     before, after = (load_file(f"{d}/model.safetensors") for d in ("student", "runs/norms/model"))
     assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if "norm" in n}
+    recipe = {**parse_overrides(QUICK), "out": "runs/adapter", "lora": {"rank": 4}}
+    adapter = load_file(remend.recover("recipe.yaml", **recipe).model / "adapter_model.safetensors")
+    assert all(tensor.count_nonzero() for name, tensor in adapter.items() if "lora_B" in name)  # they begin at 0
 
 
 def recognised_in_its_container() -> None:

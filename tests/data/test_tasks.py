@@ -32,7 +32,8 @@ def call(action: str, **inputs: Any) -> dict[str, str]:
 
 def test_names_and_the_unknown() -> None:
     assert {"general", "science", SCIENCE, "tooluse", TOOLS} <= set(tasks.names())
-    assert remend.tasks.get(TOOLS) is tasks.form(TOOLS) is tasks.get(TOOLS)
+    assert remend.tasks.get(TOOLS) is tasks.form(TOOLS) is tasks.FORMS.get(TOOLS)
+    assert isinstance(tasks.form(TOOLS), tasks.Form)
     assert all(tasks.get(name).columns[0] == "prompt" for name in tasks.names())
     with pytest.raises(InputError, match=r'unknown task "tooluse_short"; known: general, .*, tooluse-short. Did you'):
         tasks.get("tooluse_short")

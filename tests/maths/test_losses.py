@@ -86,7 +86,7 @@ def logits(seed: int, n: int, v: int, spread: float, dtype: torch.dtype = torch.
 def test_divergence_equals_the_slow_reference(seed: int, n: int, v: int, spread: float, beta: float) -> None:
     student, teacher = logits(seed, n, v, spread)
     expected = torch.tensor(slow_divergence(student, teacher, beta), dtype=torch.float64)
-    ours = divergence(student, teacher, beta)
+    ours = divergence(student_NV=student, teacher_NV=teacher, beta=beta)
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     single = divergence(student.float(), teacher.float(), beta)

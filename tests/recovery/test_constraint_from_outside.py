@@ -27,7 +27,8 @@ class OnlyNorms(Free):
 
 class OnlyNormsKind(ConstraintKind):
     def holds(self, facts: StudentFacts) -> bool:
-        return facts.directory is not None and (facts.directory / MARK).is_file()
+        free = facts.adapted or facts.as_dense
+        return not free and facts.directory is not None and (facts.directory / MARK).is_file()
 
     def describe(self, facts: StudentFacts) -> str:
         return "only norms move"

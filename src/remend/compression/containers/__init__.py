@@ -1,6 +1,6 @@
 """Containers of weights: each file here reads one, writes it, or both, and registers what it can do.
 
-To add one, write its functions, register a `Container` of them and import the file; see `dense` for the least.
+To add one, write its functions and register a `Container` of them; see `dense` for the least. The folder is scanned.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from remend.errors import InputError
 from remend.files.atomic import json_line, write_text
 from remend.registry import register_all
 
-__all__ = ["MODES", "RAISED", "SPLITS", "TASKS", "Grade", "Task", "form", "get", "names", "row_id", "score", "write"]
+__all__ = ["FORMS", "MODES", "RAISED", "SPLITS", "TASKS", "Form", "Grade", "Task"]
+__all__ += ["form", "get", "names", "row_id", "score", "write"]
 
 
 def get(name: str) -> Task:
@@ -27,8 +28,8 @@ def get(name: str) -> Task:
     return TASKS.get(name)
 
 
-form = get
-"""How the rows of a task are read: the task itself knows that."""
+form, FORMS, Form = get, TASKS, Task
+"""How the rows of a task are read: these were their own names in version 0.1, and the task itself knows it now."""
 
 
 def names() -> list[str]:

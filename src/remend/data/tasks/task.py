@@ -137,7 +137,7 @@ class Task:
     def load(self, source: str) -> list[Example]:
         """Rows from a file or data set, in the task's own columns or in those of its public data set.
 
-        Raises InputError and FileError as remend.data.load_examples does.
+        Raises InputError and FileError as remend.data.examples.load_examples does.
         """
         return load_examples(source, self.convert)
 

@@ -192,15 +192,15 @@ def of_beta(beta: float) -> Loss:
     return ends.get(beta) or Loss("jsd", {"beta": float(beta)})
 
 
-def divergence(student_NV: Tensor, teacher: Tensor | TopK, beta: float = 0.0) -> Tensor:
-    """Divergence of each position [N], in nats, of the family that `of_beta` names; see `Loss`.
+def divergence(student_NV: Tensor, teacher_NV: Tensor | TopK, beta: float = 0.0) -> Tensor:
+    """Divergence of each position [N], in nats, of the family that `of_beta` names; arguments as of a call of `Loss`.
 
     Folded to the teacher's top k it is never above that of the full vocabulary, and equal to it at k = V.
 
     Raises:
         ValueError: shapes differ, or beta is outside 0 to 1.
     """
-    return of_beta(beta)(student_NV, teacher)
+    return of_beta(beta)(student_NV, teacher_NV)
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:

@@ -116,7 +116,10 @@ class ConstraintKind(Protocol):
 
     @abstractmethod
     def holds(self, facts: StudentFacts) -> bool:
-        """Whether a student is one of this kind. Kinds are asked in turn, see `kind_of`."""
+        """Whether a student is one of this kind. Kinds are asked in turn, see `kind_of`.
+
+        A kind from outside is asked before the adapter's, so it answers no for facts that are `adapted`.
+        """
         ...
 
     @abstractmethod
