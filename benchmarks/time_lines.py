@@ -18,7 +18,8 @@ TWO: dict[str, Any] = {"updates_per_rollout": 2}
 ON, AUTO, REPAIR = {"bootstrap": "on"}, {"bootstrap": "auto"}, {"repair": True}
 INT3 = "int3-g64"
 SMALL: dict[str, Any] = {"batch_size": 2, "gradient_accumulation": 4}
-ARRIVAL = {"remend.recovery.distillation.sorted": "lambda rows, key=None: list(rows) if key else sorted(rows)"}
+IN_ORDER = "lambda lengths, rows: [range(i, min(i + rows, len(lengths))) for i in range(0, len(lengths), rows)]"
+ARRIVAL = {"remend.recovery.distillation.batches_by_length": IN_ORDER}
 """Micro-batches in the order of the prompts."""
 
 
