@@ -137,7 +137,7 @@ def keys() -> set[str]:
 
 def _key(span: str) -> bool:
     """Whether the first name of `key=value` or `a.key: value` is one that a recipe or a study has."""
-    return re.match(r"\w+", span)[0] in keys()  # type: ignore[index]
+    return re.split(r"\W", span)[0] in keys()
 
 
 @cache
@@ -163,11 +163,11 @@ def code_faults(lines: list[str], spans: list[str]) -> Iterator[str]:
             yield from (f"{match[1]} {o}" for w in match[2].split() if (o := _option(w)) and f'"{o}"' not in text)
     known = OTHERS | benchmark_options() | {"--import"} | set().union(*(o for o in verbs().values() if o))
     for span in spans:
+        setting = re.match(r"[a-z_]+(\.[a-z_]+)*(=|: )(?!True)\S", span) and span not in OTHERS
+        name = re.fullmatch(r"[a-z]+(_[a-z]+)+", span)
         if (option := _option(span)) and option not in known:
             yield option
-        elif re.match(r"[a-z_]+(\.[a-z_]+)*(=|: )(?!True)\S", span) and not _key(span) and span not in OTHERS:
-            yield span
-        elif re.fullmatch(r"[a-z]+(_[a-z]+)+", span) and span not in words_of_the_source():
+        elif (setting and not _key(span)) or (name and span not in words_of_the_source()):
             yield span
         elif re.fullmatch(r"(?:[\w.]+/)+", span):
             folder = (ROOT / span).is_dir() or any(f.endswith(f"/{span}") for f in FOLDERS)
