@@ -8,6 +8,8 @@
 # make golden-figures    keep the figures of this machine for tests/test_golden.py, after a change that is meant
 # make zoo       every verb on every model of the zoo, checked with transformers alone; rewrites docs/measurements/zoo.md
 # make count     how large is the code, and how much of what was to leave is left
+# make oldest    the fast tests with every dependency at the lower bound that pyproject.toml names; adds a row
+# make docs-commands  run the commands of the README and of docs on a tiny model; adds a row
 # make benchmarks-short  run the shortest case of each benchmark; adds a row
 # make runs      print the table of long checks
 # Tests run in two workers; make test WORKERS=8 on a larger machine.
@@ -27,7 +29,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SAMPLE := tests/slow/test_slow.py tests/models tests/data tests/recovery/test_self_prompts.py
 RECORD = $(BIN)/python benchmarks/record.py
 
-.PHONY: help demo test fast sample slow check golden golden-figures zoo count benchmarks-short runs clean
+.PHONY: help demo test fast sample slow check golden golden-figures zoo count oldest docs-commands benchmarks-short runs clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -73,6 +75,12 @@ zoo: .venv/ready-dev
 
 count: .venv/ready-dev
 	$(BIN)/python benchmarks/count.py --old $(OLD)
+
+oldest: .venv/ready-dev
+	$(RECORD) oldest -- $(BIN)/python benchmarks/oldest.py $(PIP_ARGS) -- -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+docs-commands: .venv/ready-dev
+	$(RECORD) docs-commands -- $(BIN)/python benchmarks/docs_commands.py
 
 benchmarks-short: .venv/ready-dev
 	$(RECORD) benchmarks-short -- $(BIN)/python benchmarks/shortest.py

@@ -45,6 +45,8 @@ PARTS = {
     "trl_distillation": "is run by time_to_recover's lines of TRL",
     "golden": "make golden",
     "count": "make count",
+    "oldest": "make oldest",
+    "docs_commands": "make docs-commands",
     "record": "keeps what came of the others",
     "shortest": "is this",
 }

@@ -1,0 +1,147 @@
+"""Do the commands of the README and of the pages in docs run as they stand there?
+
+    python benchmarks/docs_commands.py [PAGE …]          (make docs-commands)
+
+Runs every line of a block of code that begins with remend, page after page in a directory of its own. A tiny model
+stands in for every model that is named, and options make each command short. What an earlier line of the page did not
+make is made beforehand, see `make_input`. The pages of docs/extending are run by their own test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from helpers.tiny import build_model, build_tokenizer, prompts  # noqa: E402
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+MODELS, RUNS = ("student", "damaged", "int3-g64", "runs/tool-sft"), ("runs/q4", "runs/recovered", "runs/mine", "runs/first")
+RECOVER = "steps=2 warmup_steps=1 batch_size=4 max_new_tokens=6 held_out=4 eval_every=1 repair_samples=8 device=cpu"
+QUICK = {
+    "recover": RECOVER,
+    "check": RECOVER,
+    "degrade": "--no-probe --device cpu",
+    "diagnose": "--rows 48 --max-new-tokens 6 --device cpu",
+    "eval": "--limit 2 --device cpu",
+    "cache-teacher": "--max-new-tokens 6 --device cpu",
+}
+"""Words behind a command of that verb."""
+
+SKIPPED = {"lm-eval:": "reads data of the hub"}
+MEASURED = "docs/results.md"
+"""Its commands are those of measurements, which take hours."""
+
+STUDY = """
+model: reference
+degradations: {cut: {kind: depth, layers: 1}}
+methods: {none: none, sdft: on-policy}
+tasks: {tooluse-short: {rows: 2, train_rows: 8, options: {max_new_tokens: 4}}}
+seeds: [0]
+budget: {tokens: 24}
+recipe: {batch_size: 2, max_new_tokens: 6, device: cpu}
+"""
+
+
+def remend(*words: str) -> None:
+    """Run the command line. Raises CalledProcessError with what was printed."""
+    environment = {**os.environ, "REMEND_CACHE": "cache-of-answers"}
+    command = [sys.executable, "-m", "remend", *words]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def make_models() -> None:
+    """In the working directory: a healthy model, and rows that are prompts, tool calls and choices in one."""
+    tokenizer = build_tokenizer()
+    build_model(len(tokenizer)).save_pretrained("reference")
+    tokenizer.save_pretrained("reference")
+    calls = [{"Action": "getMap", "Action_Input": "{}"}]
+    options = "\n\nA: tea\nB: rain\nC: cats\nD: maps"
+    rows = [{"prompt": text + options, "answer": "B", "demonstration": "B", "golden_answer": calls} for text in prompts()]
+    for name in ("prompts", "train", "held_out", "dev", "tools"):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = {"student": "student", "teacher": "reference", "data": "prompts.jsonl", "out": "runs/recovered"}
+    Path("recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    Path("mine.yaml").write_text(STUDY, encoding="utf-8")
+
+
+def make_input(name: str) -> None:
+    """A model, a run or a file of results that a page takes for granted."""
+    if Path(name).exists():
+        return
+    if name in MODELS:
+        remend("degrade", "quantize", "reference", "--format", "gguf:q4_0", "--no-probe", "--out", name)
+    elif name in RUNS:
+        make_input("student")
+        words = ["student=student", "teacher=reference", "data=prompts.jsonl", f"out={name}", *RECOVER.split()]
+        remend("recover", *words)
+    elif name in ("degraded.json", "recovered.json"):
+        shutil.copy("reference.json", name)
+
+
+def run(line: str) -> str | None:
+    """Run one line of a page. Returns why it is skipped, or None.
+
+    Raises CalledProcessError where the command fails.
+    """
+    words = shlex.split(line, comments=True)[1:]
+    reason = next((why for part, why in SKIPPED.items() if any(part in word for word in words)), None)
+    if reason:
+        return reason
+    dry = "--dry-run" in words
+    words = [{"smollm2": "reference", "small": "small" if dry else "mine.yaml"}.get(word, word) for word in words]
+    out = words[words.index("--out") + 1] if "--out" in words else None
+    for word in words:
+        name = word.removeprefix("student=")
+        if name != out:
+            make_input(name)
+    remend(*words, *([] if "--resume" in words else QUICK.get(words[0], "").split()))
+    if words[:2] == ["recipes", "cp"]:
+        copied = Path(f"{words[2]}.yaml")
+        text = copied.read_text(encoding="utf-8").replace("smollm2", "reference").replace("data: self", "data: prompts.jsonl")
+        copied.write_text(text, encoding="utf-8")
+        make_input("runs/tool-sft")
+    return None
+
+
+def lines_of(page: str) -> list[str]:
+    """The commands in a page's blocks of code, fenced or indented."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    fenced = "".join(re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.M | re.S))
+    return re.findall(r"^ *(remend .*)$", fenced, re.M) + re.findall(r"^    (remend .*)$", text, re.M)
+
+
+def main() -> None:
+    """See the module."""
+    ran, skipped, failed = 0, [], []
+    for page in sys.argv[1:] or [page for page in PAGES if page != MEASURED]:
+        with tempfile.TemporaryDirectory() as temporary:
+            os.chdir(temporary)
+            if lines := lines_of(page):
+                make_models()
+            for line in lines:
+                try:
+                    reason = run(line)
+                except subprocess.CalledProcessError as error:
+                    failed.append(line)
+                    reason = f"FAILED\n{error.stdout[-3000:]}"
+                else:
+                    skipped += [line] if reason else []
+                    ran += not reason
+                print(f"{page}: {line.split('  ')[0]}{f'  {reason}' if reason else ''}", flush=True)
+            os.chdir(ROOT)
+    print(f"{ran} commands of the docs ran, {len(skipped)} skipped, {len(failed)} failed")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
