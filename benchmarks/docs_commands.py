@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -25,7 +24,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 from helpers.tiny import build_model, build_tokenizer, prompts  # noqa: E402
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-MODELS, RUNS = ("student", "damaged", "int3-g64", "runs/tool-sft"), ("runs/q4", "runs/recovered", "runs/mine", "runs/first")
+MODELS, RUNS = (
+    ("student", "damaged", "int3-g64", "runs/tool-sft"),
+    ("runs/q4", "runs/recovered", "runs/mine", "runs/first"),
+)
 RECOVER = "steps=2 warmup_steps=1 batch_size=4 max_new_tokens=6 held_out=4 eval_every=1 repair_samples=8 device=cpu"
 QUICK = {
     "recover": RECOVER,
@@ -54,7 +56,7 @@ recipe: {batch_size: 2, max_new_tokens: 6, device: cpu}
 
 def remend(*words: str) -> None:
     """Run the command line. Raises CalledProcessError with what was printed."""
-    environment = {**os.environ, "REMEND_CACHE": "cache-of-answers"}
+    environment = {**os.environ, "REMEND_CACHE": "cache-of-answers", "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "remend", *words]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -66,9 +68,12 @@ def make_models() -> None:
     tokenizer.save_pretrained("reference")
     calls = [{"Action": "getMap", "Action_Input": "{}"}]
     options = "\n\nA: tea\nB: rain\nC: cats\nD: maps"
-    rows = [{"prompt": text + options, "answer": "B", "demonstration": "B", "golden_answer": calls} for text in prompts()]
-    for name in ("prompts", "train", "held_out", "dev", "tools"):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [
+        {"prompt": text + options, "answer": "B", "demonstration": "B", "golden_answer": calls} for text in prompts()
+    ]
+    parts = {"prompts": rows, "train": rows[:32], "held_out": rows[32:], "dev": rows, "tools": rows}
+    for name, part in parts.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     recipe = {"student": "student", "teacher": "reference", "data": "prompts.jsonl", "out": "runs/recovered"}
     Path("recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     Path("mine.yaml").write_text(STUDY, encoding="utf-8")
@@ -107,7 +112,11 @@ def run(line: str) -> str | None:
     remend(*words, *([] if "--resume" in words else QUICK.get(words[0], "").split()))
     if words[:2] == ["recipes", "cp"]:
         copied = Path(f"{words[2]}.yaml")
-        text = copied.read_text(encoding="utf-8").replace("smollm2", "reference").replace("data: self", "data: prompts.jsonl")
+        text = (
+            copied.read_text(encoding="utf-8")
+            .replace("smollm2", "reference")
+            .replace("data: self", "data: prompts.jsonl")
+        )
         copied.write_text(text, encoding="utf-8")
         make_input("runs/tool-sft")
     return None
@@ -115,9 +124,13 @@ def run(line: str) -> str | None:
 
 def lines_of(page: str) -> list[str]:
     """The commands in a page's blocks of code, fenced or indented."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    fenced = "".join(re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.M | re.S))
-    return re.findall(r"^ *(remend .*)$", fenced, re.M) + re.findall(r"^    (remend .*)$", text, re.M)
+    commands, inside = [], False
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif line.startswith("remend " if inside else "    remend "):
+            commands.append(line.strip())
+    return commands
 
 
 def main() -> None:
