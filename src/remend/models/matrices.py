@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from remend.models.protocols import CausalLM
 
 EXPERT_PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
-"""Parameters of a module of experts, as transformers names them in every architecture (integrations/moe.py)."""
+"""Parameters of a module of experts, as transformers names them in every architecture (its module integrations.moe)."""
 
 _NO_PRODUCT = re.compile(r"(^|[._])(bias|A_log|dt_bias|D)$")
 """Parameters with two or more dimensions that multiply nothing: biases of experts, decays of state-space models."""
