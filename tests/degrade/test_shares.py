@@ -11,10 +11,12 @@ import torch
 import transformers as T
 
 from helpers.tiny import build_tokenizer
+from remend.compression.recognise import recognise
 from remend.degrade.making.shares import require_known, shares
 from remend.degrade.prune import prune
 from remend.degrade.quantize import quantize
 from remend.errors import InputError
+from remend.exporting import export
 from remend.models.matrices import account
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -94,3 +96,48 @@ def test_the_command_prints_the_shares(mixtral: Path, tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     assert f"decoder: 100.0% on the grid, 0.0% untouched of {record['decoder']['weights']} matrix weights" in said
     assert "192 weights of routers stay dense" in said
+
+
+def gpt_oss(out: Path) -> Path:
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = T.GptOssConfig(
+        **SMALL,
+        vocab_size=len(tokenizer),
+        num_key_value_heads=1,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        head_dim=8,
+    )
+    T.GptOssForCausalLM(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def gpt2(out: Path) -> Path:
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = T.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    T.GPT2LMHeadModel(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("build", [gpt_oss, gpt2])
+def test_files_that_hold_inputs_first_show_their_pattern(build: Any, tmp_path: Path) -> None:
+    prune(str(build(tmp_path / "whole")), tmp_path / "pruned", sparsity="2:4", probe=False)
+    (tmp_path / "pruned" / "degradation.json").unlink()
+    found = recognise(tmp_path / "pruned")
+    assert (found.mask, found.pattern, found.sparsity) == (True, "2:4", 0.5)
+    assert not recognise(tmp_path / "whole").mask
+
+
+@pytest.mark.parametrize("build", [gpt_oss, gpt2])
+def test_a_grid_with_inputs_first_is_read_and_held(build: Any, tmp_path: Path) -> None:
+    quantize(str(build(tmp_path / "whole")), tmp_path / "q", format="int4-g32-sym", probe=False)
+    stored = recognise(tmp_path / "q").stored
+    assert stored is not None
+    stored.check(T.AutoModelForCausalLM.from_pretrained(tmp_path / "q"))
+    with pytest.raises(InputError, match="no linear layers of their own"):
+        export(str(tmp_path / "q"), tmp_path / "out", format="compressed-tensors")
+    assert export(str(tmp_path / "q"), tmp_path / "dense", format="dense")["check"]["weights_equal"]

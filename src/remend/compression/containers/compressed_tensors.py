@@ -22,6 +22,7 @@ from remend.errors import InputError
 from remend.files.atomic import JsonObject
 from remend.models.find import ModelSource
 from remend.models.load import save_model
+from remend.models.matrices import by_key
 from remend.models.packed_weights import packing, require_compressed_tensors
 
 _INT = re.compile(r"int(\d)-g(\d+)-(sym|zp)")
@@ -215,6 +216,13 @@ def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
 
     model, stored = measured.model, measured.stored
     assert stored is not None
+    parts = by_key(model)
+    if other := [name for name in stored.matrices if not isinstance(parts[name].module, nn.Linear)]:
+        raise InputError(
+            f"{len(other)} of the matrices on the grid are no linear layers of their own ({', '.join(other[:2])}, …): "
+            "transformers keeps all experts of a layer in one tensor, and its reader of compressed-tensors finds no "
+            "packed experts there; use --format dense, which keeps the grid beside the weights"
+        )
     matrices = {name.removesuffix(".weight"): matrix for name, matrix in stored.matrices.items()}
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     config = QuantizationConfig(

@@ -16,6 +16,7 @@ from remend.compression.containers import CONTAINERS, Container, Measured, Recog
 from remend.compression.stored_grid import StoredGrid
 from remend.models.find import ModelSource
 from remend.models.load import save_model
+from remend.models.matrices import EXPERT_PRODUCTS
 
 ZEROS = 0.05
 """A plain directory with a larger share of exact zeros in its linear weights counts as pruned."""
@@ -24,7 +25,12 @@ PLAIN = "plain weights, no constraint"
 SAMPLE_ROWS = 64
 """Rows of a matrix that tell whether its values repeat."""
 
-_NO_LINEAR = re.compile(r"embed|lm_head|norm|wte|wpe|rotary")
+_NO_MATRIX = re.compile(
+    r"embed|lm_head|norm|wte|wpe|rotary|conv1d|bias|A_log|router|(^|[.])gate[.]|shared_expert_gate"
+    r"|vision|visual|audio|multi_modal"
+)
+_INPUTS_FIRST = re.compile(r"[.]c_(attn|proj|fc)[.]weight$")
+"""GPT-2's Conv1D, whose weights are [I, O]."""
 
 
 def _reads(source: ModelSource) -> bool:
@@ -43,7 +49,7 @@ def _zeros(directory: Path) -> Recognised:
     declared = was_pruned(directory)
     zeros = total = repeated = sampled = 0
     patterns = {"2:4": (2, 4), "4:8": (4, 8)}
-    for weight in _linear_weights(directory):
+    for weight in _matrix_weights(directory):
         is_zero = weight == 0
         zeros, total = zeros + int(is_zero.sum()), total + weight.numel()
         some = weight[:SAMPLE_ROWS]
@@ -59,20 +65,35 @@ def _zeros(directory: Path) -> Recognised:
     return Recognised("plain", None, True, why, share, pattern)
 
 
-def _linear_weights(directory: Path) -> Iterator[Tensor]:
-    """Every two-dimensional weight of a directory that is no embedding, head or norm, one at a time."""
+def _matrix_weights(directory: Path) -> Iterator[Tensor]:
+    """Every matrix weight [O, I] of a directory that is no embedding, head, norm or router, one at a time.
+
+    A tensor of all experts of a layer is given as [E · O, I].
+    """
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                if name.endswith(".weight") and not _NO_LINEAR.search(name):
-                    tensor: Tensor = tensors.get_tensor(name)
-                    if tensor.ndim == 2 and tensor.is_floating_point():
-                        yield tensor
+                if _NO_MATRIX.search(name):
+                    continue
+                tensor: Tensor = tensors.get_tensor(name)
+                if not tensor.is_floating_point():
+                    continue
+                if tensor.ndim == 2 and name.endswith(".weight"):
+                    yield tensor.T if _INPUTS_FIRST.search(name) else tensor
+                elif tensor.ndim == 3 and name.endswith(EXPERT_PRODUCTS):
+                    yield _inputs_last(tensor).flatten(0, 1)
+
+
+def _inputs_last(experts: Tensor) -> Tensor:
+    """Experts as [E, O, I]. Architectures store them either way round; zeros of a pattern tell which one it is."""
+    zero = experts == 0
+    turned = _follows(zero.mT.flatten(0, 1), 2, 4) and not _follows(zero.flatten(0, 1), 2, 4)
+    return experts.mT if turned else experts
 
 
 def _follows(is_zero_OI: Tensor, keep: int, of: int) -> bool:
     rows, columns = is_zero_OI.shape
-    return columns % of == 0 and bool((is_zero_OI.view(rows, -1, of).sum(-1) >= of - keep).all())
+    return columns % of == 0 and bool((is_zero_OI.reshape(rows, -1, of).sum(-1) >= of - keep).all())
 
 
 def _repeats(weight_OI: Tensor) -> int:
