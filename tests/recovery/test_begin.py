@@ -32,8 +32,8 @@ from remend.training.teachers.frozen import Frozen
 def test_a_plan_is_frozen(recipe: dict[str, Any]) -> None:
     checked = check(**recipe)
     plan: Any = checked.plan
-    assert isinstance(plan.streams, tuple)
-    for changed, name in ((plan, "shared"), (plan.main, "train"), (plan.facts, "layer_map"), (checked, "plan")):
+    assert isinstance(plan.prompts.streams, tuple)
+    for changed, name in ((plan, "shared"), (plan.prompts.main, "train"), (plan.facts, "layer_map"), (checked, "plan")):
         with pytest.raises(FrozenInstanceError):
             setattr(changed, name, None)
 
@@ -61,10 +61,10 @@ def test_constructors_neither_sample_nor_write(recipe: dict[str, Any], tmp_path:
     assert plan is not None
     (tmp_path / "empty").mkdir()
     directory, accelerator = RunDirectory(tmp_path / "empty"), Accelerator(cpu=True)
-    run, teacher = Run(plan, directory, accelerator, None), Frozen(parts)
+    run, teacher = Run(plan, directory, accelerator, None, plan.prompts), Frozen(parts)
     taught, completions = source(teacher, encoded(4), 2), [Rollout("a", (3,), (4, 5), False)]
     rounds = Rounds([taught], Silent(), 4, 0, nullcontext())
-    judge = Judge(run, teacher, plan.main.held_out, completions)
+    judge = Judge(run, teacher, plan.prompts.main.held_out, completions)
     built: list[object] = [
         rounds,
         judge,

@@ -37,7 +37,7 @@ def test_good_recipe_has_no_findings(recipe: dict[str, Any]) -> None:
     result = check(**recipe)
     assert (result.problems, result.warnings) == ([], [])
     plan = plan_of(recipe)
-    assert (len(plan.main.train), len(plan.main.held_out)) == (34, 6)
+    assert (len(plan.prompts.main.train), len(plan.prompts.main.held_out)) == (34, 6)
     assert plan.constraint == "int3-g64-asym"
     assert plan.shared == 320
     assert plan.parameters == 94_528
@@ -142,8 +142,8 @@ def test_prompts_over_the_limit_are_dropped_and_named(
     assert "long-" in text
     assert (result.plan is None) == (severity == "problems")
     if result.plan:
-        assert sum(map(len, result.plan.dropped.values())) == long
-        assert all(len(p.tokens) <= 120 for p in [*result.plan.main.train, *result.plan.main.held_out])
+        assert sum(map(len, result.plan.prompts.dropped.values())) == long
+        assert all(len(p.tokens) <= 120 for p in [*result.plan.prompts.main.train, *result.plan.prompts.main.held_out])
 
 
 def test_eval_data_is_never_trained_on(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -151,8 +151,8 @@ def test_eval_data_is_never_trained_on(recipe: dict[str, Any], tmp_path: Path) -
     values = {k: v for k, v in recipe.items() if k != "held_out"}
     result = found(values, eval_data=held)
     assert result.plan is not None
-    assert len(result.plan.main.held_out) == 3
-    assert len(result.plan.main.train) == 37
+    assert len(result.plan.prompts.main.held_out) == 3
+    assert len(result.plan.prompts.main.train) == 37
     assert "3 training prompts are also in eval_data" in result.warnings[0]
     assert "held_out has no effect" in "\n".join(found(recipe, eval_data=held).warnings)
     nothing = found(values, data=held, eval_data=held)

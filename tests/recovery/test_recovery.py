@@ -28,7 +28,7 @@ from remend.maths.losses import of_beta
 from remend.models.find import find_model
 from remend.models.load import load_model, save_model
 from remend.recovery import RecoverResult, check, recover
-from remend.recovery.pools import REPAIR_ANSWERS
+from remend.recovery.repair import REPAIR_ANSWERS
 from remend.training.loop import Optimization
 
 
@@ -116,7 +116,7 @@ def test_settings_arrive_where_they_work(recipe: dict[str, Any], at_the_loop: Ca
     assert (rounds.seed, rounds.steps, rounds.updates) == (5, 9, 3)
     assert [len(rollouts) for _, rollouts in micro_batches] == [3, 3]
     drawn = [r for _, rollouts in micro_batches for r in rollouts]
-    assert {r.id for r in drawn} == {prompt.id for _, prompt in Order(plan.main.train, 5).take(0, 6)}
+    assert {r.id for r in drawn} == {prompt.id for _, prompt in Order(plan.prompts.main.train, 5).take(0, 6)}
     assert max(len(r.completion) for r in drawn) == 4
     stream = micro_batches[0][0].stream
     assert (stream.loss, stream.temperature) == (of_beta(0.5), 0.5)

@@ -97,7 +97,7 @@ def test_a_view_of_the_student_teaches_in_bfloat16_too(
 def test_a_demonstration_template_is_what_the_teacher_reads(both: dict[str, Any], tokenizer: Any) -> None:
     values = keeping(both, demonstrations=True)
     plan = plan_of({**values, "demonstration_template": "{prompt}\n\nSee: {demonstration}"})
-    prompt = plan.streams[1].train[0]
+    prompt = plan.prompts.streams[1].train[0]
     seen, shown = (tokenizer.decode(tokens) for tokens in (prompt.tokens, prompt.shown or ()))
     assert "\n\nSee: Action: look at " in shown
     assert "See:" not in seen
@@ -266,13 +266,13 @@ def test_a_stream_may_be_measured_on_a_file_of_its_own(both: dict[str, Any], tmp
     rows = [{"prompt": f"Another task {i}", "answer": "x"} for i in range(5)]
     own = write(tmp_path / "own.jsonl", rows)
     plan = plan_of(keeping(both, eval_data=own, held_out=None))
-    assert plan.counts()["keep"] == {"train": 30, "held_out": 5}  # nothing is set apart any more
+    assert plan.prompts.counts()["keep"] == {"train": 30, "held_out": 5}  # nothing is set apart any more
 
 
 def test_what_one_stream_is_measured_on_no_other_trains_on(both: dict[str, Any]) -> None:
     plan = plan_of(keeping(both, data=both["streams"]["recover"]["data"], held_out=3))
-    held = {p.tokens for s in plan.streams for p in s.held_out}
-    assert not held & {p.tokens for s in plan.streams for p in s.train}
+    held = {p.tokens for s in plan.prompts.streams for p in s.held_out}
+    assert not held & {p.tokens for s in plan.prompts.streams for p in s.train}
     assert any("are held out in another stream" in warning for warning in plan.warnings)
 
 

@@ -10,8 +10,7 @@ from remend.data.order import Order
 from remend.data.templates import Encoded
 from remend.files.run_directory import RunDirectory
 from remend.recovery import RecoverResult
-from remend.recovery.pools import REPAIR_ANSWERS
-from remend.recovery.repair import calibration_prompts, repair
+from remend.recovery.repair import REPAIR_ANSWERS, calibration_prompts, repair
 from remend.training.constraints import StudentFacts
 
 

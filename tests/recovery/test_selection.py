@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from remend.files.run_directory import METRICS, RunDirectory
-from remend.recovery.selection import SCORE, Selection, score
+from remend.files.run_directory import RunDirectory
+from remend.recovery.selection import Selection, score
 from remend.training.constraints import Free
 
 
@@ -22,18 +22,13 @@ def selection(path: Path, model: nn.Module, patience: int | None = None) -> Sele
     return Selection(RunDirectory.create(path), Free(model), keep=True, patience=patience)
 
 
-def evaluate(made: Selection, step: int, value: float) -> None:
-    made.seen(step, value)
-    made.directory.append(METRICS, {"step": step, SCORE: value})
-
-
 def test_the_best_weights_come_back(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     made = selection(tmp_path / "run", model)
     for step, value in enumerate((0.2, 0.7, 0.7, 0.1), start=1):
         with torch.no_grad():
             model.weight.fill_(step)
-        evaluate(made, step, value)
+        made.seen(step, value)
     assert made.restore() == {"step": 2, "score": 0.7}
     assert model.weight.tolist() == [[2.0, 2.0]]
 
@@ -42,6 +37,6 @@ def test_patience(tmp_path: Path) -> None:
     made = selection(tmp_path / "run", nn.Linear(2, 1), patience=2)
     stops = []
     for step, value in enumerate((0.2, 0.7, 0.6, 0.65, 0.9), start=1):
-        evaluate(made, step, value)
+        made.seen(step, value)
         stops.append(made.stop())
     assert stops == [False, False, False, True, False]

@@ -110,6 +110,6 @@ def test_real_task_data_passes_the_checks(
     longest = 1024 if name == "science" else 8192  # the tools' descriptions are long
     checked = check(**recipe, max_prompt_tokens=longest)
     assert checked.plan is not None, checked.problems
-    assert len(checked.plan.main.train) > 50
+    assert len(checked.plan.prompts.main.train) > 50
     assert checked.plan.constraint == "int3-g64-asym"
-    assert max(len(p.tokens) for p in checked.plan.main.train) <= longest
+    assert max(len(p.tokens) for p in checked.plan.prompts.main.train) <= longest

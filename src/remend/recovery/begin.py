@@ -24,6 +24,7 @@ from remend.models.load import load_model
 from remend.models.protocols import CausalLM
 from remend.models.scorer import Scorer, scorer
 from remend.recovery.plan import Plan
+from remend.recovery.prompts import Prompts
 from remend.training.teachers import Teacher, at_work
 from remend.training.teachers.teacher import Workplace
 
@@ -36,12 +37,14 @@ class Run:
     directory: where everything is written.
     accelerator: the processes that share a step.
     resumed: the checkpoint that the run goes on from, or None.
+    prompts: the plan's, and those that the reference wrote since.
     """
 
     plan: Plan
     directory: RunDirectory
     accelerator: Accelerator
     resumed: Checkpoint | None
+    prompts: Prompts
 
     @property
     def main(self) -> bool:
@@ -110,7 +113,7 @@ def begin(plan: Plan, directory: RunDirectory | None) -> Run:
             _require_same_inputs(directory, inputs)
     directory = directory or RunDirectory(Path(config.out))
     saved = directory.checkpoints()
-    return Run(plan, directory, accelerator, saved[-1] if saved else None)
+    return Run(plan, directory, accelerator, saved[-1] if saved else None, plan.prompts)
 
 
 def load(run: Run) -> tuple[CausalLM, dict[str, Teacher]]:
@@ -124,7 +127,7 @@ def load(run: Run) -> tuple[CausalLM, dict[str, Teacher]]:
 
 def _inputs(plan: Plan) -> dict[str, Any]:
     """Hashes of models and data."""
-    main = plan.main.stream.teacher.name
+    main = plan.prompts.main.stream.teacher.name
     with stage("hashing the models' files"):
         hashes: dict[str, Any] = {"student": hash_files(plan.student)}
         if plan.teachers[plan.reference].moving:
@@ -134,22 +137,22 @@ def _inputs(plan: Plan) -> dict[str, Any]:
             first = name == (plan.reference if teacher.source else main)
             if files is not None:
                 hashes["teacher" if first else f"teacher {name}"] = files
-    return {"models": hashes, "data": plan.data_hashes}
+    return {"models": hashes, "data": plan.prompts.hashes}
 
 
 def _create(plan: Plan, inputs: Mapping[str, Any]) -> None:
-    recipe, counts = plan.config.model_dump(), plan.counts()
+    recipe, counts = plan.config.model_dump(), plan.prompts.counts()
     manifest = {
         "kind": "recover",
         "recipe": recipe,
         "reference": plan.reference,
-        "answer_tokens": plan.main.stream.lengths[1],
+        "answer_tokens": plan.prompts.main.stream.lengths[1],
         "kl_direction": plan.directions,
         "seeds": {"seed": plan.config.seed},
         **inputs,
-        "prompts": counts[plan.main.stream.name],
+        "prompts": counts[plan.prompts.main.stream.name],
         "streams": counts,
-        "dropped": plan.dropped,
+        "dropped": plan.prompts.dropped,
         "shared_vocabulary": plan.shared,
         "constraint": plan.constraint,
         "dtype": str(plan.dtype).removeprefix("torch."),

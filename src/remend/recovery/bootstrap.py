@@ -7,6 +7,7 @@ off-policy training first for small models. The gate measures this and says why 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from remend.maths.gap import bootstrap_mean
 from remend.models.protocols import Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
+from remend.recovery.begin import Run
 from remend.recovery.prompts import StreamData
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import Stream, reference_of
@@ -143,7 +145,8 @@ class Gate:
 
     mode: 'off' is open at once, 'on' opens when the budget of steps is spent, 'auto' by measurement.
     measure: makes a Verdict of the student as it is; called in the main process, which the others follow.
-    directory: keeps what was measured, so that a resumed run decides alike.
+    directory: gets a row of each decision.
+    decided: steps done at each decision, and whether it opened; a resumed run goes on from those before.
     """
 
     mode: str
@@ -151,32 +154,32 @@ class Gate:
     measure: Callable[[], Verdict] | None
     directory: RunDirectory
     accelerator: Accelerator
-    opened: bool = False
-    measured: int | None = None
-
-    def __post_init__(self) -> None:
-        rows = self.directory.rows(GATE)
-        self.opened = self.mode == "off" or (bool(rows) and bool(rows[-1]["open"]))
-        self.measured = rows[-1]["step"] if rows else None
+    decided: list[tuple[int, bool]] = field(default_factory=list)
 
     @property
-    def shut_once(self) -> bool:
-        """Whether any step was, or will be, trained on the teacher's completions for the gate's sake."""
-        return self.mode == "on" or not self.opened or any(not row["open"] for row in self.directory.rows(GATE))
+    def opened(self) -> bool:
+        """Whether training is on-policy from here."""
+        return self.mode == "off" or (bool(self.decided) and self.decided[-1][1])
+
+    @property
+    def bootstrapping(self) -> int:
+        """How many steps at most are, or were, trained on the teacher's completions for the gate's sake."""
+        shut = self.mode == "on" or not self.opened or not all(opened for _, opened in self.decided)
+        return self.budget if self.mode != "off" and shut else 0
 
     def __call__(self, step: int) -> bool:
         """Whether step `step` (from 1) trains on the student's own completions."""
         done = step - 1
         if self.opened:
             return True
-        fresh = self.measured is not None and done - self.measured < EVERY
+        fresh = bool(self.decided) and done - self.decided[-1][0] < EVERY
         if done < self.budget and (self.mode == "on" or fresh):
             return False
-        decided = [self._decide(done)] if self.accelerator.is_main_process else [False]
+        opens = [self._decide(done)] if self.accelerator.is_main_process else [False]
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(decided)
-        self.opened, self.measured = decided[0], done
-        return self.opened
+            broadcast_object_list(opens)
+        self.decided.append((done, opens[0]))
+        return opens[0]
 
     def _decide(self, done: int) -> bool:
         if done >= self.budget:
@@ -190,3 +193,29 @@ class Gate:
         state = "on-policy from here" if row["open"] else "off-policy on the teacher's completions"
         console.print(f"bootstrap gate at step {done}: {state} ({why})", soft_wrap=True)
         return bool(row["open"])
+
+
+def gate_of(run: Run, measure: Callable[[], Verdict] | None, decided: Sequence[tuple[int, bool]], answers: int) -> Gate:
+    """The gate, asked once before the first step.
+
+    Args:
+        run: whose recipe says how it opens.
+        measure: judges the student, in the main process; else None.
+        decided: before an interruption.
+        answers: how many answers of a repair there are to begin with.
+    """
+    config = run.plan.config
+    mode, budget = config.bootstrap, bootstrap_budget(config)
+    if mode == "repair":
+        budget = repair_budget(config, answers, run.accelerator.num_processes)
+        mode = "on" if budget else "off"
+    gate = Gate(mode, budget, measure, run.directory, run.accelerator, list(decided))
+    if config.steps and not run.resumed:  # a resumed run has decided, and its weights are not in place yet
+        began = time.perf_counter()
+        gate(1)  # on the clock; what it measures later is part of its step's time
+        if len(gate.decided) > len(decided) and run.main:
+            run.directory.note_seconds("gate", time.perf_counter() - began)
+    if config.bootstrap == "repair":
+        said = f"steps 1 to {gate.bootstrapping} train on the {answers} answers that repair was fitted to"
+        console.print(said if gate.bootstrapping else "no repair was kept, so every step is on-policy")
+    return gate

@@ -21,7 +21,7 @@ from remend.console import stage
 from remend.data.examples import demonstration_of
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded, display
-from remend.files.atomic import json_line, read_json, write_json, write_text
+from remend.files.atomic import JsonObject, json_line, read_json, write_json, write_text
 from remend.files.run_directory import REPAIR
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence, gap_closed_score
 from remend.maths.losses import Target
@@ -128,23 +128,21 @@ class Judge:
         return HeldOut(on_reference, on_policy, [as_text(self.run.plan.tokenizer, r) for r in shown])
 
     def degraded(self, student: CausalLM) -> HeldOut:
-        """The measurement of the student as it came in, made once per run."""
-        path = self.run.directory.path / BASELINE
-        if path.is_file():
-            return HeldOut.read(path)
+        """The measurement of the student as it came in; writes baseline.json."""
         measured = self.measure(student, "degraded")
-        write_json(path, asdict(measured))
+        write_json(self.run.directory.path / BASELINE, asdict(measured))
         return measured
 
     def repaired(
         self, student: CausalLM, before: HeldOut, seconds: float, answers: Sequence[Rollout]
-    ) -> tuple[list[PromptSums], bool]:
+    ) -> tuple[list[PromptSums], JsonObject]:
         """Measure a student repaired on `answers`; writes repair.json and held_out_repaired.jsonl.
 
         Where `kl_fitted`, which is on some of those answers, is far below the held-out KL, repair is short of text.
 
         Returns:
-            The sums, and whether repair is kept: its KL is not above that of the student as it came in.
+            The sums, and what repair.json says: repair is `kept` where its KL is not above that of the student as it
+            came in.
         """
         directory, ours = self.run.directory.path, self.run.parts(student)
         sums = self._compare(ours, self.completions, "measuring the repaired model")
@@ -154,9 +152,10 @@ class Judge:
         figures = pool(sums)
         helped = figures["kl"] <= before.figures()["kl"]
         on_fitted = pool(self._compare(ours, fitted, "and on what it was fitted to"))["kl"] if fitted else None
-        record = {key: figures[key] for key in ("kl", "top1_agreement", "perplexity")}
-        write_json(directory / REPAIR, {**record, "kl_fitted": on_fitted, "seconds": round(seconds, 1), "kept": helped})
-        return sums, helped
+        measured = {key: figures[key] for key in ("kl", "top1_agreement", "perplexity")}
+        record: JsonObject = {**measured, "kl_fitted": on_fitted, "seconds": round(seconds, 1), "kept": helped}
+        write_json(directory / REPAIR, record)
+        return sums, record
 
     def recovered(self, model: CausalLM, before: HeldOut) -> HeldOut:
         """The recovered model's measurement; writes held_out.jsonl (per prompt) and samples.jsonl."""
@@ -197,7 +196,7 @@ class Judge:
             return compare(student, self.reference, rollouts, on_rows=advance, kept=kept_targets)
 
     def _prompt(self, rollout: Rollout) -> str:
-        example = self.run.plan.main.examples.get(rollout.id)
+        example = self.run.prompts.main.examples.get(rollout.id)
         if example is not None:
             return display(example.prompt)
         return self.run.plan.tokenizer.decode(rollout.prompt, skip_special_tokens=True)  # the teacher brought it
@@ -213,10 +212,10 @@ def judge_of(run: Run, reference: Teacher) -> Judge | None:
     """The judge, once the reference has answered the held-out prompts; None in a process that only shares the steps."""
     if not run.main:
         return None
-    prompts = [replace(p, shown=None) for p in run.plan.main.held_out]
+    prompts = [replace(p, shown=None) for p in run.prompts.main.held_out]
     completions = reference.held_out
     if completions is None:
-        title, length = "reference answers the held-out prompts", run.plan.main.stream.lengths[1]
+        title, length = "reference answers the held-out prompts", run.prompts.main.stream.lengths[1]
         completions = _greedy_answers(run, reference, prompts, "reference.jsonl", title, length)
     return Judge(run, reference, prompts, completions)
 
@@ -240,7 +239,7 @@ def _sample(run: Run, model: CausalLM, prompts: Sequence[Encoded], title: str, t
         run.plan.tokenizer,
         prompts,
         title,
-        max_new_tokens=run.plan.main.stream.lengths[1],
+        max_new_tokens=run.prompts.main.stream.lengths[1],
         shared=run.plan.shared,
         draws=Draws(temperature, [derive_seed(run.plan.config.seed, "held-out", i) for i in range(len(prompts))]),
     )
@@ -265,7 +264,7 @@ class SideJudge:
         """kl and nll of each stream beside the main one."""
         figures = {}
         for name, rollouts in self.completions.items():
-            if name == self.run.plan.main.stream.name:
+            if name == self.run.prompts.main.stream.name:
                 continue
             sums = compare(self.student, self.sources[name].teacher, rollouts)
             tokens = sum(s.tokens for s in sums)
@@ -273,11 +272,9 @@ class SideJudge:
         return figures
 
     def baseline(self) -> dict[str, dict[str, float]]:
-        """`measure` before training, made once per run."""
-        path = self.run.directory.path / SIDE_BASELINE
-        if not path.is_file():
-            write_json(path, self.measure())
-        measured: dict[str, dict[str, float]] = read_json(path)
+        """`measure` before training; writes streams-baseline.json."""
+        measured = self.measure()
+        write_json(self.run.directory.path / SIDE_BASELINE, measured)
         return measured
 
     def goal(self, name: str, figures: Mapping[str, float]) -> float:
@@ -288,7 +285,7 @@ class SideJudge:
     def demonstration_gains(self) -> list[Verdict]:
         """For each stream with demonstrations: do they help its teacher?"""
         verdicts = []
-        for data in self.run.plan.streams:
+        for data in self.run.prompts.streams:
             name, stream = data.stream.name, data.stream
             teacher = self.sources[name].teacher
             if not stream.demonstrations or teacher.train is not None:
@@ -312,13 +309,13 @@ def gate_verdict(student: CausalLM, judge: Judge, side: SideJudge) -> Verdict:
 def side_judge_of(run: Run, sources: Sequence[Source], student: Scorer) -> SideJudge:
     """The judge of the streams beside the main one, once their teachers have answered what the rows don't answer."""
     named = {source.stream.name: source for source in sources}
-    streams = run.plan.streams
+    streams = run.prompts.streams
     completions: dict[str, Sequence[Rollout]] = {
         s.stream.name: _row_answers(run, s, student) for s in streams if s.stream.demonstrations
     }
     for data in streams:
         name, length, prompts = data.stream.name, data.stream.lengths[1], data.held_out[:SIDE_ROWS]
-        if data is run.plan.main or not prompts or name in completions:
+        if data is run.prompts.main or not prompts or name in completions:
             continue
         teacher, title = named[name].teacher, f"the teacher of {name} answers"
         completions[name] = (

@@ -11,7 +11,7 @@ from remend.errors import CheckError
 from remend.maths.losses import of_beta
 from remend.models.find import ModelSource
 from remend.models.protocols import Tokenizer
-from remend.recovery.prompts import StreamData
+from remend.recovery.prompts import Prompts
 from remend.recovery.settings import RecoverConfig
 from remend.training.constraints import StudentFacts, kind_of
 from remend.training.teachers import NamedTeacher
@@ -29,7 +29,7 @@ class Plan:
     repairs: a closed-form repair comes first.
     reference: the name of the healthy teacher that everything is measured against.
     teachers: by name, with their files found.
-    streams: with their prompts; those that the reference is to write have none yet.
+    prompts: of all streams; a stream whose prompts the reference is to write has none yet.
     """
 
     config: RecoverConfig
@@ -43,25 +43,9 @@ class Plan:
     repairs: bool
     reference: str
     teachers: Mapping[str, NamedTeacher]
-    streams: Sequence[StreamData]
+    prompts: Prompts
     warnings: Sequence[str]
     notes: Sequence[str]
-
-    @property
-    def main(self) -> StreamData:
-        """The stream whose held-out prompts say how much was recovered: the first that the reference teaches."""
-        return next((s for s in self.streams if s.by_reference), self.streams[0])
-
-    @property
-    def data_hashes(self) -> Mapping[str, object]:
-        """Of the prompts: of the one stream, or by stream."""
-        hashes = {s.stream.name: dict(s.hashes) for s in self.streams}
-        return dict(self.main.hashes) if len(hashes) == 1 else hashes
-
-    @property
-    def dropped(self) -> dict[str, list[str]]:
-        """Ids of prompts over the length limit, by part."""
-        return {part: ids for s in self.streams for part, ids in s.dropped.items()}
 
     @property
     def constraint(self) -> str:
@@ -77,24 +61,20 @@ class Plan:
     @property
     def directions(self) -> str:
         """The divergences of all streams, in words."""
-        return "; ".join(dict.fromkeys(s.stream.loss.words for s in self.streams))
+        return "; ".join(dict.fromkeys(s.stream.loss.words for s in self.prompts.streams))
 
     @property
     def rows(self) -> int:
         """Prompts of a step, in this process."""
         return self.config.batch_size * self.config.gradient_accumulation
 
-    def counts(self) -> dict[str, dict[str, int]]:
-        """How many prompts each stream has."""
-        return {s.stream.name: {"train": len(s.train), "held_out": len(s.held_out)} for s in self.streams}
-
     def verdict(self) -> str:
         """One line."""
         prompts = "; ".join(
-            (f"{s.stream.name}: " if len(self.streams) > 1 else "")
+            (f"{s.stream.name}: " if len(self.prompts.streams) > 1 else "")
             + ("prompts that the reference writes" if s.unwritten else f"{len(s.train)} training")
             + f" and {len(s.held_out)} held-out prompts"
-            for s in self.streams
+            for s in self.prompts.streams
         )
         held = f"; held to {self.constraint}" if self.constraint != "none" else ""
         loss = f"; loss {self.directions}" if self.directions != of_beta(0.0).words else ""

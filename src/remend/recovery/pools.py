@@ -21,8 +21,6 @@ from remend.recovery.rounds import Source
 from remend.recovery.streams import RECOVER, rows_of
 from remend.training.teachers import Teacher, at_work
 
-REPAIR_ANSWERS = "repair-answers.jsonl"
-
 
 def build_sources(
     run: Run, student: Scorer, known: Mapping[str, Teacher], initial: Mapping[str, Tensor] | None
@@ -33,10 +31,10 @@ def build_sources(
     parameters as the student came in, where they have changed since (repair).
     """
     plan, teachers = run.plan, dict(known)
-    rows = rows_of([data.stream for data in plan.streams], plan.rows * run.accelerator.num_processes)
+    rows = rows_of([data.stream for data in run.prompts.streams], plan.rows * run.accelerator.num_processes)
     workplace = run.workplace(student, initial)
     sources = []
-    for data in plan.streams:
+    for data in run.prompts.streams:
         name = data.stream.teacher.name
         if name not in teachers:
             teachers[name] = at_work(plan.teachers[name], workplace)
@@ -51,7 +49,7 @@ def _order(data: StreamData, seed: int) -> Order[Encoded]:
 
 
 def with_pools(
-    run: Run, sources: Sequence[Source], shared: int, *, bootstrapping: int, answers: Sequence[Rollout] = ()
+    run: Run, sources: Sequence[Source], *, bootstrapping: int, answers: Sequence[Rollout] = ()
 ) -> list[Source]:
     """Give the sources that need one their pool of the teacher's completions.
 
@@ -61,21 +59,24 @@ def with_pools(
         bootstrapping: so many steps at the start take pools only.
         answers: what the first of the sources takes in place of a pool that would be sampled.
     """
-    filled = []
-    for source, data in zip(sources, run.plan.streams, strict=True):
-        pool: Sequence[Rollout] | None = source.teacher.train
-        if pool is None and answers and source is sources[0]:
-            pool = answers
-        if pool is None:
-            pool = _sampled_pool(run, source, data, shared, bootstrapping)
-        order = Order(pool, derive_seed(run.plan.config.seed, "pool", source.stream.name)) if pool is not None else None
-        filled.append(replace(source, pool=order))
-    return filled
+    with run.accelerator.main_process_first():  # it samples the pools, the others read them
+        return [
+            _with_pool(run, source, data, bootstrapping, answers if number == 0 else ())
+            for number, (source, data) in enumerate(zip(sources, run.prompts.streams, strict=True))
+        ]
 
 
-def _sampled_pool(
-    run: Run, source: Source, data: StreamData, shared: int, bootstrapping: int
-) -> Sequence[Rollout] | None:
+def _with_pool(run: Run, source: Source, data: StreamData, bootstrapping: int, answers: Sequence[Rollout]) -> Source:
+    pool: Sequence[Rollout] | None = source.teacher.train
+    if pool is None:
+        pool = answers or None
+    if pool is None:
+        pool = _sampled_pool(run, source, data, bootstrapping)
+    order = Order(pool, derive_seed(run.plan.config.seed, "pool", source.stream.name)) if pool is not None else None
+    return replace(source, pool=order)
+
+
+def _sampled_pool(run: Run, source: Source, data: StreamData, bootstrapping: int) -> Sequence[Rollout] | None:
     """As many of the teacher's completions as the source will ask for; None where it asks for none."""
     config = run.plan.config
     mixed = math.ceil((config.steps - bootstrapping) * (1 - source.stream.on_policy))
@@ -102,7 +103,7 @@ def _sampled_pool(
                 prompts,
                 f"the teacher of {stream.name} writes {count} completions",
                 max_new_tokens=stream.lengths[1],
-                shared=shared,
+                shared=run.plan.shared,
                 draws=Draws(stream.temperature, [source.seed(config.seed, "off-policy", i) for i in range(count)]),
                 shown=True,
             )
@@ -111,17 +112,3 @@ def _sampled_pool(
 
     rollouts = answered_once(run.directory, f"off-policy-{stream.name}.jsonl", prompts, run.plan.tokenizer, write)
     return [replace(r, off_policy=True) for r in rollouts]
-
-
-def repair_answers(run: Run, fresh: Sequence[Rollout] = ()) -> list[Rollout]:
-    """The reference's completions that repair was fitted to, kept in the run's directory; none where none was kept.
-
-    `fresh` are those of a repair that was just made; they are kept.
-    """
-    prompts = {p.id: p for p in run.plan.main.train}
-    ids = [r.id for r in fresh] or [row["id"] for row in run.directory.rows(REPAIR_ANSWERS)]
-    if not ids:
-        return []
-    asked = [prompts[i] for i in ids]
-    rollouts = answered_once(run.directory, REPAIR_ANSWERS, asked, run.plan.tokenizer, lambda: list(fresh))
-    return [replace(r, off_policy=True) for r in rollouts if r.completion]

@@ -23,7 +23,7 @@ from remend.models.protocols import Tokenizer
 from remend.recovery import alignment
 from remend.recovery.findings import Findings
 from remend.recovery.plan import Checked, Plan
-from remend.recovery.prompts import StreamData, kept_apart, load_stream
+from remend.recovery.prompts import Prompts, StreamData, kept_apart, load_stream
 from remend.recovery.rules import notes, problems, warnings
 from remend.recovery.settings import SELF, RecoverConfig
 from remend.recovery.streams import Stream, reference_of, resolve, rows_of
@@ -129,7 +129,7 @@ def _plan(
         repairs=repairs,
         reference=reference,
         teachers=teachers,
-        streams=tuple(data),
+        prompts=Prompts(tuple(data)),
         warnings=tuple(say.warnings),
         notes=tuple(say.notes),
     )

@@ -43,6 +43,37 @@ class StreamData:
         return self.stream.data == SELF and not self.train
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of all streams.
+
+    warnings: what was noticed as the reference's own were split and encoded; a plan's are among its own warnings.
+    """
+
+    streams: Sequence[StreamData]
+    warnings: Sequence[str] = ()
+
+    @property
+    def main(self) -> StreamData:
+        """The stream whose held-out prompts say how much was recovered: the first that the reference teaches."""
+        return next((s for s in self.streams if s.by_reference), self.streams[0])
+
+    @property
+    def hashes(self) -> Mapping[str, object]:
+        """Of the one stream, or by stream."""
+        hashes = {s.stream.name: dict(s.hashes) for s in self.streams}
+        return dict(self.main.hashes) if len(hashes) == 1 else hashes
+
+    @property
+    def dropped(self) -> dict[str, list[str]]:
+        """Ids of prompts over the length limit, by part."""
+        return {part: ids for s in self.streams for part, ids in s.dropped.items()}
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many prompts each stream has."""
+        return {s.stream.name: {"train": len(s.train), "held_out": len(s.held_out)} for s in self.streams}
+
+
 def load_stream(
     data: StreamData, config: RecoverConfig, tokenizer: Tokenizer, teacher: NamedTeacher, findings: Findings
 ) -> StreamData:

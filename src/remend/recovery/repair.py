@@ -10,13 +10,14 @@ import copy
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from remend.data.order import Order
 from remend.data.templates import Encoded
+from remend.files.atomic import JsonObject
 from remend.models.activations.walk import completions
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout
@@ -26,6 +27,8 @@ from remend.training.teachers import Teacher
 
 TOKENS = 64
 """Of a calibration sample, the reference's own completion of a training prompt."""
+
+REPAIR_ANSWERS = "repair-answers.jsonl"
 
 MOST_ROWS = 65_536
 """Tokens of calibration text, prompts included: long prompts would else cost hours and tens of gigabytes."""
@@ -38,12 +41,14 @@ class Repaired:
     Attributes:
         start: what training starts from; None where nothing was done.
         seconds: that it took, 0 where nothing was done.
-        answers: of the teacher, that it was fitted to.
+        answers: of the teacher, that it was fitted to; once repair is kept, those that can be trained on.
+        record: what repair.json says of it; None where nothing was measured.
     """
 
     start: Start | None = None
     seconds: float = 0.0
     answers: Sequence[Rollout] = ()
+    record: JsonObject | None = None
 
 
 def calibration_prompts(prompts: Sequence[Encoded], samples: int, seed: int) -> list[Encoded]:
@@ -98,10 +103,9 @@ def repair(
 def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaired:
     """Repair the student in place where the plan asks for it; `seconds` is 0 where nothing was done."""
     plan, config, teacher = run.plan, run.plan.config, reference.model
-    # a checkpoint holds what came of repair, so a resumed run need not do it again
-    if run.resumed or not config.repair or plan.facts.adapted or teacher is None:
+    if not config.repair or plan.facts.adapted or teacher is None:
         return Repaired()
-    prompts, how = calibration_prompts(plan.main.train, config.repair_samples, config.seed), run.precision()
+    prompts, how = calibration_prompts(run.prompts.main.train, config.repair_samples, config.seed), run.precision()
     return repair(
         student, teacher, plan.facts, plan.tokenizer, prompts, seed=config.seed, shared=plan.shared, precision=how
     )
@@ -117,7 +121,12 @@ def take_back(run: Run, student: CausalLM) -> None:
 
 def initial_weights(run: Run, student: CausalLM) -> dict[str, Tensor] | None:
     """The weights as the student came in, where repair may change what a stream's teacher needs."""
-    wanted = any(s.stream.teacher.needs_initial for s in run.plan.streams)
+    wanted = any(s.stream.teacher.needs_initial for s in run.prompts.streams)
     if run.plan.config.lora is not None or not wanted:
         return None
     return {n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}
+
+
+def trained_on(answers: Sequence[Rollout]) -> list[Rollout]:
+    """Of the answers that repair was fitted to, those that training can begin with (bootstrap: repair)."""
+    return [replace(r, off_policy=True) for r in answers if r.completion]

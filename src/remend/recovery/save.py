@@ -10,9 +10,9 @@ import torch
 
 from remend.compression.recognise import RECORD, record_to_keep
 from remend.console import stage
-from remend.files.atomic import new_directory, read_json, write_json
+from remend.files.atomic import new_directory, write_json
 from remend.files.environment import peak_rss_mib
-from remend.files.run_directory import METRICS, REPAIR, SUMMARY
+from remend.files.run_directory import METRICS, SUMMARY
 from remend.maths.losses import of_beta
 from remend.models.adapters import is_adapted, merge
 from remend.models.find import find_model
@@ -60,20 +60,18 @@ def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str
     degraded, recovered: the student as it came in, and as saved and loaded again.
     """
     directory, plan = run.directory, run.plan
-    repair = directory.path / REPAIR
     summary = {
         **summarize(degraded, recovered, plan.config.seed),
         "kl_direction": of_beta(0.0).words,
         "training_loss": plan.directions,
         "constraint": plan.constraint,
-        "repair": read_json(repair) if repair.is_file() else None,
         **outcome,
         "tokens_trained": sum(row["tokens"] for row in directory.rows(METRICS) if "loss" in row),
         "seconds": round(time.monotonic() - began, 1),
         "training_seconds": round(sum(directory.step_seconds().values()), 1),
         "peak_rss_mib": round(peak_rss_mib()),
-        "held_out_prompts": len(plan.main.held_out),
-        "warnings": list(plan.warnings),
+        "held_out_prompts": len(run.prompts.main.held_out),
+        "warnings": [*plan.warnings, *run.prompts.warnings],
         "notes": list(plan.notes),
     }
     write_report(directory.path, summary)

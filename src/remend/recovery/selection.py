@@ -8,14 +8,14 @@ teacher is the student as it came in has no gap to close, and counts with −KL:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from remend.files.atomic import new_directory, read_json, write_json
-from remend.files.run_directory import METRICS, Checkpoint, RunDirectory
+from remend.files.run_directory import Checkpoint, RunDirectory
 from remend.maths.gap import MEASURABLE_KL
 from remend.training.constraints import Constraint
 from remend.training.loop import restore_masters
@@ -36,21 +36,24 @@ class Selection:
     """Keeps the best weights in the run's directory.
 
     Args:
-        directory: of the run; its metrics hold the scores, so that a resumed run decides alike.
+        directory: of the run.
         constraint: whose masters are kept.
         keep: whether the best are wanted.
         patience: evaluations without a better one after which training stops, or None.
+        scores: of the evaluations so far; a resumed run goes on from those before.
     """
 
     directory: RunDirectory
     constraint: Constraint
     keep: bool
     patience: int | None
+    scores: list[float] = field(default_factory=list)
 
     def seen(self, step: int, value: float) -> None:
-        """After an evaluation at `step`, before its row is logged."""
-        scores = [v for s, v in self._scores() if s < step]
-        if self.keep and value > max(scores, default=float("-inf")):
+        """After an evaluation at `step`."""
+        best = max(self.scores, default=float("-inf"))
+        self.scores.append(value)
+        if self.keep and value > best:
             target = self.directory.path / BEST
             with new_directory(target) as directory:
                 tensors = {k: t.detach().contiguous() for k, t in self.constraint.masters().items()}
@@ -61,13 +64,9 @@ class Selection:
         """Whether the last `patience` evaluations brought nothing better."""
         if self.patience is None:
             return False
-        scores = [value for _, value in self._scores()]
-        if len(scores) <= self.patience:
+        if len(self.scores) <= self.patience:
             return False
-        return max(scores[-self.patience :]) <= max(scores[: -self.patience])
-
-    def _scores(self) -> list[tuple[int, float]]:
-        return [(row["step"], row[SCORE]) for row in self.directory.rows(METRICS) if SCORE in row]
+        return max(self.scores[-self.patience :]) <= max(self.scores[: -self.patience])
 
     @torch.no_grad()
     def restore(self) -> dict[str, Any] | None:

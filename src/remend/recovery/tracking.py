@@ -6,7 +6,7 @@ One row a held-out prompt, so a recovery with 64 of them gives noisier figures t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -24,11 +24,13 @@ from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer
 from remend.recovery.begin import Run, begin, load
 from remend.recovery.hold import hold
-from remend.recovery.judge import Judge, judge_of
+from remend.recovery.judge import HeldOut, Judge, figures_of, judge_of
 from remend.recovery.plan import Plan
 from remend.recovery.repair import Repaired
 from remend.recovery.save import saved_model
+from remend.recovery.written_prompts import all_prompts
 from remend.training.loop import restore_masters
+from remend.training.measure import PromptSums
 from remend.training.teachers import Teacher
 
 
@@ -94,9 +96,41 @@ class Tracker:
         return as_layers(states["residual"], len(self.completions))
 
 
-def tracker_of(run: Run, reference: Teacher, judge: Judge | None) -> Tracker | None:
-    """A tracker of the reference's layers on the judge's prompts; None where there are no layers or no judge."""
-    if judge is None or reference.model is None:
+@dataclass(frozen=True)
+class Observer:
+    """Who measures the main stream, in the main process; `observer_of` makes it.
+
+    degraded: the judge's measurement of the student as it came in.
+    tracker: of the layers, where the recipe asks for one.
+    """
+
+    judge: Judge
+    degraded: HeldOut
+    tracker: Tracker | None
+
+    def note(self, model: CausalLM, step: int, name: str, sums: Sequence[PromptSums]) -> None:
+        """The layers of the model, where they are tracked; `sums` are its own on the judge's prompts."""
+        if self.tracker:
+            self.tracker.note_once(model, step, name, figures_of(sums))
+
+
+def observer_of(run: Run, reference: Teacher, student: CausalLM, degraded: HeldOut | None) -> Observer | None:
+    """The observer, once the student as it came in is measured; None in a process that only shares the steps.
+
+    `degraded` is that measurement, where an earlier process has made it.
+    """
+    judge = judge_of(run, reference)
+    if judge is None:
+        return None
+    tracker = tracker_of(run, reference, judge) if run.plan.config.diagnose_every else None
+    observer = Observer(judge, degraded or judge.degraded(student), tracker)
+    observer.note(student, 0, "degraded", observer.degraded.on_reference)
+    return observer
+
+
+def tracker_of(run: Run, reference: Teacher, judge: Judge) -> Tracker | None:
+    """A tracker of the reference's layers on the judge's prompts; None where the reference has no layers."""
+    if reference.model is None:
         return None
     completions = [r for r in judge.completions if r.completion]
     draws = [derive_seed(run.plan.config.seed, "row", r.id) / 2**63 for r in completions]
@@ -112,8 +146,9 @@ def track_run(plan: Plan, directory: RunDirectory) -> list[dict[str, Any]]:
     run = begin(plan, directory)
     student, teachers = load(run)
     reference = teachers[plan.reference]
+    run = replace(run, prompts=all_prompts(run, reference))
     judge = judge_of(run, reference)
-    tracker = tracker_of(run, reference, judge)
+    tracker = tracker_of(run, reference, judge) if judge else None
     if judge is None or tracker is None:
         kind = "a cache, which has no layers" if reference.held_out is not None else "no model of its own"
         raise InputError(f"the reference of this run is {kind} to compare with")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from remend.console import stage, warn
 from remend.data.examples import example_of
@@ -13,7 +12,7 @@ from remend.files.atomic import json_line, read_json, write_json, write_text
 from remend.files.run_directory import MANIFEST
 from remend.recovery.begin import Run
 from remend.recovery.findings import Findings
-from remend.recovery.prompts import StreamData, kept_apart, with_prompts
+from remend.recovery.prompts import Prompts, StreamData, kept_apart, with_prompts
 from remend.recovery.self_prompts import generate
 from remend.recovery.settings import SELF
 from remend.recovery.streams import SELF_PROMPTS
@@ -22,14 +21,14 @@ from remend.training.teachers import Teacher
 WRITTEN = "prompts.jsonl"
 
 
-def with_written_prompts(run: Run, reference: Teacher) -> Run:
-    """The run with a plan whose streams all have prompts.
+def all_prompts(run: Run, reference: Teacher) -> Prompts:
+    """The plan's prompts, with those that the reference writes for the streams that have none.
 
     Raises InputError where too few are left.
     """
     plan = run.plan
-    if not any(data.unwritten for data in plan.streams):
-        return run
+    if not any(data.unwritten for data in plan.prompts.streams):
+        return plan.prompts
     file = run.directory.path / WRITTEN
     if run.main and not file.is_file():
         _write(run, reference)
@@ -39,7 +38,7 @@ def with_written_prompts(run: Run, reference: Teacher) -> Run:
         with_prompts(data, plan.config, plan.tokenizer, written, list(data.examples.values()), say)
         if data.unwritten
         else data
-        for data in plan.streams
+        for data in plan.prompts.streams
     ]
     streams = kept_apart(streams, say)  # two streams may have split the same prompts otherwise
     if say.problems:
@@ -47,13 +46,13 @@ def with_written_prompts(run: Run, reference: Teacher) -> Run:
     new = [warning for warning in dict.fromkeys(say.warnings) if warning not in plan.warnings]
     for warning in new:
         warn(warning)
-    plan = replace(plan, streams=tuple(streams), warnings=(*plan.warnings, *new))
+    prompts = Prompts(tuple(streams), tuple(new))
     if run.main:
-        path, counts = run.directory.path / MANIFEST, plan.counts()
-        hashes = {s.stream.name: dict(s.hashes) for s in plan.streams if s.stream.data == SELF}
-        noted = {"prompts": counts[plan.main.stream.name], "streams": counts, "self_prompts": hashes}
+        path, counts = run.directory.path / MANIFEST, prompts.counts()
+        hashes = {s.stream.name: dict(s.hashes) for s in streams if s.stream.data == SELF}
+        noted = {"prompts": counts[prompts.main.stream.name], "streams": counts, "self_prompts": hashes}
         write_json(path, {**read_json(path), **noted})
-    return replace(run, plan=plan)
+    return prompts
 
 
 def _write(run: Run, reference: Teacher) -> None:

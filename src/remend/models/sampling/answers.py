@@ -48,18 +48,25 @@ def answered_once(
 ) -> list[Rollout]:
     """Completions of `prompts` from the run's file `name`, or what `write` gives, put there for a resumed run.
 
-    The file holds JSON lines: id, completion (token ids), clipped, and the text to read. `write` is called only when it
-    lacks some.
+    `write` is called only when the file lacks some.
     """
-    saved = directory.rows(name)
-    if [row["id"] for row in saved] != [p.id for p in prompts]:
-        rollouts = write()
-        saved = [
-            {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": as_text(tokenizer, r)}
-            for r in rollouts
-        ]
-        write_text(directory.path / name, "".join(map(json_line, saved)))
-    pairs = zip(prompts, saved, strict=True)
+    if [row["id"] for row in directory.rows(name)] != [p.id for p in prompts]:
+        write_answers(directory, name, tokenizer, write())
+    return read_answers(directory, name, prompts)
+
+
+def write_answers(directory: RunDirectory, name: str, tokenizer: Tokenizer, rollouts: Sequence[Rollout]) -> None:
+    """Into JSON lines: id, completion (token ids), clipped, and the text to read."""
+    rows = [
+        {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": as_text(tokenizer, r)}
+        for r in rollouts
+    ]
+    write_text(directory.path / name, "".join(map(json_line, rows)))
+
+
+def read_answers(directory: RunDirectory, name: str, prompts: Sequence[Encoded]) -> list[Rollout]:
+    """What `write_answers` put there, to these prompts in their order."""
+    pairs = zip(prompts, directory.rows(name), strict=True)
     return [Rollout(p.id, p.tokens, tuple(row["completion"]), row["clipped"], p.shown) for p, row in pairs]
 
 

@@ -1,0 +1,58 @@
+"""What an earlier process of a run measured and decided: the one place where a resumed run reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from remend.files.atomic import JsonObject, read_json
+from remend.files.run_directory import METRICS, REPAIR, TIMING, TRACK
+from remend.models.sampling.answers import read_answers
+from remend.models.sampling.rollout import Rollout
+from remend.recovery.begin import Run
+from remend.recovery.bootstrap import GATE
+from remend.recovery.judge import BASELINE, SIDE_BASELINE, HeldOut
+from remend.recovery.repair import REPAIR_ANSWERS, Repaired, trained_on
+from remend.recovery.selection import SCORE
+
+
+@dataclass(frozen=True)
+class Past:
+    """All of it is empty or None where no process came before, or none came so far.
+
+    degraded: the measurement of the student as it came in.
+    streams: figures of the streams beside the main one before training, by stream.
+    repaired: a repair whose weights are in the checkpoint: what was said of it, and the answers where it was kept.
+    gate: steps done at each decision of the gate, and whether it opened.
+    scores: of the evaluations, in order.
+    """
+
+    degraded: HeldOut | None
+    streams: Mapping[str, Mapping[str, float]] | None
+    repaired: Repaired
+    gate: Sequence[tuple[int, bool]]
+    scores: Sequence[float]
+
+
+def past_of(run: Run) -> Past:
+    """Read the run's directory, once what was written after its last checkpoint is gone: it will be made again."""
+    directory = run.directory
+    if run.main:
+        for name in (METRICS, TIMING, GATE, TRACK):
+            directory.rewind(name, run.step)
+    run.wait()  # what is read from these files is read as rewound
+    baseline, streams, repair = (directory.path / name for name in (BASELINE, SIDE_BASELINE, REPAIR))
+    record: JsonObject | None = read_json(repair) if repair.is_file() else None
+    return Past(
+        degraded=HeldOut.read(baseline) if baseline.is_file() else None,
+        streams=read_json(streams) if streams.is_file() else None,
+        repaired=Repaired(answers=_repair_answers(run), record=record),
+        gate=[(row["step"], row["open"]) for row in directory.rows(GATE)],
+        scores=[row[SCORE] for row in directory.rows(METRICS) if SCORE in row],
+    )
+
+
+def _repair_answers(run: Run) -> list[Rollout]:
+    prompts = {p.id: p for p in run.prompts.main.train}
+    asked = [prompts[row["id"]] for row in run.directory.rows(REPAIR_ANSWERS)]
+    return trained_on(read_answers(run.directory, REPAIR_ANSWERS, asked))
