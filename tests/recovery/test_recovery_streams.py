@@ -18,7 +18,7 @@ from helpers.tiny import build_model, prompts
 from remend.degrade.prune import prune
 from remend.files.run_directory import METRICS, TRACK, RunDirectory
 from remend.models.load import save_model
-from remend.recovery import RecoverResult, check, recover
+from remend.recovery import RecoverResult, check, recover, track
 from remend.recovery.bootstrap import GATE
 from remend.recovery.plan import Plan
 from remend.training.teachers.ema import Ema
@@ -112,7 +112,7 @@ def test_demonstrations_of_message_prompts(both: dict[str, Any], tokenizer: Any,
         for i, p in enumerate(prompts(20))
     ]
     values = keeping(both, data=write(tmp_path / "chat.jsonl", rows), teacher="ema", demonstrations=True)
-    prompt = plan_of(values).streams[1].train[0]
+    prompt = plan_of(values).prompts.streams[1].train[0]
     seen, shown = (tokenizer.decode(tokens) for tokens in (prompt.tokens, prompt.shown or ()))
     system, asked = seen.split("<|im_start|>user\n")
     assert shown.startswith(f"{system}<|im_start|>user\n{asked.split('<|im_end|>')[0]}")
@@ -197,16 +197,19 @@ def test_self_written_prompts(both: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("remend.recovery.written_prompts.generate", written)
     also = {"data": "self", "teacher": "initial", "held_out": 5}
-    streams = {**both["streams"], "recover": {"data": "self", "held_out": 3}, "also": also}
+    streams = {**both["streams"], "recover": {"data": "self", "held_out": 4}, "also": also}
     result = recover(**{**both, "streams": streams, "self_prompts": 12})
     assert len(RunDirectory(result.out).rows("prompts.jsonl")) == 12
-    assert result.summary["held_out_prompts"] == 3
+    assert result.summary["held_out_prompts"] == 4
     # the same prompts, split at other places: the five that `also` holds out are no training prompts of `recover`
     counts = json.loads((result.out / "manifest.json").read_text())["streams"]
-    assert counts["recover"] == {"train": 7, "held_out": 3}
-    assert any("2 prompts of recover are held out in another stream" in w for w in result.summary["warnings"])
+    assert counts["recover"] == {"train": 7, "held_out": 4}
+    assert any("1 prompts of recover are held out in another stream" in w for w in result.summary["warnings"])
     rows = RunDirectory(result.out).rows("timing.jsonl")
     assert [row["stage"] for row in rows if row["step"] == 0] == ["prompts"]
+    assert track(result.out)[0]["kl"] == pytest.approx(
+        result.summary["degraded"]["kl"], rel=1e-6
+    )  # on the same prompts
 
 
 def test_base_is_a_teacher_for_an_adapter(adapter_run: RecoverResult) -> None:
