@@ -5,6 +5,7 @@ Weights are read from safetensors or GGUF only: nothing is unpickled.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,15 +13,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from remend.errors import FileError
+from remend.console import warn
+from remend.errors import FileError, InputError, RemendError
+from remend.files.atomic import write_text
 from remend.models import adapters
+from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of
 from remend.models.find import ModelSource, fetch_model
 from remend.models.gguf_header import forget, parsed_once
-from remend.models.packed_weights import exact_products, packing, require_compressed_tensors, unpacked
+from remend.models.gguf_rope import FACTORS, apply_rope
+from remend.models.packed_weights import (
+    exact_products,
+    packing,
+    require_compressed_tensors,
+    require_openable,
+    unpacked,
+)
 from remend.models.protocols import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+CARD = "README.md"
+CARD_OF_PARTS = (
+    "The files that this model was read from held parts that transformers' model has no place for. "
+    "They are not in this one:"
+)
 
 
 def _location(source: ModelSource) -> tuple[str, dict[str, object]]:
@@ -55,22 +72,43 @@ def _quietly() -> Iterator[None]:
 def _explained(source: ModelSource, what: str) -> Iterator[None]:
     try:
         yield
+    except RemendError:
+        raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for unreadable models
-        reason = " ".join(str(error).split())[:300]
-        raise FileError(f"the {what} of {source.spec} can't be read: {type(error).__name__}: {reason}") from error
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason and not source.trust_remote_code:
+            raise FileError(
+                f"the {what} of {source.spec} can't be read: it brings Python of its own. Look at it, and if you trust "
+                "it, pass --trust-remote-code (trust_remote_code: true in a recipe)"
+            ) from error
+        unknown = re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)Config'>", reason)
+        if unknown:
+            raise InputError(
+                f"{source.spec} is a {unknown[1]} model, of which transformers has no causal language model "
+                "(AutoModelForCausalLM), and remend works with those. Give a model of text, or one of several "
+                "modalities that AutoModelForCausalLM opens, such as Gemma 3"
+            ) from error
+        raise FileError(f"the {what} of {source.spec} can't be read: {type(error).__name__}: {reason[:300]}") from error
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
-    """The model's transformers configuration."""
+    """The model's transformers configuration. Raises InputError for a GGUF file whose rope can't be applied."""
+    source = fetch_model(source, weights=False)
+    return _config(source.base or source)[0]
+
+
+def _config(source: ModelSource) -> tuple[PreTrainedConfig, bool]:
+    """The configuration, and whether the rope of a GGUF file had to be put into it."""
+    import gguf
     from transformers import AutoConfig
 
-    source = fetch_model(source, weights=False)
-    where, extra = _location(source.base or source)
+    where, extra = _location(source)
     with _quietly(), parsed_once(), _explained(source, "configuration"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             where, trust_remote_code=source.trust_remote_code, **extra
         )
-    return config
+        changed = source.kind == "gguf" and apply_rope(config, gguf.GGUFReader(source.path), source.spec)
+    return config, changed
 
 
 def load_tokenizer(source: ModelSource) -> Tokenizer:
@@ -89,44 +127,132 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device)
     """The model, in evaluation mode.
 
     Packed tensors (GGUF, compressed-tensors, bitsandbytes) are dequantized, so that the model can be trained and
-    saved; their products scale x value are float32 before they become `dtype`.
+    saved; their products scale x value are float32 before they become `dtype`. What the files hold and the model does
+    without (heads for multi-token prediction, say) is told once, and noted in the configuration.
 
     An adapter is put into its base; then its parameters alone are trainable.
-    """
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GgufConfig
 
+    Raises:
+        FileError: the files lack a tensor, hold one that the model has no place for, or a number that is none.
+        InputError: weights that are packed in a way that can't be opened.
+    """
     source = fetch_model(source, weights=True)
     if source.base and source.path:
         model = load_model(source.base, dtype=dtype, device=device)
         adapters.load_adapter(model, source.path)
         return model
+    account, opened = _open(source, dtype)
+    assert opened is not None
+    forget()  # weights come last
+    account.require_whole(source.spec)
+    _require_numbers(opened, source)
+    if account.left_out:
+        _tell(source, account)
+        setattr(opened.config, LEFT_OUT, patterns(account.left_out))
+    ready: CausalLM = opened.to(device).eval()
+    return ready
+
+
+def check_weights(source: ModelSource) -> list[str]:
+    """Compare the headers of a model's files with what its configuration needs; no weight is read.
+
+    Returns sentences on what is left out. Files of the hub that were not fetched yet are not looked at.
+
+    Raises what `load_model` raises for names, shapes, types and packings.
+    """
+    source = source.base or source
+    if source.path is None or (source.kind == "directory" and not any(source.path.glob("*.safetensors"))):
+        return []
+    account, _ = _open(source, torch.float32, names_only=True)
+    account.require_whole(source.spec)
+    return [_tell(source, account, aloud=False)] if account.left_out else []
+
+
+_told: set[str] = set()
+
+
+def _tell(source: ModelSource, account: Account, *, aloud: bool = True) -> str:
+    text = f"{source.spec}: {said_of(patterns(account.left_out))}"
+    if aloud and text not in _told:
+        warn(text)
+    _told.add(text)  # a command opens a model several times
+    return text
+
+
+def _open(
+    source: ModelSource, dtype: torch.dtype, *, names_only: bool = False
+) -> tuple[Account, PreTrainedModel | None]:
+    """The account of a local model's files, and the model as transformers reads them, without `names_only`."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GgufConfig
+
     where, extra = _location(source)
+    by_name: Account | None = None
     method = packing(source.path).get("quant_method") if source.kind == "directory" else None
     if source.kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
+        config, changed = _config(source)
+        by_name = _account_of_gguf(source, config)
+        extra |= {"config": config} if changed else {}
     elif method == "compressed-tensors":
         require_compressed_tensors(source.spec)
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    elif method and source.path:
+        require_openable(source.path)
+    if by_name and (names_only or by_name.missing or by_name.unread):
+        by_name.require_whole(source.spec)
+        return by_name, None
     exactly = exact_products() if method == "compressed-tensors" else nullcontext()
-    with _quietly(), parsed_once(), _explained(source, "model"), exactly:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=source.trust_remote_code,
-            output_loading_info=True,
-            **extra,
-        )
+    model: PreTrainedModel | None = None
+    with _quietly(), parsed_once(), _explained(source, "model"), exactly, accounted(names_only=names_only) as account:
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
+                **extra,
+            )
+        except RuntimeError:
+            account.require_whole(source.spec)  # says what transformers' message only hints at
+            raise
+        account.missing = sorted(info["missing_keys"])
         if method:
             model = unpacked(model)
-    forget()  # weights come last
-    if info["missing_keys"] and source.kind == "directory":
-        names = ", ".join(sorted(info["missing_keys"])[:3])
-        raise FileError(
-            f"the model of {source.spec} is incomplete: {len(info['missing_keys'])} tensors are missing ({names}, …)"
-        )
-    ready: CausalLM = model.to(device).eval()
-    return ready
+    if by_name:
+        account.left_out = by_name.left_out
+    return account, model
+
+
+def _account_of_gguf(source: ModelSource, config: PreTrainedConfig) -> Account | None:
+    """What the names of a GGUF file's tensors tell; None where transformers itself tells as much."""
+    import gguf
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+
+    with parsed_once():
+        reader = gguf.GGUFReader(source.path)
+        architecture = str(reader.fields["general.architecture"].contents())
+        if is_gguf_arch_supported(architecture):
+            return None
+        with _quietly(), _explained(source, "model"):
+            names = [t.name for t in reader.tensors if t.name != FACTORS]  # which is in the configuration
+            return account_of_gguf(architecture, names, skeleton(source, config))
+
+
+def _require_numbers(model: PreTrainedModel, source: ModelSource) -> None:
+    """Raises FileError for a weight that is NaN or infinite, or still packed."""
+    for name, weight in model.named_parameters():
+        if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise FileError(
+                f"the model of {source.spec} can't be unpacked: {name} is still {str(weight.dtype)[6:]}; give the "
+                "model before packing, or a GGUF or compressed-tensors version"
+            )
+        if weight.numel() and not all(edge.isfinite() for edge in weight.detach().aminmax()):
+            count = int((~weight.detach().isfinite()).sum())
+            raise FileError(
+                f"the model of {source.spec} is broken: {count} of {weight.numel()} numbers of {name} are NaN or "
+                "infinite; give a version of it from before that happened"
+            )
 
 
 def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path) -> None:
@@ -139,6 +265,9 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path) -> None:
             adapters.save_adapter(model, directory)
         else:
             model.save_pretrained(directory)
+            lacks = getattr(model.config, LEFT_OUT, None)
+            if lacks:
+                write_text(directory / CARD, f"{CARD_OF_PARTS}\n\n" + "".join(f"- `{name}`\n" for name in lacks))
         tokenizer.save_pretrained(directory)
 
 
@@ -146,7 +275,7 @@ def skeleton(source: ModelSource, config: PreTrainedConfig) -> CausalLM:
     """The model of `config`, which is the source's, without weights: names and shapes, nothing allocated."""
     from transformers import AutoModelForCausalLM
 
-    with _quietly(), torch.device("meta"):
+    with _quietly(), _explained(source, "model"), torch.device("meta"):
         model: CausalLM = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     return model
 

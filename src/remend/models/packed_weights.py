@@ -21,12 +21,27 @@ if TYPE_CHECKING:
 
 
 def packing(directory: Path | None) -> JsonObject:
-    """`quantization_config` of a model directory's config.json; empty for plain weights."""
+    """`quantization_config` of a model directory's config.json; empty for plain weights.
+
+    Model-Optimizer keeps its own beside it, in hf_quant_config.json, which transformers does not read.
+    """
+    if directory is None:
+        return {}
+    config = _content(directory / "config.json")
+    # of several modalities, the text's
+    given = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    apart = _content(directory / "hf_quant_config.json").get("quantization") or {}
+    if not given and (apart.get("quant_algo") or apart.get("quantized_layers")):
+        given = {"quant_method": "modelopt", **apart}
+    return dict(given or {})
+
+
+def _content(path: Path) -> JsonObject:
     try:
-        config = read_json(directory / "config.json") if directory else None
+        content = read_json(path) if path.is_file() else {}
     except FileError:
         return {}
-    return dict(config.get("quantization_config") or {}) if isinstance(config, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def require_openable(directory: Path) -> None:
