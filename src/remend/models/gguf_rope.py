@@ -155,8 +155,8 @@ def _llama3(plain: Tensor, factors: Tensor) -> Iterator[dict[str, float | int | 
     turns = (plain[between] / (2 * math.pi)).double()
     kept = (1 / factors[between].double() - 1 / factor) / (1 - 1 / factor) if factor > 1 else turns
     lengths: list[tuple[float, float]] = [(4.0, 8192.0), *((4.0, 2.0**k) for k in range(5, 24))]
-    if len(turns):
-        lengths.insert(0, (4.0, float(((kept * 3 + 1) / turns).mean())))
+    if len(turns):  # a single frequency in between leaves the sharpness open
+        lengths[:0] = [(high, float(((kept * (high - 1) + 1) / turns).mean())) for high in (4.0, 3.0, 2.0, 8.0)]
     if len(turns) > 1:
         slope, offset = np.polyfit(turns.numpy(), kept.numpy(), 1)
         if offset < 0:

@@ -19,8 +19,9 @@ class Findings:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """An error inside becomes a problem, so that the checks after it still run."""
+        """An error inside becomes a problem, once, so that the checks after it still run."""
         try:
             yield
         except RemendError as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:
+                self.problems.append(str(error))

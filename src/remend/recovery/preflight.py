@@ -18,7 +18,7 @@ from remend.models.adapters import check_targets
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import ModelSource, fetch_model, find_model, origin_note
 from remend.models.layers import count_parameters
-from remend.models.load import load_config, load_tokenizer, skeleton
+from remend.models.load import check_weights, load_config, load_tokenizer, skeleton
 from remend.models.protocols import Tokenizer
 from remend.recovery import alignment
 from remend.recovery.findings import Findings
@@ -89,6 +89,10 @@ def _plan(
         student = _student(config, source, say)
         facts = _facts(config, source, say)
         _check_adapter(config, source, facts, teachers, say)
+    for files in [source, *(teacher.source for teacher in teachers.values())]:
+        with say.collecting():
+            told = check_weights(files) if files else []
+            say.warnings += [text for text in told if text not in say.warnings]
     if student:
         shared = _shared(student, teachers, streams, say)
     for stream in streams:
@@ -167,7 +171,7 @@ def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Stude
         settings = load_config(source)
         text = settings.get_text_config()
         tokenizer = load_tokenizer(source)
-        say.warnings += _ending(tokenizer, source)
+        say.warnings += _ending(tokenizer, source, text.vocab_size)
         model = skeleton(source, settings)
         if config.lora:
             check_targets(model, config.lora.targets)
@@ -273,7 +277,7 @@ def _facts(config: RecoverConfig, source: ModelSource, say: Findings) -> Student
     return None
 
 
-def _ending(tokenizer: Tokenizer, source: ModelSource) -> list[str]:
+def _ending(tokenizer: Tokenizer, source: ModelSource, rows: int) -> list[str]:
     if tokenizer.eos_token_id is None:
         return ["the student's tokenizer has no end-of-sequence token: every rollout will run to max_new_tokens"]
     path = source.path / "generation_config.json" if source.kind == "directory" and source.path else None
@@ -283,11 +287,18 @@ def _ending(tokenizer: Tokenizer, source: ModelSource) -> list[str]:
         except ValueError:
             return [f"{path} is not valid JSON and is left to transformers' defaults"]
         ids = given if isinstance(given, list) else [given]
-        if given is not None and tokenizer.eos_token_id not in ids:
-            return [
+        beyond = [end for end in ids if isinstance(end, int) and not 0 <= end < rows]
+        said = [
+            f"the generation config ends answers at token {end}, and the model has {rows} rows: it can never write that "
+            "token, so it does not end there; correct eos_token_id in generation_config.json"
+            for end in beyond
+        ]
+        if given is not None and tokenizer.eos_token_id not in ids and len(beyond) < len(ids):
+            said.append(
                 f"the generation config ends answers at token {given}, the tokenizer at {tokenizer.eos_token_id} "
                 f"({tokenizer.eos_token!r}); rollouts end at either"
-            ]
+            )
+        return said
     return []
 
 
