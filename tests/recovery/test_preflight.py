@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from helpers.families import with_tensors
 from helpers.tiny import build_model, build_tokenizer, prompts
 from remend.degrade.depth import prune_depth
 from remend.errors import CheckError
@@ -126,6 +129,23 @@ def test_template_and_end_of_sequence_warnings(recipe: dict[str, Any], tmp_path:
     shutil.copytree(recipe["student"], student)
     (student / "generation_config.json").write_text('{"eos_token_id": [0]}')
     assert "generation config ends answers at token [0]" in "\n".join(found(recipe, student=str(student)).warnings)
+    (student / "generation_config.json").write_text('{"eos_token_id": [2, 99999]}')
+    said = "\n".join(found(recipe, student=str(student)).warnings)
+    assert "ends answers at token 99999, and the model has" in said
+    assert "rollouts end at either" not in said
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_files_that_do_not_hold_the_model_are_a_problem(recipe: dict[str, Any], tmp_path: Path, role: str) -> None:
+    path = tmp_path / "broken"
+    tensors = load_file(Path(recipe[role]) / "model.safetensors")
+    lacking = {name: value for name, value in tensors.items() if name != "model.layers.0.mlp.up_proj.weight"}
+    with_tensors(Path(recipe[role]), path, lacking)
+    problems = found(recipe, **{role: str(path)}).problems
+    assert any("1 tensors are missing (model.layers.0.mlp.up_proj.weight)" in problem for problem in problems)
+    with_tensors(Path(recipe[role]), path, {**tensors, "model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)})
+    problems = found(recipe, **{role: str(path)}).problems
+    assert any("no place for (model.layers.0.mlp.up_proj.weight_scale)" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(("long", "severity"), [(5, "warnings"), (20, "problems")])

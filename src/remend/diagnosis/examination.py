@@ -20,7 +20,7 @@ from remend.files.run_directory import occupied
 from remend.models.activations.capture import LEAST_ROWS, SITES
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import ModelSource, find_model
-from remend.models.load import load_model, load_tokenizer
+from remend.models.load import check_weights, load_model, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
 
 GPU_ROWS, CPU_ROWS = 1024, 256
@@ -76,6 +76,8 @@ def examination(settings: DiagnoseSettings) -> Examination:
         chosen = choose(load_examples(settings.data), wanted, settings.seed)
     prompts, dropped = encode_within(tokenizer, chosen, PROMPT_TOKENS)
     warnings = list(vocabulary.warnings)
+    for files in (source, *(student.source for student in students)):
+        warnings += check_weights(files)
     if dropped:
         warnings.append(dropped_text(dropped, len(chosen), "prompts", str(PROMPT_TOKENS)))
     if len(prompts) < LEAST_ROWS:

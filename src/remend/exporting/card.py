@@ -8,6 +8,8 @@ import re
 from remend.compression.containers import Measured
 from remend.files.atomic import JsonObject, read_json
 from remend.files.run_directory import MANIFEST, SUMMARY
+from remend.models.accounting import LEFT_OUT
+from remend.models.load import CARD_OF_PARTS
 
 _SETTINGS = ("student", "teacher", "steps", "batch_size", "learning_rate", "beta", "seed")
 
@@ -20,6 +22,9 @@ def write_card(measured: Measured, container: str, check: JsonObject) -> str:
     lines = ["---", "tags:", "- remend", "---", "", f"# {escape(_title(measured))}", ""]
     grid = f"its linear weights lie on the grid {escape(measured.grid)}" if measured.stored else "its weights are free"
     lines += [f"Exported by remend {importlib.metadata.version('remend')} as {escape(container)}; {grid}.", ""]
+    lacks = getattr(measured.model.config, LEFT_OUT, None)
+    if lacks:
+        lines += ["## Left out", "", CARD_OF_PARTS, ""] + [f"- `{escape(name)}`" for name in lacks] + [""]
     if measured.degradation:
         lines += ["## Compression", ""]
         lines += [f"- {escape(k)}: {escape(v)}" for k, v in measured.degradation.items() if _plain(v)] + [""]

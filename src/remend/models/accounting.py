@@ -7,7 +7,7 @@ watched, and what it renames is counted once more.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -37,6 +37,9 @@ _NO_DECODER = re.compile(
 """Heads for multi-token prediction, and towers for images and sound: the decoder computes the same without them."""
 _ACTIVATIONS = re.compile(r"\.((input|output)_(scale|zero_point|global_scale)|[qkv]_(scale|zero_point))$")
 """How an engine rounds activations and the key-value cache, in the files of compressed-tensors."""
+
+_SCALE = re.compile(r"(_scale\w*|\.scales|zero_points?|qzeros|absmax)$")
+"""Without it packed weights are other weights, whatever transformers' broad patterns let go."""
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -84,12 +87,16 @@ class Account:
             if mask or _HARMLESS.search(name):
                 continue
             known = any(pattern.search(either) for pattern in expected for either in (name, target))
+            known = known and not _SCALE.search(name) and not _CAUSAL_MASK.search(name)
             known = known or bool(_NO_DECODER.search(name)) or bool(layer and int(layer[1]) in more)
             known = known or bool(packed and _ACTIVATIONS.search(name))
             (self.left_out if known else self.unread).append(name)
 
-    def require_whole(self, what: str) -> None:
-        """Raises FileError with the names when a tensor is missing, of another shape or type, or has no place."""
+    def require_whole(self, what: str, told_by: str) -> None:
+        """Raises FileError with the names when a tensor is missing, of another shape or type, or has no place.
+
+        `told_by` is the file that says which tensors there should be.
+        """
         if self.missing:
             raise FileError(
                 f"the model of {what} is incomplete: {len(self.missing)} tensors are missing ({_some(self.missing)})"
@@ -99,13 +106,13 @@ class Account:
             more = f" (and {len(self.shapes) - 1} more)" if len(self.shapes) > 1 else ""
             raise FileError(
                 f"the model of {what} does not fit its configuration: {name} is {list(got)} in the files, and "
-                f"{list(needed)} by config.json{more}; give the configuration that belongs to these weights"
+                f"{list(needed)} by {told_by}{more}; give the configuration that belongs to these weights"
             )
         if self.types:
             name, kind = self.types[0]
             raise FileError(
                 f"the model of {what} has {len(self.types)} weights that are no floating-point numbers ({name} is "
-                f"{kind}), and its config.json does not say how they are unpacked; give the model before packing, or a "
+                f"{kind}), and {told_by} does not say how they are unpacked; give the model before packing, or a "
                 "GGUF or compressed-tensors version"
             )
         if self.clashes:
@@ -116,8 +123,8 @@ class Account:
         if self.unread:
             raise FileError(
                 f"the files of {what} hold {len(self.unread)} tensors that its model has no place for "
-                f"({_some(self.unread)}): without them it would be another model. Correct config.json where it does "
-                "not describe these weights, or remove the tensors from the files if the model does not need them"
+                f"({_some(self.unread)}): without them it would be another model. Correct {told_by} where it does not "
+                "describe these weights, or remove the tensors from the files if the model does not need them"
             )
 
 
@@ -216,6 +223,9 @@ def _count(account: Account, model: PreTrainedModel, tensors: Mapping[str, Any],
     needed = model.state_dict()
     places: dict[tuple[str, str | None], list[str]] = defaultdict(list)
     unread: dict[str, str] = {}
+    # tensors of a layer but its bias: a scale may be named beside the weight, or below it
+    parents = [name.rpartition(".")[0] for name in tensors if not name.endswith(".bias")]
+    members = Counter(above for parent in parents for above in (parent, parent.rpartition(".")[0]))
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, needed)
         if target not in needed and name in needed:
@@ -225,12 +235,21 @@ def _count(account: Account, model: PreTrainedModel, tensors: Mapping[str, Any],
             continue
         places[target, pattern].append(name)
         kind = tensors[name].get_dtype() if hasattr(tensors[name], "get_dtype") else "F32"
-        if load_config.hf_quantizer is None and kind not in _FLOATS and needed[target].is_floating_point():
+        alone = load_config.hf_quantizer is None or members[name.rpartition(".")[0]] == 1
+        if alone and kind not in _FLOATS and needed[target].is_floating_point():
             account.types.append((name, kind))
     for (target, _), names in places.items():
         if len(names) > 1 and not _in_a_row(names):
             account.clashes.append(f"{target} is to be made of {_some(names)}, which are no run of numbers from 0")
     account.sort_out(unread, {name: _shape(tensors[name]) for name in unread}, model)
+    if load_config.hf_quantizer is not None:  # else transformers is asked
+        made = {key: entry.target_patterns for entry in converters for key in entry.source_patterns}
+        taken = {
+            target.replace(made[pattern][0], other) if pattern else target
+            for target, pattern in places
+            for other in (made[pattern] if pattern else [target])
+        }
+        account.missing = _needed(model, set(needed) - taken)
 
 
 def _in_a_row(names: Sequence[str]) -> bool:

@@ -106,12 +106,12 @@ def fetch_model(source: ModelSource, *, weights: bool) -> ModelSource:
     Raises FileError with what to do when the hub can't be reached or does not have it.
     """
     # what was fetched for its configuration alone may still lack its weights
-    if source.kind == "hub" or (weights and source.repo and not _complete(source.path)):
+    if source.kind == "hub" or (weights and source.repo and not complete(source.path)):
         source = _download(source, weights)
     return replace(source, base=fetch_model(source.base, weights=weights)) if source.base else source
 
 
-def _complete(directory: Path | None) -> bool:
+def complete(directory: Path | None) -> bool:
     """Whether a directory of the hub's cache holds every weight file that it should."""
     assert directory is not None
     index = directory / "model.safetensors.index.json"

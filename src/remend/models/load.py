@@ -18,7 +18,7 @@ from remend.errors import FileError, InputError, RemendError
 from remend.files.atomic import write_text
 from remend.models import adapters
 from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of
-from remend.models.find import ModelSource, fetch_model
+from remend.models.find import ModelSource, complete, fetch_model
 from remend.models.gguf_header import forget, parsed_once
 from remend.models.gguf_rope import FACTORS, apply_rope
 from remend.models.packed_weights import (
@@ -144,7 +144,7 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device)
     account, opened = _open(source, dtype)
     assert opened is not None
     forget()  # weights come last
-    account.require_whole(source.spec)
+    account.require_whole(source.spec, _told_by(source))
     _require_numbers(opened, source)
     if account.left_out:
         _tell(source, account)
@@ -161,11 +161,15 @@ def check_weights(source: ModelSource) -> list[str]:
     Raises what `load_model` raises for names, shapes, types and packings.
     """
     source = source.base or source
-    if source.path is None or (source.kind == "directory" and not any(source.path.glob("*.safetensors"))):
+    if source.path is None or (source.repo and not complete(source.path)):
         return []
     account, _ = _open(source, torch.float32, names_only=True)
-    account.require_whole(source.spec)
+    account.require_whole(source.spec, _told_by(source))
     return [_tell(source, account, aloud=False)] if account.left_out else []
+
+
+def _told_by(source: ModelSource) -> str:
+    return "the header of the GGUF file" if source.kind == "gguf" else "config.json"
 
 
 _told: set[str] = set()
@@ -197,9 +201,10 @@ def _open(
         require_compressed_tensors(source.spec)
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     elif method and source.path:
-        require_openable(source.path)
+        with _quietly():
+            require_openable(source.path)
     if by_name and (names_only or by_name.missing or by_name.unread):
-        by_name.require_whole(source.spec)
+        by_name.require_whole(source.spec, _told_by(source))
         return by_name, None
     exactly = exact_products() if method == "compressed-tensors" else nullcontext()
     model: PreTrainedModel | None = None
@@ -214,7 +219,7 @@ def _open(
                 **extra,
             )
         except RuntimeError:
-            account.require_whole(source.spec)  # says what transformers' message only hints at
+            account.require_whole(source.spec, _told_by(source))  # says what transformers' message only hints at
             raise
         account.missing = sorted(info["missing_keys"])
         if method:

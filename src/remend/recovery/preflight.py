@@ -289,8 +289,8 @@ def _ending(tokenizer: Tokenizer, source: ModelSource, rows: int) -> list[str]:
         ids = given if isinstance(given, list) else [given]
         beyond = [end for end in ids if isinstance(end, int) and not 0 <= end < rows]
         said = [
-            f"the generation config ends answers at token {end}, and the model has {rows} rows: it can never write that "
-            "token, so it does not end there; correct eos_token_id in generation_config.json"
+            f"the generation config ends answers at token {end}, and the model has {rows} rows: it can never write "
+            "that token, so no answer ends there; correct eos_token_id in generation_config.json"
             for end in beyond
         ]
         if given is not None and tokenizer.eos_token_id not in ids and len(beyond) < len(ids):
