@@ -22,7 +22,7 @@ from remend.compression.grids import decode
 from remend.compression.stored_grid import StoredGrid
 from remend.data.examples import load_examples, prompt_id
 from remend.data.order import Order
-from remend.errors import FileError, InputError
+from remend.errors import CheckError, FileError, InputError, RemendError
 from remend.files.run_directory import METRICS, RunDirectory
 from remend.maths.losses import of_beta
 from remend.models.find import find_model
@@ -185,11 +185,18 @@ def test_disk_full_while_writing(recipe: dict[str, Any], monkeypatch: pytest.Mon
     assert recover(resume=recipe["out"]).summary["steps"] == 4
 
 
-def test_teacher_with_nan_weights_is_refused(recipe: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weight", "kind", "reason"),
+    [(float("nan"), FileError, "norm.weight are NaN"), (3e38, InputError, "not finite")],
+)
+def test_a_teacher_whose_numbers_are_none_is_refused(
+    recipe: dict[str, Any], tokenizer: Any, tmp_path: Path, weight: float, kind: type[RemendError], reason: str
+) -> None:
+    """In its weights, or in what it computes from them."""
     model = build_model(len(tokenizer))
-    model.model.norm.weight.data[0] = float("nan")
+    model.model.norm.weight.data[:] = weight
     save_model(model, tokenizer, tmp_path / "broken")
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(kind, match=reason):
         recover(**{**recipe, "teacher": str(tmp_path / "broken")})
 
 
