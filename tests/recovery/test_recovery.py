@@ -22,7 +22,7 @@ from remend.compression.grids import decode
 from remend.compression.stored_grid import StoredGrid
 from remend.data.examples import load_examples, prompt_id
 from remend.data.order import Order
-from remend.errors import CheckError, FileError, InputError, RemendError
+from remend.errors import FileError, InputError, RemendError
 from remend.files.run_directory import METRICS, RunDirectory
 from remend.maths.losses import of_beta
 from remend.models.find import find_model
