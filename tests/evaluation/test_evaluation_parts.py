@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from helpers.architectures import build
 from helpers.tiny import build_model
 from remend.data import tasks
 from remend.data.order import batches_by_length
@@ -98,6 +99,12 @@ def test_a_model_whose_cache_gives_something_else_is_computed_whole() -> None:
     plain = letters.log_likelihoods(parts, [c])
     assert letters.log_likelihoods(parts, [c], turns=turns) == plain
     assert letters.log_likelihoods(parts, [c], turns=turns) == plain
+
+
+def test_a_model_of_states_alone_is_computed_whole() -> None:
+    parts = scorer(build("mamba"))
+    c = Choice("x", (5, 6, EOS, 8, EOS, 9), {"A": (9,), "B": (10,)}, 3)
+    assert letters.log_likelihoods(parts, [c], turns=letters.FirstTurns(parts)) == letters.log_likelihoods(parts, [c])
 
 
 def test_the_first_turn_is_told_where_several_end(tokenizer: Any) -> None:

@@ -108,18 +108,20 @@ class FirstTurns:
         """(hidden states [1, T − skipped, D], skipped): those of the first `skipped` tokens are not given."""
         if not turn or (self._checked and not self._works):
             return self._parts.hidden(tokens_1T), 0
-        states_BTD = self._after(tokens_1T, turn)
-        if not self._checked:
-            whole_BTD = self._parts.hidden(tokens_1T)[:, turn:]
-            tolerance = 1e-2 * float(whole_BTD.abs().max())
-            self._works = torch.allclose(states_BTD.float(), whole_BTD.float(), atol=tolerance, rtol=0)
-            self._checked = True
-            if not self._works:
-                return self._parts.hidden(tokens_1T), 0
-        return states_BTD, turn
+        if self._checked:
+            return self._after(tokens_1T, turn), turn
+        self._checked = True
+        try:
+            states_BTD = self._after(tokens_1T, turn)
+        except (AttributeError, TypeError, ValueError):  # a cache by another name, or of another kind
+            return self._parts.hidden(tokens_1T), 0
+        whole_BTD = self._parts.hidden(tokens_1T)
+        tolerance = 1e-2 * float(whole_BTD.abs().max())
+        self._works = torch.allclose(states_BTD.float(), whole_BTD[:, turn:].float(), atol=tolerance, rtol=0)
+        return (states_BTD, turn) if self._works else (whole_BTD, 0)
 
     def _after(self, tokens_1T: Tensor, turn: int) -> Tensor:
-        body = self._parts.model.base_model
+        body = self._parts.body
         key = tuple(tokens_1T[0, :turn].tolist())
         if key not in self._kept:
             self._kept[key] = body(input_ids=tokens_1T[:, :turn], use_cache=True).past_key_values

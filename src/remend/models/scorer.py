@@ -1,7 +1,7 @@
 """A causal language model as two parts: a body that makes hidden states and a head that makes logits.
 
 Scoring only some positions, in chunks, needs the two apart. Transformers models agree on the body
-(`model.base_model`) and on the output embedding; a few scale or cap their logits afterwards, which the head repeats.
+(`base_model`) and on the output embedding; a few scale or cap their logits afterwards, which the head repeats.
 Whether the two parts give the model's own logits is checked once on a probe, so that a model that does something else
 is refused instead of being distilled wrongly.
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remend.errors import InputError
@@ -24,6 +25,12 @@ from remend.models.protocols import CausalLM
 
 FULL = "full_attention"
 """transformers' name of layers that attend to every earlier token."""
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configurations call the number c where logits are c · tanh(logits / c)."""
+
+NEAR_FLOAT32, NEAR = 1e-3, 1e-2
+"""How far logits made of the two parts may be from the model's own, relative to the largest one."""
 
 LEAST_OPENING = 8
 """Tokens that rows must have in common before they are run apart: below, the second pass costs what it saves."""
@@ -50,6 +57,12 @@ class Scorer:
         return device
 
     @property
+    def body(self) -> nn.Module:
+        """The model without its head."""
+        body, whole = self.model.base_model, cast(nn.Module, self.model)
+        return body if body is not whole else whole.get_submodule("model")
+
+    @property
     def head(self) -> Head:
         """The head over the shared ids, on the model's present weights; gradients reach them."""
         embedding = self.model.get_output_embeddings()
@@ -62,7 +75,7 @@ class Scorer:
         """Hidden states [B, T, D] before the head. Sequences are padded on the right: a causal model's states at real
         positions don't see what follows, so no attention mask is needed and attention keeps its fast causal path."""
         with self._recomputed():
-            output = self.model.base_model(input_ids=tokens_BT, use_cache=False)
+            output = self.body(input_ids=tokens_BT, use_cache=False)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
 
@@ -76,7 +89,7 @@ class Scorer:
             return batch.gather(self.hidden(batch.tokens_BT))
         from transformers import DynamicCache
 
-        body, rows = self.model.base_model, len(batch.tokens_BT)
+        body, rows = self.body, len(batch.tokens_BT)
         cache = DynamicCache(config=self.model.config)
         body(input_ids=batch.tokens_BT[:1, :length], past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(rows)  # gradients of all rows meet in the one that was computed
@@ -124,29 +137,46 @@ def scorer(model: CausalLM, shared: int | None = None, *, checkpointing: bool = 
     if embedding is None:
         raise InputError(f"{type(model).__name__} has no output embedding; remend works with causal language models")
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
     vocabulary = embedding.weight.shape[0]
     if checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap, checkpointing)
-    _verify(result)
+    result = _verified(result)
     return replace(result, prefixes=_shares_prefixes(result))
 
 
 @torch.no_grad()
-def _verify(parts: Scorer) -> None:
+def _verified(parts: Scorer) -> Scorer:
+    """The parts, whose logits on a probe are the model's own; with another scale where that alone is missing."""
     probe_BT = torch.arange(1, 9, device=parts.device).remainder(parts.shared).unsqueeze(0)
-    own = parts.model(input_ids=probe_BT, use_cache=False).logits[0, :, : parts.shared].float()
-    ours = parts.head(parts.hidden(probe_BT)[0]).float()
+    own = parts.model(input_ids=probe_BT, use_cache=False).logits[0, :, : parts.shared]
+    hidden_TD = parts.hidden(probe_BT)[0]
+    exact = own.dtype == hidden_TD.dtype == torch.float32 and not torch.is_autocast_enabled(own.device.type)
+    own, near = own.float(), NEAR_FLOAT32 if exact else NEAR
+    ours = parts.head(hidden_TD).float()
     if not own.isfinite().all():
         raise InputError(
             f"the logits of {parts.model.name_or_path} are not finite on a probe: its weights are damaged beyond use"
         )
-    if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max()), rtol=0):
-        raise InputError(
-            f"{type(parts.model).__name__} computes its logits in a way that remend does not know "
-            f"(largest difference {float((own - ours).abs().max()):.3g} on a probe), so it can't be scored in chunks"
-        )
+    if _same(own, ours, near):
+        return parts
+    # models name such a factor in many ways (lm_head_multiplier, output_multiplier, …), so it is measured
+    plain = replace(parts, scale=1.0, softcap=None).head(hidden_TD).double()
+    uncapped = own.double()
+    if parts.softcap:
+        uncapped = parts.softcap * torch.atanh(uncapped / parts.softcap)
+    scaled = replace(parts, scale=float((plain * uncapped).sum() / plain.square().sum()))
+    if _same(own, scaled.head(hidden_TD).float(), near):
+        return scaled
+    raise InputError(
+        f"{type(parts.model).__name__} computes its logits in a way that remend does not know "
+        f"(largest difference {float((own - ours).abs().max()):.3g} on a probe), so it can't be scored in chunks"
+    )
+
+
+def _same(own: Tensor, ours: Tensor, near: float) -> bool:
+    return torch.allclose(own, ours, atol=near * float(own.abs().max()), rtol=0)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Sample completions with transformers.
 
-Legend: B active rows, V vocabulary, T prompt length.
+Legend: B active rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor
 from remend.data.order import batches_by_length
 from remend.data.templates import Encoded
 from remend.models.protocols import CausalLM
+from remend.models.sampling.decoding import decoding
 from remend.models.sampling.prepacked import packed_linears
 from remend.models.sampling.rollout import Rollout
 
 
 @dataclass
 class TransformersSampler:
-    """Batched decoding with transformers' key-value cache.
+    """Batched decoding with transformers' cache, or without it where it can't be trusted.
 
     Every row draws from its own uniform numbers by inverting the cumulative distribution, so that a row's tokens don't
     depend on which rows share its batch, and finished rows can leave the batch. top-p is 1: a truncated distribution
@@ -59,40 +60,22 @@ class TransformersSampler:
         return [results[i] for i in range(len(prompts))]
 
     def _decode(self, prompts: list[tuple[int, ...]], uniform: Tensor, temperature: float) -> list[list[int]]:
-        from remend.models.sampling.kv_cache import decoding_cache
-
         device = self.model.device
-        width = max(map(len, prompts))
-        tokens_BT = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-        mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         uniform = uniform.to(device)
         active = torch.arange(len(prompts), device=device)
         ends = torch.tensor(self.eos, device=device)
-        position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        cache = decoding_cache(self.model.config)
+        rows = decoding(self.model, prompts)
         completions: list[list[int]] = [[] for _ in prompts]
         for t in range(uniform.shape[1]):
-            logits_BV = self.model(
-                input_ids=tokens_BT,
-                attention_mask=mask_BT,
-                position_ids=position_BT,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1, : self.shared]
-            tokens_BT = choose(logits_BV, uniform[active, t], temperature).unsqueeze(1)
-            for row, token in zip(active.tolist(), tokens_BT[:, 0].tolist(), strict=True):
+            tokens_B = choose(rows.logits()[:, : self.shared], uniform[active, t], temperature)
+            for row, token in zip(active.tolist(), tokens_B.tolist(), strict=True):
                 completions[row].append(token)
-            open_B = ~torch.isin(tokens_BT[:, 0], ends)
+            open_B = ~torch.isin(tokens_B, ends)
             if not open_B.any():
                 break
-            if not open_B.all():
-                keep = open_B.nonzero()[:, 0]
-                active, tokens_BT = active[keep], tokens_BT[keep]
-                mask_BT, position_BT = mask_BT[keep], position_BT[keep]
-                cache.batch_select_indices(keep)
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
-            position_BT = position_BT[:, -1:] + 1
+            keep = None if open_B.all() else open_B.nonzero()[:, 0]
+            active = active if keep is None else active[keep]
+            rows.extend(tokens_B, keep)
         return completions
 
 
