@@ -121,10 +121,16 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def build(name: str) -> PreTrainedModel:
+def build(name: str, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     """A model of MODELS, none of whose weights stands at its initial value."""
     torch.manual_seed(0)
     model = MODELS[name]().float().eval()
+    if vocabulary != VOCABULARY:
+        config = model.config
+        config.vocab_size = vocabulary
+        if hasattr(config, "vocab_size_per_layer_input"):
+            config.vocab_size_per_layer_input = vocabulary
+        model = type(model)(config).float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

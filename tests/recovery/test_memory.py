@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from helpers.architectures import build
 from remend.models.device import free_bytes
 from remend.recovery.memory import activation_bytes, must_recompute
 
@@ -61,3 +62,23 @@ def test_what_the_allocator_holds_for_reuse_is_free(monkeypatch: pytest.MonkeyPa
     for name, value in figures.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert free_bytes(torch.device("cuda")) == 120
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("gemma3n", 0.4, 1.5), ("gpt2", 0.4, 1.5), ("mamba", 0.4, 1.5), ("mamba2", 0.4, 4.0)]
+)
+def test_configurations_of_another_shape_are_counted_too(name: str, least: float, most: float) -> None:
+    """Sizes per layer (Gemma 3n), by other names (GPT-2), and blocks without heads (Mamba)."""
+    model, kept = build(name), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.base_model(torch.arange(64).reshape(2, 32), use_cache=False)
+    estimate = activation_bytes(model.config, 2, 32)
+    assert least < estimate / sum(size for size, _ in kept.values()) < most

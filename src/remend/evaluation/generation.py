@@ -24,6 +24,7 @@ from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM, Scored, Tokenizer
 from remend.models.sampling.rollout import Rollout, Sampler
 from remend.models.sampling.transformers_engine import TransformersSampler
+from remend.models.sizes import largest
 
 ROWS = {"cpu": 32}
 GPU_ROWS = 64
@@ -79,9 +80,12 @@ def _refuse_damage(_module: nn.Module, _inputs: object, output: Scored) -> None:
 def token_cap(model: CausalLM) -> int:
     """Tokens whose keys and values take MEMORY_SHARE of the free memory."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 * config.num_hidden_layers * heads * width * model.get_output_embeddings().weight.dtype.itemsize
+    queries = largest(config, "num_attention_heads") or 1  # states alone take less than keys and values of this width
+    heads = largest(config, "num_key_value_heads") or queries
+    width = largest(config, "head_dim") or largest(config, "hidden_size") // queries
+    size = (
+        2 * largest(config, "num_hidden_layers") * heads * width * model.get_output_embeddings().weight.dtype.itemsize
+    )
     if model.device.type == "cuda":
         free = int(torch.cuda.mem_get_info(model.device)[0])
     else:

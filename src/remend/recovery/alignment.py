@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from remend.errors import InputError
 from remend.maths.cka import cka_alignment
+from remend.models.activations.capture import by_token
 from remend.models.layers import decoder_layers, infer_layer_map
 from remend.models.scorer import pack
 from remend.recovery.distillation import Distillation, MicroBatch
@@ -141,7 +142,7 @@ class Aligned:
         return StepOutput({name: (total, trained)})
 
     def _seen(self, micro_batch: MicroBatch) -> tuple[StepOutput, list[Tensor], list[Tensor]]:
-        """The divergence, and the outputs [B, T, D] of both sides' blocks on the way."""
+        """The divergence, and the outputs of both sides' blocks on the way."""
         with _watched(self.alignment.student) as ours, _watched(self.alignment.teacher) as theirs:
             output = self._whole(micro_batch)
         if len(theirs) != len(ours):
@@ -159,7 +160,10 @@ class Aligned:
         device, skip = self.plain.student.device, source.stream.skip_first
         own = pack([(r.prompt, r.completion) for r in rollouts], device=device, skip_first=skip)
         shown = pack([(r.shown or r.prompt, r.completion) for r in rollouts], device=device, skip_first=skip)
-        return [own.gather(states) for states in ours], [shown.gather(states) for states in theirs]
+        return (
+            [own.gather(by_token(states, own.tokens_BT)) for states in ours],
+            [shown.gather(by_token(states, shown.tokens_BT)) for states in theirs],
+        )
 
     def _balance(
         self, micro_batch: MicroBatch, divergence: Tensor, ours: Sequence[Tensor], theirs: Sequence[Tensor]
@@ -194,7 +198,7 @@ def _at_once(teacher: Teacher) -> Teacher:
 
 @contextmanager
 def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Outputs [B, T, D] of the blocks in the forward pass inside, in order."""
+    """Outputs of the blocks in the forward pass inside, in order."""
     states: list[Tensor] = []
 
     def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from remend.models.sizes import largest
+
 SHARE = 0.5
 """Of the free memory that activations may take: the estimate leaves out what the allocator wastes."""
 
@@ -16,20 +18,24 @@ def activation_bytes(config: Any, rows: int, tokens: int) -> int:
     """What the backward pass of one micro-batch keeps without recomputation, in bytes; no attention matrix is kept.
 
     Counted for a block with a gated MLP in float32: two norms' inputs and outputs, queries, keys, values, attention's
-    output, and four tensors of the MLP's width (arXiv 2205.05198, section 4.1, counts 16-bit ones likewise).
+    output, and four tensors of the MLP's width (arXiv 2205.05198, section 4.1, counts 16-bit ones likewise). A block
+    without attention heads is one of states: it keeps four tensors of its width for every number of a state.
 
     Args:
         config: the model's text configuration.
         rows: sequences of the micro-batch.
         tokens: its longest sequence, prompt and completion.
     """
-    width = config.hidden_size
-    heads = config.num_attention_heads
-    grouped = getattr(config, "num_key_value_heads", None) or heads
-    head = getattr(config, "head_dim", None) or width // heads
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    each = 4 * width + 2 * heads * head + 2 * grouped * head + 4 * inner
-    return int(4 * each * config.num_hidden_layers * rows * tokens)
+    width = largest(config, "hidden_size")
+    inner = largest(config, "intermediate_size") or 4 * width
+    each = 4 * width * (largest(config, "altup_num_inputs") or 1) + 4 * inner
+    heads = largest(config, "num_attention_heads")
+    if heads:
+        head = largest(config, "head_dim") or width // heads
+        each += 2 * heads * head + 2 * (largest(config, "num_key_value_heads") or heads) * head
+    else:
+        each += 4 * inner * largest(config, "state_size")
+    return int(4 * each * largest(config, "num_hidden_layers") * rows * tokens)
 
 
 def must_recompute(config: Any, rows: int, tokens: int, trained: int, free: int, copies: int = 0) -> bool:

@@ -5,13 +5,15 @@ One row a held-out prompt, so a recovery with 64 of them gives noisier figures t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from remend.console import stage
+from remend.console import stage, warn
 from remend.data.order import derive_seed
 from remend.errors import InputError
 from remend.files.atomic import json_line, read_json, write_text
@@ -80,11 +82,15 @@ class Tracker:
         if self.layer_map is None:
             self.layer_map = infer_layer_map(student.model, self.reference.model)
         ours_LSD = self._rows(student, "the student")
-        keep_S = usable(self._theirs, ours_LSD)
-        values = [
-            debiased_cka(self._theirs[at][keep_S], ours_SD[keep_S])
-            for at, ours_SD in zip(self.layer_map, ours_LSD, strict=True)
-        ]
+        try:
+            keep_S = usable(self._theirs, ours_LSD)
+            values = [
+                debiased_cka(self._theirs[at][keep_S], ours_SD[keep_S])
+                for at, ours_SD in zip(self.layer_map, ours_LSD, strict=True)
+            ]
+        except InputError as error:  # too few rows: no reason to stop a run
+            warn(f"the layers of the {stage} model (step {step}) are not compared: {error}")
+            keep_S, values = torch.zeros(0, dtype=torch.bool), [math.nan] * len(ours_LSD)
         row = {"step": step, "stage": stage, "kl": figures["kl"], "top1_agreement": figures["top1_agreement"]}
         plain = [value if value == value else None for value in values]
         of = {"cka": plain, "reference_layers": list(self.layer_map), "rows": int(keep_S.sum())}

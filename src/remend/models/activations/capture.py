@@ -81,24 +81,45 @@ def modules_of(model: CausalLM, site: str) -> list[nn.Module]:
     return [module for module in parts if module is not None]
 
 
+def by_token(output: Tensor | tuple[Tensor, ...], tokens_BT: Tensor) -> Tensor:
+    """A layer's output as [B, T, D]: streams that stand side by side (Gemma 3n has four) follow each other in D.
+
+    Raises InputError for an output without one state per token.
+    """
+    states = output[0] if isinstance(output, tuple) else output
+    batch, time = tokens_BT.shape
+    if states.ndim == 2 and len(states) == batch * time:
+        return states.view(batch, time, -1)
+    if states.ndim == 4 and states.shape[1:3] == tokens_BT.shape:
+        states = states.permute(1, 2, 0, 3)
+    if states.ndim < 3 or states.shape[:2] != tokens_BT.shape:
+        raise InputError(
+            f"a layer puts out {list(states.shape)} for {batch} sequences of {time} tokens, where remend looks for one "
+            "state per token; this model's layers can't be compared"
+        )
+    return states.flatten(2)
+
+
 @dataclass
 class _Recorder:
     """Keeps one position of each sequence, layer after layer, of the pass that is running."""
 
     name: str
-    places: tuple[Tensor, Tensor] | None = None  # rows and columns of the batch
+    tokens_BT: Tensor | None = None
+    columns_B: Tensor | None = None
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def hook(self, site: str, layer: int) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
         def record(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            states_BTD = output[0] if isinstance(output, tuple) else output
+            assert self.tokens_BT is not None
+            states_BTD = by_token(output, self.tokens_BT)
             if not bool(states_BTD.isfinite().all()):
                 raise InputError(
                     f"{self.name} yields numbers that are not finite, first in the {site} output of layer {layer}: its "
                     "weights are damaged beyond measuring; look at that layer's tensors"
                 )
-            assert self.places is not None
-            self.rows[site, layer] = states_BTD[self.places].float().cpu()
+            rows_B = torch.arange(len(states_BTD), device=states_BTD.device)
+            self.rows[site, layer] = states_BTD[rows_B, self.columns_B].float().cpu()
 
         return record
 
@@ -147,8 +168,7 @@ def capture(
             part = [rollouts[i] for i in sequences]
             packed = pack([(r.prompt, r.completion) for r in part], device=parts.device)
             columns = [len(r.prompt) + picks[i] for r, i in zip(part, sequences, strict=True)]
-            rows = torch.arange(len(part), device=parts.device)
-            recorder.places = (rows, torch.tensor(columns, device=parts.device))
+            recorder.tokens_BT, recorder.columns_B = packed.tokens_BT, torch.tensor(columns, device=parts.device)
             states_BTD = parts.hidden(packed.tokens_BT)
             for site in sites:
                 layers = sorted(layer for s, layer in recorder.rows if s == site)

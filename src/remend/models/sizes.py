@@ -1,0 +1,14 @@
+"""Sizes that a configuration names, whatever shape it gives them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def largest(config: PreTrainedConfig, name: str) -> int:
+    """A number of the configuration, the largest where there is one per layer; 0 where it has none of that name."""
+    value = getattr(config, name, None) or 0
+    return int(max(value) if isinstance(value, list | tuple) else value)
