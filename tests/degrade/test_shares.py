@@ -107,7 +107,7 @@ def gpt_oss(out: Path) -> Path:
         num_key_value_heads=1,
         num_local_experts=3,
         num_experts_per_tok=2,
-        head_dim=8,
+        head_dim=16,
     )
     T.GptOssForCausalLM(config).save_pretrained(out)
     tokenizer.save_pretrained(out)
