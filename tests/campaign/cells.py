@@ -25,12 +25,14 @@ from transformers.pytorch_utils import Conv1D
 
 Check = Callable[[], str]
 
-FORMAT, GROUP, LARGEST = "int4-g32-sym", 32, 8
-"""The grid of all cells: 16 points, one scale for 32 neighbouring inputs, codes from -8 to 7."""
+FORMAT, GROUP, LARGEST, BITS = "int4-g32-sym", 32, 8, 4.5
+"""The grid of all cells: 16 points, one scale of 16 bits for 32 neighbouring inputs, codes from -8 to 7."""
 WHOLE = 0.99
 """The share of the decoder's matrix weights that a degradation must have reached."""
 STUDENTS = {"rtn": "rtn", "2:4": "two-four", "depth-bi": "depth-bi", "width": "width", "heads": "heads", "ft": "ft"}
 """Which cells make a student that the cell `rec` recovers, and where it lies."""
+FITTED = {"rtn", "two-four"}
+"""Students that repair fits in closed form, so that even two steps win something back."""
 NEEDS: dict[str, tuple[str, ...]] = {"rec": tuple(STUDENTS), "diag": ("rtn",), "dense": ("rtn", "rec")}
 NEEDS |= dict.fromkeys(("c-t", "gguf"), ("rtn",))
 """Cells that use what others made."""
@@ -50,8 +52,9 @@ class Place:
     pairs: Path
 
     def made(self, *names: str) -> list[Path]:
-        """What of these is there, after the cells before."""
-        return [self.work / name for name in names if (self.work / name).is_dir()]
+        """What of these is there, after the cells before: students, and recoveries that came to their end."""
+        places = [self.work / name for name in names]
+        return [place for place in places if any((place / file).is_file() for file in ("config.json", "summary.json"))]
 
 
 @dataclass(frozen=True)
@@ -138,15 +141,26 @@ def _export(container: str, *names: str, plain: bool = False) -> Callable[[Place
 
 def on_whole_grid(reference: Path, student: Path) -> str:
     """The cells rtn and gptq."""
-    return _whole(reference, student, lambda weight: _on_grid(weight).float().mean())
+    fault = _whole(reference, student, lambda weight: _on_grid(weight).float().mean())
+    bits = _record(student)["bits_per_weight"]
+    return fault or ("" if abs(bits - BITS) < 0.2 else f"{bits:.2f} bits a weight are said, and it is {BITS}")
 
 
 def two_of_four(reference: Path, student: Path) -> str:
-    """The cell 2:4: zeros where they must be, and what is left is as it was."""
+    """The cell 2:4: zeros where they must be, as many as are said, and what is left is as it was."""
     fault = _whole(reference, student, lambda weight: _at_most_two(weight).float().mean())
     before, after = matrices(load(reference)), matrices(load(student))
     moved = [name for name, kept in after.items() if not torch.equal(kept, before[name] * (kept != 0))]
-    return fault or (f"weights that were kept changed: {_few(moved)}" if moved else "")
+    if fault or moved:
+        return fault or f"weights that were kept changed: {_few(moved)}"
+    said, zeros = _record(student)["sparsity"], sum(int((kept == 0).sum()) for kept in after.values())
+    own = zeros / sum(kept.numel() for kept in after.values())
+    return "" if abs(said - own) < 0.01 else f"{said:.1%} zeros are said, and there are {own:.1%}"
+
+
+def _record(student: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((student / "degradation.json").read_text(encoding="utf-8"))
+    return found
 
 
 FEW: tuple[object, ...] = ("--samples", 6, "--no-probe")
@@ -275,7 +289,7 @@ def _unlike(expected: Any, model: Any, what: str) -> str:
 
 def blocks_left_out(reference: Path, student: Path) -> str:
     """Depth: the student answers as the reference whose removed blocks hand on what they get."""
-    gone = json.loads((student / "degradation.json").read_text(encoding="utf-8"))["removed_layers"]
+    gone = _record(student)["removed_layers"]
     expected, shallow = load(reference), load(student)
     blocks = _blocks(expected)
     if not gone or len(_blocks(shallow)) != len(blocks) - len(gone):
@@ -351,6 +365,10 @@ def recovered(reference: Path, student: Path, run: Path) -> str:
         return f"zeros came back: {_few(alive)}"
     if (student / "grid.safetensors").is_file() and (fault := _off_stored_grid(run / "model")):
         return fault
+    said = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    there, here = said["degraded"]["kl"], said["recovered"]["kl"]
+    if there <= 0 or (student.name in FITTED and here >= there):
+        return f"nothing was won back: KL was {there:.5f}, and is {here:.5f}"
     return _measured(reference, student, run)
 
 

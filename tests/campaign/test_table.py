@@ -59,6 +59,7 @@ def changed(reference: Path, directory: Path, *changes: Change) -> Path:
         for change in changes:
             change(model)
     model.save_pretrained(directory)
+    (directory / "degradation.json").write_text(json.dumps({"bits_per_weight": 4.5, "sparsity": 0.5}))
     return directory
 
 
@@ -107,6 +108,14 @@ def test_a_tampered_student_is_silently_wrong(
     assert fault in text
 
 
+def test_a_record_that_is_untrue_is_a_fault(reference: Path, tmp_path: Path) -> None:
+    for degradation, check in ((rounded, on_whole_grid), (pruned, two_of_four)):
+        student = changed(reference, tmp_path / degradation.__name__, degradation)
+        assert check(reference, student) == ""
+        (student / "degradation.json").write_text(json.dumps({"bits_per_weight": 4.1, "sparsity": 0.42}))
+        assert " said, and " in check(reference, student)
+
+
 def test_an_export_of_another_model_is_silently_wrong(reference: Path, tmp_path: Path) -> None:
     same, other = changed(reference, tmp_path / "same"), changed(reference, tmp_path / "other", the_router_is_moved)
     assert same_model(reference, same, "dense") == ""
@@ -145,6 +154,11 @@ def test_weights_that_a_file_lacks_are_a_fault(reference: Path, tmp_path: Path) 
         load(tmp_path)
 
 
+def _sleep(seconds: float) -> list[str]:
+    time.sleep(seconds)
+    return []
+
+
 def test_what_a_command_comes_to(tmp_path: Path) -> None:
     def mark(*words: str) -> str:
         return do(Job("try", words, lambda: ""), tmp_path, 60)[0]
@@ -153,7 +167,7 @@ def test_what_a_command_comes_to(tmp_path: Path) -> None:
     assert mark("export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")) == "r"
     assert mark("export", "--no-such-option") == "X"  # a mistake of the table itself is no refusal
     assert apart(lambda: os._exit(9), 60, tmp_path / "crash.log") == ["X", "the process died with 9"]
-    assert apart(lambda: time.sleep(60) or [], 0.2, tmp_path / "hang.log") == ["X", "no end after 0 s"]
+    assert apart(partial(_sleep, 60), 0.2, tmp_path / "hang.log") == ["X", "no end after 0 s"]
 
 
 def test_the_page_groups_reasons_and_names_what_worked_before() -> None:
