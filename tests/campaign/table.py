@@ -46,6 +46,8 @@ Row = dict[str, dict[str, Any]]
 
 BEFORE = HERE / "before.json"
 PAGE = ROOT / "docs" / "measurements" / "zoo.md"
+LONGEST = 240
+"""Characters of a reason in the table; table.json has all of it."""
 LIMIT = 120
 """Seconds of one command or check, unless another limit is given."""
 ALONE = multiprocessing.get_context("fork")
@@ -241,7 +243,7 @@ def as_markdown(rows: dict[str, Row], worked_before: Sequence[str]) -> str:
         own = sorted((key for key in reasons if key[0] == mark), key=lambda key: -len(reasons[key]))
         if own:
             lines += [f"## {mark}: {MEANING[mark]}", ""]
-            lines += [f"- `{key[1].replace('`', '')}`: {', '.join(reasons[key])}" for key in own]
+            lines += [f"- `{key[1].replace('`', '')[:LONGEST]}`: {', '.join(reasons[key])}" for key in own]
             lines.append("")
     return "\n".join(lines)
 
@@ -264,6 +266,7 @@ def record(about: dict[str, str], rows: dict[str, Row], table: str) -> None:
     )
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     last = f"\n\n## The last run, of commit {about['commit']}\n\n"
+    table = re.sub(r" at \w+\.py:\w+( > \w+\.py:\w+)*", "", table)  # places that move with the next change
     PAGE.write_text(head + "\n".join(runs) + last + table.replace("\n## ", "\n### "), encoding="utf-8")
 
 
