@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from helpers.tiny import build_model, build_tokenizer, put_on_grid
 from remend.compression.recognise import Recognised
 from remend.data.order import Order
 from remend.data.templates import Encoded
+from remend.errors import InputError
 from remend.files.run_directory import RunDirectory
-from remend.recovery import RecoverResult
+from remend.recovery import RecoverResult, recover
+from remend.recovery.judge import BASELINE
 from remend.recovery.repair import REPAIR_ANSWERS, calibration_prompts, repair
 from remend.training.constraints import StudentFacts
 
@@ -47,3 +53,15 @@ def test_the_first_steps_train_on_the_answers_that_repair_was_fitted_to(repaired
     """6 answers twice are 12 completions: three steps of 4."""
     assert len(RunDirectory(repaired_run.out).rows(REPAIR_ANSWERS)) == 6
     assert [row["on_policy"] for row in repaired_run.metrics] == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_a_model_that_cant_be_walked_is_refused_before_it_is_measured(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without repair it is recovered."""
+    once = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: once(self, once(self, x)))
+    with pytest.raises(InputError, match=r"several times a pass, model.layers.0.mlp.gate_proj.*repair: false"):
+        recover(**{**recipe, "repair": True})
+    assert not list(Path(recipe["out"]).rglob(BASELINE))
+    assert recover(**{**recipe, "out": f"{recipe['out']}-without"}).metrics

@@ -18,7 +18,7 @@ from torch import Tensor
 from remend.data.order import Order
 from remend.data.templates import Encoded
 from remend.files.atomic import JsonObject
-from remend.models.activations.walk import completions
+from remend.models.activations.walk import check_walk, completions
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.recovery.begin import Run
@@ -100,15 +100,31 @@ def repair(
     return Repaired(start, time.perf_counter() - began, text)
 
 
-def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaired:
-    """Repair the student in place where the plan asks for it; `seconds` is 0 where nothing was done."""
+def check_repair(run: Run, student: CausalLM, reference: Teacher) -> None:
+    """Raise InputError where a repair lies ahead and one of the models can't be walked, before any is measured."""
+    prompts = _prompts(run, student, reference)
+    for model in (student, reference.model):
+        if prompts and model is not None:
+            check_walk(model, prompts)
+
+
+def _prompts(run: Run, student: CausalLM, reference: Teacher) -> list[Encoded]:
+    """What a repair is fitted to; none where nothing is repaired."""
     plan, config, teacher = run.plan, run.plan.config, reference.model
     if not config.repair or plan.facts.adapted or teacher is None:
+        return []
+    if not kind_of(plan.facts).repairs(student, plan.facts, teacher):
+        return []
+    return calibration_prompts(run.prompts.main.train, config.repair_samples, config.seed)
+
+
+def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaired:
+    """Repair the student in place where the plan asks for it; `seconds` is 0 where nothing was done."""
+    plan, prompts, teacher = run.plan, _prompts(run, student, reference), reference.model
+    if not prompts or teacher is None:
         return Repaired()
-    prompts, how = calibration_prompts(run.prompts.main.train, config.repair_samples, config.seed), run.precision()
-    return repair(
-        student, teacher, plan.facts, plan.tokenizer, prompts, seed=config.seed, shared=plan.shared, precision=how
-    )
+    seed, how = plan.config.seed, run.precision()
+    return repair(student, teacher, plan.facts, plan.tokenizer, prompts, seed=seed, shared=plan.shared, precision=how)
 
 
 @torch.no_grad()

@@ -19,7 +19,15 @@ from remend.recovery.judge import gate_verdict, side_judge_of
 from remend.recovery.past import past_of
 from remend.recovery.plan import Plan
 from remend.recovery.pools import build_sources, with_pools
-from remend.recovery.repair import REPAIR_ANSWERS, Repaired, initial_weights, repaired_student, take_back, trained_on
+from remend.recovery.repair import (
+    REPAIR_ANSWERS,
+    Repaired,
+    check_repair,
+    initial_weights,
+    repaired_student,
+    take_back,
+    trained_on,
+)
 from remend.recovery.save import finish, reopened, save
 from remend.recovery.selection import Selection
 from remend.recovery.tracking import Observer, observer_of
@@ -58,6 +66,8 @@ def train_and_save(run: Run) -> tuple[Observer | None, JsonObject]:
     reference = teachers[plan.reference]
     run = replace(run, prompts=all_prompts(run, reference))
     kind_of(plan.facts).check(student, plan.facts)  # before repair, which would write the grid's points anyhow
+    if not run.resumed:
+        check_repair(run, student, reference)
     past = past_of(run)
 
     observer = observer_of(run, reference, student, past.degraded)

@@ -24,7 +24,7 @@ from remend.degrade.making.shares import require_known
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.run_directory import occupied
-from remend.models.activations.walk import Sites, completions, walk
+from remend.models.activations.walk import Sites, check_walk, completions, walk
 from remend.models.device import choose_device
 from remend.models.find import ModelSource, find_model, hash_files, origin_note
 from remend.models.load import load_model, load_tokenizer, save_model
@@ -65,7 +65,10 @@ class Damage:
     _rollouts: list[Rollout] | None = None
 
     def calibration(self) -> list[Rollout]:
-        """The reference's own completions, sampled once. Raises InputError when there is no prompt."""
+        """The reference's own completions, sampled once.
+
+        Raises InputError when there is no prompt, or where the model can't be walked.
+        """
         if self._rollouts is None:
             began = time.perf_counter()
             seed = self.settings.seed
@@ -76,6 +79,7 @@ class Damage:
                 chosen = choose(load_examples(text.data), text.samples, seed)
             self.calibration_hash = data_hash(chosen)
             prompts = [encode(self.tokenizer, e) for e in chosen]
+            check_walk(self.reference, prompts)
             self._rollouts = completions(
                 self.reference, self.tokenizer, prompts, max_new_tokens=CALIBRATION_TOKENS, seed=seed
             )

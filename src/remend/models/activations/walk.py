@@ -16,21 +16,32 @@ T time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remend.console import stage
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded
 from remend.errors import InputError
-from remend.models.activations.passes import Settled, hidden_batches, look, products, real_states, run_block, start
+from remend.models.activations.experts import Experts, Routed, applied
+from remend.models.activations.passes import (
+    Seen,
+    Settled,
+    hidden_batches,
+    look,
+    outside,
+    products,
+    real_states,
+    run_block,
+    start,
+)
 from remend.models.activations.targets import Targets, anatomy_of, teacher_states
-from remend.models.layers import decoder_layers
-from remend.models.matrices import Matrix, matrices
+from remend.models.activations.walkable import blocks_of, holds_experts, modules_of_matrices, sees_some
+from remend.models.matrices import Matrix
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Draws, Rollout
@@ -38,9 +49,10 @@ from remend.models.sampling.rollout import Draws, Rollout
 
 @dataclass(frozen=True)
 class Sites:
-    """Matrices of one block that read the same input.
+    """Matrices of one block that read the same input; an expert's matrix stands alone.
 
-    index: the block, counted in the model that is walked.
+    index: the block, counted in the model that is walked; for layers before the first it is -1, and for layers after
+        the last their number.
     matrices: in order of execution.
     gram_II: float32, Σ x xᵀ over the N calibration tokens.
     cross_OI: with a teacher, for each layer Σ y xᵀ, where y is what the layer should give (its bias taken off); None
@@ -80,6 +92,12 @@ def completions(
     )
 
 
+def check_walk(model: CausalLM, prompts: Sequence[Encoded]) -> None:
+    """Raise InputError where `walk` and `block_states` would refuse the model, tried on a few tokens of the prompts."""
+    if prompts:
+        blocks_of(model, [prompt.tokens for prompt in prompts])
+
+
 @torch.no_grad()
 def walk(
     model: CausalLM,
@@ -104,42 +122,135 @@ def walk(
         title: of the progress bar.
 
     Raises:
-        InputError: blocks or inputs that can't be found; a layer map that does not fit.
+        InputError: a model whose blocks can't be run one by one (see `walkable`); a layer map that does not fit.
     """
-    blocks = decoder_layers(model)
-    by_module = {matrix.module: matrix for matrix in matrices(model).values()}
-    healthy, how = None, precision or nullcontext()
+    text = [[*r.prompt, *r.completion] for r in rollouts]
+    blocks, kept, how = blocks_of(model, text), modules_of_matrices(model), precision or nullcontext()
+    depth, healthy, alone = len(blocks.items), None, blocks.alone
     if teacher is not None:
-        healthy = teacher_states(teacher, rollouts, layer_map if layer_map is not None else range(len(blocks)), how)
-    probe = start(model, blocks, rollouts[:1], nullcontext())
-    batches = hidden_batches(model, rollouts, how, once=healthy is not None)
-    with stage(title, len(blocks)) as advance:
-        for index, block in enumerate(blocks):
-            anatomy = anatomy_of(block, probe, index)
-            targets = Targets(block, anatomy, *healthy.through(index, block), real_states(batches)) if healthy else None
-            settled = Settled(block)
+        theirs = blocks_of(teacher, text)
+        alone = alone or theirs.alone
+        placed = layer_map if layer_map is not None else range(depth)
+        healthy = teacher_states(theirs, rollouts, placed, how, alone=alone)
+    probe = start(blocks, rollouts[:1], nullcontext())
+    batches = hidden_batches(blocks, rollouts, how, once=healthy is not None, alone=alone)
+
+    def visit_outside(index: int, modules: Sequence[nn.Module]) -> None:
+        for module in modules:
+            x_NI = outside(blocks, batches, module).float()
+            visit(Sites(index, tuple(kept[module]), products(x_NI, x_NI, precision), None, len(x_NI)))
+
+    if blocks.before:
+        visit_outside(-1, blocks.before)
+        probe = start(blocks, rollouts[:1], nullcontext())
+        batches = hidden_batches(blocks, rollouts, how, once=healthy is not None, alone=alone)
+    with stage(title, depth) as advance:
+        for index, block in enumerate(blocks.items):
+            anatomy = anatomy_of(block, probe, index, kept)
+            inner = {n: m for n, m in block.named_modules() if m in kept}
+            layers = {n: kept[m][0] for n, m in inner.items() if not holds_experts(kept[m])}
+            taught, targets = healthy.through(index, layers) if healthy else None, None
+            if taught:
+                targets = Targets(inner, anatomy.writers, taught, real_states(batches))
+            settled = Settled(block, kept)
             for group in anatomy.groups:
+                experts = holds_experts(kept[group[0]])
                 fresh = [w for w in targets.written if w not in settled.written] if targets else []
-                seen = look(block, batches, index, into=group[:1], out_of=fresh, stop_at=group[0], settled=settled)
+                seen = look(
+                    block,
+                    batches,
+                    index,
+                    into=[] if experts else group[:1],
+                    out_of=fresh,
+                    experts=group if experts else [],
+                    stop_at=group[0],
+                    settled=settled,
+                )
                 settled.written.update(seen.outputs)
-                x_NI, cross = seen.inputs[group[0]].float(), None
-                if targets:
-                    wanted = (targets.wanted(m, settled.written) for m in group)
-                    cross = tuple(None if y_NO is None else products(y_NO, x_NI, precision) for y_NO in wanted)
-                gram_II = products(x_NI, x_NI, precision)
-                visit(Sites(index, tuple(by_module[m] for m in group), gram_II, cross, len(x_NI)))
+                if experts:
+                    name = next(n for n, m in inner.items() if m is group[0])
+                    their = taught.experts.get(name) if taught else None
+                    for sites in _sites_of_experts(index, kept[group[0]], seen.routed[group[0]], their, precision):
+                        visit(sites)
+                    if targets:
+                        targets.passed(group[0])
+                else:
+                    visit(_sites_of(index, [kept[m][0] for m in group], seen, targets, settled.written, precision))
                 settled.visited.update(group)
             for number, batch in enumerate(batches):
                 with settled.at(number):
                     batch.states_BTD = run_block(block, batch, index)
             advance()
+    visit_outside(depth, blocks.after)
+    for module in blocks.idle:
+        visit(_unseen(depth, kept[module][0]))
+
+
+def _sites_of(
+    index: int,
+    group: Sequence[Matrix],
+    seen: Seen,
+    targets: Targets | None,
+    written: Mapping[nn.Module, Tensor],
+    precision: AbstractContextManager[object] | None,
+) -> Sites:
+    if group[0].module not in seen.inputs:
+        return _unseen(index, group[0])
+    x_NI, cross = seen.inputs[group[0].module].float(), None
+    if targets and not sees_some(group[0].name):
+        wanted = (targets.wanted(matrix, written) for matrix in group)
+        cross = tuple(None if y_NO is None else products(y_NO, x_NI, precision) for y_NO in wanted)
+    return Sites(index, tuple(group), products(x_NI, x_NI, precision), cross, len(x_NI))
+
+
+def _unseen(index: int, matrix: Matrix) -> Sites:
+    """A matrix that no token reached."""
+    return Sites(index, (matrix,), torch.zeros(2 * [matrix.in_features], device=matrix.weight_OI.device), None, 0)
+
+
+def _sites_of_experts(
+    index: int,
+    own: Sequence[Matrix],
+    routed: Routed,
+    taught: tuple[Experts, Routed] | None,
+    precision: AbstractContextManager[object] | None,
+) -> Iterator[Sites]:
+    """Each expert's first matrix with the tokens that it got, and then, with what that one gives by then, its second.
+
+    With a teacher each ought to give what the teacher's expert of the same number makes of the teacher's states at the
+    same tokens, wherever the teacher's router would have sent them.
+    """
+    ours, how = Experts(own[0].module, own), precision or nullcontext()
+    for second in (False, True):
+        for matrix in ours.second if second else ours.first:
+            assert matrix.expert is not None
+            rows = routed.to(matrix.expert)
+            x_NI, y_NO = routed.states_ND[rows], None
+            with how:
+                x_NI = ours.inner(matrix.expert, x_NI) if second else x_NI
+                if taught and len(rows):
+                    y_NO = _taught(*taught, matrix, second, rows)
+            cross = None if y_NO is None else (products(y_NO, x_NI.float(), precision),)
+            yield Sites(index, (matrix,), products(x_NI.float(), x_NI.float(), precision), cross, len(rows))
+
+
+def _taught(theirs: Experts, routed: Routed, matrix: Matrix, second: bool, rows: Tensor) -> Tensor | None:
+    """[N, O]: what the teacher's expert gives at these tokens, our bias taken off; None where it has no like expert."""
+    expert = matrix.expert
+    healthy = theirs.second if second else theirs.first
+    if expert is None or expert >= len(healthy) or healthy[expert].out_features != matrix.out_features:
+        return None
+    t_NI = routed.states_ND[rows]
+    given = applied(healthy[expert], theirs.inner(expert, t_NI) if second else t_NI).float()
+    return given if matrix.bias_O is None else given - matrix.bias_O.float()
 
 
 @torch.no_grad()
 def block_states(model: CausalLM, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each block its number, and the residual stream before and after it: float32 [N, D], real tokens only."""
-    batches = hidden_batches(model, rollouts, nullcontext())
-    for index, block in enumerate(decoder_layers(model)):
+    blocks = blocks_of(model, [[*r.prompt, *r.completion] for r in rollouts])
+    batches = hidden_batches(blocks, rollouts, nullcontext())
+    for index, block in enumerate(blocks.items):
         before_ND = real_states(batches)
         for batch in batches:
             batch.states_BTD = run_block(block, batch, index)

@@ -58,7 +58,7 @@ def target(sites: Sites, at: int, prior_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 
 def _strength(sites: Sites) -> Tensor:
-    return min(max(PRIOR_TOKENS / sites.rows, LEAST_PULL), MOST_PULL) * sites.gram_II.diagonal()
+    return min(max(PRIOR_TOKENS / max(sites.rows, 1), LEAST_PULL), MOST_PULL) * sites.gram_II.diagonal()
 
 
 def priors(teacher: CausalLM, keys: Container[str]) -> dict[str, Tensor]:

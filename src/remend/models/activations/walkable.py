@@ -1,0 +1,221 @@
+"""Whether a model can be walked block by block, found out on a few tokens before any work is spent.
+
+The walk runs blocks by themselves on what the model's own pass gives them, and takes it that it knows which rows of a
+layer's input are which token's. Here that is tried: the blocks one by one give what the model's own pass gives, a layer
+sees of a sequence in a padded batch what it sees of it alone, and experts give what their matrices say. So a model that
+computes in another way is refused by name, and never calibrated on the wrong tokens.
+
+Legend: B batch, T time, D width of the residual stream.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remend.errors import InputError
+from remend.models.activations.experts import Experts, Given, Keywords, routing
+from remend.models.activations.passes import INSTEAD, Blocks, HiddenBatch, first_given, real_rows, run_block, start
+from remend.models.layers import decoder_layers
+from remend.models.matrices import Matrix, matrices
+from remend.models.protocols import CausalLM
+from remend.models.sampling.rollout import Rollout
+from remend.models.scorer import pack
+
+LONG, SHORT = 8, 5
+"""Tokens of the two sequences that are tried."""
+
+CLOSE, CLOSE_ENOUGH = 1e-3, 0.05
+"""Largest relative difference, in float32 and in shorter types, of what ought to be equal. Other tokens differ by 1."""
+
+
+_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+"""In the name of a layer that only the tokens of its expert reach, where experts are modules of their own."""
+
+
+def modules_of_matrices(model: CausalLM) -> dict[nn.Module, list[Matrix]]:
+    """The modules that hold the decoder's matrices, each with its own: one, or those of all its experts."""
+    kept: dict[nn.Module, list[Matrix]] = {}
+    for matrix in matrices(model).values():
+        kept.setdefault(matrix.module, []).append(matrix)
+    return kept
+
+
+def holds_experts(own: Sequence[Matrix]) -> bool:
+    """Whether these matrices of one module are its experts'."""
+    return own[0].expert is not None
+
+
+def sees_some(name: str) -> bool:
+    """Whether a layer of this name is one expert's, which only its own tokens reach."""
+    return bool(_ONE_EXPERT.search(name))
+
+
+@torch.no_grad()
+def blocks_of(model: CausalLM, text: Sequence[Sequence[int]]) -> Blocks:
+    """The model's blocks, once it is sure that the walk sees what the model computes.
+
+    Args:
+        model: any.
+        text: token ids of some sequences; of the first and the last a few tokens are tried.
+
+    Raises:
+        InputError: the model can't be walked; why, and what needs no walk.
+    """
+    items, parts = list(decoder_layers(model)), modules_of_matrices(model)
+    long, short = tuple(text[0][:LONG]), tuple(text[-1][:SHORT])
+    rows = [Rollout("long", long, (), False), Rollout("short", short, (), False)]
+    own = _own_pass(model, items, parts, rows)
+    _once_each(model, own, len(items), torch.Size((len(rows), max(len(long), len(short)))))
+    inside = {m for block in items for m in block.modules()}
+    blocks = Blocks(
+        model,
+        items,
+        gives=tuple(len(output) if isinstance(output, tuple) else None for output in own.gave),
+        before=tuple(m for m, block in own.outside if block < 0),
+        after=tuple(m for m, block in own.outside if block >= 0),
+        idle=tuple(m for m in parts if m not in inside and not own.calls[m]),
+    )
+    names = {m: n for n, m in model.named_modules()}
+    batch, alone = start(blocks, rows, nullcontext()), [start(blocks, [row], nullcontext()) for row in rows]
+    partly, proven = False, set[type]()
+    for index, block in enumerate(items):
+        for at, single in enumerate(alone):
+            single.states_BTD = batch.states_BTD[at : at + 1, : single.tokens_BT.shape[1]]
+        seen, given = _given_to(block, index, batch, parts)
+        apart = [_given_to(block, index, single, parts)[0] for single in alone]
+        if _differ(_states(own.gave[index])[batch.real_BT], given[batch.real_BT]):
+            raise _refusal(model, f"computes more between its blocks than hidden states (at block {index})")
+        for module in (m for m in block.modules() if m in parts):
+            if holds_experts(parts[module]):
+                if module not in seen:
+                    raise _refusal(model, f"runs the experts of {names[module]} in one kernel")
+                if type(module) not in proven and not _explained(Experts(module, parts[module]), seen[module]):
+                    raise _refusal(model, f"makes of the products of {names[module]} what remend does not know")
+                proven.add(type(module))
+            elif sees_some(names[module]):
+                partly = True
+            elif module in seen and _mixed(seen[module], [other.get(module) for other in apart], batch, alone):
+                raise _refusal(model, f"does not give {names[module]} each token once, in their order")
+        batch.states_BTD = given
+    return replace(blocks, alone=partly)
+
+
+@dataclass
+class _OwnPass:
+    """What a plain pass of the model showed: blocks in order and what they gave, how often each module ran."""
+
+    order: list[int] = field(default_factory=list)
+    gave: list[object] = field(default_factory=list)
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+    outside: list[tuple[nn.Module, int]] = field(default_factory=list)  # with the last block before it
+
+
+def _own_pass(
+    model: CausalLM, items: Sequence[nn.Module], parts: Mapping[nn.Module, list[Matrix]], rows: Sequence[Rollout]
+) -> _OwnPass:
+    own, inside = _OwnPass(), {m for block in items for m in block.modules()}
+
+    def note_block(block: nn.Module, args: object, output: object) -> None:
+        own.order.append(next(i for i, item in enumerate(items) if item is block))
+        own.gave.append(output)
+
+    def note_module(module: nn.Module, args: object) -> None:
+        own.calls[module] += 1
+        if module not in inside:
+            own.outside.append((module, max(own.order, default=-1)))
+
+    with ExitStack() as hooks:
+        for block in items:
+            hooks.callback(block.register_forward_hook(note_block).remove)
+        for module in parts:
+            hooks.callback(module.register_forward_pre_hook(note_module).remove)
+        tokens_BT = pack([(r.prompt, r.completion) for r in rows], device=model.device).tokens_BT
+        model.base_model(input_ids=tokens_BT, use_cache=False)
+    return own
+
+
+def _once_each(model: CausalLM, own: _OwnPass, blocks: int, shape: torch.Size) -> None:
+    if own.order != list(range(blocks)):
+        raise _refusal(model, "does not run each of its blocks once, in their order")
+    for output in own.gave:
+        states = _states(output)
+        if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[:2] != shape:
+            what = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise _refusal(model, f"has blocks that give {what} in place of hidden states [batch, time, width]")
+    names = {m: n for n, m in model.named_modules()}
+    again = [f"{names[m]} ({count} times)" for m, count in own.calls.items() if count > 1]
+    if again:
+        more = f" and {len(again) - 3} more" if len(again) > 3 else ""
+        raise _refusal(model, f"runs layers several times a pass, {', '.join(again[:3])}{more}")
+
+
+@dataclass
+class _Met:
+    """What one module was given, and what a module of experts gave."""
+
+    given: tuple[Tensor, ...]
+    gave: Tensor | None = None
+
+
+def _given_to(
+    block: nn.Module, index: int, batch: HiddenBatch, parts: Mapping[nn.Module, list[Matrix]]
+) -> tuple[dict[nn.Module, _Met], Tensor]:
+    """What the block's modules with matrices are given in a pass over the batch, and what the block gives."""
+    met: dict[nn.Module, _Met] = {}
+
+    def note(module: nn.Module, args: Given, keywords: Keywords, output: Tensor) -> None:
+        if holds_experts(parts[module]):
+            met[module] = _Met(routing(module, args, keywords), output.clone())
+        else:
+            met[module] = _Met((first_given(args, keywords).clone(),))
+
+    with ExitStack() as hooks:
+        for module in (m for m in block.modules() if m in parts):
+            hooks.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+        states_BTD = run_block(block, batch, index)
+    return met, states_BTD
+
+
+def _mixed(together: _Met, apart: Sequence[_Met | None], batch: HiddenBatch, alone: Sequence[HiddenBatch]) -> bool:
+    """Whether what a layer sees in a batch is not, row by row, what it sees of the sequences by themselves."""
+    if any(met is None for met in apart):
+        return True
+    try:
+        ours = real_rows(together.given[0], batch.real_BT)
+        theirs = [real_rows(met.given[0], one.real_BT) for met, one in zip(apart, alone, strict=True) if met]
+    except InputError:
+        return True
+    return _differ(ours, torch.cat(theirs))
+
+
+def _explained(experts: Experts, met: _Met) -> bool:
+    """Whether a module of experts gave what follows from its matrices."""
+    states, chosen, shares = (t.reshape(-1, t.shape[-1]) for t in met.given)
+    assert met.gave is not None
+    same = chosen.shape == shares.shape and len(chosen) == len(states)
+    return same and not _differ(experts.output(states, chosen, shares), met.gave.reshape(states.shape))
+
+
+def _states(output: object) -> Any:
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def _differ(ours: Tensor, theirs: Tensor) -> bool:
+    """By more than rounding; of numbers that are not finite nothing is said here."""
+    if ours.shape != theirs.shape:
+        return True
+    most = CLOSE if ours.dtype == theirs.dtype == torch.float32 else CLOSE_ENOUGH
+    gap, size = float((ours.float() - theirs.float()).norm()), float(theirs.float().norm())
+    return gap > most * size
+
+
+def _refusal(model: CausalLM, why: str) -> InputError:
+    return InputError(f"{type(model).__name__} {why}, {INSTEAD}")
