@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
+from helpers.architectures import build
 from helpers.tiny import build_model
 from remend.degrade.depth import prune_depth
 from remend.degrade.making.blocks import cosines, least_influence, nearest_ends, without_blocks
 from remend.errors import InputError
+from remend.models.layers import decoder_layers
 
 TOKENS = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(0))
 
@@ -128,6 +131,36 @@ def test_a_configuration_that_numbers_blocks_otherwise_is_refused() -> None:
     reference.config.sparse_layers = [0, 2]
     with pytest.raises(InputError, match="sparse_layers lists something about blocks that remend can't renumber"):
         without_blocks(reference, [1])
+
+
+@pytest.mark.parametrize("name", ["deepseek", "falcon-h1", "gpt2", "gpt2-scaled", "mamba2", "opt"])
+def test_the_other_blocks_of_other_architectures_compute_the_same_too(name: str) -> None:
+    """DeepSeek's first block has no experts; the last block of a scaled GPT-2 leaves the others' numbers."""
+    reference = build(name)
+    gone = [1] if name == "gpt2-scaled" else [0]
+    student, _ = without_blocks(reference, gone)
+    (block,) = (decoder_layers(reference)[i] for i in gone)
+    tokens = torch.arange(5, 20)[None]
+
+    def pass_by(_block: nn.Module, args: Any, given: Any, output: Any) -> Any:
+        states = args[0] if args else given["hidden_states"]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    with torch.no_grad(), block.register_forward_hook(pass_by, with_kwargs=True):
+        wanted = reference(input_ids=tokens, use_cache=False).logits
+    with torch.no_grad():
+        assert torch.allclose(student(input_ids=tokens, use_cache=False).logits, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2-scaled", "minicpm3"])
+def test_blocks_whose_number_is_part_of_what_they_compute_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="a block's number is part of what it computes"):
+        without_blocks(build(name), [0])
+
+
+def test_blocks_that_are_not_alike_are_named() -> None:
+    with pytest.raises(InputError, match=r"its weights would be others \(model.layers.0.mamba"):
+        without_blocks(build("jamba"), [0])
 
 
 def test_the_reference_stays_as_it_is() -> None:

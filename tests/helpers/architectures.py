@@ -92,6 +92,17 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mamba2": lambda: tf.Mamba2ForCausalLM(
         tf.Mamba2Config(**_PLAIN, state_size=8, expand=2, num_heads=4, head_dim=16, n_groups=1, chunk_size=8)
     ),
+    "minicpm3": lambda: tf.MiniCPM3ForCausalLM(
+        tf.MiniCPM3Config(
+            **{**_ATTENTION, "num_key_value_heads": 2},
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            dim_model_base=16,
+        )
+    ),
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**_ATTENTION, num_local_experts=4)),
     "opt": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(**_PLAIN, ffn_dim=64, num_attention_heads=2, max_position_embeddings=256, word_embed_proj_dim=32)

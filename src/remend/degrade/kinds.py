@@ -36,7 +36,9 @@ class DegradeSettings(Settings):
     """Whether it trains on rows of a task. A study gives such a kind its own task's rows where `data` is left out."""
 
     seed: int = Field(0, description="seed of calibration text and training order")
-    probe: bool = Field(True, description="measure the damage on the demo's held-out prompts")
+    probe: bool = Field(
+        True, description="measure the damage: on bundled prompts, or on some of --data that calibration did not see"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     trust_remote_code: bool = Field(False, description="let a model directory run its own Python")
 

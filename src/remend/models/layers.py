@@ -21,14 +21,14 @@ def kept_weights(model: CausalLM) -> dict[str, Tensor]:
 
 def decoder_layers(model: CausalLM) -> nn.ModuleList:
     """The decoder's blocks. Raises InputError for a model that does not keep them in one list."""
-    for path in ("layers", "h", "decoder.layers", "language_model.layers"):
+    for path in ("layers", "h", "decoder.layers", "language_model.layers", "model.layers", "blocks"):
         blocks: object = model.base_model
         for part in path.split("."):
             blocks = getattr(blocks, part, None)
         if isinstance(blocks, nn.ModuleList) and len(blocks):
             return blocks
     raise InputError(
-        f"{type(model).__name__} does not keep its blocks in a list that remend knows (layers, h, decoder.layers), so "
+        f"{type(model).__name__} does not keep its blocks in a list that remend knows (layers, h, blocks), so "
         "methods that go through it block by block can't be used; round to nearest and magnitude need no such walk"
     )
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from remend.degrade.making.job import Damage, path_of, rebuild
@@ -23,8 +25,12 @@ from remend.registry import Registry
 Choice = Callable[[Iterable[Tensor], int], list[int]]
 METHODS: Registry[Choice] = Registry("way to choose blocks")
 
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Configuration entries of transformers that hold one value a block."""
+LEADING = "first_k_dense_replace"
+"""How many blocks at the start have no experts, in models like DeepSeek's."""
+
+PROBE_TOKENS = 48
+NEAR = 1e-3
+"""Relative to the largest logit: how far a float32 model without blocks may be from one that passes by them."""
 
 
 def cosines(points: Iterable[Tensor], distance: int) -> Tensor:
@@ -84,19 +90,22 @@ def _per_layer(config: PreTrainedConfig, kept: Sequence[int], depth: int) -> dic
     for name, value in config.to_dict().items():
         if not isinstance(value, list | tuple) or "layer" not in name or not value:
             continue
-        if name not in PER_LAYER or len(value) != depth:
+        if len(value) != depth:
             raise InputError(
                 f"the configuration's {name} lists something about blocks that remend can't renumber, so blocks of "
                 f"{config.model_type} models can't be removed"
             )
         changes[name] = [value[i] for i in kept]
+    if leading := getattr(config, LEADING, None):
+        changes[LEADING] = sum(i < leading for i in kept)
     return changes
 
 
 def without_blocks(reference: CausalLM, removed: Iterable[int]) -> tuple[CausalLM, list[int]]:
     """A model without some blocks, and the original indices of those that it keeps.
 
-    Raises InputError for an architecture whose blocks are not where they should be, or can't be renumbered.
+    Raises InputError for an architecture whose blocks are not where they should be, can't be renumbered, or compute
+    something else under another number.
     """
     blocks = decoder_layers(reference)
     gone = set(removed)
@@ -111,7 +120,32 @@ def without_blocks(reference: CausalLM, removed: Iterable[int]) -> tuple[CausalL
                 continue
             name = f"{prefix}{place[int(number)]}.{rest}"
         state[name] = tensor
-    return rebuild(reference, changes, state), kept
+    shallower = rebuild(reference, changes, state)
+    _require_same_function(reference, [blocks[i] for i in sorted(gone)], shallower)
+    return shallower, kept
+
+
+@torch.no_grad()
+def _require_same_function(reference: CausalLM, removed: Sequence[nn.Module], shallower: CausalLM) -> None:
+    """Compare with the reference whose removed blocks pass their input through: the weights alone don't tell."""
+    rows = reference.get_input_embeddings().weight.shape[0]
+    tokens_1T = torch.arange(1, 1 + PROBE_TOKENS, device=reference.device).remainder(rows).unsqueeze(0)
+    with ExitStack() as hooks:
+        for block in removed:
+            hooks.callback(block.register_forward_hook(_passed_by, with_kwargs=True).remove)
+        wanted = reference(input_ids=tokens_1T, use_cache=False).logits
+    got = shallower(input_ids=tokens_1T, use_cache=False).logits
+    if not torch.allclose(got, wanted, atol=NEAR * float(wanted.abs().max()), rtol=0, equal_nan=True):
+        raise InputError(
+            f"in a {type(reference).__name__} a block's number is part of what it computes: without the removed blocks "
+            f"the others give other logits (by {float((got - wanted).abs().max()):.3g}) than with those passed by. "
+            "Remove the last blocks, if that leaves the others' numbers, or prune weights instead"
+        )
+
+
+def _passed_by(_block: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> Any:
+    states = args[0] if args else given["hidden_states"]
+    return (states, *output[1:]) if isinstance(output, tuple | list) else states
 
 
 def removed_blocks(damage: Damage, layers: int | Sequence[int], method: str) -> list[int]:

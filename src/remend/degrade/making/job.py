@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from transformers import PreTrainedModel
 
 from remend.compression.recognise import RECORD
 from remend.console import stage, warn
-from remend.data.examples import bundled, choose, data_hash, load_examples
-from remend.data.templates import encode
+from remend.data.examples import Example, bundled, choose, data_hash, load_examples, without
+from remend.data.templates import Encoded, encode
 from remend.degrade.kinds import Calibrated, DegradeSettings
 from remend.degrade.making.shares import require_known
-from remend.errors import InputError
+from remend.errors import InputError, RemendError
 from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.run_directory import occupied
 from remend.models.activations.walk import Sites, check_walk, completions, walk
@@ -62,6 +63,7 @@ class Damage:
     settings: DegradeSettings
     calibration_seconds: float = 0.0
     calibration_hash: str | None = None
+    calibrated_on: Sequence[Example] = ()
     _rollouts: list[Rollout] | None = None
 
     def calibration(self) -> list[Rollout]:
@@ -77,7 +79,7 @@ class Damage:
                 chosen = bundled("train")[: text.samples]
             else:
                 chosen = choose(load_examples(text.data), text.samples, seed)
-            self.calibration_hash = data_hash(chosen)
+            self.calibration_hash, self.calibrated_on = data_hash(chosen), chosen
             prompts = [encode(self.tokenizer, e) for e in chosen]
             check_walk(self.reference, prompts)
             self._rollouts = completions(
@@ -125,13 +127,21 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
         text = f"data {settings.data} has no effect: {settings.title()} needs no calibration"
         warn(text)
     record = _record(damage, changed, model, hashes, seconds)
-    if settings.probe:
-        record["probe"] = probe_against(damage.reference, changed.student, damage.tokenizer)
     with stage(f"saving {out}"), new_directory(out) as target:
         save_model(changed.student, damage.tokenizer, target)
         if changed.files:
             changed.files(target)
         write_json(target / RECORD, record)
+    if settings.probe:  # after the saving: whatever fails here, the work is not lost
+        try:
+            record["probe"] = _probe(damage, changed.student)
+            write_json(out / RECORD, record)
+        except Exception as error:
+            reason = str(error) if isinstance(error, RemendError) else f"{type(error).__name__}: {error}"
+            warn(
+                f"{out} is saved, but what it lost could not be measured: {' '.join(reason.split())[:300]}. To measure "
+                f"it: remend diagnose --reference {model} --student {out} --data PROMPTS.jsonl --out {out}-diagnosis"
+            )
     return record
 
 
@@ -179,14 +189,33 @@ def _load(model: str, settings: DegradeSettings) -> tuple[Damage, dict[str, str]
 
 
 @torch.no_grad()
-def probe_against(reference: CausalLM, student: CausalLM, tokenizer: Tokenizer) -> JsonObject:
-    """Forward KL (nats a token) and top-1 agreement on the demo's held-out prompts: the reference's greedy answers."""
-    prompts = [encode(tokenizer, e) for e in bundled("held_out")[:PROBE_PROMPTS]]
-    parts = scorer(reference)
-    rollouts = answer(reference, tokenizer, prompts, "probing: the reference answers", max_new_tokens=PROBE_TOKENS)
+def _probe(damage: Damage, student: CausalLM) -> JsonObject:
+    """Forward KL (nats a token) and top-1 agreement on the reference's greedy answers."""
+    parts, prompts = scorer(damage.reference), _probe_prompts(damage)
+    title = "probing: the reference answers"
+    rollouts = answer(damage.reference, damage.tokenizer, prompts, title, max_new_tokens=PROBE_TOKENS)
     with stage("probing: comparing", len(prompts)) as advance:
         figures = pool(compare(scorer(student), Frozen(parts), rollouts, on_rows=advance))
+    if not math.isfinite(figures["kl"]):
+        raise InputError(f"the divergence is {figures['kl']}: some of its logits are not finite")
     return {"kl": figures["kl"], "top1_agreement": figures["top1_agreement"], "prompts": len(prompts)}
+
+
+def _probe_prompts(damage: Damage) -> list[Encoded]:
+    """The demo's held-out prompts; prompts of the data that calibration did not see, where it saw some of them.
+
+    Where the chat template refuses the demo's, the data's are taken too.
+    """
+    data: str | None = getattr(damage.settings, "data", None)
+    if data is None or not (isinstance(damage.settings, Calibrated) and damage.calibrated_on):
+        try:
+            return [encode(damage.tokenizer, e) for e in bundled("held_out")[:PROBE_PROMPTS]]
+        except InputError:
+            if data is None:
+                raise
+    rows = load_examples(data)
+    unseen = without(rows, damage.calibrated_on) or rows
+    return [encode(damage.tokenizer, e) for e in choose(unseen, PROBE_PROMPTS, damage.settings.seed)]
 
 
 @dataclass(frozen=True)
@@ -301,6 +330,10 @@ def rebuild(reference: CausalLM, changes: Mapping[str, object], state: Mapping[s
         if hasattr(config, "validate"):
             config.validate()
         model = kind(config).to(device=reference.device, dtype=whole.dtype)
+        wanted = model.state_dict()
+        other = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+        if other:
+            raise ValueError(f"its weights would be others ({', '.join(other[:2])}, …), since its blocks differ")
         model.load_state_dict(dict(state), strict=True)
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:240]
