@@ -113,7 +113,7 @@ EXPLAINED = [
     Explained(CAME_OR_WENT, rf"(.*\brecipe\.)?(streams\.\w+\.)?{CHANGED}", NOTHING),
     Explained(CAME_OR_WENT, r".*line \d+", rf"\s*(\"|&#34;)?{CHANGED}(\"|&#34;)?: {NOTHING}"),
     Explained("eval notes how large its batches were", r"line 1", r"\{\"key\": \"\w+\", \"tokens_at_once\": \d+\}"),
-    Explained(SHARES, r"decoder", r"\{\"weights\": .*"),
+    Explained(SHARES, r"decoder", r"\{'weights': .*"),
     Explained(SHARES, r"line \d+", r"decoder: 100\.0% (on the grid|under the mask), 0\.0% untouched .*"),
 ]
 
