@@ -107,11 +107,16 @@ MISSING = "missing"
 CHANGED = r"(importance_clip|scales|loss)"
 """Keys of a recipe that came or went since 13d6498; their value must be the one that does nothing."""
 NOTHING = r"(\"|&#34;)?(None|null|fixed)\b.*"
+QUOTE = r"(\"|&#34;)"
 CAME_OR_WENT = "the recipe key came or went"
 SHARES = "degradations say which weights they reached"
 EXPLAINED = [
     Explained(CAME_OR_WENT, rf"(.*\brecipe\.)?(streams\.\w+\.)?{CHANGED}", NOTHING),
     Explained(CAME_OR_WENT, r".*line \d+", rf"\s*(\"|&#34;)?{CHANGED}(\"|&#34;)?: {NOTHING}"),
+    Explained("the prompts' tokens are hashed", r"(.*\.)?tokens(_sha256)?", r"[0-9a-f]{64}"),
+    Explained(
+        "the prompts' tokens are hashed", r".*line \d+", rf"\s*{QUOTE}tokens(_sha256)?{QUOTE}: {QUOTE}[0-9a-f]{{64}}.*"
+    ),
     Explained("eval notes how large its batches were", r"line 1", r"\{\"key\": \"\w+\", \"tokens_at_once\": \d+\}"),
     Explained(SHARES, r"decoder", r"\{'weights': .*"),
     Explained(SHARES, r"line \d+", r"decoder: 100\.0% (on the grid|under the mask), 0\.0% untouched .*"),

@@ -15,6 +15,7 @@ from remend.data.examples import (
     Example,
     completion_of,
     data_hash,
+    demonstration_of,
     example_of,
     load_examples,
     load_pairs,
@@ -85,6 +86,19 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": [{"role": "user", "content": " "}]}, "message 1 (user) has no text in its content"),
     ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "message 1 (user) has no text in its content"),
     ({"prompt": [*CHAT, {"role": "assistant", "content": "a"}]}, "the last message is the assistant's"),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+        "has a part of type image; supported are texts and",
+    ),
+    ({"prompt": [*CHAT, {"role": "assistant", "content": None}, *CHAT]}, "message 3 (assistant) has no text in its"),
+    ({"prompt": [*CHAT, {"role": "assistant", "tool_calls": ["f"]}, *CHAT]}, "has tool_calls that are no list of"),
+    ({"prompt": "a", "tools": ["f"]}, "tools must be a list of objects"),
+    ({"prompt": "a", "tools": "hammer"}, "tools is a text that is no JSON; rename the column"),
+    ({"prompt": "a", "tools": "[" * 100_000}, "tools is a text that is no JSON"),
+    ({"prompt": "a", "chat_template_kwargs": [1]}, "chat_template_kwargs must be an object, got list"),
+    ({"prompt": "a", "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs can't set tokenize"),
+    ({"prompt": "a", "tools": [{"name": "\ud83d"}]}, "half of a surrogate pair"),
+    ({"prompt": "a", "id": "\ud83d"}, "the id holds half of a surrogate pair"),
     ({"prompt": "half an emoji \ud83d"}, "prompt"),  # json accepts it, UTF-8 has no form for it
     ({"prompt": [{"role": "user", "content": "\udc00"}]}, "prompt"),
 ]
@@ -114,6 +128,48 @@ def test_files_that_are_no_json_lines(tmp_path: Path) -> None:
         load_examples(str(tmp_path / "missing.jsonl"))
     with pytest.raises(FileError, match="can't be read: Is a directory"):
         load_examples(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize(
+    ("value", "part"), [("1" * 5000, "a whole number of too many digits"), ("[" * 200_000, "nested too deeply")]
+)
+def test_json_that_python_cannot_read_is_one_message(tmp_path: Path, suffix: str, value: str, part: str) -> None:
+    path = tmp_path / f"d{suffix}"
+    path.write_text(f'{{"prompt": "a", "n": {value}}}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=rf"d{suffix}(:1)?: the row holds .*{part}"):
+        load_examples(str(path))
+
+
+def test_files_as_people_have_them_are_read_or_their_way_is_told(tmp_path: Path) -> None:
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n')
+    assert [e.prompt for e in load_examples(str(marked))] == ["a"]
+    for name, content, way in (
+        ("a.csv", b"prompt\nhello\n", "from_csv"),
+        ("a.parquet", b"PAR1\xff", "from_parquet"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "gunzip"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"what is read is JSON lines, .*{way}"):
+            load_examples(str(tmp_path / name))
+    (tmp_path / "saved").mkdir()
+    with pytest.raises(FileError, match="load_from_disk"):
+        load_examples(str(tmp_path / "saved"))
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(InputError, match=r"data file .*empty\.json is empty"):
+        load_examples(str(tmp_path / "empty.json"))
+
+
+def test_tools_tell_prompts_apart() -> None:
+    rows = [
+        {"prompt": "a", **more}
+        for more in ({}, {"tools": []}, {"tools": [{"name": "f"}]}, {"tools": '[{"name": "f"}]'})
+    ]
+    none, empty, one, text = (example_of(row, "x") for row in rows)
+    assert none.id == empty.id == prompt_id("a")
+    assert one.id == text.id != none.id
+    assert len({data_hash([e]) for e in (none, empty, one, text)}) == 2
 
 
 def test_hub_ids_with_revision_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +299,24 @@ def test_completions_as_messages(tmp_path: Path) -> None:
 
 def test_a_demonstration_goes_before_a_bare_answer_and_null_is_no_completion() -> None:
     assert completion_of({"answer": "B", "demonstration": "Since …, B", "completion": None}, "x") == "Since …, B"
+
+
+def test_an_answer_may_hold_thoughts_tool_calls_and_parts_and_a_text_is_a_text(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = [
+        {"role": "assistant", "content": "a", "reasoning_content": "b"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "a", "tool_calls": [], "reasoning_content": None},
+    ]
+    source = write(tmp_path / "d.jsonl", *({"messages": [*CHAT, turn]} for turn in turns))
+    thought, called, parts, plain = (answer for _, answer in load_pairs(source))
+    assert (thought, parts, plain) == (turns[0], turns[2], "a")
+    assert called == {"role": "assistant", "tool_calls": [call]}
+    assert completion_of({"completion": [turns[2]]}, "x") == "a"
+    for turn, what in ((turns[0], "reasoning_content"), (turns[1], "tool_calls")):
+        with pytest.raises(InputError, match=f"^x: the demonstration has {what}, and it is read as a text here"):
+            demonstration_of({"prompt": "a", "demonstration": [turn]}, "x")
 
 
 BAD_COMPLETIONS: list[tuple[Any, str]] = [

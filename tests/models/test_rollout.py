@@ -192,3 +192,13 @@ def test_derived_seeds_are_stable_distinct_and_in_range() -> None:
     assert len(found) == 300
     assert all(0 <= seed < 2**63 for seed in found)
     assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+def test_the_models_own_generation_settings_change_no_rollout(model: LlamaForCausalLM) -> None:
+    rows, seeds = prompts(6), list(range(6))
+    plain = sample(model, rows, seeds)
+    told = build_model(VOCABULARY, seed=1)
+    told.load_state_dict(model.state_dict())
+    own = {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.1, "repetition_penalty": 5.0, "max_length": 3}
+    told.generation_config.update(**own, suppress_tokens=[5, 6, 7], forced_eos_token_id=9, min_new_tokens=11)
+    assert sample(told, rows, seeds) == plain

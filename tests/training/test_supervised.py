@@ -11,11 +11,12 @@ import torch
 from torch.nn import functional
 
 from helpers.tiny import TEMPLATE, build_model, build_tokenizer
+from remend.data.answers import ending
 from remend.data.examples import example_of
 from remend.data.order import Order
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
-from remend.training.supervised import STREAM, Supervised, encode_pairs, ending
+from remend.training.supervised import STREAM, Supervised, encode_pairs
 
 PAIRS = [(example_of({"prompt": f"Tell me about tea number {i}."}, "x"), "It is " + "warm " * i) for i in range(1, 6)]
 EOS = 2
@@ -104,3 +105,21 @@ def test_without_a_template_a_space_parts_question_and_answer() -> None:
     for prompt, text, expected in (("a b", "c", " c"), ("a b ", "c", "c"), ("a b", "\nc", "\nc")):
         rows, _ = encode_pairs(tokenizer, [(example_of({"prompt": prompt}, "x"), text)], max_tokens=50, eos=[EOS])
         assert tokenizer.decode(rows[0].completion) == f"{expected}<|im_end|>"
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
+def test_the_end_is_trained_on_and_padding_is_not_where_they_are_one_token(pad: str) -> None:
+    """Ids 0 pad a batch; here 0 ends an answer as well. One row at a time gives the loss of an uneven batch."""
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = pad
+    tokenizer.chat_template = TEMPLATE.replace("<|im_end|>", pad)
+    end = tokenizer.eos_token_id
+    rows, _ = encode_pairs(tokenizer, PAIRS, max_tokens=100, eos=[end])
+    assert all(r.completion[-1] == end and r.completion.count(end) == 1 for r in rows)
+    model = build_model(320)
+    batch = objective(model, rows, 5)
+    total, count = batch(batch.prepare(1).micro_batches[0]).sums[STREAM]
+    alone = [objective(model, [row], 1)([row]).sums[STREAM] for row in rows]
+    assert count == sum(n for _, n in alone)
+    assert float(total.detach()) == pytest.approx(sum(float(t.detach()) for t, _ in alone), rel=1e-5)
+    assert float(total.detach()) == pytest.approx(float(slow_loss(build_model(320).double(), rows).detach()), rel=1e-5)

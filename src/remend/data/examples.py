@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from remend.errors import FileError, InputError
-from remend.files.atomic import JsonRow, read_json
+from remend.files.atomic import JsonRow
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""A chat message as templates take it: role, content (a text, or a list of text parts), and what else they show."""
+
 Prompt = str | Sequence[Message]
+
+Answer = str | Message
+"""What is trained on: a text, or the assistant's message where that holds more (thoughts, tool calls, parts)."""
 
 Row = JsonRow
 """One row of a data file: columns of any kind that JSON has."""
@@ -33,6 +38,16 @@ class Example:
     prompt: Prompt
     row: Row
 
+    @property
+    def context(self) -> Mapping[str, Any]:
+        """What the chat template is given beside the messages: the row's `tools` and its `chat_template_kwargs`."""
+        return _context(self.row, f'row "{self.id}"')
+
+    @property
+    def key(self) -> str:
+        """`prompt_key`, with the context where there is some."""
+        return _key(self.prompt, self.context)
+
 
 def prompt_key(prompt: Prompt) -> str:
     """Canonical text of a prompt: equal prompts, and only those, have equal keys."""
@@ -43,7 +58,21 @@ def prompt_key(prompt: Prompt) -> str:
 
 def prompt_id(prompt: Prompt) -> str:
     """12 hex digits of the SHA-256 of the canonical prompt."""
-    return hashlib.sha256(prompt_key(prompt).encode()).hexdigest()[:12]
+    return _digits(prompt_key(prompt))
+
+
+def text_of(message: Message) -> str:
+    """A message's content as text: the texts of its parts joined, "" where it has none."""
+    content = message.get("content")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content or [])
+
+
+def _digits(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def _key(prompt: Prompt, context: Mapping[str, Any]) -> str:
+    return prompt_key(prompt) + (json.dumps(context, sort_keys=True, ensure_ascii=False) if context else "")
 
 
 def load_examples(source: str, convert: Convert | None = None) -> list[Example]:
@@ -60,13 +89,13 @@ def load_examples(source: str, convert: Convert | None = None) -> list[Example]:
     return [example for _, example in _load(source, convert)]
 
 
-def load_pairs(source: str) -> list[tuple[Example, str]]:
-    """Read prompts with their completions, as `load_examples` does; see `completion_of` for where they stand.
+def load_pairs(source: str) -> list[tuple[Example, Answer]]:
+    """Read prompts with their completions, as `load_examples` does; see `answer_of` for where they stand.
 
     Raises:
         FileError, InputError: as `load_examples`; a row has no usable completion.
     """
-    return [(example, completion_of(example.row, where)) for where, example in _load(source)]
+    return [(example, answer_of(example.row, where)) for where, example in _load(source)]
 
 
 def _load(source: str, convert: Convert | None = None) -> list[tuple[str, Example]]:
@@ -85,7 +114,7 @@ def _load(source: str, convert: Convert | None = None) -> list[tuple[str, Exampl
     for where, row in rows:
         example = example_of(row, where)
         before, same = examples.setdefault(example.id, (where, example))
-        if prompt_key(same.prompt) != prompt_key(example.prompt):
+        if same.key != example.key:
             raise InputError(f'{where}: the id "{example.id}" stands for another prompt already ({before})')
         placed.append((where, example))
     return placed
@@ -95,14 +124,26 @@ Placed = tuple[str, Any]
 """Where a value stands ('file:line'), and the value as JSON gave it."""
 
 
+OTHER_FILES = {
+    ".gz": "unpack it with gunzip",
+    ".zip": "unpack it with unzip",
+    ".parquet": "write it as JSON lines with datasets.Dataset.from_parquet(FILE).to_json(NEW)",
+    ".arrow": "write it as JSON lines with datasets.Dataset.from_file(FILE).to_json(NEW)",
+    ".csv": "write it as JSON lines with datasets.Dataset.from_csv(FILE).to_json(NEW)",
+    ".tsv": 'write it as JSON lines with datasets.Dataset.from_csv(FILE, sep="\\t").to_json(NEW)',
+}
+"""What people have in place of JSON lines, by suffix, and how it becomes such."""
+
+
 def read_lines(path: Path, what: str = "data") -> list[Placed]:
     """('file:line', parsed value) for every non-empty line of a JSON lines file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{what} file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        why = f"is not UTF-8 text: {error.reason} at byte {error.start}"
+        raise InputError(f"{what} file {path} {why}{_instead(path)}") from None
     except OSError as error:
-        raise FileError(f"{what} file {path} can't be read: {error.strerror}") from None
+        raise FileError(f"{what} file {path} can't be read: {error.strerror}{_instead(path)}") from None
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a JSON string
         if not line.strip():
@@ -110,13 +151,31 @@ def read_lines(path: Path, what: str = "data") -> list[Placed]:
         try:
             rows.append((f"{path}:{number}", json.loads(line)))
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})") from None
+            why = f"not valid JSON: {error.msg} (column {error.colno}){_instead(path)}"
+            raise InputError(f"{path}:{number}: {why}") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: {_beyond(error)}") from None
     return rows
+
+
+def _instead(path: Path) -> str:
+    """How a file or directory of another kind becomes JSON lines; "" for what looks like JSON."""
+    how = OTHER_FILES.get(path.suffix.lower())
+    if path.is_dir():
+        how = "give a file of it; a saved data set becomes one with datasets.load_from_disk(DIRECTORY).to_json(NEW)"
+    return f"; what is read is JSON lines, one object a line with a prompt: {how}" if how else ""
+
+
+def _beyond(error: ValueError | RecursionError) -> str:
+    """What JSON may hold and can't be read."""
+    deep = isinstance(error, RecursionError)
+    what = "lists or objects nested too deeply" if deep else "a whole number of too many digits"
+    return f"the row holds {what} to be read; take it out, or write it as a text"
 
 
 def _read_jsonl(path: Path) -> list[Placed]:
     rows = _whole_list(path) or read_lines(path)
-    if not rows:
+    if not rows or rows[0][1] == []:
         raise InputError(f"data file {path} is empty; it needs one JSON object a line with a prompt")
     return rows
 
@@ -126,9 +185,13 @@ def _whole_list(path: Path) -> list[Placed]:
     if path.suffix != ".json":
         return []
     try:
-        values = read_json(path)
-    except FileError:
-        return []
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError:
+        return []  # JSON lines, perhaps
+    except (OSError, UnicodeDecodeError):
+        return []  # read_lines says why
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {_beyond(error)}") from None
     return [(f"{path}, {i}", value) for i, value in enumerate(values, start=1)] if isinstance(values, list) else []
 
 
@@ -161,11 +224,55 @@ def example_of(row: object, where: str) -> Example:
     else:
         raise InputError(f"{where}: prompt must be a string or a list of messages, got {type(prompt).__name__}")
     try:
-        prompt_key(prompt).encode()
+        key, given = _key(prompt, _context(row, where)), row.get("id")
+    except TypeError as error:  # a data set may hold dates, say
+        raise InputError(f"{where}: the prompt holds what JSON has no form for: {error}") from None
+    for what, text in (("prompt", key), ("id", str(given))):
+        _require_text(text, what, where)
+    return Example(str(given) if given is not None else _digits(key), prompt, row)
+
+
+def _require_text(text: str, what: str, where: str) -> None:
+    try:
+        text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where}: the prompt holds half of a surrogate pair, which is no valid text") from None
-    given = row.get("id")
-    return Example(str(given) if given is not None else prompt_id(prompt), prompt, row)
+        raise InputError(f"{where}: the {what} holds half of a surrogate pair, which is no valid text") from None
+
+
+NOT_GIVEN = {
+    *("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    "sanitize_control_tokens",
+}
+"""What `chat_template_kwargs` can't hold: the arguments of transformers' apply_chat_template that are set here."""
+
+
+def _context(row: Row, where: str) -> dict[str, Any]:
+    tools, variables = _column(row, "tools", where), _column(row, "chat_template_kwargs", where)
+    if not isinstance(tools or [], list) or not all(isinstance(tool, Mapping) for tool in tools or []):
+        raise InputError(
+            f"{where}: tools must be a list of objects (JSON schemas of functions), or such a list as text"
+        )
+    if not isinstance(variables or {}, Mapping):
+        raise InputError(f"{where}: chat_template_kwargs must be an object, got {type(variables).__name__}")
+    if taken := sorted(NOT_GIVEN & set(variables or {})):
+        raise InputError(
+            f"{where}: chat_template_kwargs can't set {taken[0]}; it holds variables of the template, such as "
+            "enable_thinking, and chat_template, the name of one of several templates"
+        )
+    return {**(variables or {}), **({"tools": tools} if tools else {})}
+
+
+def _column(row: Row, name: str, where: str) -> Any:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise InputError(
+            f"{where}: {name} is a text that is no JSON; rename the column if the template is not to see it"
+        ) from None
 
 
 COMPLETION_KEYS = ("completion", "response", "golden_response", "demonstration", "answer")
@@ -176,14 +283,20 @@ DEMONSTRATION_KEYS = ("demonstration", "privileged_context", *(k for k in COMPLE
 """Where a worked answer may stand that only the teacher sees; privileged_context is TRL's name for it."""
 
 
-def completion_of(row: Row, where: str) -> str:
-    """The answer to train on: a text under one of COMPLETION_KEYS, or the last message where the assistant gives it.
+def answer_of(row: Row, where: str) -> Answer:
+    """The answer to train on, under one of COMPLETION_KEYS, or the last message where the assistant gives it.
 
-    A key may also hold one assistant message in a list, as TRL's prompt-completion rows do.
+    A key may hold a text, or one assistant message in a list, as TRL's prompt-completion rows do. What such a message
+    holds beside a text, such as reasoning_content and tool_calls, is left to the chat template.
 
     Raises InputError that starts with `where`.
     """
     return _answer(row, where, "completion", COMPLETION_KEYS)
+
+
+def completion_of(row: Row, where: str) -> str:
+    """The text of `answer_of`. Raises InputError that starts with `where`, also for an answer that is more."""
+    return _text_alone(answer_of(row, where), "completion", where)
 
 
 def demonstration_of(row: Row, where: str) -> str:
@@ -191,10 +304,26 @@ def demonstration_of(row: Row, where: str) -> str:
 
     Raises InputError that starts with `where`.
     """
-    return _answer(row, where, "demonstration", DEMONSTRATION_KEYS)
+    return _text_alone(_answer(row, where, "demonstration", DEMONSTRATION_KEYS), "demonstration", where)
 
 
-def _answer(row: Row, where: str, what: str, keys: Sequence[str]) -> str:
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Where an assistant's message may hold its thoughts."""
+
+
+def _text_alone(answer: Answer, what: str, where: str) -> str:
+    if isinstance(answer, str):
+        return answer
+    more = [key for key in (*THOUGHTS, "tool_calls") if answer.get(key)]
+    if more:
+        raise InputError(
+            f"{where}: the {what} has {more[0]}, and it is read as a text here; write that into the content, or leave "
+            "it out"
+        )
+    return text_of(answer)
+
+
+def _answer(row: Row, where: str, what: str, keys: Sequence[str]) -> Answer:
     key = next((k for k in keys if row.get(k) is not None), None)
     value = row[key] if key else None
     if key is None and _chat(row) is not None:
@@ -204,19 +333,29 @@ def _answer(row: Row, where: str, what: str, keys: Sequence[str]) -> str:
             f"{where}: the row has no {what} (it has: {', '.join(map(str, row)) or 'nothing'}); allowed keys: "
             f"{', '.join(keys)}, or messages that end with the assistant's"
         )
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
-        value = value[0].get("content") if value[0].get("role") == "assistant" else value
+    turn = value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping) else {}
+    if turn.get("role") == "assistant":
+        value = _checked_turn(turn, key, where)
+    if isinstance(value, Mapping) and turn:
+        return value
     if not isinstance(value, str):
         raise InputError(
             f"{where}: {key} must be a text or one assistant message in a list, got {type(value).__name__}"
         )
     if not value.strip():
         raise InputError(f"{where}: the {key} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: the {key} holds half of a surrogate pair, which is no valid text") from None
+    _require_text(value, key, where)
     return value
+
+
+def _checked_turn(turn: Message, key: str, where: str) -> Answer:
+    """An assistant's message: its text where it holds nothing else."""
+    said = {name: value for name, value in turn.items() if value}
+    if isinstance(turn.get("content"), str) and said.keys() <= {"role", "content", "name"}:
+        return str(turn["content"])
+    _check_content(turn, f"{where}: the {key}")
+    _require_text(json.dumps(turn, ensure_ascii=False, default=str), key, where)
+    return said
 
 
 def _chat(row: Row) -> list[Message] | None:
@@ -233,10 +372,33 @@ def _validate_messages(messages: Sequence[Message], where: str) -> None:
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(f'{where}: message {number} must be an object with "role" and "content"')
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise InputError(f"{where}: message {number} ({message['role']}) has no text in its content")
+        _check_content(message, f"{where}: message {number} ({message['role']})")
     if messages[-1]["role"] == "assistant":
         raise InputError(f"{where}: the last message is the assistant's; a prompt ends where the model's answer begins")
+
+
+def _check_content(message: Message, which: str) -> None:
+    """Content is a text or a list of text parts; a turn that calls tools and what a tool gave back may have none."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    parts = content if isinstance(content, list) else []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text":
+            raise InputError(
+                f"{which} has a part of type {kind}; supported are texts and text parts, "
+                '{"type": "text", "text": "…"}'
+            )
+    texts = [part.get("text") for part in parts] if parts else [content]
+    if calls and not (
+        isinstance(calls, list)
+        and all(isinstance(c, Mapping) and isinstance(c.get("function"), Mapping) for c in calls)
+    ):
+        raise InputError(f'{which} has tool_calls that are no list of {{"type": "function", "function": {{…}}}}')
+    silent = calls or message["role"] in ("tool", "ipython", "function")
+    if silent and content in (None, "", []):
+        return
+    if not all(isinstance(text, str) for text in texts) or not (silent or "".join(map(str, texts)).strip()):
+        raise InputError(f"{which} has no text in its content")
 
 
 def split_held_out(examples: Sequence[Example], held_out: int | None, seed: int) -> tuple[list[Example], list[Example]]:
@@ -253,7 +415,7 @@ def split_held_out(examples: Sequence[Example], held_out: int | None, seed: int)
     Raises:
         InputError: nothing would be left to train on.
     """
-    distinct = {prompt_key(e.prompt): e for e in examples}
+    distinct = {e.key: e for e in examples}
     count = held_out if held_out is not None else max(1, min(64, len(distinct) // 10))
     if count >= len(distinct):
         raise InputError(
@@ -262,7 +424,7 @@ def split_held_out(examples: Sequence[Example], held_out: int | None, seed: int)
         )
     ranked = sorted(distinct, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     chosen = set(ranked[:count])
-    train = [e for e in examples if prompt_key(e.prompt) not in chosen]
+    train = [e for e in examples if e.key not in chosen]
     return train, [distinct[key] for key in ranked[:count]]
 
 
@@ -285,7 +447,7 @@ def bundled(split: str, *, mixed: bool = True) -> list[Example]:
 
 def choose(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     """`count` distinct prompts (all, where there are fewer), settled by text and seed alone; in the order given."""
-    distinct = {prompt_key(e.prompt): e for e in examples}
+    distinct = {e.key: e for e in examples}
     ranked = sorted(distinct, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     chosen = set(ranked[:count])
     return [e for key, e in distinct.items() if key in chosen]
@@ -293,13 +455,13 @@ def choose(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
 
 def without(examples: Iterable[Example], others: Iterable[Example]) -> list[Example]:
     """The examples whose prompt is not among `others`' prompts."""
-    keys = {prompt_key(e.prompt) for e in others}
-    return [e for e in examples if prompt_key(e.prompt) not in keys]
+    keys = {e.key for e in others}
+    return [e for e in examples if e.key not in keys]
 
 
 def data_hash(examples: Iterable[Example]) -> str:
     """SHA-256 over ids and canonical prompts, in order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f"{example.id}\0{prompt_key(example.prompt)}\0".encode())
+        digest.update(f"{example.id}\0{example.key}\0".encode())
     return digest.hexdigest()

@@ -20,7 +20,9 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     eos_token: str | None
-    chat_template: str | None
+    pad_token_id: int | None
+    chat_template: str | dict[str, str] | None
+    """One template, or several by name, of which transformers takes tool_use for tools and else default."""
 
     @property
     def all_special_ids(self) -> list[int]: ...
@@ -54,8 +56,9 @@ class Tokenizer(Protocol):
         *,
         tokenize: bool = True,
         add_generation_prompt: bool = False,
+        **context: object,
     ) -> object:
-        """Chat messages as text, or as token ids."""
+        """Chat messages as text, or as token ids; `context` are tools, and variables of the template."""
 
     def get_vocab(self) -> dict[str, int]: ...
 

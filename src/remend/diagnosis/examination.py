@@ -22,6 +22,7 @@ from remend.models.device import choose_device, choose_dtype
 from remend.models.find import ModelSource, find_model
 from remend.models.load import check_weights, load_model, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
+from remend.models.vocabulary import unreadable
 
 GPU_ROWS, CPU_ROWS = 1024, 256
 
@@ -74,12 +75,16 @@ def examination(settings: DiagnoseSettings) -> Examination:
         chosen = (bundled("held_out") + bundled("train"))[:wanted]  # first those that no recovery trains on
     else:
         chosen = choose(load_examples(settings.data), wanted, settings.seed)
-    prompts, dropped = encode_within(tokenizer, chosen, PROMPT_TOKENS)
+    limit, why = vocabulary.room.prompt_limit(PROMPT_TOKENS, settings.max_new_tokens)
+    prompts, dropped = encode_within(tokenizer, chosen, limit, rows=vocabulary.room.rows)
+    unread = [text for name, ids in vocabulary.unknown.items() for text in unreadable(tokenizer, prompts, ids, name)]
+    if unread:
+        raise InputError("\n".join(unread))
     warnings = list(vocabulary.warnings)
     for files in (source, *(student.source for student in students)):
         warnings += check_weights(files)
     if dropped:
-        warnings.append(dropped_text(dropped, len(chosen), "prompts", str(PROMPT_TOKENS)))
+        warnings.append(dropped_text(dropped, len(chosen), "prompts", why or str(PROMPT_TOKENS)))
     if len(prompts) < LEAST_ROWS:
         raise InputError(
             f"{len(prompts)} prompts are there, and {LEAST_ROWS} is the least that the debiased CKA needs; "

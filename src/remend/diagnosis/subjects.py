@@ -6,8 +6,8 @@ student it was made from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from remend.compression.recognise import RECORD, recognise
@@ -17,9 +17,10 @@ from remend.files.atomic import read_json
 from remend.files.run_directory import MANIFEST
 from remend.models.find import ModelSource, find_model
 from remend.models.layers import count_parameters, infer_layer_map
-from remend.models.load import load_config, load_tokenizer
+from remend.models.load import load_config, load_tokenizer, skeleton
 from remend.models.protocols import CausalLM, Tokenizer
-from remend.models.vocabulary import compare_vocabularies, template_warnings
+from remend.models.room import Room, room_of
+from remend.models.vocabulary import compare_vocabularies, template_warnings, unknown_ids
 
 
 @dataclass(frozen=True)
@@ -84,26 +85,41 @@ def _where(path: Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Leading ids that the reference and all students share, and what is to be said of it."""
+    """Leading ids that the reference and all students share, what is to be said of it, and what can be read by all.
+
+    unknown: by student, token ids of the reference's tokenizer that it does not know.
+    """
 
     shared: int
     warnings: list[str]
+    room: Room
+    unknown: Mapping[str, frozenset[int]]
 
 
 def compare(reference: ModelSource, subjects: Sequence[Subject], tokenizer: Tokenizer) -> Vocabulary:
     """One vocabulary for all. Raises InputError with every student that has another."""
-    rows = load_config(reference).get_text_config().vocab_size
-    shared, problems, warnings = rows, [], []
+    room = _room(reference)
+    rows = shared = room.rows
+    problems, warnings, unknown = [], [], {}
     for subject in subjects:
-        theirs = load_config(subject.source).get_text_config().vocab_size
+        read = _room(subject.source)
+        theirs = read.rows
         other = load_tokenizer(subject.source)
         match = compare_vocabularies(other.get_vocab(), tokenizer.get_vocab(), theirs, rows)
         problems += [f"{subject.spec}: {problem}" for problem in match.problems]
-        warnings += [f"{subject.spec}: {w}" for w in [*match.warnings, *template_warnings(other, tokenizer)]]
-        shared = min(shared, match.shared)
+        warnings += [
+            f"{subject.spec}: {w}" for w in [*match.warnings, *template_warnings(other, tokenizer, "reference")]
+        ]
+        shared, room = min(shared, match.shared), replace(room.less(read), rows=rows)
+        unknown[subject.name] = unknown_ids(tokenizer.get_vocab(), other.get_vocab(), theirs)
     if problems:
         raise InputError("\n".join(problems))
-    return Vocabulary(shared, warnings)
+    return Vocabulary(shared, warnings, room, unknown)
+
+
+def _room(source: ModelSource) -> Room:
+    config = load_config(source)
+    return room_of(skeleton(source, config), config)
 
 
 def kind_of(subject: Subject, student: CausalLM, reference: CausalLM) -> str:

@@ -42,6 +42,7 @@ from remend.files.settings import takes
 from remend.models.find import ModelSource, fetch_model, find_model, hash_files
 from remend.models.load import eos_ids, load_config, load_model, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
+from remend.models.room import promised_positions
 from remend.models.sampling.rollout import Sampler
 from remend.models.sampling.vllm_engine import ROWS as VLLM_ROWS
 from remend.models.sampling.vllm_engine import VllmSampler
@@ -162,10 +163,10 @@ class _Evaluation:
     def own(self, table: TaskRows) -> list[JsonObject]:
         """The parts of a task of remend.tasks, one a grader."""
         name, config = table.task.name, load_config(self.source).get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
+        context = promised_positions(config)
         choices = self.settings.how == "choices"
         reserve = len(self.tokenizer(f"{letters.LEAD}A")["input_ids"]) if choices else self.plan.tokens(name)
-        material = encode(table, self.tokenizer, context, reserve)
+        material = encode(table, self.tokenizer, context, reserve, config.vocab_size)
         if material.dropped:
             self.warnings.append(f"{name}: {dropped_note(material, context, reserve)}")
         if table.repeated:

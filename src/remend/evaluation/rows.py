@@ -77,10 +77,14 @@ def read(name: str, data: str | None, limit: int | None) -> TaskRows:
     return TaskRows(task, rows, origin, len(given) - len(rows))
 
 
-def encode(table: TaskRows, tokenizer: Tokenizer, context: int | None, reserve: int) -> Material:
+def encode(
+    table: TaskRows, tokenizer: Tokenizer, context: int | None, reserve: int, vocabulary: int | None = None
+) -> Material:
     """The rows as prompts; those that leave no room for `reserve` tokens in the model's context are dropped, not cut.
 
-    Raises InputError when none is left, or a prompt can't be put into the chat template.
+    `vocabulary` is how many token ids the model has rows for, where that is known.
+
+    Raises InputError when none is left, or a prompt has tokens beyond these, or can't be put into the chat template.
     """
     room = (context - reserve) if context else 2**62
     if room < 1:
@@ -89,7 +93,7 @@ def encode(table: TaskRows, tokenizer: Tokenizer, context: int | None, reserve: 
             "give a smaller max_new_tokens"
         )
     examples = [replace(example_of(row, name), id=name) for name, row in table.rows.items()]
-    prompts, dropped = encode_within(tokenizer, examples, room)
+    prompts, dropped = encode_within(tokenizer, examples, room, rows=vocabulary)
     material = Material(table, prompts, dropped)
     if not prompts:
         raise InputError(

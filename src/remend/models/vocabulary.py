@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from remend.data.templates import Encoded, row_names, template_text
 from remend.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class VocabularyMatch:
-    """`shared` ids, counted from 0, mean the same in both models; the divergence is taken over these alone."""
+    """`shared` ids, counted from 0, mean the same in both models; the divergence is taken over these alone.
+
+    `unknown` are ids that the student's tokenizer names and the teacher has no row or no name for.
+    """
 
     shared: int
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unknown: frozenset[int] = frozenset()
 
 
 def compare_vocabularies(
@@ -57,17 +62,56 @@ def compare_vocabularies(
             f"teacher {teacher_rows}): the rest is padding or named by one tokenizer only, and is neither sampled nor "
             "scored"
         )
-    return VocabularyMatch(shared, [], warnings)
+    return VocabularyMatch(shared, [], warnings, unknown_ids(student, teacher, teacher_rows))
 
 
-def template_warnings(student: Tokenizer, teacher: Tokenizer) -> list[str]:
-    """Differences of end-of-sequence token and chat template between two tokenizers."""
+def unknown_ids(asked: Mapping[str, int], model: Mapping[str, int], rows: int) -> frozenset[int]:
+    """Ids of the tokenizer that writes the prompts which a model has no row for, or which its own does not name."""
+    named = set(model.values())
+    return frozenset(i for i in asked.values() if i >= rows or i not in named)
+
+
+def unreadable(tokenizer: Tokenizer, prompts: Iterable[Encoded], unknown: frozenset[int], who: str) -> list[str]:
+    """A sentence for the rows whose prompts hold the same tokens that `who` does not know."""
+    holding: dict[tuple[int, ...], list[str]] = {}
+    for prompt in prompts:
+        tokens = unknown.intersection((*prompt.tokens, *(prompt.shown or ())))
+        if tokens:
+            holding.setdefault(tuple(sorted(tokens)), []).append(prompt.id)
+    return [
+        f"{row_names(names)}: the prompt holds {', '.join(f'{tokenizer.decode([t])!r} ({t})' for t in tokens)}, and "
+        f"{who} knows no such token; take a model of the same tokens, or a chat template without it"
+        for tokens, names in holding.items()
+    ]
+
+
+def ending_problem(tokenizer: Tokenizer, eos: Iterable[int], shared: int, rows: int) -> str | None:
+    """Why answers can't end as they do when the model is served: a token that ends them is none of the shared ones.
+
+    Args:
+        eos: all ids that end an answer; those of no row never come.
+        shared: ids, from 0, that are sampled and scored.
+        rows: of the model's embedding.
+    """
+    own = tokenizer.eos_token_id
+    lost = [i for i in sorted(eos) if i >= shared and (i < rows or i == own)]
+    if not lost:
+        return None
+    return (
+        f"answers end at {tokenizer.decode([lost[0]])!r}, token {lost[0]}, which is none of the {shared} token ids "
+        "that can be sampled and scored here, so no answer would end; take models that share it, or a tokenizer whose "
+        "end-of-sequence token they share"
+    )
+
+
+def template_warnings(student: Tokenizer, teacher: Tokenizer, used: str = "student") -> list[str]:
+    """Differences of end-of-sequence token and chat template between two tokenizers, of which one's are `used`."""
     warnings = []
     if student.eos_token != teacher.eos_token:
         warnings.append(
             f"the end-of-sequence token differs: {student.eos_token!r} for the student, "
-            f"{teacher.eos_token!r} for the teacher; the student's is used"
+            f"{teacher.eos_token!r} for the teacher; the {used}'s is used"
         )
-    if (student.chat_template or "").strip() != (teacher.chat_template or "").strip():
-        warnings.append("the chat template differs between student and teacher; both are shown the student's rendering")
+    if template_text(student) != template_text(teacher):
+        warnings.append(f"the chat template differs between student and teacher; both are shown the {used}'s rendering")
     return warnings

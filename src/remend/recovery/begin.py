@@ -111,6 +111,8 @@ def begin(plan: Plan, directory: RunDirectory | None) -> Run:
             _create(plan, inputs)
         else:
             _require_same_inputs(directory, inputs)
+            recorded = read_json(directory.path / MANIFEST).get("tokens_sha256")
+            require_same_tokens(recorded, plan.prompts.token_hash, directory)
     directory = directory or RunDirectory(Path(config.out))
     saved = directory.checkpoints()
     return Run(plan, directory, accelerator, saved[-1] if saved else None, plan.prompts)
@@ -152,6 +154,7 @@ def _create(plan: Plan, inputs: Mapping[str, Any]) -> None:
         **inputs,
         "prompts": counts[plan.prompts.main.stream.name],
         "streams": counts,
+        "tokens_sha256": plan.prompts.token_hash,
         "dropped": plan.prompts.dropped,
         "shared_vocabulary": plan.shared,
         "constraint": plan.constraint,
@@ -174,4 +177,18 @@ def _require_same_inputs(directory: RunDirectory, inputs: Mapping[str, Any]) -> 
         raise InputError(
             f"the files of {' and '.join(changed)} changed since the run in {directory.path} began, so it can't be "
             "continued as it was. Put them back, or start a new run with another out."
+        )
+
+
+def require_same_tokens(recorded: str | None, rendered: str, directory: RunDirectory) -> None:
+    """Raise InputError where prompts are rendered otherwise than when the run began; older runs have recorded nothing.
+
+    Args:
+        recorded, rendered: SHA-256 of the prompts' tokens then and now.
+    """
+    if recorded not in (None, rendered):
+        raise InputError(
+            f"the prompts are other tokens than when the run in {directory.path} began, though the rows are the same: "
+            "the chat template writes something that changes, such as the date. What was measured would not be "
+            "comparable; start a new run with another out, or resume under the date of then"
         )

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from remend.console import stage
+from remend.data.answers import ending, with_answer
 from remend.data.examples import demonstration_of
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded, display
+from remend.errors import InputError
 from remend.files.atomic import JsonObject, json_line, read_json, write_json, write_text
 from remend.files.run_directory import REPAIR
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence, gap_closed_score
@@ -35,7 +37,6 @@ from remend.recovery.bootstrap import Verdict, judge_demonstrations, judge_rollo
 from remend.recovery.prompts import StreamData
 from remend.recovery.rounds import Source
 from remend.training.measure import PromptSums, compare, pool
-from remend.training.supervised import ending
 from remend.training.teachers import Teacher
 
 SHOWN = 4
@@ -328,11 +329,16 @@ def side_judge_of(run: Run, sources: Sequence[Source], student: Scorer) -> SideJ
 
 def _row_answers(run: Run, data: StreamData, student: Scorer) -> list[Rollout]:
     """The held-out rows' own answers as completions."""
-    tokenizer = run.plan.tokenizer
-    close = ending(tokenizer, eos_ids(student.model, tokenizer))
+    tokenizer, eos = run.plan.tokenizer, eos_ids(student.model, run.plan.tokenizer)
     rollouts = []
     for prompt in data.held_out[:SIDE_ROWS]:
-        text = demonstration_of(data.examples[prompt.id].row, f'row "{prompt.id}"')
-        tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        rollouts.append(Rollout(prompt.id, prompt.tokens, (*tokens, *close), False, prompt.shown))
+        example = data.examples[prompt.id]
+        text = demonstration_of(example.row, f'row "{prompt.id}"')
+        try:
+            asked, completion = with_answer(tokenizer, example, text, eos)
+        except InputError:  # the template shows answers in another form; these are only measured
+            asked = prompt.tokens
+            completion = (*tokenizer(text, add_special_tokens=False)["input_ids"], *ending(tokenizer, eos))
+        shown = prompt.shown and prompt.shown[: len(prompt.shown) - len(prompt.tokens) + len(asked)]
+        rollouts.append(Rollout(prompt.id, asked, completion, False, shown))
     return rollouts

@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from remend.compression.recognise import PLAIN, RECORD, recognise
+from remend.data.examples import Example
+from remend.data.templates import encode
 from remend.errors import InputError, did_you_mean
 from remend.files.atomic import read_json
 from remend.files.run_directory import occupied
@@ -20,16 +23,22 @@ from remend.models.find import ModelSource, fetch_model, find_model, origin_note
 from remend.models.layers import count_parameters
 from remend.models.load import check_weights, load_config, load_tokenizer, skeleton
 from remend.models.protocols import Tokenizer
+from remend.models.room import Room, room_of
+from remend.models.vocabulary import ending_problem, unreadable
 from remend.recovery import alignment
 from remend.recovery.findings import Findings
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.prompts import Prompts, StreamData, kept_apart, load_stream
+from remend.recovery.repair import TOKENS as REPAIR_TOKENS
 from remend.recovery.rules import notes, problems, warnings
 from remend.recovery.settings import SELF, RecoverConfig
 from remend.recovery.streams import Stream, reference_of, resolve, rows_of
 from remend.training.constraints import CONSTRAINTS, StudentFacts, kind_of
 from remend.training.constraints.fitting import shapes
 from remend.training.teachers import NamedTeacher, named
+
+SELF_WRITTEN = Example("that the reference writes", "text", {})
+"""Stands for the prompts that are not there yet."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,8 @@ class Student:
 
     source: ModelSource
     tokenizer: Tokenizer
-    rows: int
+    room: Room
+    eos: set[int]
     parameters: int
     layers: int
     matrices: Mapping[str, torch.Size]
@@ -84,7 +94,7 @@ def _plan(
     with say.collecting():
         source = fetch_model(find_model(config.student, trust_remote_code=config.trust_remote_code), weights=False)
     teachers = _opened_teachers(config, [reference, *(s.teacher.name for s in streams)], say)
-    student, facts, shared = None, None, 0
+    student, facts, shared, unknown = None, None, 0, dict[str, frozenset[int]]()
     if source:
         student = _student(config, source, say)
         facts = _facts(config, source, say)
@@ -94,7 +104,8 @@ def _plan(
             told = check_weights(files) if files else []
             say.warnings += [text for text in told if text not in say.warnings]
     if student:
-        shared = _shared(student, teachers, streams, say)
+        shared, unknown = _shared(student, teachers, streams, say)
+        _check_tokens(student, shared, say)
     for stream in streams:
         if stream.top_k and shared and stream.top_k > shared:
             say.problems.append(f"top_k is {stream.top_k}; the vocabulary has {shared} tokens. Leave it out")
@@ -114,9 +125,16 @@ def _plan(
     if student:
         for stream in streams:
             with say.collecting():
-                empty = StreamData(stream, by_reference=stream.teacher.name == reference)
-                teacher = teachers.get(stream.teacher.name, stream.teacher)
-                data.append(load_stream(empty, config, student.tokenizer, teacher, say))
+                name = stream.teacher.name
+                teacher = teachers.get(name, stream.teacher)
+                answer = max(*stream.lengths, REPAIR_TOKENS if repairs else 0)
+                empty = StreamData(stream, name == reference, room=_room(student, teacher), answer=answer)
+                loaded = load_stream(empty, config, student.tokenizer, teacher, say)
+                asked = (
+                    [encode(student.tokenizer, SELF_WRITTEN)] if loaded.unwritten else [*loaded.train, *loaded.held_out]
+                )
+                say.problems += unreadable(student.tokenizer, asked, unknown.get(name, frozenset()), f"teacher {name}")
+                data.append(loaded)
     data = kept_apart(data, say)
     if student is None or facts is None or say.problems:
         return None
@@ -171,7 +189,9 @@ def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Stude
         settings = load_config(source)
         text = settings.get_text_config()
         tokenizer = load_tokenizer(source)
-        say.warnings += _ending(tokenizer, source, text.vocab_size)
+        told = _told_eos(source, say)
+        say.warnings += _ending(tokenizer, told, text.vocab_size)
+        ends = _ids(told or text.eos_token_id) | _ids(tokenizer.eos_token_id)
         model = skeleton(source, settings)
         if config.lora:
             check_targets(model, config.lora.targets)
@@ -181,7 +201,9 @@ def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Stude
                 f"layer_map {given} must name, rising from 0, one of the teacher's layers for each of the student's "
                 f"{layers}"
             )
-        return Student(source, tokenizer, text.vocab_size, count_parameters(model), layers, shapes(model))
+        return Student(
+            source, tokenizer, room_of(model, settings), ends, count_parameters(model), layers, shapes(model)
+        )
     return None
 
 
@@ -207,21 +229,32 @@ def _check_adapter(
         )
 
 
-def _shared(student: Student, teachers: Mapping[str, NamedTeacher], streams: Sequence[Stream], say: Findings) -> int:
-    """How many leading token ids mean the same to the student and all its teachers."""
-    shared = student.rows
+def _shared(
+    student: Student, teachers: Mapping[str, NamedTeacher], streams: Sequence[Stream], say: Findings
+) -> tuple[int, dict[str, frozenset[int]]]:
+    """How many leading token ids mean the same to the student and all its teachers; and what each does not know."""
+    shared, unknown = student.room.rows, {}
     # a teacher that sees no more of the prompt than the student, in some stream
     alike = {s.teacher.name for s in streams if not s.demonstrations}
     # teachers that bring completions come last: what they hold is compared with what is left of the vocabulary
     for name, teacher in sorted(teachers.items(), key=lambda item: item[1].brings_prompts):
         with say.collecting():
-            rows = shared if teacher.brings_prompts else student.rows
+            rows = shared if teacher.brings_prompts else student.room.rows
             fit = teacher.compare(student.source, student.tokenizer, rows, shown_more=name not in alike)
             if fit is not None:
                 say.problems.extend(fit.problems)
                 say.warnings += [warning for warning in fit.warnings if warning not in say.warnings]
-                shared = min(shared, fit.shared)
-    return shared
+                shared, unknown[name] = min(shared, fit.shared), fit.unknown
+    return shared, unknown
+
+
+def _room(student: Student, teacher: NamedTeacher) -> Room:
+    """What both can read; ids are the student's, since what a teacher does not know is told apart."""
+    if teacher.source is None:
+        return student.room
+    settings = load_config(teacher.source)
+    theirs = room_of(skeleton(teacher.source, settings), settings)
+    return replace(student.room.less(theirs), rows=student.room.rows)
 
 
 def _fit_to_reference(
@@ -277,29 +310,49 @@ def _facts(config: RecoverConfig, source: ModelSource, say: Findings) -> Student
     return None
 
 
-def _ending(tokenizer: Tokenizer, source: ModelSource, rows: int) -> list[str]:
-    if tokenizer.eos_token_id is None:
-        return ["the student's tokenizer has no end-of-sequence token: every rollout will run to max_new_tokens"]
+def _told_eos(source: ModelSource, say: Findings) -> Any:
+    """The token or tokens that end answers by the generation configuration, None where it tells none."""
     path = source.path / "generation_config.json" if source.kind == "directory" and source.path else None
     if path and path.is_file():
         try:
-            given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            return json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         except ValueError:
-            return [f"{path} is not valid JSON and is left to transformers' defaults"]
-        ids = given if isinstance(given, list) else [given]
-        beyond = [end for end in ids if isinstance(end, int) and not 0 <= end < rows]
-        said = [
-            f"the generation config ends answers at token {end}, and the model has {rows} rows: it can never write "
-            "that token, so no answer ends there; correct eos_token_id in generation_config.json"
-            for end in beyond
-        ]
-        if given is not None and tokenizer.eos_token_id not in ids and len(beyond) < len(ids):
-            said.append(
-                f"the generation config ends answers at token {given}, the tokenizer at {tokenizer.eos_token_id} "
-                f"({tokenizer.eos_token!r}); rollouts end at either"
-            )
-        return said
-    return []
+            say.warnings.append(f"{path} is not valid JSON and is left to transformers' defaults")
+    return None
+
+
+def _ids(value: Any) -> set[int]:
+    return {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
+
+
+def _ending(tokenizer: Tokenizer, told: Any, rows: int) -> list[str]:
+    if tokenizer.eos_token_id is None:
+        return ["the student's tokenizer has no end-of-sequence token: every rollout will run to max_new_tokens"]
+    ends = _ids(told)
+    beyond = sorted(end for end in ends if not 0 <= end < rows)
+    said = [
+        f"the generation config ends answers at token {end}, and the model has {rows} rows: it can never write "
+        "that token, so no answer ends there; correct eos_token_id in generation_config.json"
+        for end in beyond
+    ]
+    if tokenizer.eos_token_id not in ends and len(beyond) < len(ends):
+        said.append(
+            f"the generation config ends answers at token {told}, the tokenizer at {tokenizer.eos_token_id} "
+            f"({tokenizer.eos_token!r}); rollouts end at either"
+        )
+    return said
+
+
+def _check_tokens(student: Student, shared: int, say: Findings) -> None:
+    """Tokens that steer the student, and that nothing can be done with here."""
+    rows, pad = student.room.rows, student.tokenizer.pad_token_id
+    if shared and (problem := ending_problem(student.tokenizer, student.eos, shared, rows)):
+        say.problems.append(problem)
+    if pad is not None and pad >= rows:
+        say.warnings.append(
+            f"the student's pad token {pad} has no row in its embedding of {rows}; nothing here reads it, but other "
+            "programs that pad batches may fail"
+        )
 
 
 def _check_disk(config: RecoverConfig, student: Student, streams: Sequence[StreamData], say: Findings) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from remend.data import tasks
 from remend.data.examples import Example, data_hash, load_examples, split_held_out, without
-from remend.data.templates import DEMONSTRATION, Encoded, dropped_text, encode_within
+from remend.data.templates import (
+    DEMONSTRATION,
+    Encoded,
+    dropped_text,
+    encode_within,
+    row_names,
+    token_hash,
+    writes_the_time,
+)
 from remend.errors import InputError
 from remend.models.protocols import Tokenizer
+from remend.models.room import Room
 from remend.recovery.findings import Findings
 from remend.recovery.settings import SELF, RecoverConfig
 from remend.recovery.streams import Stream
@@ -27,6 +37,8 @@ class StreamData:
     train, held_out: prompts as token ids; `examples` holds the held-out rows by id.
     hashes: SHA-256 of the rows, by part.
     dropped: ids of prompts over the length limit, by part.
+    room: what student and teacher can read; answer: tokens that follow a prompt at most.
+    token_hash: SHA-256 of all prompts as they are shown, token by token.
     """
 
     stream: Stream
@@ -36,6 +48,9 @@ class StreamData:
     examples: Mapping[str, Example] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, list[str]] = field(default_factory=dict)
+    room: Room | None = None
+    answer: int = 0
+    token_hash: str = ""
 
     @property
     def unwritten(self) -> bool:
@@ -65,6 +80,12 @@ class Prompts:
         return dict(self.main.hashes) if len(hashes) == 1 else hashes
 
     @property
+    def token_hash(self) -> str:
+        """SHA-256 of the prompts as tokens, but for those that the reference is to write."""
+        told = [s.token_hash for s in self.streams if not s.unwritten]
+        return hashlib.sha256("".join(told).encode()).hexdigest()
+
+    @property
     def dropped(self) -> dict[str, list[str]]:
         """Ids of prompts over the length limit, by part."""
         return {part: ids for s in self.streams for part, ids in s.dropped.items()}
@@ -84,6 +105,15 @@ def load_stream(
     stream, brought = data.stream, teacher.brings()
     if brought is not None:
         train, held = ([Encoded(r.id, r.prompt, "") for r in part] for part in brought[:2])
+        positions = data.room.positions if data.room else None
+        long = [
+            r.id for part in brought[:2] for r in part if positions and len(r.prompt) + len(r.completion) > positions
+        ]
+        if long:
+            findings.problems.append(
+                f"{row_names(long)} of {teacher.name}: the answers end beyond the student's {positions} positions; "
+                "write the cache with a smaller max_prompt_tokens or max_new_tokens"
+            )
         return replace(data, train=train, held_out=held, hashes={"cache": brought[2]})
     held_out = load_examples(stream.eval_data) if stream.eval_data else []
     if stream.data == SELF:
@@ -142,6 +172,29 @@ def _check_gradable(data: StreamData, held_out: Sequence[Example], findings: Fin
             return
 
 
+def _beyond(prompts: Sequence[Encoded], what: str, data: StreamData) -> list[str]:
+    """Warnings of prompts whose answers may end where the model was not meant to read."""
+    room = data.room
+    if room is None or room.positions is not None:
+        return []
+
+    def longer(limit: int) -> list[str]:
+        return [p.id for p in prompts if len(p.shown or p.tokens) + data.answer > limit]
+
+    way = "lower max_prompt_tokens or max_new_tokens"
+    if room.factors and (names := longer(room.factors)):
+        return [
+            f"{what} {row_names(names)}: prompt and answer may go beyond {room.factors} tokens, where the model's rope "
+            f"takes other factors, for all rows of a batch; {way}"
+        ]
+    if room.trained and (names := longer(room.trained)):
+        return [
+            f"{what} {row_names(names)}: prompt and answer may go beyond the {room.trained} positions that the model's "
+            f"configuration names; {way}"
+        ]
+    return []
+
+
 def _encoded(
     data: StreamData,
     config: RecoverConfig,
@@ -150,30 +203,46 @@ def _encoded(
     findings: Findings,
 ) -> StreamData:
     """The examples that fit the length limit, encoded; those that don't are noted in `dropped`."""
-    stream, limit, encoded, dropped = data.stream, config.max_prompt_tokens, [], {}
+    stream, room, encoded, dropped, refused = data.stream, data.room, [], {}, list[str]()
+    limit, why = room.prompt_limit(config.max_prompt_tokens, data.answer) if room else (config.max_prompt_tokens, "")
     template = (config.demonstration_template or DEMONSTRATION) if stream.demonstrations else None
     for what, examples in zip(("training", "held-out"), parts, strict=True):
         try:
-            kept, too_long = encode_within(tokenizer, examples, limit, template=template)
+            kept, too_long = encode_within(
+                tokenizer, examples, limit, template=template, rows=room.rows if room else None
+            )
         except InputError as error:
             source = (stream.eval_data if what == "held-out" else None) or stream.data
-            raise InputError(f"data {source} of stream {stream.name}: {error}") from None
+            refused.append(f"data {source} of stream {stream.name}: {error}")
+            continue
         encoded.append(kept)
+        findings.warnings += _beyond(kept, what, data)
         if not too_long:
             continue
         dropped[what if data.by_reference else f"{stream.name}/{what}"] = too_long
         shown = " with their demonstrations" if template else ""
-        text = dropped_text(too_long, len(examples), f"{what} prompts{shown}", f"max_prompt_tokens = {limit}")
+        text = dropped_text(too_long, len(examples), f"{what} prompts{shown}", why or f"max_prompt_tokens = {limit}")
         share = len(too_long) / len(examples)
         if share <= DROPPED_LIMIT and kept:
             findings.warnings.append(text)
             continue
         rest = "no example is left" if not kept else f"that is {share:.0%}, above the {DROPPED_LIMIT:.0%} limit"
-        findings.problems.append(f"{text}; {rest}. Raise max_prompt_tokens or shorten the prompts.")
+        way = "Lower max_new_tokens" if why else "Raise max_prompt_tokens"
+        findings.problems.append(f"{text}; {rest}. {way} or shorten the prompts.")
+    if refused:
+        raise InputError("\n".join(refused))
     train, held_out = parts
+    first = next(iter((*train, *held_out)), None)
+    if first and writes_the_time(tokenizer, first):
+        findings.warnings.append(
+            "the chat template writes the date or time into the prompts: an interrupted run can be resumed only while "
+            "it writes the same. Where the template has a variable for it, such as date_string, rows can fix it in "
+            "their chat_template_kwargs"
+        )
     _check_gradable(data, held_out, findings)
     return replace(
         data,
+        token_hash=token_hash([*encoded[0], *encoded[1]]),
         train=encoded[0],
         held_out=encoded[1],
         examples={e.id: e for e in held_out},

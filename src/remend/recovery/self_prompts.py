@@ -27,7 +27,7 @@ import torch
 from remend.console import stage
 from remend.data.examples import Example, data_hash, prompt_id
 from remend.data.order import derive_seed
-from remend.data.templates import Encoded, render
+from remend.data.templates import Encoded, conversation, turns
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject, json_line, write_json, write_text
 from remend.models.device import choose_device, choose_dtype
@@ -87,7 +87,8 @@ def user_turn(tokenizer: Tokenizer, eos: Iterable[int]) -> UserTurn:
                 "model can't write prompts; give a file of prompts"
             )
         return UserTurn("", (start,), tuple(sorted(eos)), marks=marks, chat=False)
-    before, probe, after = render(tokenizer, PROBE).partition(PROBE)
+    shown = conversation(tokenizer, turns(PROBE), {}, prompting=True)
+    before, probe, after = shown.partition(PROBE)
     if not probe:
         raise InputError(
             "the chat template does not show the user's text as it is, so the start of the user's turn can't be found; "

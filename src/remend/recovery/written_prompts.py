@@ -10,7 +10,7 @@ from remend.data.examples import example_of
 from remend.errors import InputError
 from remend.files.atomic import json_line, read_json, write_json, write_text
 from remend.files.run_directory import MANIFEST
-from remend.recovery.begin import Run
+from remend.recovery.begin import Run, require_same_tokens
 from remend.recovery.findings import Findings
 from remend.recovery.prompts import Prompts, StreamData, kept_apart, with_prompts
 from remend.recovery.self_prompts import generate
@@ -49,7 +49,10 @@ def all_prompts(run: Run, reference: Teacher) -> Prompts:
     prompts = Prompts(tuple(streams), tuple(new))
     if run.main:
         path, counts = run.directory.path / MANIFEST, prompts.counts()
-        hashes = {s.stream.name: dict(s.hashes) for s in streams if s.stream.data == SELF}
+        hashes = {s.stream.name: {"tokens": s.token_hash, **s.hashes} for s in streams if s.stream.data == SELF}
+        before = read_json(path).get("self_prompts", {})
+        for name, own in hashes.items():
+            require_same_tokens(before.get(name, {}).get("tokens"), own["tokens"], run.directory)
         noted = {"prompts": counts[prompts.main.stream.name], "streams": counts, "self_prompts": hashes}
         write_json(path, {**read_json(path), **noted})
     return prompts

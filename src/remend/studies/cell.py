@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
+from remend.data.answers import ending
 from remend.data.examples import demonstration_of, load_examples
 from remend.errors import InputError
 from remend.evaluation.job import evaluate
@@ -29,7 +30,6 @@ from remend.recovery import recover
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import resolve, rows_of
 from remend.studies.labels import LabelSettings, write_labels
-from remend.training.supervised import ending
 from remend.training.teachers.cache import RECORD as LABELS_RECORD
 
 OUTCOME = "cell.json"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from remend.data.examples import COMPLETION_KEYS, Example, completion_of, load_examples
+from remend.data.examples import COMPLETION_KEYS, Example, answer_of, load_examples
 from remend.data.order import Order, derive_seed
 from remend.data.templates import Encoded, encode_within
 from remend.errors import InputError
@@ -90,7 +90,7 @@ def _has_answer(example: Example) -> bool:
 
 
 def _given(tokenizer: Tokenizer, examples: Sequence[Example], limit: int, ends: Sequence[int]) -> list[Rollout]:
-    pairs = [(e, completion_of(e.row, f'row "{e.id}"')) for e in examples]
+    pairs = [(e, answer_of(e.row, f'row "{e.id}"')) for e in examples]
     return encode_pairs(tokenizer, pairs, max_tokens=limit, eos=ends)[0]
 
 

@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from accelerate.state import is_initialized
 
 from remend.console import stage
-from remend.data.examples import Example
+from remend.data.answers import with_answer
+from remend.data.examples import Answer, Example
 from remend.data.order import Order
-from remend.data.templates import encode
+from remend.data.templates import Refused, require_readable
 from remend.files.run_directory import RunDirectory
 from remend.maths.losses import chunked_cross_entropy_sum
 from remend.models.device import chunk_rows
@@ -28,44 +29,36 @@ from remend.training.loop import Optimization, Prepared, Saving, StepOutput, Wat
 STREAM = "supervised"
 
 
-def ending(tokenizer: Tokenizer, eos: Sequence[int]) -> tuple[int, ...]:
-    """The token that closes an answer: what the chat template writes after one, else the tokenizer's own.
-
-    Args:
-        tokenizer: with or without a chat template.
-        eos: the ids at which sampling ends; a template's ending counts only if it is one of them.
-    """
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qq"}]
-        _, _, rest = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("qq")
-        closing = next((t for t in tokenizer.encode(rest, add_special_tokens=False) if t in eos), None)
-        if closing is not None:
-            return (int(closing),)
-    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-
-
 def encode_pairs(
-    tokenizer: Tokenizer, pairs: Iterable[tuple[Example, str]], *, max_tokens: int, eos: Sequence[int]
+    tokenizer: Tokenizer,
+    pairs: Iterable[tuple[Example, Answer]],
+    *,
+    max_tokens: int,
+    eos: Sequence[int],
+    rows: int | None = None,
 ) -> tuple[list[Rollout], list[str]]:
     """Tokenize prompts with their completions: (those that fit, ids of the ones that don't). None is cut.
 
     Args:
         tokenizer: the model's own.
-        pairs: examples with the text of their completions.
+        pairs: examples with their completions.
         max_tokens: of prompt and completion together.
-        eos: see `ending`; the closing token belongs to the completion.
+        eos: ids at which sampling ends; the closing token belongs to the completion. See `with_answer`.
+        rows: of the model's embedding, where they are known.
+
+    Raises InputError that names every row that can't be trained on as the chat template shows it.
     """
-    close, plain = ending(tokenizer, eos), not tokenizer.chat_template
-    kept, dropped = [], []
-    for example, text in pairs:
-        prompt = encode(tokenizer, example).tokens
-        # where no template parts question from answer, a space does, unless either brings its own
-        joint = " " if plain and not (str(example.prompt)[-1:].isspace() or text[:1].isspace()) else ""
-        completion = (*tokenizer.encode(joint + text, add_special_tokens=False), *close)
-        if len(prompt) + len(completion) > max_tokens:
-            dropped.append(example.id)
-        else:
-            kept.append(Rollout(example.id, prompt, completion, clipped=False))
+    kept, dropped, refused = [], [], Refused()
+    for example, answer in pairs:
+        with refused.collecting(example.id):
+            prompt, completion = with_answer(tokenizer, example, answer, eos)
+            require_readable(tokenizer, prompt, rows)
+            require_readable(tokenizer, completion, rows)
+            if len(prompt) + len(completion) > max_tokens:
+                dropped.append(example.id)
+            else:
+                kept.append(Rollout(example.id, prompt, completion, clipped=False))
+    refused.raise_all()
     return kept, dropped
 
 

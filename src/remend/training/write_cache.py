@@ -22,7 +22,7 @@ from torch import Tensor
 from remend.console import Advance, stage, warn
 from remend.data.examples import Example, data_hash, load_examples, split_held_out, without
 from remend.data.order import batches_by_length, derive_seed
-from remend.data.templates import Encoded, dropped_text, encode_within
+from remend.data.templates import Encoded, dropped_text, encode_within, token_hash
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, json_line, new_directory, write_json, write_text
 from remend.files.run_directory import occupied
@@ -31,11 +31,13 @@ from remend.maths.losses import divergence
 from remend.maths.topk import TopK, entropy_lost, top_k
 from remend.models.device import choose_device, choose_dtype, chunk_rows
 from remend.models.find import find_model, hash_files, origin_note
-from remend.models.load import eos_ids, load_config, load_model, load_tokenizer
+from remend.models.load import eos_ids, load_config, load_model, load_tokenizer, skeleton
 from remend.models.protocols import Tokenizer
+from remend.models.room import Room, room_of
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import Scorer, pack, scorer
+from remend.models.vocabulary import ending_problem
 from remend.training.cache_settings import CacheSettings
 from remend.training.teachers import TEACHERS, named
 from remend.training.teachers.cache import PROMPTS, RECORD, SPLITS, VERSION, template_hash, vocabulary_hash
@@ -75,15 +77,26 @@ def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObjec
     k, where = plan.k, choose_device(plan.device)
     source = find_model(model, trust_remote_code=plan.trust_remote_code)
     tokenizer = load_tokenizer(source)
-    rows = load_config(source).get_text_config().vocab_size
+    config = load_config(source)
+    room = room_of(skeleton(source, config), config)
+    rows = room.rows
     # rows above the tokenizer's ids are padding, and a student of the same family may have more or fewer of them
     shared = min(rows, 1 + max(tokenizer.get_vocab().values()))
     if not 1 <= k <= shared:
         raise InputError(f"k is {k}; allowed is 1 to the {shared} tokens of {model}")
+    own = tokenizer.eos_token_id
+    if problem := ending_problem(tokenizer, [] if own is None else [own], shared, rows):
+        raise InputError(problem)
     sides = _sides(plan)
     prompts, dropped = {}, {}
+    refused = []
     for split, examples in sides.items():
-        prompts[split], dropped[split] = _encoded(tokenizer, SPLITS[split], examples, plan.max_prompt_tokens)
+        try:
+            prompts[split], dropped[split] = _encoded(tokenizer, SPLITS[split], examples, plan, room)
+        except InputError as error:
+            refused.append(str(error))
+    if refused:
+        raise InputError("\n".join(refused))
     dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
     with stage(f"loading {model}"):
         teacher = load_model(source, dtype=dtype, device=where)
@@ -95,6 +108,7 @@ def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObjec
         "files": files,
         **({"note": note} if note else {}),
         "data": {split: data_hash(examples) for split, examples in sides.items()},
+        "tokens_sha256": token_hash([*prompts["train"], *prompts["held_out"]]),
         **read_by(tokenizer, shared, k),
         "temperature": plan.temperature,
         "max_new_tokens": plan.max_new_tokens,
@@ -138,14 +152,16 @@ def _sides(plan: CacheSettings) -> dict[str, list[Example]]:
 
 
 def _encoded(
-    tokenizer: Tokenizer, what: str, examples: Sequence[Example], limit: int
+    tokenizer: Tokenizer, what: str, examples: Sequence[Example], plan: CacheSettings, room: Room
 ) -> tuple[list[Encoded], list[str]]:
-    kept, dropped = encode_within(tokenizer, examples, limit)
+    limit, why = room.prompt_limit(plan.max_prompt_tokens, plan.max_new_tokens)
+    kept, dropped = encode_within(tokenizer, examples, limit, rows=room.rows)
     if not dropped:
         return kept, dropped
-    text = dropped_text(dropped, len(examples), f"{what} prompts", f"max_prompt_tokens = {limit}")
+    text = dropped_text(dropped, len(examples), f"{what} prompts", why or f"max_prompt_tokens = {limit}")
     if not kept:
-        raise InputError(f"{text}; none is left. Raise max_prompt_tokens or shorten the prompts.")
+        way = "Lower max_new_tokens" if why else "Raise max_prompt_tokens"
+        raise InputError(f"{text}; none is left. {way} or shorten the prompts.")
     warn(text)
     return kept, dropped
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, TypeVar, get_args
 
-from remend.data.examples import Convert, Example, Row, example_of, load_examples, prompt_key
+from remend.data.examples import Convert, Example, Row, example_of, load_examples, prompt_key, text_of
 from remend.errors import InputError, did_you_mean
 from remend.files.atomic import JsonObject
 from remend.registry import Registry
@@ -152,7 +152,7 @@ class Task:
         require(row, self.columns, where)
         example_of(row, where)
 
-    def messages(self, row: Row) -> list[dict[str, str]]:
+    def messages(self, row: Row) -> list[JsonObject]:
         """The prompt as chat messages, just as the row has them; a text is one user's message.
 
         Raises InputError when the row has no usable prompt.
@@ -173,7 +173,7 @@ class Task:
         if not self.letters:
             raise InputError(f"{where}: this task is no choice between letters; score it by generation")
         prompt = example_of(row, where).prompt
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        text = prompt if isinstance(prompt, str) else text_of(prompt[-1])
         options = _options_of(text)
         if len(options) < 2:
             raise InputError(f'{where}: the prompt has no options as lines "A: …", "B: …": {shorten(text[-160:])}')

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from remend.compression.recognise import RECORD
 from remend.console import stage, warn
 from remend.data.examples import Example, bundled, choose, data_hash, load_examples, without
-from remend.data.templates import Encoded, encode
+from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.degrade.kinds import Calibrated, DegradeSettings
 from remend.degrade.making.shares import require_known
 from remend.errors import InputError, RemendError
@@ -31,6 +31,7 @@ from remend.models.find import ModelSource, find_model, hash_files, origin_note
 from remend.models.load import load_model, load_tokenizer, save_model
 from remend.models.matrices import Matrix, account, matrices
 from remend.models.protocols import CausalLM, Tokenizer
+from remend.models.room import room_of
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
@@ -43,6 +44,9 @@ Apply = TypeVar("Apply", bound=Callable[..., object])
 PROBE_PROMPTS, PROBE_TOKENS = 32, 48
 CALIBRATION_TOKENS = 64
 """Completion tokens of a calibration sample: 48 samples with their prompts are about 4,000 rows a layer."""
+
+LONGEST = 2**62
+"""Tokens of a prompt, where the model sets no limit."""
 
 DENSE_BITS = 16
 """Of a weight that is not packed, as models are served."""
@@ -80,13 +84,28 @@ class Damage:
             else:
                 chosen = choose(load_examples(text.data), text.samples, seed)
             self.calibration_hash, self.calibrated_on = data_hash(chosen), chosen
-            prompts = [encode(self.tokenizer, e) for e in chosen]
+            prompts = self.encoded(chosen, CALIBRATION_TOKENS)
             check_walk(self.reference, prompts)
             self._rollouts = completions(
                 self.reference, self.tokenizer, prompts, max_new_tokens=CALIBRATION_TOKENS, seed=seed
             )
             self.calibration_seconds = time.perf_counter() - began
         return self._rollouts
+
+    def encoded(self, examples: Sequence[Example], answer: int) -> list[Encoded]:
+        """Examples as prompts, without those, named in a warning, that leave the model no room for an answer.
+
+        Raises InputError where none is left, and for rows that the model can't read.
+        """
+        room = room_of(self.reference, self.reference.config)
+        limit, why = room.prompt_limit(LONGEST, answer)
+        prompts, dropped = encode_within(self.tokenizer, examples, limit, rows=room.rows)
+        if dropped:
+            text = dropped_text(dropped, len(examples), "prompts", why)
+            if not prompts:
+                raise InputError(f"{text}; none is left. Give shorter ones with data.")
+            warn(text)
+        return prompts
 
 
 @dataclass
@@ -209,13 +228,13 @@ def _probe_prompts(damage: Damage) -> list[Encoded]:
     data: str | None = getattr(damage.settings, "data", None)
     if data is None or not (isinstance(damage.settings, Calibrated) and damage.calibrated_on):
         try:
-            return [encode(damage.tokenizer, e) for e in bundled("held_out")[:PROBE_PROMPTS]]
+            return damage.encoded(bundled("held_out")[:PROBE_PROMPTS], PROBE_TOKENS)
         except InputError:
             if data is None:
                 raise
     rows = load_examples(data)
     unseen = without(rows, damage.calibrated_on) or rows
-    return [encode(damage.tokenizer, e) for e in choose(unseen, PROBE_PROMPTS, damage.settings.seed)]
+    return damage.encoded(choose(unseen, PROBE_PROMPTS, damage.settings.seed), PROBE_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from remend.compression.recognise import was_pruned
 from remend.compression.stored_grid import GRID_FILE
 from remend.console import warn
-from remend.data.examples import Example, load_pairs, prompt_key
+from remend.data.examples import Answer, Example, load_pairs
 from remend.data.order import Order, derive_seed
 from remend.data.templates import dropped_text
 from remend.degrade.finetune import Finetune
@@ -22,6 +22,7 @@ from remend.files.run_directory import METRICS, RunDirectory
 from remend.models import adapters
 from remend.models.device import choose_dtype, mixed_precision
 from remend.models.load import eos_ids
+from remend.models.room import room_of
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
 from remend.training.constraints import Adapter, Free
@@ -84,20 +85,22 @@ def tuned(damage: Damage, settings: Finetune) -> Changed:
     return Changed(student.requires_grad_(False), entry, files)
 
 
-def _rows(damage: Damage, settings: Finetune, pairs: Sequence[tuple[Example, str]]) -> list[Rollout]:
+def _rows(damage: Damage, settings: Finetune, pairs: Sequence[tuple[Example, Answer]]) -> list[Rollout]:
     ends = eos_ids(damage.student, damage.tokenizer)
-    rows, dropped = encode_pairs(damage.tokenizer, pairs, max_tokens=settings.max_tokens, eos=ends)
+    room = room_of(damage.student, damage.student.config)
+    limit, why = room.prompt_limit(settings.max_tokens, 0)
+    rows, dropped = encode_pairs(damage.tokenizer, pairs, max_tokens=limit, eos=ends, rows=room.rows)
     if dropped:
-        text = dropped_text(dropped, len(pairs), "rows", f"max_tokens = {settings.max_tokens}")
+        text = dropped_text(dropped, len(pairs), "rows", why or f"max_tokens = {settings.max_tokens}")
         if not rows:
             raise InputError(f"{text}; none is left. Raise max_tokens or give shorter rows.")
         warn(text)
     return rows
 
 
-def _hash(pairs: Sequence[tuple[Example, str]]) -> str:
+def _hash(pairs: Sequence[tuple[Example, Answer]]) -> str:
     """SHA-256 over prompts and completions, in order."""
     digest = hashlib.sha256()
     for example, completion in pairs:
-        digest.update(json.dumps([prompt_key(example.prompt), completion], ensure_ascii=False).encode())
+        digest.update(json.dumps([example.key, completion], ensure_ascii=False).encode())
     return digest.hexdigest()

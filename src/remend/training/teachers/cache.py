@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from remend.data.examples import read_lines
+from remend.data.templates import template_text
 from remend.errors import FileError, InputError
 from remend.files.atomic import read_json
 from remend.maths.topk import TopK
@@ -60,7 +61,7 @@ def vocabulary_hash(vocabulary: Mapping[str, int], shared: int) -> str:
 
 def template_hash(tokenizer: Tokenizer) -> str | None:
     """SHA-256 of a tokenizer's chat template, None where it has none."""
-    text = (tokenizer.chat_template or "").strip()
+    text = template_text(tokenizer)
     return hashlib.sha256(text.encode()).hexdigest() if text else None
 
 
@@ -169,6 +170,11 @@ class TeacherCache(Teacher):
         if template_hash(tokenizer) != self.record["chat_template_sha256"]:
             warnings.append(
                 "the chat template differs between student and cached teacher; its prompts are in the teacher's"
+            )
+        if "strftime_now" in template_text(tokenizer):
+            warnings.append(
+                "the chat template may write the date: the prompts of the cached teacher hold that of the day on which "
+                "it was written"
             )
         return warnings
 
