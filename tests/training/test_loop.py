@@ -13,7 +13,7 @@ from torch import nn
 
 from remend.errors import TrainingError
 from remend.files.run_directory import METRICS, RunDirectory
-from remend.training.constraints import Free
+from remend.training.constraints import Constraint, Free
 from remend.training.loop import Optimization, Prepared, Saving, StepOutput, Watch, train
 
 
@@ -142,3 +142,44 @@ def test_on_step_and_hooks_are_logged(tmp_path: Path) -> None:
     assert directory.checkpoints() == []
     assert len((directory.path / "timing.jsonl").read_text().splitlines()) == 4
     assert all("seconds" not in json.loads(line) for line in (directory.path / METRICS).read_text().splitlines())
+
+
+class Turned(Constraint):
+    """The master is [O, I] of a parameter that holds [I, O], so that its gradient lies in memory in another order."""
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self.parameter = parameter
+        self.master = parameter.detach().T.contiguous()
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        return {"w": self.master}
+
+    def take_gradients(self) -> None:
+        self.master.grad, self.parameter.grad = self.parameter.grad.T, None
+
+    @torch.no_grad()
+    def project(self) -> None:
+        self.parameter.copy_(self.master.T)
+
+
+class Product(nn.Module):
+    """x ↦ x W, W [I, O]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.w
+
+
+def test_a_master_that_lies_the_other_way_round_gets_its_own_gradients(tmp_path: Path) -> None:
+    """Fused AdamW takes weight and gradient as they lie in memory, and says nothing where their orders differ."""
+    ends = []
+    for name, hold in (("free", Free), ("turned", lambda model: Turned(model.w))):
+        model = Product()
+        saving = Saving(RunDirectory.create(tmp_path / name), every=2, keep=2)
+        train(Quadratic(model, 8), hold(model), Accelerator(cpu=True), Optimization(3, 0.1, 1), saving)
+        ends.append(model.w.detach())
+    torch.testing.assert_close(ends[1], ends[0])

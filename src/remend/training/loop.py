@@ -266,8 +266,16 @@ def _clip(masters: Mapping[str, Tensor], limit: float, accelerator: Accelerator)
             tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
     with_grad = [t for t in masters.values() if t.grad is not None]
     for tensor in with_grad:
-        tensor.grad = _over_processes(accelerator, cast(Tensor, tensor.grad))
+        tensor.grad = _laid_out_as(tensor, _over_processes(accelerator, cast(Tensor, tensor.grad)))
     return float(torch.nn.utils.clip_grad_norm_(with_grad, limit, foreach=True))
+
+
+def _laid_out_as(master: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in its master's order in memory: fused AdamW walks through both as they lie there, unasked.
+
+    They differ where a parameter holds [I, O] (GPT-OSS's experts, Conv1D) and its master is [O, I].
+    """
+    return gradient if gradient.stride() == master.stride() else torch.empty_like(master).copy_(gradient)
 
 
 def _optimizer(masters: Mapping[str, Tensor], optimization: Optimization) -> torch.optim.AdamW:
