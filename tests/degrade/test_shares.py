@@ -141,3 +141,29 @@ def test_a_grid_with_inputs_first_is_read_and_held(build: Any, tmp_path: Path) -
     with pytest.raises(InputError, match="no linear layers of their own"):
         export(str(tmp_path / "q"), tmp_path / "out", format="compressed-tensors")
     assert export(str(tmp_path / "q"), tmp_path / "dense", format="dense")["check"]["weights_equal"]
+
+
+@pytest.mark.parametrize("kind", ["quantize", "prune"])
+def test_experts_that_calibration_does_not_reach_are_changed_without_it_and_named(
+    kind: str, tmp_path: Path, run: Any
+) -> None:
+    """The router never chooses expert 2 of the second block."""
+    whole = gpt_oss(tmp_path / "whole")
+    model = T.AutoModelForCausalLM.from_pretrained(whole)
+    model.model.layers[1].mlp.router.bias.data[2] = -1e4
+    model.save_pretrained(whole)
+    amount = ("--format", "int4-g32-sym") if kind == "quantize" else ("--sparsity", "2:4")
+    states = []
+    for method in ("gptq", "rtn") if kind == "quantize" else ("wanda", "magnitude"):
+        words = (whole, "--out", tmp_path / method, "--method", method, *amount, "--samples", 3, "--no-probe")
+        code, said, err = run("degrade", kind, *words)
+        assert code == 0, err
+        assert ("no calibration token came to 2 matrices" in said) == (len(states) == 0)
+        states.append(T.AutoModelForCausalLM.from_pretrained(tmp_path / method).state_dict())
+    calibrated, plain = (state["model.layers.1.mlp.experts.down_proj"] for state in states)
+    assert torch.equal(calibrated[2], plain[2])
+    assert not torch.equal(calibrated[1], plain[1])
+    record = json.loads((tmp_path / ("gptq" if kind == "quantize" else "wanda") / "degradation.json").read_text())
+    experts = "model.layers.1.mlp.experts"
+    assert record["calibration"]["unreached"] == [f"{experts}.gate_up_proj.2", f"{experts}.down_proj.2"]
+    assert record["decoder"]["untouched"] == 0

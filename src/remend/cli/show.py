@@ -30,6 +30,10 @@ def show_damage(out: str, done: JsonRow) -> None:
         print_line(f"sparsity: {done['sparsity']:.2%} of the weights in {done['matrices']} matrices are zero")
     if decoder := done.get("decoder"):
         print_line(_reached(decoder))
+    if names := done.get("calibration", {}).get("unreached"):
+        how = "rounded to nearest" if done["kind"] == "quantization" else "pruned by magnitude"
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print_line(f"no calibration token came to {len(names)} matrices, {how}: {', '.join(names[:3])}{rest}")
     if probe := done.get("probe"):
         print_line(
             f"probe: KL {probe['kl']:.3f} nats a token, top-1 agreement {probe['top1_agreement']:.1%} "

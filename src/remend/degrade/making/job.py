@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Generic, TypeVar, cast
@@ -58,6 +58,7 @@ class Damage:
 
     reference: the healthy model, not to be changed; student: a copy that is.
     settings: what is asked for.
+    unreached: matrices that no calibration token came to (experts, mostly), which were changed without it.
     """
 
     reference: CausalLM
@@ -68,6 +69,7 @@ class Damage:
     calibration_seconds: float = 0.0
     calibration_hash: str | None = None
     calibrated_on: Sequence[Example] = ()
+    unreached: list[str] = field(default_factory=list)
     _rollouts: list[Rollout] | None = None
 
     def calibration(self) -> list[Rollout]:
@@ -181,6 +183,8 @@ def _record(damage: Damage, changed: Changed, model: str, hashes: Mapping[str, s
             "hash": damage.calibration_hash,
             "seconds": spent,
         }
+        if damage.unreached:
+            record["calibration"]["unreached"] = damage.unreached
     note = origin_note(damage.source)
     if note:
         record["note"] = note
@@ -304,8 +308,10 @@ def change_each(
     Args:
         model: has them.
         chosen: by name.
-        change: called with a matrix, and with the Gram matrix [I, I] of its inputs where it is calibrated.
-        calibrated_on: None where it is not. A matrix's inputs are those that what was changed before gives it.
+        change: called with a matrix, and with the Gram matrix [I, I] of its inputs where it is calibrated and a token
+            came to it, else None.
+        calibrated_on: None where it is not. A matrix's inputs are those that what was changed before gives it. Its
+            `unreached` gets the names of matrices that no token came to.
         title: of the walk through the calibration text.
     """
     if calibrated_on is None:
@@ -316,7 +322,8 @@ def change_each(
     def visit(sites: Sites) -> None:
         for matrix in sites.matrices:
             if matrix.name in chosen:
-                change(matrix, sites.gram_II)
+                change(matrix, sites.gram_II if sites.rows else None)
+                calibrated_on.unreached += [] if sites.rows else [matrix.name]
 
     walk(model, calibrated_on.calibration(), visit, title=title)
 

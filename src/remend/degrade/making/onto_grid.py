@@ -58,6 +58,8 @@ def quantize_in_place(
 ) -> StoredGrid:
     """Put every linear layer of the decoder on the grid; returns what describes it.
 
+    Experts that no calibration token came to are rounded to nearest.
+
     Args:
         model: changed in place.
         fmt, method: the grid, and a name of METHODS.
@@ -76,7 +78,8 @@ def quantize_in_place(
     stored = {}
 
     def settle(matrix: Matrix, gram_II: Tensor | None) -> None:
-        codes, grid = chosen.apply(matrix.weight_OI, gram_II, fmt)
+        apply = round_to_nearest if chosen.calibrated and gram_II is None else chosen.apply
+        codes, grid = apply(matrix.weight_OI, gram_II, fmt)
         matrix.weight_OI.copy_(decode(codes, grid, fmt))
         stored[matrix.key] = (codes, grid)
 

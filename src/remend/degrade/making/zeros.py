@@ -124,6 +124,8 @@ def prune_in_place(
 ) -> dict[str, Matrix]:
     """Set weights of the student's matrices to zero; returns those matrices.
 
+    Experts that no calibration token came to are pruned by magnitude.
+
     Raises InputError where m of n:m does not divide the width of one.
     """
     layers, chosen = chosen_matrices(damage.student, skip), METHODS.get(method)
@@ -134,7 +136,8 @@ def prune_in_place(
         )
 
     def zero(matrix: Matrix, gram_II: Tensor | None) -> None:
-        matrix.weight_OI.copy_(chosen.apply(matrix.weight_OI, gram_II, sparsity))
+        apply = magnitude if chosen.calibrated and gram_II is None else chosen.apply
+        matrix.weight_OI.copy_(apply(matrix.weight_OI, gram_II, sparsity))
 
     if scope == "global":
         zero_smallest([matrix.weight_OI for matrix in layers.values()], sparsity.share)
