@@ -95,7 +95,9 @@ def test_every_matrix_stays_on_its_grid_and_a_part_of_the_gap_closes(
     name: str, whole: Any, tmp_path: Path, run: Any
 ) -> None:
     place, student, out = whole(name), tmp_path / "int4", tmp_path / "run"
-    assert run("degrade", "quantize", place / "whole", "--format", "int4-g32-sym", "--no-probe", "--out", student)[0] == 0
+    assert (
+        run("degrade", "quantize", place / "whole", "--format", "int4-g32-sym", "--no-probe", "--out", student)[0] == 0
+    )
     code, _, err = run("recover", *words(recipe(place, student, out)))
     assert code == 0, err
     summary = json.loads((out / "summary.json").read_text())
