@@ -110,6 +110,16 @@ def test_a_gap_in_the_experts_is_not_closed(family: Callable[[str], Path], tmp_p
     assert "no run of numbers from 0" in refused(with_tensors(path, tmp_path / "gap", tensors))
 
 
+def test_an_expert_too_many_is_counted(family: Callable[[str], Path], tmp_path: Path) -> None:
+    path = family("mixtral")
+    more = {"model.layers.1.block_sparse_moe.experts.4.w1.weight": torch.ones(64, 32)}
+    message = refused(with_tensors(path, tmp_path / "five", {**tensors_of(path), **more}))
+    assert (
+        "model.layers.1.mlp.experts.gate_up_proj is made of 5 x model.layers.1.block_sparse_moe.experts.*.w1" in message
+    )
+    assert "and 4 x model.layers.1.block_sparse_moe.experts.*.w3.weight" in message
+
+
 def test_two_tensors_for_one_place_are_refused(family: Callable[[str], Path], tmp_path: Path) -> None:
     path = family("llama, tied")
     tensors = tensors_of(path)
@@ -194,6 +204,16 @@ def test_another_layer_too_many_is_refused(family: Callable[[str], Path], tmp_pa
     tensors = tensors_of(path)
     more = {re.sub(r"layers\.1\.", "layers.2.", k): v.clone() for k, v in tensors.items() if "layers.1." in k}
     assert "hold 9 tensors" in refused(with_tensors(path, tmp_path / "deep", {**tensors, **more}))
+
+
+def test_towers_and_prediction_heads_of_a_text_model_are_told(family: Callable[[str], Path], tmp_path: Path) -> None:
+    for name, more in {
+        "gemma3": "vision_tower.vision_model.embeddings.position_embedding.weight",
+        "qwen3-moe": "mtp.layers.0.mlp.experts.0.up_proj.weight",
+    }.items():
+        with_tower = with_tensors(family(name), tmp_path / name, {**tensors_of(family(name)), more: torch.ones(2, 2)})
+        (said,) = check_weights(find_model(str(with_tower)))
+        assert more.replace("experts.0", "experts.*") in said
 
 
 def fp8(path: Path, target: Path, *, scale: str | None) -> Path:

@@ -63,6 +63,7 @@ class Account:
         shapes: name, the file's shape, the model's shape.
         types: name and type of weights that are no floating-point numbers, and that nothing unpacks.
         failed: what transformers could not put together, with its reason.
+        sources: the files' tensors of which each tensor of the model is made.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -72,6 +73,7 @@ class Account:
     shapes: list[tuple[str, Sequence[int], Sequence[int]]] = field(default_factory=list)
     types: list[tuple[str, str]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def sort_out(self, names: Mapping[str, str], shapes: Mapping[str, Sequence[int]], model: PreTrainedModel) -> None:
         """Put file names without a place (each with the model's name for it) where they belong."""
@@ -97,6 +99,12 @@ class Account:
 
         `told_by` is the file that says which tensors there should be.
         """
+        if self.failed:
+            name, reason = next(iter(self.failed.items()))
+            parts = Counter(pattern for source in self.sources.get(name, []) for pattern in patterns([source]))
+            made = " and ".join(f"{count} x {pattern}" for pattern, count in parts.items())
+            why = f"is made of {made}, which don't fit each other" if parts else _last(reason)
+            raise FileError(f"the model of {what} can't be put together: {name} {why}")
         if self.missing:
             raise FileError(
                 f"the model of {what} is incomplete: {len(self.missing)} tensors are missing ({_some(self.missing)})"
@@ -117,9 +125,6 @@ class Account:
             )
         if self.clashes:
             raise FileError(f"the model of {what} can't be put together: {'; '.join(self.clashes[:3])}")
-        if self.failed:
-            name, reason = next(iter(self.failed.items()))
-            raise FileError(f"the model of {what} can't be read: transformers could not make {name}: {_last(reason)}")
         if self.unread:
             raise FileError(
                 f"the files of {what} hold {len(self.unread)} tensors that its model has no place for "
@@ -149,8 +154,9 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _last(reason: str) -> str:
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    return " ".join(lines[-2:])[:300]
+    """What went wrong, of a traceback and what transformers adds."""
+    said = [line for line in reason.splitlines() if re.match(r"\w+(Error|Exception): ", line)]
+    return " ".join((said or reason.splitlines() or [""])[-1].split())[:200]
 
 
 class _SeenEnough(Exception):
@@ -239,6 +245,7 @@ def _count(account: Account, model: PreTrainedModel, tensors: Mapping[str, Any],
         if alone and kind not in _FLOATS and needed[target].is_floating_point():
             account.types.append((name, kind))
     for (target, _), names in places.items():
+        account.sources[target] += names
         if len(names) > 1 and not _in_a_row(names):
             account.clashes.append(f"{target} is to be made of {_some(names)}, which are no run of numbers from 0")
     account.sort_out(unread, {name: _shape(tensors[name]) for name in unread}, model)

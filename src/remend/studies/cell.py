@@ -209,7 +209,8 @@ def completion_tokens(recipe: JsonRow, idle: Path | None, task_rows: str | None)
         theirs = [len(row["completion"]) for row in RunDirectory(idle).rows("reference.jsonl")]
         mean["recover"] = (sum(ours) / len(ours) + sum(theirs) / len(theirs)) / 2
     if task_rows is not None:
-        tokenizer = load_tokenizer(find_model(recipe["student"]))
+        trusted = bool(recipe.get("trust_remote_code"))
+        tokenizer = load_tokenizer(find_model(recipe["student"], trust_remote_code=trusted))
         limit = longest(build(RecoverConfig, merged(recipe, {"out": "-"}), "recipe"))
         close = len(ending(tokenizer, [end for end in (tokenizer.eos_token_id,) if end is not None]))
         texts = [demonstration_of(e.row, f'row "{e.id}"') for e in load_examples(task_rows)]

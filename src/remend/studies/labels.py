@@ -60,7 +60,7 @@ def write_labels(out: Path, recipe: RecoverConfig, settings: LabelSettings) -> J
     began = time.perf_counter()
     (stream,), longest = resolve(recipe), recipe.max_prompt_tokens
     train, held_out = str(stream.data), str(stream.eval_data)
-    source = find_model(recipe.student)
+    source = find_model(recipe.student, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(source)
     config = load_config(source).get_text_config()
     ends = eos_ids(config, tokenizer)
@@ -98,7 +98,8 @@ def _taught(recipe: RecoverConfig, count: int, tokenizer: Tokenizer, examples: S
     """The reference's own answers at temperature 1 to `count` of the prompts."""
     where = choose_device(recipe.device)
     dtype = choose_dtype("auto", where) if where.type == "cuda" else torch.float32
-    model = load_model(find_model(reference_of(recipe)), dtype=dtype, device=where)
+    source = find_model(reference_of(recipe), trust_remote_code=recipe.trust_remote_code)
+    model = load_model(source, dtype=dtype, device=where)
     prompts, _ = encode_within(tokenizer, examples, recipe.max_prompt_tokens)
     order = Order(prompts, derive_seed(recipe.seed, "labels"))
     chosen = [prompt for _, prompt in order.take(0, min(count, len(prompts)))]
