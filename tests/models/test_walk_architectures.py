@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from helpers.random_text import random_text
 from helpers.tiny import build_model, build_tokenizer
@@ -173,6 +174,19 @@ def test_a_layer_may_see_several_rows_of_a_token(order: str) -> None:
         assert float((sites.gram_II - own.grams[name]).norm() / own.grams[name].norm()) < 1e-4, name
 
 
+def test_blocks_may_give_a_list() -> None:
+    model = build_gpt()
+    seen, own = visited(model, TEXT), watched(model, TEXT)
+    for name, sites in seen.items():
+        assert float((sites.gram_II - own.grams[name]).norm() / own.grams[name].norm()) < 1e-4, name
+
+
+def build_gpt() -> Any:
+    """The first GPT, whose layers are Conv1D and whose blocks give lists."""
+    config = OpenAIGPTConfig(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    return OpenAIGPTLMHeadModel(config).eval().requires_grad_(False)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "falcon", "bloom", "opt-proj", "gpt-oss"])
 def test_states_between_blocks_are_those_of_a_plain_pass(name: str) -> None:
     """What blocks chosen by influence rest on."""
@@ -222,6 +236,17 @@ def looped(model: Any) -> None:
     model.model.layers[1] = model.model.layers[0]
 
 
+def tied(model: Any) -> None:
+    """One parameter in two layers, as Zamba 2 shares a block."""
+    model.model.layers[1].mlp.gate_proj.weight = model.model.layers[0].mlp.gate_proj.weight
+
+
+def batch_wide(model: Any) -> None:
+    """What a token becomes depends on the other sequences of its batch."""
+    forward = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x_BTD: forward(x_BTD) + x_BTD.mean(0, keepdim=True)
+
+
 def changed_between(model: Any) -> None:
     """What the second block computes depends on more than it is given."""
     forward = model.model.layers[1].forward
@@ -233,6 +258,8 @@ REFUSED = [
     (twice, r"several times a pass, model.layers.1.mlp.mlp.gate_proj \(2 times\)"),
     (time_first, r"does not give model.layers.1.mlp.mlp.\w+ each token once, in their order"),
     (shared, r"several times a pass, model.layers.0.mlp.gate_proj"),
+    (tied, r"several times a pass, model.layers.0.mlp.gate_proj \(2 times\)"),
+    (batch_wide, r"computes of a sequence in a batch something else than of it alone \(block 1\)"),
     (looped, "does not run each of its blocks once"),
     (changed_between, "computes more between its blocks"),
 ]

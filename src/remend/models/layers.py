@@ -29,7 +29,8 @@ def decoder_layers(model: CausalLM) -> nn.ModuleList:
             return blocks
     raise InputError(
         f"{type(model).__name__} does not keep its blocks in a list that remend knows (layers, h, blocks), so "
-        "methods that go through it block by block can't be used; round to nearest and magnitude need no such walk"
+        "methods that go through it block by block can't be used; rtn and magnitude need no such walk, and "
+        "recover does without it by repair: false"
     )
 
 

@@ -250,8 +250,13 @@ def run_block(block: nn.Module, batch: HiddenBatch, index: int) -> Tensor:
             output = block(hidden_states=states_BTD, **call.keywords)
         else:
             output = block(states_BTD, *call.arguments, **call.keywords)
-    given: Tensor = output[0] if isinstance(output, tuple) else output
+    given: Tensor = first_of(output)
     return given
+
+
+def first_of(output: object) -> Any:
+    """The hidden states among what a block gives: all of it, or the first of a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 @dataclass

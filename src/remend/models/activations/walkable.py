@@ -15,14 +15,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from remend.errors import InputError
 from remend.models.activations.experts import Experts, Given, Keywords, routing
-from remend.models.activations.passes import INSTEAD, Blocks, HiddenBatch, first_given, real_rows, run_block, start
+from remend.models.activations.passes import (
+    INSTEAD,
+    Blocks,
+    HiddenBatch,
+    first_given,
+    first_of,
+    real_rows,
+    run_block,
+    start,
+)
 from remend.models.layers import decoder_layers
 from remend.models.matrices import Matrix, matrices
 from remend.models.protocols import CausalLM
@@ -73,12 +81,12 @@ def blocks_of(model: CausalLM, text: Sequence[Sequence[int]]) -> Blocks:
     long, short = tuple(text[0][:LONG]), tuple(text[-1][:SHORT])
     rows = [Rollout("long", long, (), False), Rollout("short", short, (), False)]
     own = _own_pass(model, items, parts, rows)
-    _once_each(model, own, len(items), torch.Size((len(rows), max(len(long), len(short)))))
+    _once_each(model, parts, own, len(items), torch.Size((len(rows), max(len(long), len(short)))))
     inside = {m for block in items for m in block.modules()}
     blocks = Blocks(
         model,
         items,
-        gives=tuple(len(output) if isinstance(output, tuple) else None for output in own.gave),
+        gives=tuple(len(output) if isinstance(output, (tuple, list)) else None for output in own.gave),
         before=tuple(m for m, block in own.outside if block < 0),
         after=tuple(m for m, block in own.outside if block >= 0),
         idle=tuple(m for m in parts if m not in inside and not own.calls[m]),
@@ -90,9 +98,13 @@ def blocks_of(model: CausalLM, text: Sequence[Sequence[int]]) -> Blocks:
         for at, single in enumerate(alone):
             single.states_BTD = batch.states_BTD[at : at + 1, : single.tokens_BT.shape[1]]
         seen, given = _given_to(block, index, batch, parts)
-        apart = [_given_to(block, index, single, parts)[0] for single in alone]
-        if _differ(_states(own.gave[index])[batch.real_BT], given[batch.real_BT]):
+        apart, by_itself = zip(*(_given_to(block, index, single, parts) for single in alone), strict=True)
+        if _differ(first_of(own.gave[index])[batch.real_BT], given[batch.real_BT]):
             raise _refusal(model, f"computes more between its blocks than hidden states (at block {index})")
+        # where numbers are short, a token between two experts may go to either
+        exact = given.dtype == torch.float32
+        if exact and any(_differ(ours[0], given[at, : ours.shape[1]]) for at, ours in enumerate(by_itself)):
+            raise _refusal(model, f"computes of a sequence in a batch something else than of it alone (block {index})")
         for module in (m for m in block.modules() if m in parts):
             if holds_experts(parts[module]):
                 if module not in seen:
@@ -115,6 +127,7 @@ class _OwnPass:
     order: list[int] = field(default_factory=list)
     gave: list[object] = field(default_factory=list)
     calls: Counter[nn.Module] = field(default_factory=Counter)
+    uses: Counter[int] = field(default_factory=Counter)  # by the address of a matrix, which modules may share
     outside: list[tuple[nn.Module, int]] = field(default_factory=list)  # with the last block before it
 
 
@@ -129,6 +142,7 @@ def _own_pass(
 
     def note_module(module: nn.Module, args: object) -> None:
         own.calls[module] += 1
+        own.uses[_address(parts[module])] += 1
         if module not in inside:
             own.outside.append((module, max(own.order, default=-1)))
 
@@ -142,16 +156,22 @@ def _own_pass(
     return own
 
 
-def _once_each(model: CausalLM, own: _OwnPass, blocks: int, shape: torch.Size) -> None:
+def _address(own: Sequence[Matrix]) -> int:
+    return own[0].weight_OI.data_ptr()
+
+
+def _once_each(
+    model: CausalLM, parts: Mapping[nn.Module, list[Matrix]], own: _OwnPass, blocks: int, shape: torch.Size
+) -> None:
     if own.order != list(range(blocks)):
         raise _refusal(model, "does not run each of its blocks once, in their order")
     for output in own.gave:
-        states = _states(output)
+        states = first_of(output)
         if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[:2] != shape:
             what = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
             raise _refusal(model, f"has blocks that give {what} in place of hidden states [batch, time, width]")
-    names = {m: n for n, m in model.named_modules()}
-    again = [f"{names[m]} ({count} times)" for m, count in own.calls.items() if count > 1]
+    names = {_address(parts[m]): n for n, m in reversed(list(model.named_modules())) if m in parts}
+    again = [f"{names[address]} ({count} times)" for address, count in own.uses.items() if count > 1]
     if again:
         more = f" and {len(again) - 3} more" if len(again) > 3 else ""
         raise _refusal(model, f"runs layers several times a pass, {', '.join(again[:3])}{more}")
@@ -202,10 +222,6 @@ def _explained(experts: Experts, met: _Met) -> bool:
     assert met.gave is not None
     same = chosen.shape == shares.shape and len(chosen) == len(states)
     return same and not _differ(experts.output(states, chosen, shares), met.gave.reshape(states.shape))
-
-
-def _states(output: object) -> Any:
-    return output[0] if isinstance(output, tuple) and output else output
 
 
 def _differ(ours: Tensor, theirs: Tensor) -> bool:
