@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject, read_json
@@ -42,6 +43,18 @@ def _content(path: Path) -> JsonObject:
     except FileError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def merges_experts(model_type: str) -> bool:
+    """Whether transformers makes one tensor of all experts of a layer, which files of this type hold one by one."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    steps = [step for entry in get_checkpoint_conversion_mapping(model_type) or [] for step in _operations(entry)]
+    return any(type(step).__name__ == "MergeModulelist" for step in steps)
+
+
+def _operations(entry: object) -> list[object]:
+    return list(getattr(entry, "operations", []))
 
 
 def require_openable(directory: Path) -> None:
@@ -85,11 +98,11 @@ def exact_products() -> Iterator[None]:
     def widened(
         self: Operation, input_dict: dict[str, Tensor | list[Tensor]], *args: object, **kwargs: object
     ) -> object:
-        scale = input_dict.get("weight_scale")
-        if scale is not None:
-            wide = [_widen(s) for s in scale] if isinstance(scale, list) else _widen(scale)
-            input_dict = {**input_dict, "weight_scale": wide}
-        return convert(self, input_dict, *args, **kwargs)
+        scales = {name: scale for name, scale in input_dict.items() if name.endswith("weight_scale")}
+        wide = {
+            n: [_widen(s) for s in scale] if isinstance(scale, list) else _widen(scale) for n, scale in scales.items()
+        }
+        return convert(self, {**input_dict, **wide}, *args, **kwargs)
 
     fp4.unpack_fp4_from_uint8, Operation.convert = partial(unpack, dtype=torch.float32), widened
     try:
@@ -112,13 +125,26 @@ def unpacked(model: PreTrainedModel) -> PreTrainedModel:
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             if state is not None:
                 state.dtype = torch.float32
+        turned = [n for n, m in model.named_modules() if issubclass(getattr(m, "source_cls", nn.Module), Conv1D)]
         model = model.dequantize()
+        for name in turned:
+            model.set_submodule(name, _conv1d(model.get_submodule(name)))
         model._weight_conversions = None  # transformers would undo the packing's own when it saves, and can't
+    elif merges_experts(model.config.get_text_config().model_type):
+        model._weight_conversions = None  # likewise: packed experts were put together on their way in
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, name):
             delattr(owner, name)
     model.is_quantized = False
     return model
+
+
+def _conv1d(linear: nn.Module) -> Conv1D:
+    """GPT-2's own layer, in whose place bitsandbytes put a Linear: without it config.json would not fit the weights."""
+    weight_OI, bias_O = linear.get_parameter("weight"), linear.get_parameter("bias")
+    layer = Conv1D(*weight_OI.shape)
+    layer.weight, layer.bias = nn.Parameter(weight_OI.detach().T.contiguous()), bias_O
+    return layer
 
 
 def _widen(scale: Tensor) -> Tensor:

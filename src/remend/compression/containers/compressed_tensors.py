@@ -19,12 +19,13 @@ from remend.compression.containers import CONTAINERS, Container, Measured, Recog
 from remend.compression.grids import Grid, GridFormat, restore
 from remend.compression.stored_grid import StoredGrid
 from remend.errors import InputError
-from remend.files.atomic import JsonObject
+from remend.files.atomic import JsonObject, read_json
 from remend.models.find import ModelSource
 from remend.models.load import save_model
 from remend.models.matrices import by_key
-from remend.models.packed_weights import packing, require_compressed_tensors
+from remend.models.packed_weights import merges_experts, packing, require_compressed_tensors
 
+_AN_EXPERT = re.compile(r"[.]experts[.]\d+[.]")
 _INT = re.compile(r"int(\d)-g(\d+)-(sym|zp)")
 
 
@@ -36,6 +37,7 @@ def _recognise(source: ModelSource, as_dense: bool) -> Recognised:
     assert source.path is not None
     config = packing(source.path)
     _refuse_sparse(config, source.spec)
+    _refuse_plain_experts(source.path)
     try:
         stored, why = _grid_of(source.path, config)
     except InputError as reason:
@@ -55,6 +57,10 @@ def _grid_of(directory: Path, config: JsonObject) -> tuple[StoredGrid, str]:
     modules = _modules(directory)
     if not modules:
         raise InputError("its config.json tells of packed weights, but its files hold none")
+    if merges_experts(_model_type(directory)) and (one := next(filter(_AN_EXPERT.search, modules), None)):
+        raise InputError(
+            f"its experts are packed one by one ({one}), and a model in transformers has one tensor for all of a layer"
+        )
     if args["type"] == "int":
         fmt, repeats = _integer_format(args, modules)
         matrices = {f"{n}.weight": _integer(m, fmt, args, repeats[n]) for n, m in modules.items()}
@@ -63,6 +69,29 @@ def _grid_of(directory: Path, config: JsonObject) -> tuple[StoredGrid, str]:
         matrices = {f"{n}.weight": _float(m, fmt) for n, m in modules.items()}
     also = "; the quantization of its activations is not held" if groups[0].get("input_activations") else ""
     return StoredGrid(fmt, matrices), f"compressed-tensors ({form}): the grid {fmt.name}{also}"
+
+
+def _refuse_plain_experts(directory: Path) -> None:
+    """Raise InputError for experts that were left plain where others of the model's layers are packed.
+
+    transformers looks for packed experts alone where it makes one tensor of them, and fails.
+    """
+    if not merges_experts(_model_type(directory)):
+        return
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            plain = [n for n in tensors.keys() if _AN_EXPERT.search(n) and n.endswith(".weight")]  # noqa: SIM118
+        if plain:
+            raise InputError(
+                f"{directory} has plain experts ({plain[0]}) beside packed layers, which transformers can't read; give "
+                "the model before packing"
+            )
+
+
+def _model_type(directory: Path) -> str:
+    config = read_json(directory / "config.json")
+    text: JsonObject = config.get("text_config") or config
+    return str(text.get("model_type"))
 
 
 def _refuse_sparse(config: JsonObject, what: str) -> None:
@@ -218,10 +247,19 @@ def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
     assert stored is not None
     parts = by_key(model)
     if other := [name for name in stored.matrices if not isinstance(parts[name].module, nn.Linear)]:
+        kinds = "experts, which a model in transformers keeps in one tensor for all of a layer"
+        if parts[other[0]].expert is None:
+            kinds = f"of the kind {type(parts[other[0]].module).__name__}, which holds inputs first"
         raise InputError(
-            f"{len(other)} of the matrices on the grid are no linear layers of their own ({', '.join(other[:2])}, …): "
-            "transformers keeps all experts of a layer in one tensor, and its reader of compressed-tensors finds no "
-            "packed experts there; use --format dense, which keeps the grid beside the weights"
+            f"{len(other)} of the matrices on the grid are no linear layers of their own ({', '.join(other[:2])}, …) "
+            f"but {kinds}: a reader of compressed-tensors would find nothing packed there; use --format dense, which "
+            "keeps the grid beside the weights"
+        )
+    left = next((name for name, matrix in parts.items() if matrix.expert is not None), None)
+    if left and merges_experts(model.config.get_text_config().model_type):
+        raise InputError(
+            f"the experts ({left}, …) are on no grid and the other layers are, which transformers can't read back from "
+            "compressed-tensors; use --format dense, which keeps the grid beside the weights"
         )
     matrices = {name.removesuffix(".weight"): matrix for name, matrix in stored.matrices.items()}
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
