@@ -53,6 +53,23 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         tf.FalconH1Config(**_ATTENTION, **_SCAN, mamba_d_ssm=64, lm_head_multiplier=0.5, key_multiplier=0.5)
     ),
     "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_ATTENTION, head_dim=16, sliding_window=8)),
+    "gemma3-images": lambda: tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(
+            text_config={**_ATTENTION, "head_dim": 16, "sliding_window": 8},
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+            image_token_index=60,
+            boi_token_index=61,
+            eoi_token_index=62,
+        )
+    ),
     "gemma3n": lambda: tf.Gemma3nForCausalLM(
         tf.Gemma3nTextConfig(
             **{**_ATTENTION, "num_hidden_layers": 4},

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject, read_json
+from remend.models.matrices import matrices
 from remend.models.protocols import CausalLM
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def add_lora(
         model: a transformers causal language model.
         rank: of the update.
         alpha: None is 2 · rank.
-        targets: 'all-linear' (every linear layer of the decoder, not the head), or ends of module names.
+        targets: 'all-linear' (every linear layer of the decoder, not the head, routers or experts), or ends of module
+            names.
         seed: of A.
         base: how the adapter's file names its base; None is the model's own name_or_path.
 
@@ -104,10 +106,15 @@ def add_lora(
     if is_adapted(model):
         raise InputError("the model carries an adapter already, which is trained as it is; leave lora out")
     named = check_targets(model, targets)
+    layers = matrices(model)
+    ends = tuple(f".{end}" for end in named)
+    outside = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in layers]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         target_modules=named,
+        exclude_modules=[name for name in outside if f".{name}".endswith(ends)] or None,
+        fan_in_fan_out=any(m.transposed and m.expert is None for m in layers.values()),
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base or model.name_or_path,
@@ -122,18 +129,47 @@ def check_targets(model: CausalLM, targets: str | Sequence[str]) -> list[str]:
 
     Raises InputError where one names no linear layer of the decoder.
     """
-    head = model.get_output_embeddings()
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    linear = [name for name, matrix in matrices(model).items() if matrix.expert is None]
     wanted = [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
     kinds = sorted({name.rpartition(".")[2] for name in linear})
     missing = [t for t in wanted if not any(f".{name}".endswith(f".{t}") for name in linear)]
     if missing or not targets:
         raise InputError(
-            f"lora.targets: {', '.join(missing) or 'the empty list'} is no linear layer of the decoder (the head can't "
-            f"be one); allowed: all-linear, or a list of {', '.join(kinds)}"
+            f"lora.targets: {', '.join(missing) or 'the empty list'} is no linear layer of the decoder (the head and "
+            f"experts can't be one); allowed: all-linear, or a list of {', '.join(kinds)}"
         )
     # ends of names, not peft's list of every layer: laid on a deeper base, the adapter is then found to be incomplete
     return kinds if targets == "all-linear" else list(wanted)
+
+
+def untouched_experts(model: CausalLM) -> str | None:
+    """What to say of a model whose experts an adapter leaves as they are; None where it has none."""
+    known = matrices(model).values()
+    names = sorted({m.parameter.rpartition(".")[2] for m in known if m.expert is not None})
+    if not names:
+        return None
+    sizes = [(m.in_features * m.out_features, m.expert is not None) for m in known]
+    share = sum(size for size, expert in sizes if expert) / sum(size for size, _ in sizes)
+    return (
+        f"the adapter leaves {share:.0%} of the decoder's matrix weights as they are: it is laid on linear layers, and "
+        f"experts ({', '.join(names)}) are none"
+    )
+
+
+def unmergeable(directory: Path, base: CausalLM) -> str | None:
+    """Why the adapter in `directory` can't be folded into `base`, whose weights aren't looked at; None where it can."""
+    settings, tensors = _settings(directory), _tensors(directory)
+    replaced = [key for key in ("modules_to_save", "trainable_token_indices") if settings.get(key)]
+    if replaced:
+        return f"it has {' and '.join(replaced)}, which replaces parts of the base instead of being added to them"
+    if base.config.get_text_config().tie_word_embeddings and any("lora_embedding_A" in name for name in tensors):
+        return "it changes the embedding, which is the head too"
+    modules = dict(base.named_modules())
+    for name in tensors:
+        layer, _, bias = name.removeprefix(_PREFIX).partition(".lora_B.bias")
+        if layer != name.removeprefix(_PREFIX) and not bias and getattr(modules.get(layer), "bias", None) is None:
+            return f"it adds a bias to {layer}, which has none"
+    return None
 
 
 def _inject(model: CausalLM, config: LoraConfig) -> None:
@@ -169,6 +205,7 @@ def load_adapter(model: CausalLM, directory: Path) -> None:
             raise
         raise InputError(_another_base(directory, settings, " ".join(str(error).split())[:200])) from None
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _drop_copies(model, expected, stored, directory)
     problem = _difference(expected, stored)
     if problem:
         raise InputError(_another_base(directory, settings, problem))
@@ -176,6 +213,33 @@ def load_adapter(model: CausalLM, directory: Path) -> None:
     if made_for and made_for != base_print(model):
         raise InputError(_another_base(directory, settings, "the shapes agree, but that base has other weights"))
     set_peft_model_state_dict(model, stored)
+
+
+def _drop_copies(model: CausalLM, expected: Mapping[str, Tensor], stored: dict[str, Tensor], directory: Path) -> None:
+    """Leave out embeddings that peft stores beside an adapter although they are the base's own.
+
+    Raises InputError where they have other rows or other values than the base.
+    """
+    base, ends = model.state_dict(), (model.get_input_embeddings(), model.get_output_embeddings())
+    vocabulary = tuple(f"{name}." for name, module in model.named_modules() if module in ends)
+    for name in [name for name in stored if name.startswith(vocabulary)]:
+        part = name if name in base else name.replace(".weight", ".base_layer.weight")
+        kept = expected.get(name, base.get(part))
+        if kept is not None and stored[name].shape[1:] == kept.shape[1:] and len(stored[name]) != len(kept):
+            raise InputError(
+                f"adapter {directory} does not fit its base: {name} has {len(stored[name])} rows and the base's "
+                f"vocabulary {len(kept)}, so it was trained after the vocabulary was resized. Resize the base likewise "
+                "(resize_token_embeddings), save it, and name that as base_model_name_or_path in "
+                f"{ADAPTER_CONFIG}"
+            )
+        if name in expected or kept is None:
+            continue
+        if not torch.equal(stored[name].to(kept), kept):
+            raise InputError(
+                f"adapter {directory} does not fit its base: it brings {name} of its own, which differs from the "
+                "base's. Merge it with peft into the base that it was trained on, and use the result"
+            )
+        del stored[name]
 
 
 def base_print(model: CausalLM) -> str:
@@ -188,7 +252,7 @@ def base_print(model: CausalLM) -> str:
     layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
     digest = hashlib.sha256()
     for layer in (layers[0], layers[-1]):
-        weight: Tensor = layer.get_parameter("weight").detach()
+        weight: Tensor = next(layer.parameters()).detach()
         weight = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
         digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -269,11 +333,28 @@ def merge(model: CausalLM) -> None:
     """Fold the adapter into the weights under it, W + (alpha / rank) · B A, in place: a plain model again.
 
     For dense weights only: on a quantization grid or under a mask the sum would no longer lie.
+
+    Raises InputError where the plain model gives other logits than the adapted one, or holds what can't be folded.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
+    rows = model.get_input_embeddings().weight.shape[0]
+    probe_1T = torch.arange(1, 17, device=model.device).remainder(rows).unsqueeze(0)
+    wanted = model(input_ids=probe_1T, use_cache=False).logits
+    kept = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    if kept:
+        raise InputError(f"an adapter that replaces {kept[0]} can't be folded into its base; leave merge out")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for module in layers.values():
+        module.merge()
+    for name, module in layers.items():
+        if name.rpartition(".base_layer")[0] not in layers:  # one around two parameters of a module is inside another
             model.set_submodule(name, module.get_base_layer())
     delattr(model, "peft_config")
+    got = model(input_ids=probe_1T, use_cache=False).logits
+    if not torch.allclose(got, wanted, atol=1e-2 * float(wanted.abs().max()), rtol=0, equal_nan=True):
+        raise InputError(
+            f"folded into its base the adapter gives other logits (by {float((got - wanted).abs().max()):.3g}); leave "
+            "merge out, and it is saved apart"
+        )

@@ -17,7 +17,7 @@ from remend.data.templates import encode
 from remend.errors import InputError, did_you_mean
 from remend.files.atomic import read_json
 from remend.files.run_directory import occupied
-from remend.models.adapters import check_targets
+from remend.models.adapters import check_targets, unmergeable, untouched_experts
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import ModelSource, fetch_model, find_model, origin_note
 from remend.models.layers import count_parameters
@@ -195,6 +195,12 @@ def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Stude
         model = skeleton(source, settings)
         if config.lora:
             check_targets(model, config.lora.targets)
+            left = untouched_experts(model)
+            say.warnings += [left] if left else []
+        if config.merge and source.kind == "adapter" and source.path and (why := unmergeable(source.path, model)):
+            say.problems.append(
+                f"merge: true can't fold the adapter {config.student} into its base: {why}; leave merge out"
+            )
         layers, given = text.num_hidden_layers, config.layer_map
         if given is not None and (len(given) != layers or min(given) < 0 or given != sorted(set(given))):
             raise InputError(

@@ -47,6 +47,8 @@ def tuned(damage: Damage, settings: Finetune) -> Changed:
     steps, lora = settings.steps_for(len(rows)), settings.lora
     student = damage.student.requires_grad_(True)
     if lora:
+        if left := adapters.untouched_experts(student):
+            warn(left)
         seed = derive_seed(settings.seed, "lora")
         adapters.add_lora(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
     objective = Supervised(
