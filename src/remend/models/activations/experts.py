@@ -1,8 +1,8 @@
 """Experts of one layer: which tokens each of them sees, and what its second product sees.
 
-transformers keeps the experts of a layer in one module (`use_experts_implementation` in its integrations/moe.py), which
-is called with all tokens and the numbers of each token's experts. Nothing inside it is a module, so the inputs of an
-expert's matrices are taken from the call: those of the first product are the tokens that were routed to it, those of
+transformers keeps the experts of a layer in one module (`use_experts_implementation` in its module integrations.moe),
+which is called with all tokens and the numbers of each token's experts. Nothing inside it is a module, so the inputs of
+an expert's matrices are taken from the call: those of the first product are the tokens that were routed to it, those of
 the second are computed from them by the module's own gate.
 
 Legend: N real tokens, D width of the residual stream, K experts of a token, I inputs and O outputs of a matrix.
