@@ -89,18 +89,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Explained:
-    """A difference that is meant, and why. Place and texts by regular expression, each of the whole."""
+    """A difference that is meant, and why. Place, texts and file by regular expression, each of the whole."""
 
     reason: str
     place: str
     text: str = r"(.|\n)*"
+    file: str = r".*"
 
     def fits(self, difference: Difference) -> bool:
         """Whether this is the reason."""
         texts = [value for value in (difference.before, difference.after) if value != MISSING]
-        return bool(re.fullmatch(self.place, difference.place)) and all(
-            re.fullmatch(self.text, str(value)) for value in texts
-        )
+        fits = re.fullmatch(self.place, difference.place) and re.fullmatch(self.file, difference.file)
+        return bool(fits) and all(re.fullmatch(self.text, str(value)) for value in texts)
 
 
 MISSING = "missing"
@@ -109,6 +109,8 @@ CHANGED = r"(importance_clip|scales|loss)"
 NOTHING = r"(\"|&#34;)?(None|null|fixed)\b.*"
 QUOTE = r"(\"|&#34;)"
 CAME_OR_WENT = "the recipe key came or went"
+PROBED = "a calibrated student is probed on its own data"
+CALIBRATED = r"(depth|gguf|gptq|mask|nvfp4|sparse|width)"
 SHARES = "degradations say which weights they reached"
 EXPLAINED = [
     Explained(CAME_OR_WENT, rf"(.*\brecipe\.)?(streams\.\w+\.)?{CHANGED}", NOTHING),
@@ -118,6 +120,8 @@ EXPLAINED = [
         "the prompts' tokens are hashed", r".*line \d+", rf"\s*{QUOTE}tokens(_sha256)?{QUOTE}: {QUOTE}[0-9a-f]{{64}}.*"
     ),
     Explained("eval notes how large its batches were", r"line 1", r"\{\"key\": \"\w+\", \"tokens_at_once\": \d+\}"),
+    Explained(PROBED, r"probe\.(kl|top1_agreement)", file=rf"made/{CALIBRATED}/degradation.json"),
+    Explained(PROBED, r"line \d+", r"probe: KL .*", rf"logs/degrade-{CALIBRATED}.txt"),
     Explained(SHARES, r"decoder", r"\{'weights': .*"),
     Explained(SHARES, r"line \d+", r"decoder: 100\.0% (on the grid|under the mask), 0\.0% untouched .*"),
 ]
