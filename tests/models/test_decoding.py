@@ -104,7 +104,7 @@ def test_a_model_whose_rows_see_each_other_is_refused() -> None:
         greedy(like_llama(_Smoothing), ())
 
 
-@pytest.mark.parametrize("name", ["mamba2", "mixtral", "qwen3-next"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "mixtral", "qwen3-next"])
 def test_a_cache_is_believed_in_bfloat16_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     greedy(build(name).to(torch.bfloat16), ())
     assert "decoded without one" not in capsys.readouterr().err

@@ -138,7 +138,8 @@ def _trusts_cache(model: CausalLM) -> bool:
     own_BV = torch.cat([_alone(model, [*_PROBE[0], *_NEXT[0][:1]]), _alone(model, [*_PROBE[1], *_NEXT[1]])])
     if not own_BV.isfinite().all():
         return True  # nothing to compare; who scores the model says that it is damaged
-    exact = own_BV.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(own_BV.device.type)
+    dtypes = {own_BV.dtype, *(p.dtype for p in model.parameters())}
+    exact = dtypes <= {torch.float32, torch.float64} and not torch.is_autocast_enabled(own_BV.device.type)
     cached, why = None, ""
     try:
         cached = _difference(own_BV, _probed(Cached(model, _PROBE)), exact)
