@@ -21,6 +21,7 @@ from remend.evaluation.job import evaluate
 from remend.recovery import recover, settings
 from remend.recovery.plan import Checked
 from remend.recovery.preflight import preflight
+from remend.recovery.self_prompts import write_self_prompts
 from remend.training.write_cache import cache_teacher
 
 MARKS = TEMPLATE.replace("<|im_start|>", "<|turn|>")
@@ -157,6 +158,28 @@ def test_nothing_goes_beyond_learned_positions(recipe: dict[str, Any], tmp_path:
     tuned = finetune(model, tmp_path / "tuned", steps=9, probe=False, **cpu)
     assert tuned["data"]["dropped"] == 1
     diagnose(model, [str(student)], tmp_path / "d", max_new_tokens=8, **cpu)
+    with pytest.raises(InputError, match="48 positions"):
+        write_self_prompts(model, tmp_path / "self.jsonl", n=2, device="cpu")
+    more = str(gpt2(tmp_path / "more", positions=96))
+    quantize(more, tmp_path / "g", format="int4-g32-sym", method="gptq", samples=37, **cpu)
+
+
+def test_a_demonstration_beyond_the_positions_is_not_measured(recipe: dict[str, Any], tmp_path: Path) -> None:
+    model = str(gpt2(tmp_path / "gpt2", positions=64))
+    student = tmp_path / "q"
+    quantize(model, student, format="int4-g32-sym", probe=False, device="cpu")
+    rows = [{"prompt": f"T{i}", "demonstration": "Look." if i % 2 else "0123456789" * 2} for i in range(20)]
+    keep = {
+        "data": write_rows(tmp_path / "task.jsonl", rows),
+        "teacher": "initial",
+        "demonstrations": True,
+        "held_out": 8,
+    }
+    streams = {"recover": {"data": recipe.pop("data"), "held_out": recipe.pop("held_out")}, "keep": keep}
+    ours = {**recipe, "student": str(student), "teacher": model, "streams": streams, "eval_every": 2}
+    finished = recover(**ours, demonstration_template="{prompt} {demonstration}")
+    assert finished.summary["warnings"] == []  # no prompt was too long
+    assert finished.model.is_dir()
 
 
 @pytest.mark.parametrize(

@@ -149,5 +149,5 @@ def _help(tokenizer: Tokenizer, example: Example, turn: Message) -> str:
             return f'Give the rows "chat_template_kwargs": {json.dumps(variables)}, with which they fit'
     return (
         "No chat_template_kwargs are known that would help; give answers in the form that the template shows, with the "
-        "thoughts that it opens, or without those that it drops"
+        "thoughts that it opens or without those that it drops, or change the model's chat template"
     )

@@ -162,7 +162,7 @@ def _instead(path: Path) -> str:
     """How a file or directory of another kind becomes JSON lines; "" for what looks like JSON."""
     how = OTHER_FILES.get(path.suffix.lower())
     if path.is_dir():
-        how = "give a file of it; a saved data set becomes one with datasets.load_from_disk(DIRECTORY).to_json(NEW)"
+        how = "give a file of it; a data set, or one of its splits, becomes one with load_from_disk(…).to_json(…)"
     return f"; what is read is JSON lines, one object a line with a prompt: {how}" if how else ""
 
 

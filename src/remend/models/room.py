@@ -45,7 +45,7 @@ class Room:
         if self.positions is not None and self.positions <= answer:
             raise InputError(
                 f"an answer may have {answer} tokens, and the model has {self.positions} positions for prompt and "
-                "answer: lower max_new_tokens"
+                "answer together; lower max_new_tokens where it sets the length"
             )
         if self.positions is None or self.positions - answer >= limit:
             return limit, ""

@@ -328,7 +328,8 @@ def side_judge_of(run: Run, sources: Sequence[Source], student: Scorer) -> SideJ
 
 
 def _row_answers(run: Run, data: StreamData, student: Scorer) -> list[Rollout]:
-    """The held-out rows' own answers as completions."""
+    """The held-out rows' own answers as completions, but for those that end beyond the model's positions."""
+    positions = data.room.positions if data.room else None
     tokenizer, eos = run.plan.tokenizer, eos_ids(student.model, run.plan.tokenizer)
     rollouts = []
     for prompt in data.held_out[:SIDE_ROWS]:
@@ -340,5 +341,6 @@ def _row_answers(run: Run, data: StreamData, student: Scorer) -> list[Rollout]:
             asked = prompt.tokens
             completion = (*tokenizer(text, add_special_tokens=False)["input_ids"], *ending(tokenizer, eos))
         shown = prompt.shown and prompt.shown[: len(prompt.shown) - len(prompt.tokens) + len(asked)]
-        rollouts.append(Rollout(prompt.id, asked, completion, False, shown))
+        if positions is None or len(shown or asked) + len(completion) <= positions:
+            rollouts.append(Rollout(prompt.id, asked, completion, False, shown))
     return rollouts

@@ -34,6 +34,7 @@ from remend.models.device import choose_device, choose_dtype
 from remend.models.find import find_model, hash_files
 from remend.models.load import eos_ids, load_model, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
+from remend.models.room import room_of
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.recovery.self_prompt_filters import Counts, Sieve, words_of
@@ -186,6 +187,9 @@ def generate(
     """
     _require(n, temperature, max_new_tokens)
     turn = user_turn(tokenizer, eos_ids(model, tokenizer))
+    limit, why = room_of(model, model.config).prompt_limit(len(turn.tokens), max_new_tokens)
+    if limit < len(turn.tokens):
+        raise InputError(f"a turn begins with {len(turn.tokens)} tokens, and may have {why}: lower max_new_tokens")
     sampler = TransformersSampler(model, shared, turn.ends, max_rows=ROWS)
     sample = partial(sampler, temperature=temperature, max_new_tokens=max_new_tokens)
     return collect(sample, tokenizer, turn, n=n, seed=seed, on_kept=on_kept)
