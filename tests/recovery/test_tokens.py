@@ -168,7 +168,7 @@ def test_a_demonstration_beyond_the_positions_is_not_measured(recipe: dict[str, 
     model = str(gpt2(tmp_path / "gpt2", positions=64))
     student = tmp_path / "q"
     quantize(model, student, format="int4-g32-sym", probe=False, device="cpu")
-    rows = [{"prompt": f"T{i}", "demonstration": "Look." if i % 2 else "0123456789" * 2} for i in range(20)]
+    rows = [{"prompt": f"T{i}", "demonstration": "Look." if i % 2 else "0123456789" * 3} for i in range(20)]
     keep = {
         "data": write_rows(tmp_path / "task.jsonl", rows),
         "teacher": "initial",
