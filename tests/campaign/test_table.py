@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from campaign.cells import Job, blocks_left_out, load, matrices, on_whole_grid, recovered, same_model, two_of_four
@@ -66,8 +67,8 @@ def changed(reference: Path, directory: Path, *changes: Change) -> Path:
 def rounded(model: Any) -> None:
     for weight in matrices(model).values():
         groups = weight.reshape(-1, 32)
-        scale = groups.abs().amax(1, keepdim=True) / 8
-        weight.copy_(((groups / scale).round().clamp(-8, 7) * scale).reshape(weight.shape))
+        scale = groups.abs().amax(1, keepdim=True) / 7
+        weight.copy_(((groups / scale).round() * scale).reshape(weight.shape))
 
 
 def pruned(model: Any) -> None:
@@ -141,9 +142,31 @@ def test_depth_without_another_block_than_it_says_is_silently_wrong(reference: P
 def test_a_recovery_that_left_its_grid_or_zeros_is_silently_wrong(reference: Path, tmp_path: Path) -> None:
     for student, fault in ((rounded, "left the grid"), (pruned, "zeros came back")):
         before = changed(reference, tmp_path / student.__name__, student)
+        if student is rounded:
+            (before / "grid.safetensors").touch()
         run = tmp_path / f"run-{student.__name__}"
         changed(before, run / "model", an_expert_is_left)
         assert recovered(reference, before, run) == f"{fault}: model.layers.*.mlp.experts.down_proj"
+
+
+def test_a_recovery_whose_file_tells_of_another_grid_is_silently_wrong(reference: Path, tmp_path: Path) -> None:
+    student, run = changed(reference, tmp_path / "rtn", rounded), tmp_path / "run"
+    changed(student, run / "model")
+    stored = {}
+    for name, weight in matrices(load(student)).items():
+        experts = {f"{name}.{e}": w for e, w in enumerate(weight)} if weight.ndim == 3 else {name: weight}
+        for own, weight_OI in experts.items():
+            weight_OI = weight_OI.contiguous()
+            scales_OG = weight_OI.unflatten(1, (-1, 32)).abs().amax(2) / 7
+            stored[f"{own}.scales"] = scales_OG
+            stored[f"{own}.codes"] = (weight_OI / scales_OG.repeat_interleave(32, 1) + 8).round().to(torch.uint8)
+    for directory in (student, run / "model"):
+        save_file(stored, directory / "grid.safetensors")
+    (run / "summary.json").write_text(json.dumps({"degraded": {"kl": 0.1}, "recovered": {"kl": 0.2}}))
+    assert recovered(reference, student, run) == "nothing was won back: KL was 0.10000, and is 0.20000"
+    stored["model.layers.1.mlp.experts.down_proj.2.codes"][5] = 0
+    save_file(stored, run / "model" / "grid.safetensors")
+    assert recovered(reference, student, run) == "not scale times code: model.layers.*.mlp.experts.down_proj.*"
 
 
 def test_weights_that_a_file_lacks_are_a_fault(reference: Path, tmp_path: Path) -> None:
