@@ -251,7 +251,8 @@ def as_markdown(rows: dict[str, Row], worked_before: Sequence[str]) -> str:
 def record(about: dict[str, str], rows: dict[str, Row], table: str) -> None:
     """Put a run of all models into docs/measurements/zoo.md: a row of counts, and its table in place of the last."""
     page = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
-    runs = [line for line in page.splitlines() if re.match(r"\| \d{4}-", line)]
+    again = f"| {about['commit']} |"
+    runs = [line for line in page.splitlines() if re.match(r"\| \d{4}-", line) and again not in line]
     found = counts(rows)
     partly = sum(number for mark, number in found.items() if "/" in mark)
     numbers = [sum(found.values()), *(found.get(mark, 0) for mark in ("ok", "r", "r!")), partly]
@@ -260,7 +261,8 @@ def record(about: dict[str, str], rows: dict[str, Row], table: str) -> None:
     head = (
         "# The zoo: every verb on many architectures\n\n"
         "Tiny models with random weights go through every verb, and what comes out is checked with transformers alone. "
-        "`make zoo`\nwrites this page; `tests/campaign/cells.py` says what is asked and how it is checked.\n\n"
+        "`make zoo`\nwrites this page; `tests/campaign/cells.py` says what is asked and how it is checked. Marks are "
+        "explained below the table; minutes\nare of two cores that did other work too.\n\n"
         "| date | commit | machine | minutes | cells | ok | r | r! | partly | X | S | - |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     )
