@@ -63,8 +63,13 @@ def test_own_data_is_probed_too_where_the_template_refuses_the_bundled_prompts(
 def test_calibration_and_probe_take_different_rows(
     reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, encode = [], job.encode
-    monkeypatch.setattr(job, "encode", lambda tokenizer, example: seen.append(example.id) or encode(tokenizer, example))
+    seen, encode = [], job.encode_within
+
+    def noted(tokenizer: Any, examples: Any, *limits: Any, **more: Any) -> Any:
+        seen.extend(example.id for example in examples)
+        return encode(tokenizer, examples, *limits, **more)
+
+    monkeypatch.setattr(job, "encode_within", noted)
     write(tmp_path / "rows.jsonl", [{"prompt": f"Tell me about number {i}."} for i in range(7)])
     quantize(str(reference_dir), tmp_path / "q", **INT4, method="gptq", data=str(tmp_path / "rows.jsonl"), samples=4)
     assert len(seen) == len(set(seen)) == 7
