@@ -276,14 +276,14 @@ def test_empty_data_and_occupied_directories(reference_dir: Path, data: Path, tm
 
 
 def test_a_teacher_that_is_no_model_can_not_be_stored(data: Path, tmp_path: Path) -> None:
-    class Soft(TEACHERS.get("frozen")):  # type: ignore[misc]
+    class Gentle(TEACHERS.get("frozen")):  # type: ignore[misc]
         @classmethod
         def claims(cls, name: str) -> bool:
-            return name.startswith("soft:")
+            return name.startswith("gentle:")
 
     with restored(TEACHERS):
-        TEACHERS.register("soft", source="made for the test")(Soft)
-        for name, kind in (("ema", "ema"), ("soft:reference", "soft")):
+        TEACHERS.register("gentle", source="made for the test")(Gentle)
+        for name, kind in (("ema", "ema"), ("gentle:reference", "gentle")):
             with pytest.raises(InputError, match=f'^"{name}" is the teacher "{kind}" in a recipe, and no model'):
                 remend.cache_teacher(name, tmp_path / "out", data=str(data))
 
