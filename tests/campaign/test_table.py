@@ -205,6 +205,9 @@ def test_the_page_groups_reasons_and_names_what_worked_before() -> None:
     }
     worse = lost(rows, {"llama": {"rtn": "ok"}, "opt": {"rtn": "ok"}, "gpt2": {"rtn": "r"}})
     assert worse == ["opt rtn (r)"]
+    exported = {"mixtral": {"c-t": rows["phi"]["rtn"]}}
+    assert lost(exported, {"mixtral": {"c-t": "ok", "rtn": "S"}}) == []
+    assert lost(exported, {"mixtral": {"c-t": "ok", "rtn": "ok"}}) == ["mixtral c-t (r)"]
     page = as_markdown(rows, worse)
     assert "| gpt2 | X |" in page
     assert "- opt rtn (r)" in page
