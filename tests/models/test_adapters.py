@@ -19,7 +19,7 @@ from remend.data.templates import Encoded
 from remend.errors import FileError, InputError
 from remend.models import adapters
 from remend.models.find import find_model, hash_files
-from remend.models.load import load_config, load_model, load_tokenizer, save_model
+from remend.models.load import check_weights, load_config, load_model, load_tokenizer, save_model
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import scorer
 from remend.training.constraints import Adapter
@@ -270,4 +270,19 @@ def test_weights_of_an_adapter_that_cannot_be_used(saved: Path) -> None:
         load_model(source, dtype=torch.float32, device=CPU)
     (saved / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(FileError, match="never unpickles"):
+        load_model(source, dtype=torch.float32, device=CPU)
+
+
+def test_numbers_of_an_adapter_that_are_none(saved: Path) -> None:
+    source, weights = find_model(str(saved)), saved / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(n for n in tensors if "lora_B" in n)
+    for kind, called in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
+        save_file({**tensors, name: tensors[name].to(kind)}, weights)
+        with pytest.raises(FileError, match=f"{name} is stored as {called}"):
+            check_weights(source)
+        with pytest.raises(FileError, match=f"{name} is stored as {called}"):
+            load_model(source, dtype=torch.float32, device=CPU)
+    save_file({**tensors, name: tensors[name] * float("nan")}, weights)
+    with pytest.raises(FileError, match=f"numbers of {name} are NaN"):
         load_model(source, dtype=torch.float32, device=CPU)

@@ -41,7 +41,8 @@ _ACTIVATIONS = re.compile(r"\.((input|output)_(scale|zero_point|global_scale)|[q
 _SCALE = re.compile(r"(_scale\w*|\.scales|zero_points?|qzeros|absmax)$")
 """Without it packed weights are other weights, whatever transformers' broad patterns let go."""
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Types that need no unpacking, as the header of a safetensors file names them."""
 
 
 class Stored(Protocol):
@@ -242,7 +243,7 @@ def _count(account: Account, model: PreTrainedModel, tensors: Mapping[str, Any],
         places[target, pattern].append(name)
         kind = tensors[name].get_dtype() if hasattr(tensors[name], "get_dtype") else "F32"
         alone = load_config.hf_quantizer is None or members[name.rpartition(".")[0]] == 1
-        if alone and kind not in _FLOATS and needed[target].is_floating_point():
+        if alone and kind not in FLOATS and needed[target].is_floating_point():
             account.types.append((name, kind))
     for (target, _), names in places.items():
         account.sources[target] += names

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject, read_json
+from remend.models.accounting import FLOATS
 from remend.models.matrices import matrices
 from remend.models.protocols import CausalLM
 
@@ -272,11 +273,37 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
         if any(directory.glob("*.bin")):
             why = "its weights are pickled, and remend never unpickles; save it as safetensors"
         raise FileError(f"adapter {directory} has no {ADAPTER_WEIGHTS}: {why}")
+    require_floats(directory)
+    tensors: dict[str, Tensor] = load_file(path)
+    for name, tensor in tensors.items():
+        count = int((~tensor.isfinite()).sum())
+        if count:
+            raise FileError(
+                f"adapter {directory} is broken: {count} of {tensor.numel()} numbers of {name} are NaN or infinite; "
+                "give a version of it from before that happened"
+            )
+    return tensors
+
+
+def require_floats(directory: Path) -> None:
+    """Raises FileError for a tensor of an adapter that is stored as anything but plain floating-point numbers.
+
+    Only the header is read. An adapter whose weights are not there yet is not looked at.
+    """
+    path = directory / ADAPTER_WEIGHTS
+    if not path.is_file():
+        return
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise FileError(f"adapter file {path} can't be read: {error}") from None
-    return tensors
+    for name, kind in kinds.items():
+        if kind not in FLOATS:
+            raise FileError(
+                f"adapter {directory} can't be read: {name} is stored as {kind}, and nothing says how that is "
+                "unpacked; save the adapter in float32, float16 or bfloat16"
+            )
 
 
 def _difference(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str | None:

@@ -160,6 +160,8 @@ def check_weights(source: ModelSource) -> list[str]:
 
     Raises what `load_model` raises for names, shapes, types and packings.
     """
+    if source.base and source.path:
+        adapters.require_floats(source.path)
     source = source.base or source
     if source.path is None or (source.repo and not complete(source.path)):
         return []
