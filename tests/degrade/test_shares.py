@@ -12,6 +12,7 @@ import transformers as T
 
 from helpers.tiny import build_tokenizer
 from remend.compression.recognise import recognise
+from remend.degrade.making.job import chosen_matrices
 from remend.degrade.making.shares import require_known, shares
 from remend.degrade.prune import prune
 from remend.degrade.quantize import quantize
@@ -52,6 +53,24 @@ def test_what_is_skipped_counts_at_16_bits(mixtral: Path, tmp_path: Path) -> Non
     left = some["decoder"]["untouched"]
     assert 0.5 < left < 1
     assert some["bits_per_weight"] == pytest.approx(every["bits_per_weight"] * (1 - left) + 16 * left)
+
+
+@pytest.mark.parametrize("pattern", ["*.down_proj", "*.experts.down_proj", "*.down_proj.?"])
+def test_a_skip_pattern_reaches_experts(mixtral: Path, pattern: str) -> None:
+    model: Any = T.AutoModelForCausalLM.from_pretrained(mixtral)
+    kept = chosen_matrices(model, [pattern])
+    assert set(account(model).matrices) - set(kept) == {
+        f"model.layers.{block}.mlp.experts.down_proj.{expert}" for block in range(2) for expert in range(3)
+    }
+    reached = [matrix.key for matrix in kept.values()]
+    assert shares(model, "on_grid", reached, [pattern])["untouched"] > 0.1
+    with pytest.raises(InputError, match=r"were not reached"):
+        shares(model, "on_grid", reached, [])
+
+
+def test_a_pattern_that_matches_nothing_is_shown_an_expert(mixtral: Path) -> None:
+    with pytest.raises(InputError, match=r'"nothing" matches .* model\.layers\.0\.mlp\.experts\.gate_up_proj\.0'):
+        chosen_matrices(T.AutoModelForCausalLM.from_pretrained(mixtral), ["nothing"])
 
 
 def test_every_expert_has_its_pattern(mixtral: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
@@ -21,7 +20,7 @@ from remend.console import stage, warn
 from remend.data.examples import Example, bundled, choose, data_hash, load_examples, without
 from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.degrade.kinds import Calibrated, DegradeSettings
-from remend.degrade.making.shares import require_known
+from remend.degrade.making.shares import require_known, skipped
 from remend.errors import InputError, RemendError
 from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.run_directory import occupied
@@ -270,7 +269,7 @@ class Methods(Generic[Apply]):
 
 
 def chosen_matrices(model: CausalLM, skip: Sequence[str]) -> dict[str, Matrix]:
-    """The decoder's matrices without those that a skip pattern matches (shell patterns over the full name).
+    """The decoder's matrices without those that a skip pattern matches (shell patterns; see skipped).
 
     Raises InputError for a pattern that matches nothing, or when nothing is left.
     """
@@ -279,11 +278,12 @@ def chosen_matrices(model: CausalLM, skip: Sequence[str]) -> dict[str, Matrix]:
     if not layers and not parts.unknown:
         raise InputError(f"{type(model).__name__} has no weight matrix beside its head, so there is nothing to change")
     for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in (*layers, *parts.unknown)):
-            some = ", ".join(list(layers)[:3])
+        if not any(skipped(name, parts, [pattern]) for name in (*layers, *parts.unknown)):
+            expert = [name for name, matrix in layers.items() if matrix.expert is not None][:1]
+            some = ", ".join(dict.fromkeys(list(layers)[:3] + expert))
             raise InputError(f'skip "{pattern}" matches no linear layer; names are like {some}; * matches any part')
     require_known(parts, skip, model)
-    kept = {n: m for n, m in layers.items() if not any(fnmatchcase(n, p) for p in skip)}
+    kept = {n: m for n, m in layers.items() if not skipped(n, parts, skip)}
     if not kept:
         raise InputError(f"skip {', '.join(skip)} leaves no layer to change")
     return kept

@@ -23,7 +23,7 @@ def require_known(parts: Account, skip: Sequence[str], model: CausalLM) -> None:
 
     Asked before work is spent. A skip pattern that names them says that they may stay.
     """
-    strange = {name: size for name, size in parts.unknown.items() if not _skipped(name, skip)}
+    strange = {name: size for name, size in parts.unknown.items() if not skipped(name, parts, skip)}
     if sum(strange.values()) > MOST_UNEXPLAINED * _size(parts):
         raise InputError(
             f"{sum(strange.values()) / _size(parts):.0%} of the decoder's weights of {type(model).__name__} lie in "
@@ -54,7 +54,7 @@ def shares(
     sizes = {matrix.name: matrix.weight_OI.numel() for matrix in parts.matrices.values()}
     missed = [name for name, matrix in parts.matrices.items() if matrix.key not in reached] + list(parts.unknown)
     size = {**sizes, **parts.unknown}
-    left = [name for name in missed if not _skipped(name, skip)]
+    left = [name for name in missed if not skipped(name, parts, skip)]
     if refuse and sum(size[name] for name in left) > MOST_UNEXPLAINED * _size(parts):
         raise InputError(
             f"{sum(size[name] for name in left) / _size(parts):.0%} of the decoder's matrix weights were not reached: "
@@ -74,8 +74,14 @@ def _size(parts: Account) -> int:
     return sum(m.weight_OI.numel() for m in parts.matrices.values()) + sum(parts.unknown.values())
 
 
-def _skipped(name: str, skip: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in skip)
+def skipped(name: str, parts: Account, skip: Sequence[str]) -> bool:
+    """Whether a pattern names a matrix or a parameter that is unknown: by its name, or its parameter's.
+
+    So '*.down_proj' names 'experts.down_proj.3' too.
+    """
+    matrix = parts.matrices.get(name)
+    parameter = (matrix.parameter if matrix else name).removesuffix(".weight")
+    return any(fnmatchcase(name, pattern) or fnmatchcase(parameter, pattern) for pattern in skip)
 
 
 def _named(names: Sequence[str]) -> str:
