@@ -9,7 +9,7 @@ import torch
 import transformers as T
 from torch.nn import functional as F
 
-from remend.models.matrices import account, by_key, matrices
+from remend.models.matrices import account, by_key, decoder_of, matrices
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
 MOE = {**SMALL, "intermediate_size": 24, "num_key_value_heads": 1}
@@ -57,6 +57,32 @@ def test_routers_and_the_gate_of_a_shared_expert_stand_apart() -> None:
     names = {name.partition(".mlp.")[2] for name in account(qwen2_moe()).routers}
     assert names == {"gate.weight", "shared_expert_gate.weight"}
     assert not any("gate.weight" in name for name in matrices(qwen2_moe()))
+
+
+def inkling() -> Any:
+    sizes = {"moe_intermediate_size": 8, "d_rel": 8, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1}
+    shapes = {"head_dim": 8, "swa_head_dim": 8, "mlp_layer_types": ["sparse"] * 2}
+    config = T.InklingTextConfig(
+        **MOE, **sizes, **shapes, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2
+    )
+    return T.InklingForCausalLM(config)
+
+
+def test_shared_experts_in_one_parameter_are_no_routers() -> None:
+    """The router has a row for the shared expert too; the shared expert's products have one matrix each."""
+    parts = account(inkling())
+    assert {name.partition(".mlp.")[2] for name in parts.routers} == {"gate.weight"}
+    unknown = {name.partition(".mlp.")[2] for name in parts.unknown}
+    assert {f"shared_experts.{name}_proj" for name in ("gate", "up", "down")} <= unknown
+
+
+def test_a_head_called_the_decoder_is_not_taken_for_it() -> None:
+    model: Any = T.ModernBertDecoderForCausalLM(
+        T.ModernBertDecoderConfig(**SMALL, intermediate_size=24, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    )
+    assert decoder_of(model) is model.model
+    assert "model.layers.0.mlp.Wi" in matrices(model)
+    assert "decoder" not in matrices(model)
 
 
 def test_a_vision_tower_is_no_part_of_the_decoder() -> None:

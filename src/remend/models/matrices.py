@@ -102,8 +102,10 @@ class Account:
 def decoder_of(model: CausalLM) -> nn.Module:
     """The part that reads text: of a multi-modal model the text model, else all but the head."""
     asked = getattr(model, "get_decoder", None)
-    decoder = asked() if callable(asked) else None
-    return decoder if isinstance(decoder, nn.Module) else model.base_model
+    decoder, head = asked() if callable(asked) else None, model.get_output_embeddings()
+    if not isinstance(decoder, nn.Module) or (isinstance(head, nn.Module) and decoder in set(head.modules())):
+        return model.base_model  # some call their head the decoder
+    return decoder
 
 
 def account(model: CausalLM) -> Account:
@@ -120,7 +122,7 @@ def account(model: CausalLM) -> Account:
                 result.towers[full] = parameter.numel()
             elif parameter.ndim < 2 or _NO_PRODUCT.search(full) or isinstance(module, (nn.Conv1d, nn.Conv2d)):
                 continue
-            elif _routes(name, int(parameter.shape[0]), experts):
+            elif parameter.ndim == 2 and _routes(name, module, int(parameter.shape[0]), experts):
                 result.routers[full] = parameter.numel()
             elif parts := list(_matrices(name, module, own, parameter)):
                 result.matrices.update({matrix.name: matrix for matrix in parts})
@@ -164,10 +166,11 @@ def _experts_of(module: nn.Module) -> int:
     return int(getattr(experts, "num_experts", 0)) if isinstance(experts, nn.Module) else 0
 
 
-def _routes(name: str, rows: int, experts: dict[str, int]) -> bool:
-    """Whether a parameter of module `name` with so many rows chooses experts, or how much of a shared one is taken."""
+def _routes(name: str, module: nn.Module, rows: int, experts: dict[str, int]) -> bool:
+    """Whether a matrix of a module with so many rows chooses experts, or how much of shared ones is taken."""
+    shared = getattr(module, "n_shared_experts", None) or 0
     for layer, count in experts.items():
         inner = name.removeprefix(f"{layer}.") if name.startswith(f"{layer}.") else ""
         if inner and not inner.startswith("experts.") and inner != "experts":
-            return rows in (1, count) and "." not in inner.removeprefix("gate.").removeprefix("router.")
+            return rows in (1, count, count + shared) and "." not in inner.removeprefix("gate.").removeprefix("router.")
     return False
