@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.tiny import build_model, put_on_grid
@@ -17,9 +18,9 @@ from remend.compression.containers.dense import ZEROS
 from remend.compression.grids import decode
 from remend.compression.recognise import recognise
 from remend.compression.stored_grid import StoredGrid
-from remend.errors import InputError
+from remend.errors import FileError, InputError
 from remend.models.find import find_model
-from remend.models.load import load_model, save_model
+from remend.models.load import check_weights, load_model, save_model
 from remend.training.constraints import OnGrid
 
 CPU = torch.device("cpu")
@@ -225,6 +226,44 @@ def test_a_compressed_scheme_without_a_grid_is_refused_unless_taken_as_dense(
     held = recognise(tmp_path / "m", as_dense=True)
     assert held.stored is None
     assert reason in held.why
+
+
+@pytest.mark.parametrize(
+    ("local", "made", "said"),
+    [
+        ("weight_global_scale", lambda _: torch.ones(1), "hold {}.weight_global_scale, which .* pack-quantized"),
+        ("weight_scale", lambda t: t[:, :1].contiguous(), r"{}.weight_scale is \[128, 1\] .* \[128, 2\]"),
+        ("weight_zero_point", lambda _: torch.ones(16, 2), r"weight_zero_point is \[16, 2\] .* \[128, 2\]"),
+        ("weight_packed", lambda t: t.repeat(1, 2), r"{}.weight_packed is \[128, 16\] .* \[128, 8\]"),
+        ("weight", lambda _: torch.ones(128, 64), "{} has a weight and a weight_packed"),
+    ],
+)
+def test_packed_tensors_that_the_configuration_does_not_describe_are_refused(
+    tmp_path: Path, tokenizer: Any, local: str, made: Any, said: str
+) -> None:
+    compress(tmp_path / "m", torch.bfloat16, SCHEMES["int4-g32-sym"], tokenizer)
+    path, module = tmp_path / "m" / "model.safetensors", "model.layers.0.mlp.up_proj"
+    tensors = load_file(path)
+    save_file({**tensors, f"{module}.{local}": made(tensors.get(f"{module}.{local}"))}, path, metadata={"format": "pt"})
+    with pytest.raises(FileError, match=said.format(module)):
+        check_weights(find_model(str(tmp_path / "m")))
+    with pytest.raises(FileError, match=said.format(module)):
+        load_model(find_model(str(tmp_path / "m")), dtype=torch.float32, device=CPU)
+
+
+def test_transformed_activations_are_refused_and_transformed_weights_are_not(tmp_path: Path, tokenizer: Any) -> None:
+    compress(tmp_path / "m", torch.bfloat16, SCHEMES["int4-g32-sym"], tokenizer)
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    apply: dict[str, Any] = {"targets": ["re:.*up_proj$"], "location": "weight_input"}
+    groups = {"u": {"type": "hadamard", "apply": [apply]}}
+    config["quantization_config"]["transform_config"] = {"config_groups": groups}
+    path.write_text(json.dumps(config))
+    assert check_weights(find_model(str(tmp_path / "m"))) == []
+    apply["location"] = "input"
+    path.write_text(json.dumps(config))
+    with pytest.raises(FileError, match="transforms its activations"):
+        check_weights(find_model(str(tmp_path / "m")))
 
 
 @pytest.mark.parametrize(

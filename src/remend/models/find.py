@@ -121,6 +121,17 @@ def complete(directory: Path | None) -> bool:
     return all((directory / name).is_file() for name in shards)
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory that transformers reads."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        named = {directory / name for name in read_json(index).get("weight_map", {}).values()}
+        return sorted(path for path in named if path.is_file())
+    return sorted(directory.glob("*.safetensors"))
+
+
 def _download(source: ModelSource, weights: bool) -> ModelSource:
     from huggingface_hub import snapshot_download
 

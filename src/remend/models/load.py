@@ -18,13 +18,14 @@ from remend.errors import FileError, InputError, RemendError
 from remend.files.atomic import write_text
 from remend.models import adapters
 from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of
-from remend.models.find import ModelSource, complete, fetch_model
+from remend.models.find import ModelSource, complete, fetch_model, weight_files
 from remend.models.gguf_header import forget, parsed_once
 from remend.models.gguf_rope import FACTORS, apply_rope
 from remend.models.packed_weights import (
     exact_products,
     packing,
     require_compressed_tensors,
+    require_fitting,
     require_openable,
     unpacked,
 )
@@ -201,6 +202,10 @@ def _open(
         extra |= {"config": config} if changed else {}
     elif method == "compressed-tensors":
         require_compressed_tensors(source.spec)
+        assert source.path is not None
+        kind = load_config(source).get_text_config().model_type
+        with _quietly(), _explained(source, "model"):
+            require_fitting(packing(source.path), weight_files(source.path), kind, source.spec)
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     elif method and source.path:
         with _quietly():

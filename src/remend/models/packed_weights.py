@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -81,6 +84,102 @@ def require_compressed_tensors(what: str) -> None:
             f"{what} needs the package compressed-tensors, which is not installed. "
             "Install it with: pip install compressed-tensors"
         )
+
+
+def require_fitting(config: JsonObject, files: Sequence[Path], model_type: str, what: str) -> None:
+    """Raises FileError for packed tensors of compressed-tensors that `config` does not describe.
+
+    transformers drops the names that a format does not use, and lets scales of another shape be spread.
+    """
+    from compressed_tensors.compressors import BaseCompressor
+    from transformers import CompressedTensorsConfig
+    from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
+
+    groups = (config.get("transform_config") or {}).get("config_groups") or {}
+    for name, group in groups.items():
+        # what was done to weights alone is in them already
+        if any(not str(apply.get("location")).startswith("weight") for apply in group.get("apply", [])):
+            raise FileError(
+                f"{what} transforms its activations (transform_config in config.json, {name}), which transformers "
+                "leaves out: it would be another model. Give the model before packing"
+            )
+    schemes = CompressedTensorsConfig(**config).quantization_config
+    if schemes is None or not schemes.config_groups:
+        return
+    merged = merges_experts(model_type)
+    for module, tensors in _modules(files).items():
+        expert = merged and ".experts." in module
+        scheme = (get_experts_scheme if expert else get_dense_scheme)(schemes)
+        form = scheme.format or schemes.format
+        if scheme.weights is None or form == "dense":
+            continue
+        if {"weight", "weight_packed"} <= tensors.keys():
+            raise FileError(
+                f"the model of {what} can't be put together: {module} has a weight and a weight_packed, and only one "
+                "can be meant; remove the other from the files"
+            )
+        used = {"weight_shape", *BaseCompressor.get_value_from_registry(form).compression_param_names(scheme)}
+        if "fp4" not in form and "fp6" not in form:
+            used.add("weight_zero_point")  # taken off even where the scheme is symmetric
+        if expert:
+            used -= {"weight_global_scale", "weight_zero_point"}  # where transformers forgets them
+        for local in sorted(tensors.keys() - used):
+            if local in ("weight_global_scale", "weight_zero_point"):
+                raise FileError(
+                    f"the files of {what} hold {module}.{local}, which transformers does not use in the format {form} "
+                    "of config.json: without it it would be another model. Correct config.json where it does not "
+                    "describe these weights, or give the model before packing"
+                )
+        for local, needed in _shapes(tensors, form, scheme.weights).items():
+            got = tensors[local][0] if local in tensors else needed
+            if got != needed and not (needed == [1] and math.prod(got) == 1):
+                raise FileError(
+                    f"the model of {what} does not fit its configuration: {module}.{local} is {got} in the files, and "
+                    f"{needed} by config.json; give the configuration that belongs to these weights"
+                )
+
+
+def _modules(files: Sequence[Path]) -> dict[str, dict[str, tuple[list[int], list[int]]]]:
+    """Shape of each tensor of a quantized module by its local name, and of weight_shape the numbers too."""
+    modules: dict[str, dict[str, tuple[list[int], list[int]]]] = defaultdict(dict)
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                module, _, local = name.rpartition(".")
+                if local.startswith("weight"):
+                    numbers = file.get_tensor(name).tolist() if local == "weight_shape" else []
+                    modules[module][local] = (list(file.get_slice(name).get_shape()), numbers)
+    return {name: tensors for name, tensors in modules.items() if tensors.keys() != {"weight"}}
+
+
+def _shapes(tensors: dict[str, tuple[list[int], list[int]]], form: str, weights: Any) -> dict[str, list[int]]:
+    """The shapes that the scheme `weights` asks for, by local name; of what it leaves open none."""
+    whole = tensors["weight"][0] if "weight" in tensors else tensors.get("weight_shape", ([], []))[1]
+    if not whole and "weight_packed" in tensors and "fp4" in form:
+        rows, columns = tensors["weight_packed"][0]
+        whole = [rows, columns * 2]
+    if len(whole) != 2:
+        return {}
+    rows, columns = whole
+    if weights.strategy in ("group", "tensor_group"):
+        scale = [rows, math.ceil(columns / weights.group_size)]
+    elif weights.strategy == "block":
+        scale = [math.ceil(size / block) for size, block in zip(whole, weights.block_structure, strict=True)]
+    elif weights.strategy == "channel":
+        scale = [rows, 1]
+    elif weights.strategy == "tensor":
+        scale = [1]
+    else:
+        return {}
+    needed = {"weight_scale": scale, "weight_zero_point": scale}
+    if form == "pack-quantized":
+        several = 32 / weights.num_bits
+        needed["weight_packed"] = [rows, math.ceil(columns / several)]
+        if not weights.symmetric and weights.strategy in ("group", "channel"):
+            needed["weight_zero_point"] = [math.ceil(rows / several), scale[1]]
+        if 32 % weights.num_bits:  # where numbers lie across words
+            needed = {"weight_scale": scale}
+    return needed
 
 
 @contextmanager
