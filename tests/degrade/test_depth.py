@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from helpers.architectures import build
 from helpers.tiny import build_model
@@ -161,6 +168,40 @@ def test_blocks_whose_number_is_part_of_what_they_compute_are_refused(name: str)
 def test_blocks_that_are_not_alike_are_named() -> None:
     with pytest.raises(InputError, match=r"its weights would be others \(model.layers.0.mamba"):
         without_blocks(build("jamba"), [0])
+
+
+def gemma4() -> Any:
+    """Every third block has wider heads."""
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        global_head_dim=32,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=0,
+        pad_token_id=0,
+    )
+    return Gemma4ForCausalLM(config).eval()
+
+
+def test_what_a_configuration_numbers_by_block_is_renumbered(tmp_path: Path) -> None:
+    reference = gemma4()
+    student, _ = without_blocks(reference, [1, 3])
+    student.save_pretrained(tmp_path)
+    assert list(json.loads((tmp_path / "config.json").read_text())["per_layer_config"]) == ["1", "3"]
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(read(TOKENS).logits, student(TOKENS).logits)
+
+
+def test_a_configuration_that_would_be_read_as_another_is_refused() -> None:
+    """A Gemma 4 whose last block is a sliding one is read with a full one in its place."""
+    with pytest.raises(InputError, match=r"can.t have num_hidden_layers 5"):
+        without_blocks(gemma4(), [5])
 
 
 def test_the_reference_stays_as_it_is() -> None:

@@ -28,6 +28,9 @@ METHODS: Registry[Choice] = Registry("way to choose blocks")
 LEADING = "first_k_dense_replace"
 """How many blocks at the start have no experts, in models like DeepSeek's."""
 
+NUMBERED = "per_layer_config"
+"""What is another in some blocks, by their numbers (transformers' module integrations.heterogeneity)."""
+
 PROBE_TOKENS = 48
 NEAR = 1e-3
 """Relative to the largest logit: how far a float32 model without blocks may be from one that passes by them."""
@@ -85,9 +88,13 @@ def _given(layers: Sequence[int], depth: int) -> list[int]:
 
 
 def _per_layer(config: PreTrainedConfig, kept: Sequence[int], depth: int) -> dict[str, object]:
-    """Configuration of the blocks that stay: their number, and every list with one value a block."""
+    """Configuration of the blocks that stay: their number, and whatever has one value a block or is numbered so."""
     changes: dict[str, object] = {"num_hidden_layers": len(kept)}
-    for name, value in config.to_dict().items():
+    values = config.to_dict()
+    if numbered := values.get(NUMBERED):
+        of = {int(number): value for number, value in numbered.items()}
+        changes[NUMBERED] = {new: of[old] for new, old in enumerate(kept) if old in of}
+    for name, value in values.items():
         if not isinstance(value, list | tuple) or "layer" not in name or not value:
             continue
         if len(value) != depth:

@@ -331,8 +331,9 @@ def change_each(
 def rebuild(reference: CausalLM, changes: Mapping[str, object], state: Mapping[str, Tensor]) -> CausalLM:
     """A model like `reference` with another configuration and these weights.
 
-    It is built anew from its configuration, not cut in place: so everything that transformers derives from that (cache
-    indices, head counts, rotary tables) is right, and a strict load proves that it describes exactly these weights.
+    It is built anew from its configuration as saved, not cut in place: so everything that transformers derives from
+    that (cache indices, head counts, rotary tables) is right, and a strict load proves that it describes exactly these
+    weights, and can be read again.
 
     Args:
         reference: a transformers causal language model; stays as it is.
@@ -350,9 +351,10 @@ def rebuild(reference: CausalLM, changes: Mapping[str, object], state: Mapping[s
     asked = ", ".join(f"{name} {value}" for name, value in changes.items() if isinstance(value, int))
     config = copy.deepcopy(reference.config)
     text = config.get_text_config()
-    for name, value in changes.items():
-        setattr(text, name, value)
     try:
+        for name, value in changes.items():
+            setattr(text, name, value)
+        config = type(config).from_dict(config.to_dict())
         if hasattr(config, "validate"):
             config.validate()
         model = kind(config).to(device=reference.device, dtype=whole.dtype)
