@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5Config
 
@@ -125,6 +125,23 @@ def test_two_tensors_for_one_place_are_refused(family: Callable[[str], Path], tm
     tensors = tensors_of(path)
     tensors["layers.0.mlp.up_proj.weight"] = torch.zeros_like(tensors["model.layers.0.mlp.up_proj.weight"])
     assert "layers.0.mlp.up_proj.weight" in refused(with_tensors(path, tmp_path / "twice", tensors))
+
+
+def test_a_tensor_in_two_shards_is_refused_where_its_numbers_differ(
+    family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = family("llama, tied")
+    tensors, first = tensors_of(path), "model.norm.weight"
+    target = with_tensors(path, tmp_path / "shards", tensors)
+    (target / "model.safetensors").rename(target / "a.safetensors")
+    places = dict.fromkeys(tensors, "a.safetensors") | {"model.layers.0.input_layernorm.weight": "b.safetensors"}
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    again = {name: tensors[name] for name in (first, "model.layers.0.input_layernorm.weight")}
+    save_file(again, target / "b.safetensors", metadata={"format": "pt"})
+    assert check_weights(find_model(str(target))) == []
+    assert torch.equal(load(target).get_parameter(first), tensors[first])
+    save_file({**again, first: again[first] * 3}, target / "b.safetensors", metadata={"format": "pt"})
+    assert f"{first} twice, in a.safetensors and b.safetensors" in refused(target)
 
 
 def test_biases_that_the_configuration_denies_are_refused(family: Callable[[str], Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from remend.console import warn
 from remend.errors import FileError, InputError, RemendError
@@ -171,6 +172,33 @@ def check_weights(source: ModelSource) -> list[str]:
     return [_tell(source, account, aloud=False)] if account.left_out else []
 
 
+def _require_one_of_each(directory: Path, what: str) -> None:
+    """Raises FileError for a tensor that lies in several files with unlike numbers: the last would win, unsaid."""
+    files = weight_files(directory)
+    first: dict[str, Path] = {}
+    for path in files if len(files) > 1 else []:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (not a mapping)
+                    other = first.setdefault(name, path)
+                    if other == path:
+                        continue
+                    with safe_open(other, framework="pt") as file:
+                        one, two = file.get_tensor(name), shard.get_tensor(name)
+                    if (one.dtype, one.shape) == (two.dtype, two.shape) and torch.equal(_bytes(one), _bytes(two)):
+                        continue
+                    raise FileError(
+                        f"the files of {what} hold {name} twice, in {other.name} and {path.name}, with unlike numbers; "
+                        "remove the one that is not meant"
+                    )
+        except SafetensorError as error:
+            raise FileError(f"the model of {what} can't be read: {path.name}: {error}") from None
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 def _told_by(source: ModelSource) -> str:
     return "the header of the GGUF file" if source.kind == "gguf" else "config.json"
 
@@ -195,6 +223,8 @@ def _open(
     where, extra = _location(source)
     by_name: Account | None = None
     method = packing(source.path).get("quant_method") if source.kind == "directory" else None
+    if source.kind == "directory" and source.path:
+        _require_one_of_each(source.path, source.spec)
     if source.kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)
         config, changed = _config(source)
