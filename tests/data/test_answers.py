@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -97,6 +99,70 @@ def test_thoughts_tool_calls_and_parts_are_trained_on_as_the_template_shows_them
     assert [*sum(pair(made, answer_of({"completion": [call]}, "row"), tools=tools), ())] == whole(
         made, call, tools=tools
     )
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": None, "tool_calls": [WEATHER]},
+        {"content": "", "tool_calls": [{"type": "function", "function": {**WEATHER["function"], "arguments": "{}"}}]},
+        {"content": "Warm.", "name": "bob"},
+        {"content": "Warm.", "final": False, "step": 0},
+        {"content": "Warm.", "tool_calls": None},
+    ],
+)
+def test_the_template_is_given_the_turn_as_the_row_gives_it(turn: dict[str, Any]) -> None:
+    made = chatty(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content + '' if m.content is defined }}"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+        "{{ m.name }}{% if m.final is defined %}{{ m.final }}{{ m.step }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [*CHAT, {"role": "assistant", **turn}]
+    row = {"messages": messages}
+    prompt, completion = with_answer(made, example_of(row, "row"), answer_of(row, "row"), (EOS,))
+    written = made.apply_chat_template(messages, tokenize=False)
+    assert made.decode([*prompt, *completion]) + "\n" == written
+
+
+def in_front(text: str) -> str:
+    """A template that writes a text in front of every answer, and opens the answer with it."""
+    begun = TEMPLATE.replace(ANSWER, f"('{text}' if m['role'] == 'assistant' else '') + {ANSWER}")
+    return begun.replace("assistant\n", f"assistant\n{text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "tag"),
+    [
+        ("<seed:think>", "<seed:think>"),
+        ("<|START_THINKING|>", "<|START_THINKING|>"),
+        ("<reasoning>\n", "<reasoning>"),
+        ("<thought></thought>", "<thought>"),
+    ],
+)
+def test_a_block_of_any_name_is_not_written_twice(text: str, tag: str) -> None:
+    made = chatty(in_front(text))
+    with pytest.raises(InputError, match=re.escape(f"the chat template writes {tag} beside the answer's own")):
+        pair(made, f"{tag}hm</>Yes.")
+    assert made.decode(pair(made, "hm</>Yes.")[1]) == "hm</>Yes.<|im_end|>"
+    assert made.decode(pair(made, "<b>Yes.</b>")[1]) == "<b>Yes.</b><|im_end|>"
+
+
+ARGUMENTS = {"city": 'Zürich "HB"\n8001', "days": [1, {"hot": True, "wind": None}], "part": 0.5}
+
+
+@pytest.mark.parametrize("given", [ARGUMENTS, json.dumps(ARGUMENTS), '{"part": 5e-1}'])
+@pytest.mark.parametrize("way", ["c.function.arguments | tojson", "c.function.arguments"])
+def test_arguments_of_calls_are_known_in_any_form(given: Any, way: str) -> None:
+    made = chatty(CALLING.replace("c['function'] | tojson", "c.function.name }} {{ " + way))
+    call = {"type": "function", "function": {"name": "weather", "arguments": given}}
+    assert "weather" in made.decode(pair(made, {"role": "assistant", "content": None, "tool_calls": [call]})[1])
+
+
+def test_calls_without_their_arguments_or_by_the_content_alone_are_refused() -> None:
+    for template, content in ((CALLING.replace("'] | tojson", "'].name"), ""), (TEMPLATE, 'weather of "Bern"')):
+        with pytest.raises(InputError, match="does not show the answer's tool calls"):
+            pair(chatty(template), {"role": "assistant", "content": content, "tool_calls": [WEATHER]})
 
 
 def test_an_own_thought_in_the_block_that_the_prompt_opens_is_not_doubled() -> None:

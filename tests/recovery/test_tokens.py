@@ -204,6 +204,22 @@ def test_lengths_that_the_model_was_not_made_for_are_a_warning(
     assert any(part in warning and "long" in warning for warning in checked.warnings)
 
 
+def test_a_date_that_only_some_rows_show_is_a_warning(
+    recipe: dict[str, Any], tmp_path: Path, reference_dir: Path
+) -> None:
+    dated = build_tokenizer()
+    dated.chat_template = "{% if tools %}{{ tools | tojson }}{{ strftime_now('%d %b') }}{% endif %}" + TEMPLATE
+    student = Path(shutil.copytree(reference_dir, tmp_path / "dated"))
+    saved(student, build_model(len(dated), seed=3), dated)
+    rows: list[dict[str, Any]] = [{"prompt": f"What is {i}?"} for i in range(60)]
+    for tools in ([], [{"type": "function", "function": {"name": "f"}}]):
+        rows[-1]["tools"] = tools
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        warnings = found(recipe, student=str(student), data=str(data), max_prompt_tokens=200).warnings
+        assert any("writes the date or time into the prompts" in w for w in warnings) == bool(tools)
+
+
 def test_a_run_is_not_resumed_with_prompts_of_another_day(
     recipe: dict[str, Any], tmp_path: Path, reference_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

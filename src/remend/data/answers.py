@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 from remend.data.examples import THOUGHTS, Answer, Example, Message, text_of
@@ -24,6 +25,8 @@ from remend.errors import InputError
 
 OPENERS = ("<think>", "[THINK]")
 """What opens a block of thoughts."""
+
+_TAG = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
 
 SWITCHES = ("enable_thinking", "thinking", "clear_thinking", "preserve_thinking")
 """Variables by which templates show or hide such a block."""
@@ -124,15 +127,58 @@ def _unlike(prompt: str, whole: str, turn: Message) -> str:
         after = whole[len(prompt) - min(64, len(text), len(prompt)) :]
         if not shows(after, text):
             return f"the chat template does not show all of the answer's {key}, {text[:100]!r}: it writes {after!r}"
-    if not all(shows(after, name) for name in called(turn)):
-        return f"the chat template does not show the answer's tool calls: it writes {after!r}"
+    rest = whole[len(prompt) :]
+    if not _shows_calls(rest, list(given.values()), turn):
+        return f"the chat template does not show the answer's tool calls: it writes {rest!r}"
     near = squashed(whole[max(0, len(prompt) - 24) :])
     doubled = next(
         (o for o in OPENERS if squashed(said).count(o.casefold()) not in (0, near.count(o.casefold()))), None
-    )
+    ) or next(filter(None, (_opened_twice(whole[max(0, len(prompt) - 64) :], text) for text in given.values())), None)
     if doubled:
         return f"the chat template writes {doubled} beside the answer's own: {after[:200]!r}"
     return ""
+
+
+def _opened_twice(written: str, text: str) -> str | None:
+    """The tag that a text begins with, where the same one stands in front of it already, open or as an empty block."""
+    tag = _TAG.match(text.lstrip())
+    if tag is None:
+        return None
+    before = squashed(written).rpartition(squashed(text))[0]
+    twice = re.search(f"{re.escape(squashed(tag[0]))}({_TAG.pattern})?$", before)
+    return tag[0] if twice else None
+
+
+def _shows_calls(written: str, texts: Sequence[str], turn: Message) -> bool:
+    """Whether the names and arguments of a message's tool calls are written, and not only by its texts."""
+    rest = squashed(written)
+    for text in texts:
+        rest = rest.replace(squashed(text), "", 1)
+    bare = _bare(rest)
+
+    def shown(value: object) -> bool:
+        if isinstance(value, Mapping):
+            return all(map(shown, value.values()))
+        if isinstance(value, list):
+            return all(map(shown, value))
+        forms = (str(value), json.dumps(value, ensure_ascii=False, default=str), json.dumps(value, default=str))
+        return value is None or any(_bare(form) in bare for form in forms)  # tables fill up arguments with nulls
+
+    arguments = [call["function"].get("arguments") or {} for call in turn.get("tool_calls") or []]
+    return all(shows(rest, name) for name in called(turn)) and all(shown(a) or shown(_parsed(a)) for a in arguments)
+
+
+def _bare(text: str) -> str:
+    """A text without what quoting adds."""
+    return squashed(text.translate({ord(c): None for c in "\\\"'"}))
+
+
+def _parsed(arguments: object) -> object:
+    """Arguments that are given as JSON in a text."""
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
 
 
 def _help(tokenizer: Tokenizer, example: Example, turn: Message) -> str:

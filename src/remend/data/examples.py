@@ -349,9 +349,13 @@ def _answer(row: Row, where: str, what: str, keys: Sequence[str]) -> Answer:
 
 
 def _checked_turn(turn: Message, key: str, where: str) -> Answer:
-    """An assistant's message: its text where it holds nothing else."""
-    said = {name: value for name, value in turn.items() if value}
-    if isinstance(turn.get("content"), str) and said.keys() <= {"role", "content", "name"}:
+    """An assistant's message as it was given: its text where it holds nothing else.
+
+    A null is a field that the row doesn't have, as for transformers; so is an empty list of calls, which some
+    templates refuse.
+    """
+    said = {name: value for name, value in turn.items() if value is not None and (name, value) != ("tool_calls", [])}
+    if isinstance(turn.get("content"), str) and said.keys() <= {"role", "content"}:
         return str(turn["content"])
     _check_content(turn, f"{where}: the {key}")
     _require_text(json.dumps(turn, ensure_ascii=False, default=str), key, where)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from remend.data import tasks
 from remend.data.examples import Example, data_hash, load_examples, split_held_out, without
@@ -15,6 +17,7 @@ from remend.data.templates import (
     encode_within,
     row_names,
     token_hash,
+    turns,
     writes_the_time,
 )
 from remend.errors import InputError
@@ -27,6 +30,10 @@ from remend.training.teachers.teacher import NamedTeacher
 
 DROPPED_LIMIT = 0.2
 """Above this share of prompts over the length limit, dropping them would change what is trained on: a problem."""
+
+
+KINDS = 50
+"""Of how many kinds of rows one is looked at for a date that the chat template writes."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,13 @@ def _beyond(prompts: Sequence[Encoded], what: str, data: StreamData) -> list[str
     return []
 
 
+def _kind(example: Example) -> str:
+    """What a chat template may branch by: the roles, and what it is given beside the messages (of tools, that)."""
+    context = example.context
+    told = {**context, "tools": "tools" in context}
+    return json.dumps([sorted({str(turn["role"]) for turn in turns(example.prompt)}), told], sort_keys=True)
+
+
 def _encoded(
     data: StreamData,
     config: RecoverConfig,
@@ -232,8 +246,8 @@ def _encoded(
     if refused:
         raise InputError("\n".join(refused))
     train, held_out = parts
-    first = next(iter((*train, *held_out)), None)
-    if first and writes_the_time(tokenizer, first):
+    kinds = {_kind(example): example for example in (*train, *held_out)}
+    if any(writes_the_time(tokenizer, example) for example in islice(kinds.values(), KINDS)):
         findings.warnings.append(
             "the chat template writes the date or time into the prompts: an interrupted run can be resumed only while "
             "it writes the same. Where the template has a variable for it, such as date_string, rows can fix it in "
