@@ -266,7 +266,8 @@ def record(about: dict[str, str], rows: dict[str, Row], table: str) -> None:
         "# The zoo: every verb on many architectures\n\n"
         "Tiny models with random weights go through every verb, and what comes out is checked with transformers\n"
         "alone. `make zoo` writes this page; `tests/campaign/cells.py` says what is asked and how it is checked. The\n"
-        "marks are explained below the table, and the minutes are of a machine that did other work too.\n\n"
+        "marks are explained below the table, and the minutes are of a machine that did other work too. An export\n"
+        "counts as having worked before only where its student was not silently wrong then.\n\n"
         "| date | commit | machine | minutes | cells | ok | r | r! | partly | X | S | - |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     )
