@@ -104,6 +104,8 @@ class Explained:
 
 
 MISSING = "missing"
+MOVED = re.compile(r"\bremend/(?=(grid|width)\.safetensors$)")
+"""The folder in a model's directory to which files moved that lay beside the weights."""
 CHANGED = r"(importance_clip|scales|loss)"
 """Keys of a recipe that came or went since 13d6498; their value must be the one that does nothing."""
 NOTHING = r"(\"|&#34;)?(None|null|fixed)\b.*"
@@ -111,6 +113,7 @@ QUOTE = r"(\"|&#34;)"
 CAME_OR_WENT = "the recipe key came or went"
 PROBED = "a calibrated student is probed on its own data"
 CALIBRATED = r"(depth|gguf|gptq|mask|nvfp4|sparse|width)"
+THE_GRID = "the grid has a folder of its own, and its header one entry"
 SHARES = "degradations say which weights they reached"
 EXPLAINED = [
     Explained(CAME_OR_WENT, rf"(.*\brecipe\.)?(streams\.\w+\.)?{CHANGED}", NOTHING),
@@ -122,6 +125,9 @@ EXPLAINED = [
     Explained("eval notes how large its batches were", r"line 1", r"\{\"key\": \"\w+\", \"tokens_at_once\": \d+\}"),
     Explained(PROBED, r"probe\.(kl|top1_agreement)", file=rf"made/{CALIBRATED}/degradation.json"),
     Explained(PROBED, r"line \d+", r"probe: KL .*", rf"logs/degrade-{CALIBRATED}.txt"),
+    Explained(THE_GRID, r".*\b(remend/)?(grid|width)\.safetensors", rf"[0-9a-f]{{64}}|{MISSING}"),
+    Explained(THE_GRID, r".*line \d+", rf"\s*{QUOTE}(remend/)?(grid|width)\.safetensors{QUOTE}: {QUOTE}\w{{64}}.*"),
+    Explained(THE_GRID, r"metadata\.(remend_grid|format|formula)", file=r"(.*/)?grid\.safetensors"),
     Explained(SHARES, r"decoder", r"\{'weights': .*"),
     Explained(SHARES, r"line \d+", r"decoder: 100\.0% (on the grid|under the mask), 0\.0% untouched .*"),
 ]
@@ -270,11 +276,14 @@ Differences = Iterator[tuple[str, object, object, bool]]
 
 def compare_trees(before: Path, after: Path) -> tuple[int, list[Difference]]:
     """Number of files, and all differences."""
-    old, new = ({str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} for root in (before, after))
-    differences = [Difference(name, "", "there" if name in old else MISSING, MISSING) for name in sorted(old - new)]
-    differences += [Difference(name, "", MISSING, "there") for name in sorted(new - old)]
-    for name in sorted(old & new):
-        differences += [Difference(name, *rest) for rest in compare_files(before / name, after / name)]
+    old, new = (
+        {MOVED.sub("", str(path.relative_to(root))): path for path in root.rglob("*") if path.is_file()}
+        for root in (before, after)
+    )
+    differences = [Difference(name, "", "there", MISSING) for name in sorted(old.keys() - new)]
+    differences += [Difference(name, "", MISSING, "there") for name in sorted(new.keys() - old)]
+    for name in sorted(old.keys() & new):
+        differences += [Difference(name, *rest) for rest in compare_files(old[name], new[name])]
     return len(old | new), differences
 
 

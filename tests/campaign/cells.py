@@ -319,7 +319,7 @@ def columns_left_out(reference: Path, student: Path) -> str:
     """Width: the student answers as the reference whose removed channels and heads write nothing."""
     expected = load(reference)
     with torch.no_grad():
-        for name, kept in load_file(student / "width.safetensors").items():
+        for name, kept in load_file(student / "remend" / "width.safetensors").items():
             owner, _, kind = name.rpartition(".")
             module = expected.get_submodule(owner)
             weight = (module.down_proj if kind == "channels" else module.o_proj).weight
@@ -362,7 +362,7 @@ def recovered(reference: Path, student: Path, run: Path) -> str:
     alive = [n for n, w in after.items() if _at_most_two(before[n]).all() and (w[before[n] == 0] != 0).any()]
     if alive:
         return f"zeros came back: {_few(alive)}"
-    if (student / "grid.safetensors").is_file():
+    if (student / "remend" / "grid.safetensors").is_file():
         left = [n for n, w in after.items() if (_on_grid(before[n]) & ~_on_grid(w)).any()]
         if left or (fault := _off_stored_grid(run / "model")):
             return f"left the grid: {_few(left)}" if left else fault
@@ -374,11 +374,11 @@ def recovered(reference: Path, student: Path, run: Path) -> str:
 
 
 def _off_stored_grid(directory: Path) -> str:
-    """Whether the saved weights are scale times code, bit for bit, as the file beside them says.
+    """Whether the saved weights are scale times code, bit for bit, as the file that describes the grid says.
 
     A matrix has its parameter's name there, an expert this and its number.
     """
-    model, stored = load(directory), load_file(directory / "grid.safetensors")
+    model, stored = load(directory), load_file(directory / "remend" / "grid.safetensors")
     weights = {**model.state_dict(), **matrices(model)}
     names, off = [key.removesuffix(".codes") for key in stored if key.endswith(".codes")], []
     for name in names:

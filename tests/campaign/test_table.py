@@ -143,7 +143,8 @@ def test_a_recovery_that_left_its_grid_or_zeros_is_silently_wrong(reference: Pat
     for student, fault in ((rounded, "left the grid"), (pruned, "zeros came back")):
         before = changed(reference, tmp_path / student.__name__, student)
         if student is rounded:
-            (before / "grid.safetensors").touch()
+            (before / "remend").mkdir()
+            (before / "remend" / "grid.safetensors").touch()
         run = tmp_path / f"run-{student.__name__}"
         changed(before, run / "model", an_expert_is_left)
         assert recovered(reference, before, run) == f"{fault}: model.layers.*.mlp.experts.down_proj"
@@ -161,11 +162,12 @@ def test_a_recovery_whose_file_tells_of_another_grid_is_silently_wrong(reference
             stored[f"{own}.scales"] = scales_OG
             stored[f"{own}.codes"] = (weight_OI / scales_OG.repeat_interleave(32, 1) + 8).round().to(torch.uint8)
     for directory in (student, run / "model"):
-        save_file(stored, directory / "grid.safetensors")
+        (directory / "remend").mkdir()
+        save_file(stored, directory / "remend" / "grid.safetensors")
     (run / "summary.json").write_text(json.dumps({"degraded": {"kl": 0.1}, "recovered": {"kl": 0.2}}))
     assert recovered(reference, student, run) == "nothing was won back: KL was 0.10000, and is 0.20000"
     stored["model.layers.1.mlp.experts.down_proj.2.codes"][5] = 0
-    save_file(stored, run / "model" / "grid.safetensors")
+    save_file(stored, run / "model" / "remend" / "grid.safetensors")
     assert recovered(reference, student, run) == "not scale times code: model.layers.*.mlp.experts.down_proj.*"
 
 

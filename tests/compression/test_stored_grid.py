@@ -1,4 +1,4 @@
-"""grid.safetensors: what is no grid, or one of another shape, is refused with the file's name."""
+"""remend/grid.safetensors: what is no grid, or one of another shape, is refused with the file's name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from remend.errors import FileError, InputError
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     pair()[2].write(tmp_path)
-    return tmp_path / GRID_FILE
+    return tmp_path / "remend" / GRID_FILE
 
 
 def test_no_file_is_no_grid(tmp_path: Path) -> None:
@@ -25,11 +25,30 @@ def test_no_file_is_no_grid(tmp_path: Path) -> None:
     assert StoredGrid.read(tmp_path / "missing") is None
 
 
+def test_a_grid_is_the_same_file_each_time(path: Path, tmp_path: Path) -> None:
+    stored = pair()[2]
+    for i in range(8):  # several entries of a header would stand in one of several orders
+        (tmp_path / str(i)).mkdir()
+        stored.write(tmp_path / str(i))
+        assert (tmp_path / str(i) / "remend" / GRID_FILE).read_bytes() == path.read_bytes()
+
+
+def test_a_grid_beside_the_weights_is_read_as_version_0_1_wrote_it(path: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    save_file(load_file(path), old / GRID_FILE, metadata={"remend_grid": "2", "format": "int3-g64-asym", "formula": ""})
+    before, now = StoredGrid.read(old), StoredGrid.read(tmp_path)
+    assert before is not None
+    assert now is not None
+    assert before.format == now.format
+    assert all(codes.equal(now.matrices[name][0]) for name, (codes, _) in before.matrices.items())
+
+
 @pytest.mark.parametrize("content", [b"not a safetensors file at all", b"", "cut short"])
 def test_what_is_no_safetensors_file_is_a_file_error(path: Path, content: Any) -> None:
     path.write_bytes(path.read_bytes()[:10_000] if content == "cut short" else content)
     with pytest.raises(FileError, match=rf"{GRID_FILE} can't be read as a quantization grid"):
-        StoredGrid.read(path.parent)
+        StoredGrid.read(path.parent.parent)
 
 
 @pytest.mark.parametrize(
@@ -50,14 +69,14 @@ def test_a_tensor_that_is_missing_or_does_not_fit_is_a_file_error(path: Path, ke
     changed = {} if tensor is None else {f"{name}.{key}": tensor}
     save_file({**tensors, **changed}, path, metadata={"format": "int3-g64-asym"})
     with pytest.raises(FileError, match=rf"{GRID_FILE} can't be read as a quantization grid"):
-        StoredGrid.read(path.parent)
+        StoredGrid.read(path.parent.parent)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "int7-g64"}])
+@pytest.mark.parametrize("metadata", [None, {"format": "int7-g64"}, {"remend_grid": "{"}, {"remend_grid": "[3]"}])
 def test_a_format_that_is_missing_or_unknown_is_a_file_error(path: Path, metadata: Any) -> None:
     save_file(load_file(path), path, metadata=metadata)
     with pytest.raises(FileError, match=rf"{GRID_FILE} can't be read as a quantization grid"):
-        StoredGrid.read(path.parent)
+        StoredGrid.read(path.parent.parent)
 
 
 def test_a_grid_of_another_model_is_refused() -> None:

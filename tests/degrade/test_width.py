@@ -124,8 +124,8 @@ def test_the_saved_model_is_standard_and_its_channels_are_on_record(reference_di
     config = student.config
     assert (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads) == (96, 2, 1)
     assert config.head_dim == HEAD
-    kept = load_file(out / "width.safetensors")
-    assert record["kept_channels"] == hashlib.sha256((out / "width.safetensors").read_bytes()).hexdigest()
+    kept = load_file(out / "remend" / "width.safetensors")
+    assert record["kept_channels"] == hashlib.sha256((out / "remend" / "width.safetensors").read_bytes()).hexdigest()
     channels = [kept[f"model.layers.{i}.mlp.channels"] for i in range(2)]
     groups = [kept[f"model.layers.{i}.self_attn.groups"] for i in range(2)]
     assert {t.dtype for t in kept.values()} == {torch.int32}
@@ -148,7 +148,7 @@ def test_dead_channels_go_first_and_cost_nothing(reference_dir: Path, tmp_path: 
     model.save_pretrained(tmp_path / "dead")
     copy_tokenizer(reference_dir, tmp_path / "dead")
     record = prune_width(str(tmp_path / "dead"), tmp_path / "out", ffn=0.25, samples=3)
-    kept = load_file(tmp_path / "out" / "width.safetensors")["model.layers.0.mlp.channels"].tolist()
+    kept = load_file(tmp_path / "out" / "remend" / "width.safetensors")["model.layers.0.mlp.channels"].tolist()
     assert kept == [c for c in range(128) if not 40 <= c < 72]
     assert record["probe"]["kl"] < 1e-6
 

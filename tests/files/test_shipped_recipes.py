@@ -63,7 +63,7 @@ def _dense_copy(recipe: dict[str, Any], tmp_path: Path) -> str:
     import shutil
 
     shutil.copytree(recipe["student"], tmp_path / "dense")
-    for left in ("grid.safetensors", "degradation.json"):
+    for left in ("remend/grid.safetensors", "degradation.json"):
         (tmp_path / "dense" / left).unlink()
     return str(tmp_path / "dense")
 

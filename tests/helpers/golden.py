@@ -230,8 +230,10 @@ def figures(run: Path) -> dict[str, Any]:
     numbers = {f"{key} at step {row['step']}": row[key] for row in rows for key in ("loss", "eval/kl") if key in row}
     numbers |= {f"{key}, {which}": summary[which][key] for which in ("degraded", "recovered") for key in summary[which]}
     numbers = {name: value for name, value in numbers.items() if value is not None}  # a cache scores no new answers
-    files = [*(run / "model").glob("*.safetensors"), *run.glob("checkpoints/step-000006/*.safetensors")]
-    return {"numbers": numbers, "sha256": {str(path.relative_to(run)): _hash(path) for path in sorted(files)}}
+    files = [*(run / "model").rglob("*.safetensors"), *run.glob("checkpoints/step-000006/*.safetensors")]
+    # a grid lay beside the weights in 0.1, and goes by that name here
+    names = {path.relative_to(run).as_posix().replace("model/remend/", "model/"): path for path in files}
+    return {"numbers": numbers, "sha256": {name: _hash(path) for name, path in sorted(names.items())}}
 
 
 def _hash(path: Path) -> str:

@@ -217,7 +217,7 @@ def test_a_record_that_is_no_longer_true_is_left_behind(
     recipe: dict[str, Any], student_dir: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(student_dir, tmp_path / "freed")
-    (tmp_path / "freed" / "grid.safetensors").unlink()
+    (tmp_path / "freed" / "remend" / "grid.safetensors").unlink()
     freed = recover(**{**recipe, "steps": 0, "as_dense": True, "student": str(tmp_path / "freed")})
     assert freed.summary["constraint"] == "none"
     assert not (freed.model / "degradation.json").exists()

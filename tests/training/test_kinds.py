@@ -82,7 +82,7 @@ def test_what_the_record_promises_and_the_files_lost(tmp_path: Path) -> None:
     (no_zeros,) = lost(pruned)
     assert "says that 50.0% of the weights are zero, and the files hold no zeros" in no_zeros
     (no_grid,) = lost(quantized)
-    assert "lies on the grid int3-g64-asym, and grid.safetensors is missing beside it" in no_grid
+    assert "lies on the grid int3-g64-asym, and remend/grid.safetensors is missing there" in no_grid
     assert lost(pruned, recognised=ZEROS) == lost(quantized, recognised=COARSE.recognised) == []
     assert lost(pruned, as_dense=True) == lost(quantized, as_dense=True) == []
     assert lost(dict(CUT.record)) == lost({}) == []

@@ -5,6 +5,7 @@ Legend: O rows (outputs), I columns (inputs), K groups a row.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from remend.compression.grids import Grid, GridFormat, decode, restore, store
 from remend.errors import FileError, InputError
+from remend.models.find import OWN_FOLDER, own_file
 from remend.models.matrices import by_key
 from remend.models.protocols import CausalLM
 
@@ -28,11 +30,11 @@ _FORMULAS = {
 
 
 class StoredGrid:
-    """The content of `grid.safetensors`: one format, and for every quantized matrix its codes and its grid.
+    """The content of `remend/grid.safetensors`: one format, and for every quantized matrix its codes and its grid.
 
     For a matrix of key W (see `models.matrices`) the file holds 'W.codes' (uint8 [O, I]), 'W.scales' and, where the
-    format has them, 'W.zeros' (each [O, K]) and 'W.outer' ([]), in the types that `store` gives. The header names
-    format and formula.
+    format has them, 'W.zeros' (each [O, K]) and 'W.outer' ([]), in the types that `store` gives. The header's
+    entry `remend_grid` is JSON with version, format and formula.
     """
 
     def __init__(self, fmt: GridFormat, matrices: dict[str, tuple[Tensor, Grid]]) -> None:
@@ -55,34 +57,43 @@ class StoredGrid:
                 )
 
     def write(self, directory: Path) -> None:
-        """Write the file into `directory` (which the caller moves into place)."""
+        """Write the file into a model's `directory` (which the caller moves into place), in the folder `remend`."""
         tensors: dict[str, Tensor] = {}
         for name, (codes, grid) in self.matrices.items():
             for key, tensor in {"codes": codes, **store(grid, self.format)}.items():
                 tensors[f"{name}.{key}"] = tensor.cpu().contiguous()
         formula = f"{_FORMULAS[self.format.form]}, one scale for {self.format.group or 'all'} neighbours in a row"
-        save_file(
-            tensors,
-            directory / GRID_FILE,
-            metadata={"remend_grid": "2", "format": self.format.name, "formula": formula},
-        )
+        about = json.dumps({"version": 3, "format": self.format.name, "formula": formula})
+        path = directory / OWN_FOLDER / GRID_FILE
+        path.parent.mkdir(exist_ok=True)
+        save_file(tensors, path, metadata={"remend_grid": about})  # one entry: several are written in a random order
 
     @staticmethod
     def read(directory: Path) -> StoredGrid | None:
-        """The grid beside a model, or None where there is none. Raises FileError for a file that can't be used."""
-        path = directory / GRID_FILE
-        if not path.is_file():
+        """The grid in a model's directory, or None where there is none. Raises FileError for one that can't be used."""
+        path = own_file(directory, GRID_FILE)
+        if path is None:
             return None
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            fmt = GridFormat.parse(metadata.get("format", "without a format"))
+            fmt = GridFormat.parse(_format_in(metadata))
             names = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
             matrices = {name: _matrix_of(name, tensors, fmt) for name in names}
         except (SafetensorError, OSError, InputError) as error:
             raise FileError(f"{path} can't be read as a quantization grid: {error}") from None
         return StoredGrid(fmt, matrices)
+
+
+def _format_in(metadata: Mapping[str, str]) -> str:
+    """The format's name; version 2 had it as an entry of its own."""
+    try:
+        about = json.loads(metadata.get("remend_grid", "{}"))
+    except ValueError:
+        about = {}
+    told = {**metadata, **about} if isinstance(about, dict) else metadata
+    return str(told.get("format", "without a format"))
 
 
 def _matrix_of(name: str, tensors: Mapping[str, Tensor], fmt: GridFormat) -> tuple[Tensor, Grid]:

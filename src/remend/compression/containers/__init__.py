@@ -13,7 +13,7 @@ from typing import Protocol
 from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, read_json
-from remend.models.find import ModelSource
+from remend.models.find import ModelSource, own_file
 from remend.models.packed_weights import packing
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.registry import Registry, register_all
@@ -111,7 +111,7 @@ def packed_by(source: ModelSource) -> str | None:
 
     None for weights that are not packed, and for a directory with remend's own description of its grid.
     """
-    if source.kind != "directory" or source.path is None or (source.path / GRID_FILE).is_file():
+    if source.kind != "directory" or source.path is None or own_file(source.path, GRID_FILE):
         return None
     config = packing(source.path)
     return str(config.get("quant_method", "unknown")) if config else None

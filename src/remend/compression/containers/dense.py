@@ -1,6 +1,6 @@
 """Dense: a plain transformers directory. Every model fits, and every reader of transformers models opens it.
 
-A grid lies beside the weights in grid.safetensors. Without one, weights with many exact zeros were pruned.
+A grid lies in remend/grid.safetensors. Without one, weights with many exact zeros were pruned.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from remend.degrade.making.job import Changed, Damage, path_of, rebuild
 from remend.errors import InputError
+from remend.models.find import OWN_FOLDER
 from remend.models.layers import decoder_layers
 from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
@@ -182,6 +183,7 @@ def narrower(damage: Damage, ffn: float, heads: int) -> Changed:
     }
 
     def write(target: Path) -> None:
-        (target / WIDTH_FILE).write_bytes(content)
+        (target / OWN_FOLDER).mkdir(exist_ok=True)
+        (target / OWN_FOLDER / WIDTH_FILE).write_bytes(content)
 
     return Changed(student, entry, write)

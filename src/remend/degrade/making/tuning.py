@@ -21,6 +21,7 @@ from remend.errors import InputError
 from remend.files.run_directory import METRICS, RunDirectory
 from remend.models import adapters
 from remend.models.device import choose_dtype, mixed_precision
+from remend.models.find import own_file
 from remend.models.load import eos_ids
 from remend.models.room import room_of
 from remend.models.sampling.rollout import Rollout
@@ -35,7 +36,7 @@ WARMUP_SHARE = 0.1
 def tuned(damage: Damage, settings: Finetune) -> Changed:
     """The student after training. Raises InputError for one with a grid or zeros, and where no row is short enough."""
     path = damage.source.path
-    on_grid = path is not None and (path / GRID_FILE).is_file()
+    on_grid = path is not None and own_file(path, GRID_FILE) is not None
     if on_grid or (path is not None and was_pruned(path)):
         what = "a model on a quantization grid" if on_grid else "a pruned model"
         raise InputError(

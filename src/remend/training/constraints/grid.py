@@ -18,6 +18,7 @@ from remend.compression.solvers import gptq
 from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.errors import InputError
 from remend.models.activations.walk import Sites
+from remend.models.find import OWN_FOLDER
 from remend.models.matrices import Matrix, by_key
 from remend.models.protocols import CausalLM
 from remend.training.constraints.fitting import anchored_gram, priors, targets
@@ -149,7 +150,7 @@ class OnGrid(Constraint):
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:
-        """Codes, scales and zeros as `grid.safetensors`."""
+        """Codes, scales and zeros as `remend/grid.safetensors`."""
         matrices = {name: (encode(m.master, m.grid, self.format), m.grid) for name, m in self._held.items()}
         StoredGrid(self.format, matrices).write(directory)
 
@@ -170,7 +171,7 @@ class GridKind(ConstraintKind):
             return None
         return (
             f"{facts.directory / RECORD} says that the student lies on the grid {facts.record.get('format')}, and "
-            f"{GRID_FILE} is missing beside it"
+            f"{OWN_FOLDER}/{GRID_FILE} is missing there"
         )
 
     def check(self, model: CausalLM, facts: StudentFacts) -> None:
