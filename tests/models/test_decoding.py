@@ -8,7 +8,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    LlamaForCausalLM,
+    MoshiConfig,
+    MoshiForCausalLM,
+    PreTrainedModel,
+    XLMConfig,
+    XLMWithLMHeadModel,
+    XLNetConfig,
+)
 
 from helpers.architectures import MODELS, VOCABULARY, build
 from helpers.tiny import build_model
@@ -17,6 +27,15 @@ from remend.errors import InputError
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import TransformersSampler
 from remend.models.scorer import pack, scorer
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+}
 
 
 def prompts() -> list[Encoded]:
@@ -110,7 +129,7 @@ def test_a_cache_is_believed_in_bfloat16_too(name: str, capsys: pytest.CaptureFi
     assert "decoded without one" not in capsys.readouterr().err
 
 
-def test_the_check_costs_five_short_passes_once_per_model() -> None:
+def test_the_check_costs_seven_short_passes_once_per_model() -> None:
     model, widths = build_model(VOCABULARY), []
     with model.register_forward_pre_hook(
         lambda _m, _a, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
@@ -118,5 +137,59 @@ def test_the_check_costs_five_short_passes_once_per_model() -> None:
         greedy(model, ())
         first = len(widths)
         greedy(model, ())
-    assert first - (len(widths) - first) == 5
-    assert sum(widths[:5]) < 30
+    assert first - (len(widths) - first) == 7
+    assert sum(widths[:7]) < 50
+
+
+READERS = {
+    "xlnet": (XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=2, d_inner=64), "give a model"),
+    "bert": (BertConfig(**SMALL), 'set "is_decoder": true'),
+    "xlm": (XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=2), 'set "causal": true'),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_model_that_reads_ahead_is_refused_by_name_before_it_is_scored_or_sampled(name: str) -> None:
+    config, way = READERS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for ask in (scorer, lambda model: greedy(model, ())):
+        with pytest.raises(InputError, match=f"reads ahead: its logits change with later tokens .*{way}"):
+            ask(model)
+
+
+def test_a_model_whose_mask_sees_earlier_tokens_alone_is_taken() -> None:
+    """XLM's own code states by an assertion that it takes no cache of ours."""
+    torch.manual_seed(0)
+    config = XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=2, causal=True)
+    rollouts = greedy(XLMWithLMHeadModel(config).eval(), ())
+    assert all(len(r.completion) == 10 for r in rollouts)
+
+
+class _ReadsPadding(LlamaForCausalLM):
+    """Right for rows of one length; padding changes what stands before it."""
+
+    def forward(self, input_ids: Tensor, **inputs: object) -> object:
+        output = super().forward(input_ids=input_ids, **inputs)
+        padded_B = (input_ids[:, -1] == 0) & (len(input_ids) > 1)
+        output.logits = output.logits + padded_B[:, None, None]
+        output.logits[padded_B, :, 3] += 5
+        return output
+
+
+def test_a_padded_row_is_compared_with_the_row_alone() -> None:
+    with pytest.raises(InputError, match="reads ahead"):
+        scorer(like_llama(_ReadsPadding))
+
+
+def test_a_window_shorter_than_the_rows_is_tried_once_rows_leave_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Moshi's cache gives other logits beyond its window."""
+    torch.manual_seed(0)
+    config = MoshiConfig(**SMALL, audio_vocab_size=8, sliding_window=12, head_dim=16, initializer_range=0.3)
+    model = MoshiForCausalLM(config).eval()
+    short = [Encoded("a", (3, 4, 5), "")]
+    TransformersSampler(model, 64, ())(short, max_new_tokens=9, temperature=0.0, seeds=[1])
+    assert "decoded without one" not in capsys.readouterr().err
+    for rollout in greedy(model, ()):
+        assert torch.equal(own_logits(model, rollout).argmax(-1), torch.tensor(rollout.completion))
+    assert "other logits than a plain pass in rows of 15 tokens" in capsys.readouterr().err

@@ -73,3 +73,12 @@ def test_a_model_too_large_to_hold_twice_is_left_alone(monkeypatch: pytest.Monke
     model = Small()
     with packed_linears(model):
         assert "forward" not in vars(model.first)
+
+
+def test_bfloat16_is_multiplied_on_processors_that_cant_pack_it_too() -> None:
+    torch.manual_seed(0)
+    model, x = Small().to(torch.bfloat16), torch.randn(2, 3, 48, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = model(x)
+        with packed_linears(model):
+            torch.testing.assert_close(model(x), plain, rtol=0.05, atol=0.05)

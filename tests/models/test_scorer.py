@@ -151,6 +151,14 @@ def test_unknown_treatment_of_logits_is_refused() -> None:
         scorer(model)
 
 
+def test_a_head_of_another_width_is_refused_by_name() -> None:
+    """ELECTRA's states become narrower between body and head."""
+    sizes = {"vocab_size": VOCABULARY, "embedding_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ElectraConfig(**sizes, hidden_size=32, intermediate_size=32, is_decoder=True)
+    with pytest.raises(InputError, match=r"ElectraForCausalLM computes .* states of width 32, and its head.* 64 x 16"):
+        scorer(transformers.ElectraForCausalLM(config).eval())
+
+
 def test_a_model_without_a_head_is_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(InputError, match="LlamaModel has no output embedding"):
         scorer(model.model)

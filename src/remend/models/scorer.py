@@ -21,7 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remend.errors import InputError
 from remend.maths.losses import Head
+from remend.models.causal import require_causal
 from remend.models.protocols import CausalLM
+from remend.models.sizes import window
 
 FULL = "full_attention"
 """transformers' name of layers that attend to every earlier token."""
@@ -130,7 +132,7 @@ def scorer(model: CausalLM, shared: int | None = None, *, checkpointing: bool = 
         checkpointing: recompute each layer in the backward pass instead of keeping its activations (arXiv 1604.06174).
 
     Raises:
-        InputError: the parts don't reproduce the model's own logits.
+        InputError: the parts don't reproduce the model's own logits, or these depend on later tokens or other rows.
     """
     config = model.config.get_text_config()
     embedding = model.get_output_embeddings()
@@ -151,10 +153,20 @@ def _verified(parts: Scorer) -> Scorer:
     """The parts, whose logits on a probe are the model's own; with another scale where that alone is missing."""
     probe_BT = torch.arange(1, 9, device=parts.device).remainder(parts.shared).unsqueeze(0)
     own = parts.model(input_ids=probe_BT, use_cache=False).logits[0, :, : parts.shared]
-    hidden_TD = parts.hidden(probe_BT)[0]
+    require_causal(parts.model)
+    output = parts.body(input_ids=probe_BT, use_cache=False)
+    states_BTD, head = getattr(output, "last_hidden_state", None), parts.head
+    if states_BTD is None or states_BTD.shape[-1] != head.weight_VD.shape[1] or own.shape[-1] != len(head.weight_VD):
+        width = "no states" if states_BTD is None else f"states of width {states_BTD.shape[-1]}"
+        raise _unlike(
+            parts.model,
+            f"its body gives {width}, and its head, which gives {own.shape[-1]} logits, is a matrix of "
+            f"{' x '.join(map(str, head.weight_VD.shape))}",
+        )
+    hidden_TD = states_BTD[0]
+    ours = head(hidden_TD).float()
     exact = own.dtype == hidden_TD.dtype == torch.float32 and not torch.is_autocast_enabled(own.device.type)
     own, near = own.float(), NEAR_FLOAT32 if exact else NEAR
-    ours = parts.head(hidden_TD).float()
     if not own.isfinite().all():
         raise InputError(
             f"the logits of {parts.model.name_or_path} are not finite on a probe: its weights are damaged beyond use"
@@ -169,9 +181,13 @@ def _verified(parts: Scorer) -> Scorer:
     scaled = replace(parts, scale=float((plain * uncapped).sum() / plain.square().sum()))
     if _same(own, scaled.head(hidden_TD).float(), near):
         return scaled
-    raise InputError(
-        f"{type(parts.model).__name__} computes its logits in a way that remend does not know "
-        f"(largest difference {float((own - ours).abs().max()):.3g} on a probe), so it can't be scored in chunks"
+    raise _unlike(parts.model, f"largest difference {float((own - ours).abs().max()):.3g} on a probe")
+
+
+def _unlike(model: CausalLM, why: str) -> InputError:
+    return InputError(
+        f"{type(model).__name__} computes its logits in a way that remend does not know ({why}), so it can't be scored "
+        "in chunks. Give a model whose logits are its last hidden states times its output embedding"
     )
 
 
@@ -183,7 +199,7 @@ def _same(own: Tensor, ours: Tensor, near: float) -> bool:
 def _shares_prefixes(parts: Scorer) -> bool:
     """Whether states after a shared opening are those of whole rows; not so where a layer sees a window only."""
     config = parts.model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else FULL]
+    kinds = getattr(config, "layer_types", None) or ["sliding" if window(config) else FULL]
     if any(kind != FULL for kind in kinds):
         return False
     tokens_BT = torch.arange(1, 41, device=parts.device).reshape(2, 20).remainder(parts.shared)

@@ -24,8 +24,8 @@ MOST_BYTES = 4 * 2**30
 def packed_linears(model: CausalLM) -> Iterator[None]:
     """Inside, the model's linear layers use packed copies of the weights that they have at the start.
 
-    Does nothing off the CPU, without oneDNN, for layers whose forward is replaced, and for models above MOST_BYTES. The
-    weights must not change inside.
+    Does nothing off the CPU, without oneDNN, in a dtype that it can't pack here, for layers whose forward is replaced,
+    and for models above MOST_BYTES. The weights must not change inside.
 
     Args:
         model: a transformers model, float32 or bfloat16; under CPU autocast the copies have autocast's dtype.
@@ -34,7 +34,7 @@ def packed_linears(model: CausalLM) -> Iterator[None]:
     if model.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    kept = [m for m in layers if (dtype or m.weight.dtype) in (torch.float32, torch.bfloat16)]
+    kept = [m for m in layers if _packs(dtype or m.weight.dtype)]
     if sum(m.weight.numel() * (dtype or m.weight.dtype).itemsize for m in kept) > MOST_BYTES:
         kept = []
     with torch.no_grad():
@@ -48,6 +48,11 @@ def packed_linears(model: CausalLM) -> Iterator[None]:
     finally:
         for layer in kept:
             del layer.forward
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN lays such weights out; bfloat16 ones on processors that have AVX-512 or the like alone."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _product(packed: Tensor, bias_O: Tensor | None, dtype: torch.dtype, x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class TransformersSampler:
         uniform = uniform.to(device)
         active = torch.arange(len(prompts), device=device)
         ends = torch.tensor(self.eos, device=device)
-        rows = decoding(self.model, prompts)
+        rows = decoding(self.model, prompts, uniform.shape[1])
         completions: list[list[int]] = [[] for _ in prompts]
         for t in range(uniform.shape[1]):
             tokens_B = choose(rows.logits()[:, : self.shared], uniform[active, t], temperature)
