@@ -153,7 +153,7 @@ def untouched_experts(model: CausalLM) -> str | None:
     share = sum(size for size, expert in sizes if expert) / sum(size for size, _ in sizes)
     return (
         f"the adapter leaves {share:.0%} of the decoder's matrix weights as they are: it is laid on linear layers, and "
-        f"experts ({', '.join(names)}) are none"
+        f"experts and other matrices in one parameter ({', '.join(names)}) are none"
     )
 
 

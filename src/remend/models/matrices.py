@@ -1,10 +1,11 @@
 """The weight matrices of a decoder, whatever keeps them: what can be quantized, pruned and refitted.
 
-transformers keeps a matrix in one of three ways, and a method that changes weights should not care which:
+transformers keeps a matrix in one of four ways, and a method that changes weights should not care which:
 
     nn.Linear   weight [O, I]
     Conv1D      weight [I, O] (GPT-2)
     experts     one parameter for all of them, [E, O, I] or [E, I, O] (GPT-OSS); each expert is a matrix of its own
+    stacks      the same where a model has code of its own for it: STACKS says how each is laid out
 
 `Matrix` shows each as [O, I]. `account` sorts all weights of a model, so that nothing is left out unseen.
 
@@ -25,8 +26,29 @@ from remend.models.protocols import CausalLM
 EXPERT_PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
 """Parameters of a module of experts, as transformers names them in every architecture (its module integrations.moe)."""
 
+STACKS: dict[str, dict[str, bool]] = {
+    "DbrxExpertGLU": {"w1": False, "v1": False, "w2": True},
+    "InklingSharedExperts": {"gate_proj": False, "up_proj": False, "down_proj": False},
+    "JetMoeParallelExperts": {"weight": False},
+    "Llama4TextExperts": {"gate_up_proj": True, "down_proj": True},
+    "LongcatFlashExperts": {"gate_up_proj": False, "down_proj": False},
+    "RecurrentGemmaRglru": {"input_gate_weight": True, "recurrent_gate_weight": True},
+    "ZambaMambaMixer": {"x_proj_weight": False, "dt_proj_weight": False},
+}
+"""Parameters that hold several matrices, by class of transformers, and whether they hold each as [I, O].
+
+The matrices are those of experts or of heads. DBRX lays them one below the other, [E · O, I] or [E · I, O]; the others
+have a dimension for them. A test holds each entry against the products of the model's own forward pass.
+"""
+
 _NO_PRODUCT = re.compile(r"(^|[._])(bias|A_log|dt_bias|D)$")
 """Parameters with two or more dimensions that multiply nothing: biases of experts, decays of state-space models."""
+
+_TOWER = re.compile(
+    r"(^|\.)(vision_tower|vision_model|visual|visual_projection|image_encoder|audio_tower|audio_model"
+    r"|multi_modal_projector|embed_tokens_extend)\."
+)
+"""Parts that read images and sound, in models that keep them inside their decoder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +60,7 @@ class Matrix:
     parameter: full name of the parameter that it is, or is a part of.
     expert: its number in that parameter; None where the parameter is the matrix.
     transposed: the parameter holds it as [I, O].
+    piled: how many matrices lie one below the other in a parameter of two dimensions; None where they don't.
     """
 
     name: str
@@ -45,6 +68,7 @@ class Matrix:
     parameter: str
     expert: int | None = None
     transposed: bool = False
+    piled: int | None = None
 
     @property
     def key(self) -> str:
@@ -53,7 +77,8 @@ class Matrix:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part [O, I] of a tensor that is shaped like the parameter (its gradient, say): a view, not a copy."""
-        part = tensor if self.expert is None else tensor[self.expert]
+        apart = tensor if self.piled is None else tensor.unflatten(0, (self.piled, -1))
+        part = apart if self.expert is None else apart[self.expert]
         return part.T if self.transposed else part
 
     @property
@@ -76,7 +101,8 @@ class Matrix:
     def bias_O(self) -> Tensor | None:
         """What the layer adds to its product, or None."""
         name = self.parameter.rpartition(".")[2]
-        bias = getattr(self.module, "bias" if self.expert is None else f"{name}_bias", None)
+        of_several = f"{name.removesuffix('_weight')}_bias"
+        bias = getattr(self.module, "bias" if self.expert is None else of_several, None)
         if bias is None or self.expert is None:
             return bias
         chosen: Tensor = bias.detach()[self.expert]
@@ -87,10 +113,13 @@ class Matrix:
 class Account:
     """All weights of a model, each in one place, by parameter name and number of values.
 
+    A parameter that several layers share is one weight, and stands under the first of its names.
+
     matrices: of the decoder, by name; the head and embeddings are none.
     routers: what chooses experts; it stays dense.
     unknown: parameters of two or more dimensions in the decoder that are no matrix that remend knows.
-    towers: parameters outside the decoder (a vision or audio tower and what joins it), the head apart.
+    towers: parameters that read no text (a vision or audio tower and what joins it). The head is none, nor is what
+        some models put in front of its product.
     """
 
     matrices: dict[str, Matrix] = field(default_factory=dict)
@@ -111,14 +140,20 @@ def decoder_of(model: CausalLM) -> nn.Module:
 def account(model: CausalLM) -> Account:
     """Where each weight of a model belongs."""
     decoder, head, result = decoder_of(model), model.get_output_embeddings(), Account()
-    inside = {id(part) for part in decoder.modules()}
-    experts = {name: len_ for name, part in model.named_modules() if (len_ := _experts_of(part))}
+    inside, read = {id(part) for part in decoder.modules()}, {id(part) for part in model.base_model.modules()}
+    experts = {name: count for name, part in model.named_modules() if (count := _experts_of(part))}
+    apart = any(part is decoder for part in model.base_model.modules())  # so what is outside of it is the head
+    ends = [part for part in model.modules() if part is head or isinstance(part, nn.Embedding)]
+    met = {id(parameter) for part in ends for parameter in part.parameters(recurse=False)}
     for name, module in model.named_modules():
-        if module is head or isinstance(module, nn.Embedding):
+        if module in ends or (apart and id(module) not in read):
             continue
         for own, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{own}" if name else own
-            if id(module) not in inside:
+            if id(parameter) in met:
+                continue
+            met.add(id(parameter))
+            if id(module) not in inside or _TOWER.search(full):
                 result.towers[full] = parameter.numel()
             elif parameter.ndim < 2 or _NO_PRODUCT.search(full) or isinstance(module, (nn.Conv1d, nn.Conv2d)):
                 continue
@@ -126,7 +161,7 @@ def account(model: CausalLM) -> Account:
                 result.routers[full] = parameter.numel()
             elif parts := list(_matrices(name, module, own, parameter)):
                 result.matrices.update({matrix.name: matrix for matrix in parts})
-            else:
+            elif sum(size > 1 for size in parameter.shape) > 1:  # else it is a vector, and multiplies number by number
                 result.unknown[full] = parameter.numel()
     return result
 
@@ -148,14 +183,23 @@ def by_key(model: CausalLM) -> dict[str, Matrix]:
 
 
 def _matrices(name: str, module: nn.Module, own: str, parameter: Tensor) -> Iterator[Matrix]:
-    full = f"{name}.{own}" if name else own
+    full, stack = f"{name}.{own}" if name else own, _stack_of(module)
     if own == "weight" and isinstance(module, nn.Linear):
         yield Matrix(name, module, full)
     elif own == "weight" and isinstance(module, Conv1D):
         yield Matrix(name, module, full, transposed=True)
+    elif own in stack:
+        piled = int(module.moe_num_experts) if parameter.ndim == 2 else None  # type: ignore[arg-type]
+        for number in range(piled or len(parameter)):
+            yield Matrix(f"{full}.{number}", module, full, number, stack[own], piled)
     elif own in EXPERT_PRODUCTS and parameter.ndim == 3 and hasattr(module, "is_transposed"):
         for expert in range(len(parameter)):
             yield Matrix(f"{full}.{expert}", module, full, expert, bool(module.is_transposed))
+
+
+def _stack_of(module: nn.Module) -> dict[str, bool]:
+    kind = type(module)  # code that comes with a model may use the same name for something else
+    return STACKS.get(kind.__name__, {}) if kind.__module__.startswith("transformers.") else {}
 
 
 def _experts_of(module: nn.Module) -> int:
@@ -163,7 +207,11 @@ def _experts_of(module: nn.Module) -> int:
     experts = getattr(module, "experts", None)
     if isinstance(experts, nn.ModuleList):
         return len(experts)
-    return int(getattr(experts, "num_experts", 0)) if isinstance(experts, nn.Module) else 0
+    for part in (experts, *(child for child in module.children() if _stack_of(child))):
+        for name in ("num_experts", "total_experts"):
+            if isinstance(part, nn.Module) and getattr(part, name, 0):
+                return int(getattr(part, name))
+    return 0
 
 
 def _routes(name: str, module: nn.Module, rows: int, experts: dict[str, int]) -> bool:
@@ -171,6 +219,8 @@ def _routes(name: str, module: nn.Module, rows: int, experts: dict[str, int]) ->
     shared = getattr(module, "n_shared_experts", None) or 0
     for layer, count in experts.items():
         inner = name.removeprefix(f"{layer}.") if name.startswith(f"{layer}.") else ""
+        if inner.startswith(("gate.", "router.")):
+            return True
         if inner and not inner.startswith("experts.") and inner != "experts":
-            return rows in (1, count, count + shared) and "." not in inner.removeprefix("gate.").removeprefix("router.")
+            return rows in (1, count, count + shared) and "." not in inner
     return False

@@ -16,7 +16,7 @@ from remend.compression.containers import CONTAINERS, Container, Measured, Recog
 from remend.compression.stored_grid import StoredGrid
 from remend.models.find import ModelSource
 from remend.models.load import save_model
-from remend.models.matrices import EXPERT_PRODUCTS
+from remend.models.matrices import EXPERT_PRODUCTS, STACKS
 
 ZEROS = 0.05
 """A plain directory with a larger share of exact zeros in its linear weights counts as pruned."""
@@ -31,6 +31,10 @@ _NO_MATRIX = re.compile(
 )
 _INPUTS_FIRST = re.compile(r"[.]c_(attn|proj|fc)[.]weight$")
 """GPT-2's Conv1D, whose weights are [I, O]."""
+_SEVERAL = (*EXPERT_PRODUCTS, *{own for kind in STACKS.values() for own in kind if own != "weight"}, "_linear.weight")
+"""Ends of names of tensors that hold several matrices; JetMoE calls them input_linear.weight and output_linear.weight."""
+_PILED, _PILED_INPUTS_FIRST = re.compile(r"experts[.]mlp[.][wv][12]$"), re.compile(r"experts[.]mlp[.]w2$")
+"""DBRX lays them one below the other, [E · O, I] or [E · I, O]."""
 
 
 def _reads(source: ModelSource) -> bool:
@@ -80,7 +84,9 @@ def _matrix_weights(directory: Path) -> Iterator[Tensor]:
                     continue
                 if tensor.ndim == 2 and name.endswith(".weight"):
                     yield tensor.T if _INPUTS_FIRST.search(name) else tensor
-                elif tensor.ndim == 3 and name.endswith(EXPERT_PRODUCTS):
+                elif tensor.ndim == 2 and _PILED.search(name):
+                    yield tensor.T if _PILED_INPUTS_FIRST.search(name) else tensor
+                elif tensor.ndim == 3 and name.endswith(_SEVERAL):
                     yield _inputs_last(tensor).flatten(0, 1)
 
 

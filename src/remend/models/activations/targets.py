@@ -23,7 +23,7 @@ from remend.models.activations.passes import (
     real_states,
     run_block,
 )
-from remend.models.activations.walkable import holds_experts, modules_of_matrices
+from remend.models.activations.walkable import holds_experts, is_stack, modules_of_matrices
 from remend.models.layers import infer_rows
 from remend.models.matrices import Matrix
 from remend.models.sampling.rollout import Rollout
@@ -62,13 +62,13 @@ def anatomy_of(block: nn.Module, probe: HiddenBatch, index: int, kept: Mapping[n
         added_BTD = run_block(block, probe, index) - probe.states_BTD
     groups: dict[object, list[nn.Module]] = {}
     for layer, given, _ in calls:  # calls keeps the tensors alive, so no address is used twice
-        key = layer if holds_experts(kept[layer]) else (given.data_ptr(), given.shape[-1], given.numel())
+        key = layer if kept[layer][0].expert is not None else (given.data_ptr(), given.shape[-1], given.numel())
         groups.setdefault(key, []).append(layer)
     alone = {group[0] for group in groups.values() if len(group) == 1}
     parts = [
         (layer, out.reshape(added_BTD.shape))
         for layer, _, out in calls
-        if layer in alone and out.numel() == added_BTD.numel() and out.shape[-1] == added_BTD.shape[-1]
+        if layer in alone and not is_stack(kept[layer]) and out.numel() == added_BTD.numel() and out.shape[-1] == added_BTD.shape[-1]
     ]
     explained = sum((out for _, out in parts), torch.zeros_like(added_BTD))
     close = float((added_BTD - explained).norm()) <= 1e-3 * float(added_BTD.norm())
@@ -119,7 +119,7 @@ class TeacherStates:
         """
         at = self.places[index]
         block = self.blocks.items[at]
-        own = {n: m for n, m in block.named_modules() if m in self.matrices}
+        own = {n: m for n, m in block.named_modules() if m in self.matrices and not is_stack(self.matrices[m])}
         layers = {n: m for n, m in own.items() if not holds_experts(self.matrices[m])}
         experts = {n: m for n, m in own.items() if n not in layers}
         before_ND = real_states(self.batches)

@@ -29,6 +29,7 @@ from remend.data.templates import Encoded
 from remend.errors import InputError
 from remend.models.activations.experts import Experts, Routed, applied
 from remend.models.activations.passes import (
+    HiddenBatch,
     Seen,
     Settled,
     hidden_batches,
@@ -39,8 +40,9 @@ from remend.models.activations.passes import (
     run_block,
     start,
 )
+from remend.models.activations.stacks import inputs_of
 from remend.models.activations.targets import Targets, anatomy_of, teacher_states
-from remend.models.activations.walkable import blocks_of, holds_experts, modules_of_matrices, sees_some
+from remend.models.activations.walkable import blocks_of, holds_experts, is_stack, modules_of_matrices, sees_some
 from remend.models.matrices import Matrix
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer
@@ -148,12 +150,17 @@ def walk(
         for index, block in enumerate(blocks.items):
             anatomy = anatomy_of(block, probe, index, kept)
             inner = {n: m for n, m in block.named_modules() if m in kept}
-            layers = {n: kept[m][0] for n, m in inner.items() if not holds_experts(kept[m])}
+            layers = {n: kept[m][0] for n, m in inner.items() if kept[m][0].expert is None}
             taught, targets = healthy.through(index, layers) if healthy else None, None
             if taught:
                 targets = Targets(inner, anatomy.writers, taught, real_states(batches))
             settled = Settled(block, kept)
             for group in anatomy.groups:
+                if is_stack(kept[group[0]]):
+                    for sites in _sites_of_stack(index, kept[group[0]], block, batches, settled, precision):
+                        visit(sites)
+                    settled.visited.update(group)
+                    continue
                 experts = holds_experts(kept[group[0]])
                 fresh = [w for w in targets.written if w not in settled.written] if targets else []
                 seen = look(
@@ -206,6 +213,31 @@ def _sites_of(
 def _unseen(index: int, matrix: Matrix) -> Sites:
     """A matrix that no token reached."""
     return Sites(index, (matrix,), torch.zeros(2 * [matrix.in_features], device=matrix.weight_OI.device), None, 0)
+
+
+def _sites_of_stack(
+    index: int,
+    own: Sequence[Matrix],
+    block: nn.Module,
+    batches: Sequence[HiddenBatch],
+    settled: Settled,
+    precision: AbstractContextManager[object] | None,
+) -> Iterator[Sites]:
+    """The matrices of a stack, one parameter after the other: each sees what those before it give by then.
+
+    What they ought to give is not known, since the teacher's code may send other tokens to them.
+    """
+    left = list(own)
+    while left:
+        seen = inputs_of(left, block, batches, index, settled)
+        parameter = next(iter(seen), left[0]).parameter
+        for matrix in [m for m in left if m.parameter == parameter]:
+            if matrix not in seen or not len(seen[matrix]):
+                yield _unseen(index, matrix)
+                continue
+            x_NI = seen[matrix].float()
+            yield Sites(index, (matrix,), products(x_NI, x_NI, precision), None, len(x_NI))
+        left = [m for m in left if m.parameter != parameter]
 
 
 def _sites_of_experts(

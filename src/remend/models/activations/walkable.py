@@ -31,6 +31,7 @@ from remend.models.activations.passes import (
     run_block,
     start,
 )
+from remend.models.activations.stacks import inputs_of
 from remend.models.layers import decoder_layers
 from remend.models.matrices import Matrix, matrices
 from remend.models.protocols import CausalLM
@@ -57,8 +58,13 @@ def modules_of_matrices(model: CausalLM) -> dict[nn.Module, list[Matrix]]:
 
 
 def holds_experts(own: Sequence[Matrix]) -> bool:
-    """Whether these matrices of one module are its experts'."""
-    return own[0].expert is not None
+    """Whether these matrices of one module are those of experts that transformers calls in its common way."""
+    return own[0].expert is not None and hasattr(own[0].module, "is_transposed")
+
+
+def is_stack(own: Sequence[Matrix]) -> bool:
+    """Whether these matrices of one module are several that the model's own code multiplies."""
+    return own[0].expert is not None and not holds_experts(own)
 
 
 def sees_some(name: str) -> bool:
@@ -112,6 +118,12 @@ def blocks_of(model: CausalLM, text: Sequence[Sequence[int]]) -> Blocks:
                 if type(module) not in proven and not _explained(Experts(module, parts[module]), seen[module]):
                     raise _refusal(model, f"makes of the products of {names[module]} what remend does not know")
                 proven.add(type(module))
+            elif is_stack(parts[module]):
+                seen_of_stack = inputs_of(parts[module], block, alone, index)
+                unseen = {m.parameter for m in parts[module]} - {m.parameter for m in seen_of_stack}
+                if unseen:
+                    raise _refusal(model, f"multiplies {min(unseen)} in a way that remend does not see")
+                partly = True
             elif sees_some(names[module]):
                 partly = True
             elif module in seen and _mixed(seen[module], [other.get(module) for other in apart], batch, alone):
@@ -135,6 +147,13 @@ def _own_pass(
     model: CausalLM, items: Sequence[nn.Module], parts: Mapping[nn.Module, list[Matrix]], rows: Sequence[Rollout]
 ) -> _OwnPass:
     own, inside = _OwnPass(), {m for block in items for m in block.modules()}
+    addresses = {_address(matrices) for matrices in parts.values()}
+    holders = {  # those that share another's weights are none of `parts`
+        module: parameter.data_ptr()
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.data_ptr() in addresses and parameter.ndim > 1
+    }
 
     def note_block(block: nn.Module, args: object, output: object) -> None:
         own.order.append(next(i for i, item in enumerate(items) if item is block))
@@ -142,14 +161,15 @@ def _own_pass(
 
     def note_module(module: nn.Module, args: object) -> None:
         own.calls[module] += 1
-        own.uses[_address(parts[module])] += 1
-        if module not in inside:
+        if module not in parts or not is_stack(parts[module]):  # its code may call a stack once an expert
+            own.uses[holders[module]] += 1
+        if module not in inside and module in parts:
             own.outside.append((module, max(own.order, default=-1)))
 
     with ExitStack() as hooks:
         for block in items:
             hooks.callback(block.register_forward_hook(note_block).remove)
-        for module in parts:
+        for module in holders:
             hooks.callback(module.register_forward_pre_hook(note_module).remove)
         tokens_BT = pack([(r.prompt, r.completion) for r in rows], device=model.device).tokens_BT
         model.base_model(input_ids=tokens_BT, use_cache=False)
@@ -194,7 +214,7 @@ def _given_to(
     def note(module: nn.Module, args: Given, keywords: Keywords, output: Tensor) -> None:
         if holds_experts(parts[module]):
             met[module] = _Met(routing(module, args, keywords), output.clone())
-        else:
+        elif not is_stack(parts[module]):
             met[module] = _Met((first_given(args, keywords).clone(),))
 
     with ExitStack() as hooks:
