@@ -149,12 +149,15 @@ def compress(directory: Path, dtype: torch.dtype, args: dict[str, Any], tokenize
         if wanted is None:
             continue
         weight = module.weight.detach()
-        shape = {"group": (weight.shape[0], -1, wanted.group_size), "channel": (weight.shape[0], 1, -1)}
+        grouped = (weight.shape[0], -1, wanted.group_size)
+        shape = {"group": grouped, "tensor_group": grouped, "channel": (weight.shape[0], 1, -1)}
         low, high = torch.aminmax(weight.view(shape.get(wanted.strategy, (1, 1, -1))), dim=-1)
         scale, zero = calculate_qparams(low, high, wanted)
         module.weight_scale.data = scale.to(dtype).view(module.weight_scale.shape)
         if not wanted.symmetric:
             module.weight_zero_point.data = zero
+        if wanted.strategy == "tensor_group":
+            module.weight_global_scale.data.fill_(1.0)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(directory)
@@ -249,6 +252,45 @@ def test_packed_tensors_that_the_configuration_does_not_describe_are_refused(
         check_weights(find_model(str(tmp_path / "m")))
     with pytest.raises(FileError, match=said.format(module)):
         load_model(find_model(str(tmp_path / "m")), dtype=torch.float32, device=CPU)
+
+
+PARTS = {
+    "int4-g32-sym": ["weight_packed", "weight_scale", "weight_shape"],
+    "int4-g64-zp": ["weight_zero_point"],
+    "nvfp4": ["weight_global_scale", "weight_scale", "weight_packed"],
+}
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_packed_tensors_that_are_missing_are_named_before_anything_is_loaded(
+    tmp_path: Path, tokenizer: Any, kind: str
+) -> None:
+    compress(tmp_path / "m", torch.bfloat16, SCHEMES.get(kind, NVFP4), tokenizer)
+    path, module = tmp_path / "m" / "model.safetensors", "model.layers.0.mlp.up_proj"
+    tensors = load_file(path)
+    for local in PARTS[kind]:
+        rest = {name: tensor for name, tensor in tensors.items() if name != f"{module}.{local}"}
+        assert len(rest) < len(tensors)
+        save_file(rest, path, metadata={"format": "pt"})
+        with pytest.raises(FileError, match=rf"incomplete: 1 tensors are missing \({module}.{local}\)"):
+            check_weights(find_model(str(tmp_path / "m")))
+
+
+def test_a_layer_of_another_group_than_transformers_takes_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    """It unpacks all layers by the first group; the second is another way only where its numbers say so."""
+    compress(tmp_path / "m", torch.bfloat16, SCHEMES["int4-g32-sym"], tokenizer)
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    groups = config["quantization_config"]["config_groups"]
+    (first,) = groups.values()
+    groups["other"] = {**first, "targets": ["re:.*down_proj$"]}
+    path.write_text(json.dumps(config))
+    assert check_weights(find_model(str(tmp_path / "m"))) == []
+    groups["other"] = {**groups["other"], "weights": {**first["weights"], "symmetric": False}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(FileError, match=r"describes model\.layers\.0\.mlp\.down_proj by other, and transformers"):
+        check_weights(find_model(str(tmp_path / "m")))
 
 
 def test_transformed_activations_are_refused_and_transformed_weights_are_not(tmp_path: Path, tokenizer: Any) -> None:

@@ -142,8 +142,31 @@ def gpt2(out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("build", [gpt_oss, gpt2])
-def test_files_that_hold_inputs_first_show_their_pattern(build: Any, tmp_path: Path) -> None:
+def jetmoe(out: Path) -> Path:
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"num_key_value_heads": 1, "kv_channels": 16, "num_local_experts": 3, "num_experts_per_tok": 2}
+    config = T.JetMoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64, **sizes
+    )
+    T.JetMoeForCausalLM(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def dbrx(out: Path) -> Path:
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    attention = {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8.0}
+    ffn = {"moe_num_experts": 3, "moe_top_k": 2, "hidden_size": 32, "ffn_hidden_size": 64}
+    sizes = {"d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": len(tokenizer), "max_seq_len": 64}
+    T.DbrxForCausalLM(T.DbrxConfig(**sizes, attn_config=attention, ffn_config=ffn)).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("build", [gpt_oss, gpt2, jetmoe, dbrx])
+def test_files_that_hold_matrices_in_other_ways_show_their_pattern(build: Any, tmp_path: Path) -> None:
     prune(str(build(tmp_path / "whole")), tmp_path / "pruned", sparsity="2:4", probe=False)
     (tmp_path / "pruned" / "degradation.json").unlink()
     found = recognise(tmp_path / "pruned")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,10 @@ from remend.files.atomic import JsonObject, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_PACKED = re.compile(r"weight_(packed|scale|shape|zero_point|global_scale|g_idx)")
+"""Local names that only a packed layer has."""
 
 
 def packing(directory: Path | None) -> JsonObject:
@@ -87,9 +92,10 @@ def require_compressed_tensors(what: str) -> None:
 
 
 def require_fitting(config: JsonObject, files: Sequence[Path], model_type: str, what: str) -> None:
-    """Raises FileError for packed tensors of compressed-tensors that `config` does not describe.
+    """Raises FileError for packed tensors of compressed-tensors that are missing, or that `config` does not describe.
 
-    transformers drops the names that a format does not use, and lets scales of another shape be spread.
+    transformers drops the names that a format does not use, lets scales of another shape be spread, and unpacks all
+    layers by one of several schemes, and all experts by one.
     """
     from compressed_tensors.compressors import BaseCompressor
     from transformers import CompressedTensorsConfig
@@ -106,11 +112,18 @@ def require_fitting(config: JsonObject, files: Sequence[Path], model_type: str, 
     schemes = CompressedTensorsConfig(**config).quantization_config
     if schemes is None or not schemes.config_groups:
         return
-    merged = merges_experts(model_type)
+    merged, missing = merges_experts(model_type), []
     for module, tensors in _modules(files).items():
         expert = merged and ".experts." in module
         scheme = (get_experts_scheme if expert else get_dense_scheme)(schemes)
         form = scheme.format or schemes.format
+        own_name, own = _described(schemes.config_groups, module)
+        if own is not None and _how(own, schemes.format) != _how(scheme, schemes.format):
+            raise FileError(
+                f"config.json of {what} describes {module} by {own_name}, and transformers unpacks it by another of "
+                f"its {len(schemes.config_groups)} config_groups: it would be another model. Give the model before "
+                "packing, or a version of which all layers are packed in one way"
+            )
         if scheme.weights is None or form == "dense":
             continue
         if {"weight", "weight_packed"} <= tensors.keys():
@@ -118,7 +131,11 @@ def require_fitting(config: JsonObject, files: Sequence[Path], model_type: str, 
                 f"the model of {what} can't be put together: {module} has a weight and a weight_packed, and only one "
                 "can be meant; remove the other from the files"
             )
-        used = {"weight_shape", *BaseCompressor.get_value_from_registry(form).compression_param_names(scheme)}
+        named = set(BaseCompressor.get_value_from_registry(form).compression_param_names(scheme))
+        used = {"weight_shape", *named}
+        if expert and 32 % scheme.weights.num_bits == 0:
+            named.discard("weight_shape")  # follows from the packed tensor
+        missing += [f"{module}.{local}" for local in sorted(named - tensors.keys()) if local.startswith("weight")]
         if "fp4" not in form and "fp6" not in form:
             used.add("weight_zero_point")  # taken off even where the scheme is symmetric
         if expert:
@@ -137,6 +154,34 @@ def require_fitting(config: JsonObject, files: Sequence[Path], model_type: str, 
                     f"the model of {what} does not fit its configuration: {module}.{local} is {got} in the files, and "
                     f"{needed} by config.json; give the configuration that belongs to these weights"
                 )
+    if missing:
+        more = ", …" if len(missing) > 3 else ""
+        raise FileError(
+            f"the model of {what} is incomplete: {len(missing)} tensors are missing ({', '.join(missing[:3])}{more})"
+        )
+
+
+def _described(groups: Mapping[str, Any], module: str) -> tuple[str, Any]:
+    """The group of config.json, by name, that describes a linear layer: one that names it, else one of its kind."""
+    from compressed_tensors.utils.match import is_match, match_name
+
+    layer = nn.Linear(1, 1, device="meta")
+    for matches in (match_name, lambda name, target: is_match(name, layer, target)):
+        for name, group in groups.items():
+            if any(matches(module, target) for target in group.targets):
+                return name, group
+    return "", None
+
+
+def _how(scheme: Any, form: str) -> tuple[object, ...]:
+    """What tells one way of unpacking weights from another."""
+    weights, form = scheme.weights, scheme.format or form
+    if weights is None:
+        return (form,)
+    layout = (weights.symmetric, weights.strategy, weights.group_size, weights.block_structure)
+    if form in ("naive-quantized", "int-quantized", "float-quantized"):
+        return ("quantized", *layout)  # value times scale, whatever the values' type
+    return (form, weights.num_bits, weights.type, *layout)
 
 
 def _modules(files: Sequence[Path]) -> dict[str, dict[str, tuple[list[int], list[int]]]]:
@@ -149,7 +194,7 @@ def _modules(files: Sequence[Path]) -> dict[str, dict[str, tuple[list[int], list
                 if local.startswith("weight"):
                     numbers = file.get_tensor(name).tolist() if local == "weight_shape" else []
                     modules[module][local] = (list(file.get_slice(name).get_shape()), numbers)
-    return {name: tensors for name, tensors in modules.items() if tensors.keys() != {"weight"}}
+    return {name: tensors for name, tensors in modules.items() if any(map(_PACKED.fullmatch, tensors))}
 
 
 def _shapes(tensors: dict[str, tuple[list[int], list[int]]], form: str, weights: Any) -> dict[str, list[int]]:
