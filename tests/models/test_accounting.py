@@ -18,6 +18,7 @@ import remend
 from helpers.families import FAMILIES, made, tensors_of, with_tensors
 from helpers.gguf_files import rewritten
 from helpers.tiny import build_model, build_tokenizer
+from remend.compression.recognise import recognise
 from remend.errors import FileError, InputError, RemendError
 from remend.models import adapters
 from remend.models.accounting import LEFT_OUT
@@ -255,6 +256,28 @@ def test_fp8_without_a_scheme_is_refused(family: Callable[[str], Path], tmp_path
         assert "model.layers.0.mlp.down_proj.weight is F8_E4M3" in message
 
 
+def test_fp8_with_a_scheme_and_without_scales_is_refused_for_those(
+    family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = fp8(family("llama, tied"), tmp_path / "fp8", scale=None)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (path / "config.json").write_text(json.dumps(config))
+    assert "F8_E4M3), and the files hold no scales for them, by which config.json says" in refused(path)
+
+
+def test_a_file_that_was_cut_short_is_one_problem(family: Callable[[str], Path], tmp_path: Path) -> None:
+    path = with_tensors(family("llama, tied"), tmp_path / "cut", tensors_of(family("llama, tied")))
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    message = refused(path)
+    assert "model.safetensors" in message
+    assert "fetch or copy it again" in message
+    with pytest.raises(FileError) as recognised:
+        recognise(path)
+    assert str(recognised.value) == message
+
+
 def test_integers_without_a_scheme_are_refused(family: Callable[[str], Path], tmp_path: Path) -> None:
     path, tensors = family("llama, tied"), tensors_of(family("llama, tied"))
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(64, 32, dtype=torch.int8)
@@ -321,7 +344,7 @@ def test_the_base_of_an_adapter_is_looked_at(family: Callable[[str], Path], tmp_
 
 def test_a_configuration_without_a_causal_model(tmp_path: Path) -> None:
     T5Config(d_model=8, num_layers=1, d_ff=8, num_heads=2).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({}, tmp_path / "model.safetensors")
     source = find_model(str(tmp_path))
     for open_it in (lambda s: skeleton(s, load_config(s)), check_weights):
         with pytest.raises(InputError, match="is a T5 model, of which transformers has no causal language model"):

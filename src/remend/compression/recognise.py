@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from remend.compression.containers import (
     RECORD,
     Recognised,
@@ -23,9 +21,8 @@ from remend.compression.containers import (
     was_pruned,
 )
 from remend.compression.containers.dense import PLAIN
-from remend.errors import FileError
 from remend.files.atomic import JsonObject
-from remend.models.find import ModelSource, fetch_model, find_model
+from remend.models.find import ModelSource, fetch_model, find_model, require_readable
 from remend.models.packed_weights import require_openable
 
 __all__ = ["PLAIN", "RECORD", "Recognised", "recognise", "record_to_keep", "was_pruned"]
@@ -47,10 +44,9 @@ def recognise(where: str | Path | ModelSource, *, as_dense: bool = False) -> Rec
         return replace(recognise(source.base, as_dense=as_dense), kind="adapter")
     source = fetch_model(source, weights=True)
     container = container_of(source)
-    try:
-        return container.recognise(source, as_dense) if container else _unknown(source, as_dense)
-    except SafetensorError as error:
-        raise FileError(f"{source.spec}: its weights can't be read: {' '.join(str(error).split())[:200]}") from None
+    if source.kind == "directory" and source.path:
+        require_readable(source.path, source.spec)
+    return container.recognise(source, as_dense) if container else _unknown(source, as_dense)
 
 
 def _unknown(source: ModelSource, as_dense: bool) -> Recognised:

@@ -63,6 +63,7 @@ class Account:
         clashes: files that hold several tensors for one place, or gaps in a run of experts.
         shapes: name, the file's shape, the model's shape.
         types: name and type of weights that are no floating-point numbers, and that nothing unpacks.
+        packed: config.json says how weights are unpacked, so that `types` are those whose scales no file has.
         failed: what transformers could not put together, with its reason.
         sources: the files' tensors of which each tensor of the model is made.
     """
@@ -73,6 +74,7 @@ class Account:
     clashes: list[str] = field(default_factory=list)
     shapes: list[tuple[str, Sequence[int], Sequence[int]]] = field(default_factory=list)
     types: list[tuple[str, str]] = field(default_factory=list)
+    packed: bool = False
     failed: dict[str, str] = field(default_factory=dict)
     sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -119,9 +121,12 @@ class Account:
             )
         if self.types:
             name, kind = self.types[0]
+            why = f"{told_by} does not say how they are unpacked"
+            if self.packed:
+                why = f"the files hold no scales for them, by which {told_by} says that they are unpacked"
             raise FileError(
                 f"the model of {what} has {len(self.types)} weights that are no floating-point numbers ({name} is "
-                f"{kind}), and {told_by} does not say how they are unpacked; give the model before packing, or a "
+                f"{kind}), and {why}; give the model before packing, or a "
                 "GGUF or compressed-tensors version"
             )
         if self.clashes:
@@ -224,6 +229,7 @@ def _count(account: Account, model: PreTrainedModel, tensors: Mapping[str, Any],
         rename_source_key,
     )
 
+    account.packed = load_config.hf_quantizer is not None
     mapping = deepcopy(load_config.weight_mapping or [])  # a transform that is asked changes
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError, safe_open
+
 from remend.errors import FileError
 from remend.files.atomic import read_json
 from remend.models import adapters
@@ -139,6 +141,19 @@ def weight_files(directory: Path) -> list[Path]:
         named = {directory / name for name in read_json(index).get("weight_map", {}).values()}
         return sorted(path for path in named if path.is_file())
     return sorted(directory.glob("*.safetensors"))
+
+
+def require_readable(directory: Path, what: str) -> None:
+    """Raises FileError for a safetensors file whose header can't be read, or does not fit its length."""
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise FileError(
+                f"{what}: its weights can't be read: {path.name}: {' '.join(str(error).split())[:200]}. The file may "
+                "have been cut short: fetch or copy it again"
+            ) from None
 
 
 def _download(source: ModelSource, weights: bool) -> ModelSource:

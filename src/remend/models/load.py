@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from remend.console import warn
 from remend.errors import FileError, InputError, RemendError
 from remend.files.atomic import write_text
 from remend.models import adapters
 from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of
-from remend.models.find import ModelSource, complete, fetch_model, weight_files
+from remend.models.find import ModelSource, complete, fetch_model, require_readable, weight_files
 from remend.models.gguf_header import forget, parsed_once
 from remend.models.gguf_rope import FACTORS, apply_rope
 from remend.models.packed_weights import (
@@ -177,22 +177,19 @@ def _require_one_of_each(directory: Path, what: str) -> None:
     files = weight_files(directory)
     first: dict[str, Path] = {}
     for path in files if len(files) > 1 else []:
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a mapping)
-                    other = first.setdefault(name, path)
-                    if other == path:
-                        continue
-                    with safe_open(other, framework="pt") as file:
-                        one, two = file.get_tensor(name), shard.get_tensor(name)
-                    if (one.dtype, one.shape) == (two.dtype, two.shape) and torch.equal(_bytes(one), _bytes(two)):
-                        continue
-                    raise FileError(
-                        f"the files of {what} hold {name} twice, in {other.name} and {path.name}, with unlike numbers; "
-                        "remove the one that is not meant"
-                    )
-        except SafetensorError as error:
-            raise FileError(f"the model of {what} can't be read: {path.name}: {error}") from None
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a mapping)
+                other = first.setdefault(name, path)
+                if other == path:
+                    continue
+                with safe_open(other, framework="pt") as file:
+                    one, two = file.get_tensor(name), shard.get_tensor(name)
+                if (one.dtype, one.shape) == (two.dtype, two.shape) and torch.equal(_bytes(one), _bytes(two)):
+                    continue
+                raise FileError(
+                    f"the files of {what} hold {name} twice, in {other.name} and {path.name}, with unlike numbers; "
+                    "remove the one that is not meant"
+                )
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -224,6 +221,7 @@ def _open(
     by_name: Account | None = None
     method = packing(source.path).get("quant_method") if source.kind == "directory" else None
     if source.kind == "directory" and source.path:
+        require_readable(source.path, source.spec)
         _require_one_of_each(source.path, source.spec)
     if source.kind == "gguf":
         extra["quantization_config"] = GgufConfig(dequantize=True)

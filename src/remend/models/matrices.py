@@ -77,7 +77,7 @@ class Matrix:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part [O, I] of a tensor that is shaped like the parameter (its gradient, say): a view, not a copy."""
-        apart = tensor if self.piled is None else tensor.unflatten(0, (self.piled, -1))
+        apart = tensor if self.piled is None else tensor.view(self.piled, -1, tensor.shape[1])
         part = apart if self.expert is None else apart[self.expert]
         return part.T if self.transposed else part
 
@@ -209,8 +209,9 @@ def _experts_of(module: nn.Module) -> int:
         return len(experts)
     for part in (experts, *(child for child in module.children() if _stack_of(child))):
         for name in ("num_experts", "total_experts"):
-            if isinstance(part, nn.Module) and getattr(part, name, 0):
-                return int(getattr(part, name))
+            count = getattr(part, name, None)
+            if isinstance(count, int) and count:
+                return count
     return 0
 
 

@@ -32,7 +32,7 @@ _NO_MATRIX = re.compile(
 _INPUTS_FIRST = re.compile(r"[.]c_(attn|proj|fc)[.]weight$")
 """GPT-2's Conv1D, whose weights are [I, O]."""
 _SEVERAL = (*EXPERT_PRODUCTS, *{own for kind in STACKS.values() for own in kind if own != "weight"}, "_linear.weight")
-"""Ends of names of tensors that hold several matrices; JetMoE calls them input_linear.weight and output_linear.weight."""
+"""Ends of names of tensors that hold several matrices; those of JetMoE are called input_linear and output_linear."""
 _PILED, _PILED_INPUTS_FIRST = re.compile(r"experts[.]mlp[.][wv][12]$"), re.compile(r"experts[.]mlp[.]w2$")
 """DBRX lays them one below the other, [E · O, I] or [E · I, O]."""
 

@@ -65,10 +65,11 @@ def anatomy_of(block: nn.Module, probe: HiddenBatch, index: int, kept: Mapping[n
         key = layer if kept[layer][0].expert is not None else (given.data_ptr(), given.shape[-1], given.numel())
         groups.setdefault(key, []).append(layer)
     alone = {group[0] for group in groups.values() if len(group) == 1}
+    stacks = {layer for layer in own if is_stack(kept[layer])}
     parts = [
         (layer, out.reshape(added_BTD.shape))
         for layer, _, out in calls
-        if layer in alone and not is_stack(kept[layer]) and out.numel() == added_BTD.numel() and out.shape[-1] == added_BTD.shape[-1]
+        if layer in alone - stacks and out.numel() == added_BTD.numel() and out.shape[-1] == added_BTD.shape[-1]
     ]
     explained = sum((out for _, out in parts), torch.zeros_like(added_BTD))
     close = float((added_BTD - explained).norm()) <= 1e-3 * float(added_BTD.norm())
