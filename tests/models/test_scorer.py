@@ -261,3 +261,27 @@ def test_layers_that_see_a_window_only_run_whole_rows() -> None:
     assert not scorer(models["gemma2"]).prefixes
     assert scorer(models["granite"]).prefixes
     assert scorer(models["cohere"]).prefixes
+
+
+def test_what_a_model_does_in_front_of_its_head_is_in_the_states() -> None:
+    """ModernBERT's decoder has a layer and a norm there. Gradients reach them."""
+    config = transformers.ModernBertDecoderConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    )
+    torch.manual_seed(0)
+    model: Any = transformers.ModernBertDecoderForCausalLM(config).eval()
+    parts, batch = scorer(model), pack([((5, 6, 7), (8, 9)), ((5, 4), (3,))], device=torch.device("cpu"))
+    logits_NV = parts.head(parts.states(batch))
+    whole = model(input_ids=torch.tensor([[5, 6, 7, 8, 9]]), use_cache=False).logits[0, 2:4]
+    assert torch.allclose(logits_NV[:2], whole, atol=1e-5)
+    logits_NV.sum().backward()
+    assert bool(model.lm_head.dense.weight.grad.any())

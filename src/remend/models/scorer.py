@@ -11,7 +11,7 @@ Legend: B batch, T time, D width, V vocabulary, N positions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -43,6 +43,7 @@ class Scorer:
     """A model seen as body and head. Build it with `scorer`; `shared` vocabulary ids, from 0, are scored.
 
     prefixes: what all rows of a batch open with can be run once, and its keys and values shared.
+    transformed: the model changes the body's states once more before its head multiplies them.
     """
 
     model: CausalLM
@@ -51,6 +52,7 @@ class Scorer:
     softcap: float | None = None
     checkpointing: bool = False
     prefixes: bool = False
+    transformed: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -77,9 +79,27 @@ class Scorer:
         """Hidden states [B, T, D] before the head. Sequences are padded on the right: a causal model's states at real
         positions don't see what follows, so no attention mask is needed and attention keeps its fast causal path."""
         with self._recomputed():
+            if self.transformed:
+                return self._entering(tokens_BT)
             output = self.body(input_ids=tokens_BT, use_cache=False)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
+
+    def _entering(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T, D]: what the model gives its output embedding, whose product is left out."""
+        met: list[Tensor] = []
+
+        def stop(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            met.append(given[0])
+            raise _Stop
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(stop)
+        try:
+            with suppress(_Stop):
+                self.model(input_ids=tokens_BT, use_cache=False)
+        finally:
+            handle.remove()
+        return met[0]
 
     def states(self, batch: Packed) -> Tensor:
         """[N, D]: the states that predict a batch's completion tokens. What all prompts open with is run once.
@@ -123,6 +143,10 @@ class Scorer:
                 layer.training = False
 
 
+class _Stop(Exception):
+    """Raised from a hook: the logits of all positions need not be computed."""
+
+
 def scorer(model: CausalLM, shared: int | None = None, *, checkpointing: bool = False) -> Scorer:
     """Split `model` into body and head.
 
@@ -145,7 +169,7 @@ def scorer(model: CausalLM, shared: int | None = None, *, checkpointing: bool = 
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap, checkpointing)
     result = _verified(result)
-    return replace(result, prefixes=_shares_prefixes(result))
+    return replace(result, prefixes=not result.transformed and _shares_prefixes(result))
 
 
 @torch.no_grad()
@@ -181,6 +205,10 @@ def _verified(parts: Scorer) -> Scorer:
     scaled = replace(parts, scale=float((plain * uncapped).sum() / plain.square().sum()))
     if _same(own, scaled.head(hidden_TD).float(), near):
         return scaled
+    through = replace(parts, transformed=True)  # some change the states once more in front of their head
+    entering_BTD = through.hidden(probe_BT)
+    if entering_BTD.shape == states_BTD.shape and _same(own, parts.head(entering_BTD[0]).float(), near):
+        return through
     raise _unlike(parts.model, f"largest difference {float((own - ours).abs().max()):.3g} on a probe")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -128,25 +128,26 @@ def without_blocks(reference: CausalLM, removed: Iterable[int]) -> tuple[CausalL
             name = f"{prefix}{place[int(number)]}.{rest}"
         state[name] = tensor
     shallower = rebuild(reference, changes, state)
-    _require_same_function(reference, [blocks[i] for i in sorted(gone)], shallower)
+    _require_same_function(reference, {i: blocks[i] for i in sorted(gone)}, shallower)
     return shallower, kept
 
 
 @torch.no_grad()
-def _require_same_function(reference: CausalLM, removed: Sequence[nn.Module], shallower: CausalLM) -> None:
+def _require_same_function(reference: CausalLM, removed: Mapping[int, nn.Module], shallower: CausalLM) -> None:
     """Compare with the reference whose removed blocks pass their input through: the weights alone don't tell."""
     rows = reference.get_input_embeddings().weight.shape[0]
     tokens_1T = torch.arange(1, 1 + PROBE_TOKENS, device=reference.device).remainder(rows).unsqueeze(0)
     with ExitStack() as hooks:
-        for block in removed:
+        for block in removed.values():
             hooks.callback(block.register_forward_hook(_passed_by, with_kwargs=True).remove)
         wanted = reference(input_ids=tokens_1T, use_cache=False).logits
-    got = shallower(input_ids=tokens_1T, use_cache=False).logits
+    got, gone = shallower(input_ids=tokens_1T, use_cache=False).logits, ", ".join(map(str, removed))
     if not torch.allclose(got, wanted, atol=NEAR * float(wanted.abs().max()), rtol=0, equal_nan=True):
         raise InputError(
-            f"in a {type(reference).__name__} a block's number is part of what it computes: without the removed blocks "
-            f"the others give other logits (by {float((got - wanted).abs().max()):.3g}) than with those passed by. "
-            "Remove the last blocks, if that leaves the others' numbers, or prune weights instead"
+            f"in a {type(reference).__name__} a block's number is part of what it computes: without blocks {gone} the "
+            f"others give other logits (by {float((got - wanted).abs().max()):.3g}) than with those passed by. Name "
+            "other blocks with --layers (in some models the last can go, in others all but the last), or prune weights "
+            "instead"
         )
 
 
