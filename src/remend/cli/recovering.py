@@ -93,6 +93,8 @@ def export(
     """Write a model in the container that is served, read it back and compare it with what was measured."""
     done = remend.export(source, out, format=format, trust_remote_code=trust_remote_code)
     print_line(f"{out}: {done['container']}, {done['bytes']} bytes; check: {done['check']}")
+    if "note" in done:
+        print_line(f"note: {done['note']}")
 
 
 def prompts(

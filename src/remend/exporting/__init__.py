@@ -36,7 +36,8 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
         trust_remote_code: let the model's own code run.
 
     Returns:
-        The content of export.json: container, grid, bytes, and `check` as `verify` returns it.
+        The content of export.json: container, grid, bytes, `note` on what the container can't hold, if there is
+        such a thing, and `check` as `verify` returns it.
 
     Raises:
         InputError: unknown format, a grid that fits no such container (with the reason), an occupied `out`.
@@ -60,7 +61,7 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
             check = compare_file(target, measured)
         if measured.degradation is not None:
             write_json(target / RECORD, measured.degradation)
-        write_text(target / "README.md", write_card(measured, facts["container"], check))
+        write_text(target / "README.md", write_card(measured, facts["container"], check, facts.get("note")))
         result = {
             "source": source,
             "format": format,

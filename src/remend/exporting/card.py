@@ -14,8 +14,11 @@ from remend.models.load import CARD_OF_PARTS
 _SETTINGS = ("student", "teacher", "steps", "batch_size", "learning_rate", "beta", "seed")
 
 
-def write_card(measured: Measured, container: str, check: JsonObject) -> str:
-    """Markdown with a YAML head. Text that comes from files is escaped: it can't become markup."""
+def write_card(measured: Measured, container: str, check: JsonObject, note: str | None = None) -> str:
+    """Markdown with a YAML head; the note is on what the container can't hold.
+
+    Text that comes from files is escaped: it can't become markup.
+    """
     summary = _json(measured, SUMMARY)
     manifest = _json(measured, MANIFEST)
     recipe = manifest.get("recipe", {})
@@ -36,13 +39,13 @@ def write_card(measured: Measured, container: str, check: JsonObject) -> str:
     if summary:
         lines += ["## Measured on held-out prompts", ""]
         lines += [f"- {escape(k)}: {escape(v)}" for k, v in _figures(summary)] + [""]
-    lines += ["## This file", "", _checked(check), ""]
+    lines += ["## This file", "", _checked(check), ""] + ([f"Note: {escape(note, 1000)}", ""] if note else [])
     return "\n".join(lines)
 
 
-def escape(value: object) -> str:
-    """One line of plain text in Markdown: no markup, no HTML, no link."""
-    text = " ".join(str(value).split())[:200]
+def escape(value: object, length: int = 200) -> str:
+    """One line of plain text in Markdown: no markup, no HTML, no link; of `length` characters at most."""
+    text = " ".join(str(value).split())[:length]
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]{}|#!~])", r"\\\1", text)
 

@@ -22,6 +22,7 @@ from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, account
 from remend.models.find import ModelSource, complete, fetch_model, require_readable, weight_files
 from remend.models.gguf_header import forget, parsed_once
 from remend.models.gguf_rope import FACTORS, apply_rope
+from remend.models.gguf_tokenizer import build_tokenizer, more_ends
 from remend.models.packed_weights import (
     exact_products,
     packing,
@@ -114,14 +115,17 @@ def _config(source: ModelSource) -> tuple[PreTrainedConfig, bool]:
 
 
 def load_tokenizer(source: ModelSource) -> Tokenizer:
-    """The model's tokenizer."""
+    """The model's tokenizer. Raises InputError for a GGUF file whose rules are not known here."""
+    import gguf
     from transformers import AutoTokenizer
 
     source = fetch_model(source, weights=False)
     own = source.base is None or bool(source.path and (source.path / "tokenizer_config.json").is_file())
-    where, extra = _location(source if own or source.base is None else source.base)
+    source = source if own or source.base is None else source.base
     with _quietly(), parsed_once(), _explained(source, "tokenizer"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code, **extra)
+        if source.kind == "gguf":
+            return build_tokenizer(gguf.GGUFReader(source.path), source.spec)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
     return tokenizer
 
 
@@ -145,6 +149,8 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device)
         return model
     account, opened = _open(source, dtype)
     assert opened is not None
+    if source.kind == "gguf":
+        _name_ends(opened, source)
     forget()  # weights come last
     account.require_whole(source.spec, _told_by(source))
     _require_numbers(opened, source)
@@ -153,6 +159,18 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device)
         setattr(opened.config, LEFT_OUT, patterns(account.left_out))
     ready: CausalLM = opened.to(device).eval()
     return ready
+
+
+def _name_ends(model: PreTrainedModel, source: ModelSource) -> None:
+    """Let answers end at every token that the header of a GGUF file names, of which transformers reads one."""
+    import gguf
+
+    with parsed_once():
+        more = more_ends(gguf.GGUFReader(source.path))
+    own = model.generation_config.eos_token_id
+    if more and own is not None:
+        ids = list(dict.fromkeys([*([own] if isinstance(own, int) else own), *more]))
+        model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
 
 
 def check_weights(source: ModelSource) -> list[str]:

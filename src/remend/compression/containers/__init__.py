@@ -67,7 +67,9 @@ class Write(Protocol):
     """Writes a model into an empty directory."""
 
     def __call__(self, measured: Measured, target: Path, kind: str) -> dict[str, str]:
-        """Facts for export.json: 'container', and 'file' where the model is one file. The kind is one that fits.
+        """Facts for export.json: 'container', 'file' where the model is one file, 'note' on what it can't hold.
+
+        The kind is one that fits.
 
         Raises InputError for a model that can't be written exactly.
         """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from remend.compression.containers import CONTAINERS, Container, Measured, Recognised
 from remend.compression.containers.gguf_blocks import from_gguf_blocks, to_gguf_blocks
-from remend.compression.containers.gguf_tokenizer import add_vocabulary
+from remend.compression.containers.gguf_tokenizer import add_vocabulary, require_same_tokens
 from remend.compression.grids import Grid, GridFormat
 from remend.compression.stored_grid import StoredGrid
 from remend.errors import FileError, InputError
@@ -108,19 +108,22 @@ def _matrix(tensor: gguf.ReaderTensor, fmt: GridFormat, heads: int | None) -> tu
 
 
 def _fits(grid: str, kind: str) -> str | None:
-    if kind not in ("", "f32"):
+    if kind == "f32":
+        return None  # every grid's values are float32
+    if kind:
         try:
             GridFormat.parse(f"gguf:{kind}")
         except InputError as unknown:
             return str(unknown)
     own = _type_of(grid)
     if own is None:
-        return f"{_why_not(grid)}; use --format dense"
+        return f"{_why_not(grid)}; use --format gguf:f32 (the same weights, unpacked) or dense"
     if kind and kind != own:
+        other = "" if own == "f32" else ", gguf:f32"
         return (
             f"the model lies on {'no grid' if grid == 'none' else grid}, so writing it as gguf:{kind} would change "
-            f"its weights after they were measured; use --format gguf:{own} or dense, or quantize to gguf:{kind} "
-            "first: remend degrade quantize"
+            f"its weights after they were measured; use --format gguf:{own}{other} or dense, or quantize to "
+            f"gguf:{kind} first: remend degrade quantize"
         )
     return None
 
@@ -146,20 +149,21 @@ def _why_not(grid: str) -> str:
 
 def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
     """`model.gguf`. Raises InputError for an architecture or tokenizer that can't be written exactly."""
-    type_name = str(_type_of(measured.grid))
+    type_name = kind or str(_type_of(measured.grid))
     config = measured.model.config
     architecture = _architecture(config)
     writer = gguf.GGUFWriter(target / FILE_NAME, gguf.MODEL_ARCH_NAMES[architecture])
     name = (measured.run or measured.source.path or Path("model")).name
     _add_hyperparameters(writer, config, name, type_name)
-    add_vocabulary(writer, measured.model, measured.tokenizer)
+    notes = add_vocabulary(writer, measured.model, measured.tokenizer)
     _add_tensors(writer, measured, gguf.get_tensor_name_map(architecture, config.num_hidden_layers), type_name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    require_same_tokens(target / FILE_NAME, measured.tokenizer)
     measured.model.generation_config.save_pretrained(target)
-    return {"container": f"gguf:{type_name}", "file": FILE_NAME}
+    return {"container": f"gguf:{type_name}", "file": FILE_NAME, **({"note": "; ".join(notes)} if notes else {})}
 
 
 def _architecture(config: PreTrainedConfig) -> gguf.MODEL_ARCH:
@@ -208,7 +212,7 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, config: PreTrainedConfig, name
 
 
 def _add_tensors(writer: gguf.GGUFWriter, measured: Measured, names: gguf.TensorNameMap, type_name: str) -> None:
-    matrices = measured.stored.matrices if measured.stored else {}
+    matrices = measured.stored.matrices if measured.stored and type_name != "f32" else {}
     fmt = GridFormat.parse(f"gguf:{type_name}") if matrices else None
     for name, parameter in measured.model.named_parameters():
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
