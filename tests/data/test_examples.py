@@ -21,10 +21,10 @@ from remend.data.examples import (
     load_pairs,
     prompt_id,
     prompt_key,
-    read_lines,
     split_held_out,
     without,
 )
+from remend.data.sources import read_lines
 from remend.errors import FileError, InputError
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
@@ -71,7 +71,18 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ([1], 'a row must be an object like {"prompt": "…"}, got list'),
     ("text", "a row must be an object"),
     (None, "got NoneType"),
-    ({"text": "a", "label": 1}, 'the row has no "prompt" (it has: text, label)'),
+    ({"question": "a", "label": 1}, 'the row has no "prompt" (it has: question, label)'),
+    ({"text": "alone"}, "text must hold at least two words"),
+    ({"messages": "a"}, "messages must be a list of messages, got str"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "messages holds the assistant's alone"),
+    ({"conversations": ["a"]}, "conversations must be a list of turns"),
+    (
+        {"conversations": [{"from": "narrator", "value": "a"}]},
+        'turn 1 of conversations is from "narrator"; known: human',
+    ),
+    ({"conversations": [{"from": "human", "value": None}]}, "message 1 (user) has no text in its content"),
+    ({"instruction": 1}, "instruction and input must be texts"),
+    ({"instruction": "a", "history": ["b"]}, "history must be a list of [question, answer]"),
     ({}, 'the row has no "prompt" (it has: nothing)'),
     ({"prompt": ""}, "the prompt is empty"),
     ({"prompt": " \n"}, "the prompt is empty"),
@@ -119,15 +130,18 @@ def test_files_that_are_no_json_lines(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"d\.jsonl:2: not valid JSON: Expecting value \(column 12\)"):
         load_examples(str(path))
     path.write_text("\n\n")
-    with pytest.raises(InputError, match=r"data file .*d\.jsonl is empty"):
+    with pytest.raises(InputError, match=r"data .*d\.jsonl is empty"):
         load_examples(str(path))
     path.write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(InputError, match=r"d\.jsonl is not UTF-8 text: invalid start byte at byte 12"):
         load_examples(str(path))
     with pytest.raises(FileError, match=r"missing\.jsonl can't be read: No such file"):
         load_examples(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(FileError, match="can't be read: Is a directory"):
+    with pytest.raises(FileError, match=r":0 can't be read: UnicodeDecodeError"):
         load_examples(str(tmp_path))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileError, match="is a folder without data files"):
+        load_examples(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
@@ -139,26 +153,6 @@ def test_json_that_python_cannot_read_is_one_message(tmp_path: Path, suffix: str
     path.write_text(f'{{"prompt": "a", "n": {value}}}\n', encoding="utf-8")
     with pytest.raises(InputError, match=rf"d{suffix}(:1)?: the row holds .*{part}"):
         load_examples(str(path))
-
-
-def test_files_as_people_have_them_are_read_or_their_way_is_told(tmp_path: Path) -> None:
-    marked = tmp_path / "marked.jsonl"
-    marked.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n')
-    assert [e.prompt for e in load_examples(str(marked))] == ["a"]
-    for name, content, way in (
-        ("a.csv", b"prompt\nhello\n", "from_csv"),
-        ("a.parquet", b"PAR1\xff", "from_parquet"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08", "gunzip"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"what is read is JSON lines, .*{way}"):
-            load_examples(str(tmp_path / name))
-    (tmp_path / "saved").mkdir()
-    with pytest.raises(FileError, match="load_from_disk"):
-        load_examples(str(tmp_path / "saved"))
-    (tmp_path / "empty.json").write_text("[]")
-    with pytest.raises(InputError, match=r"data file .*empty\.json is empty"):
-        load_examples(str(tmp_path / "empty.json"))
 
 
 def test_tools_tell_prompts_apart() -> None:
@@ -175,18 +169,18 @@ def test_tools_tell_prompts_apart() -> None:
 def test_hub_ids_with_revision_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def load_dataset(name: str, revision: str | None, split: str) -> list[dict[str, str]]:
-        calls.append((name, revision, split))
+    def load_dataset(name: str, part: str | None, revision: str | None, split: str) -> list[dict[str, str]]:
+        calls.append((name, part, revision, split))
         return [{"prompt": "a"}, {"prompt": ""}] if name == "org/bad" else [{"prompt": "a"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for source in ("org/name", "org/name@v1.0", "org/name@abc:test", "org/name:validation"):
+    for source in ("org/name", "org/name@v1.0", "org/name@abc:test", "org/name/part:validation"):
         assert [e.prompt for e in load_examples(source)] == ["a"]
     assert calls == [
-        ("org/name", None, "train"),
-        ("org/name", "v1.0", "train"),
-        ("org/name", "abc", "test"),
-        ("org/name", None, "validation"),
+        ("org/name", None, None, "train"),
+        ("org/name", None, "v1.0", "train"),
+        ("org/name", None, "abc", "test"),
+        ("org/name", "part", None, "validation"),
     ]
     with pytest.raises(InputError, match="org/bad:1: the prompt is empty"):
         load_examples("org/bad")
@@ -329,7 +323,7 @@ BAD_COMPLETIONS: list[tuple[Any, str]] = [
     ({"prompt": "a", "completion": [{"role": "user", "content": "b"}]}, "completion must be a text .* got list"),
     ({"prompt": "a", "completion": []}, "got list"),
     ({"prompt": "a", "answer": "\ud800"}, "half of a surrogate pair"),
-    ({"messages": CHAT}, 'the row has no "prompt"'),
+    ({"messages": CHAT}, "the row has no completion"),
     ({"messages": CHAT[:1] + CHAT[:1] + [{"role": "assistant", "content": ""}]}, "the messages is empty"),
 ]
 

@@ -105,7 +105,7 @@ def test_files_and_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [e.row["answer"] for e in tasks.get("science").load(str(mixed))] == ["C", "A"]
     asked = []
 
-    def load_dataset(name: str, *, revision: str | None, split: str) -> list[dict[str, Any]]:
+    def load_dataset(name: str, part: None, *, revision: str | None, split: str) -> list[dict[str, Any]]:
         asked.append((name, revision, split))
         return [question(), question(domain="Biology")]
 

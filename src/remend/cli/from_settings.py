@@ -181,7 +181,7 @@ def _kinds(annotation: Any) -> Iterator[Any]:
     elif origin in (Union, UnionType):
         for part in get_args(annotation):
             yield from _kinds(part)
-    elif origin is Literal:
+    elif origin in (Literal, dict):  # a mapping is read from a text by its own validator
         yield str
     elif annotation is not NoneType:
         yield annotation

@@ -13,6 +13,7 @@ from remend.data.templates import (
     Context,
     called,
     conversation,
+    for_row,
     render,
     shows,
     squashed,
@@ -63,6 +64,7 @@ def with_answer(tokenizer: Tokenizer, example: Example, answer: Answer, eos: Seq
     Raises InputError where the template refuses the conversation, shows the answer otherwise than the prompt opens it,
     or leaves some of it out.
     """
+    tokenizer = for_row(tokenizer, example)
     own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
     if not tokenizer.chat_template:
         prompt, text = render(tokenizer, example.prompt, example.context), _plain(answer)

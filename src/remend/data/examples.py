@@ -1,17 +1,18 @@
-"""Prompts from JSON lines or a `datasets` id, validated row by row."""
+"""Prompts with their rows, validated one by one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from remend.errors import FileError, InputError
+from remend.data.shapes import shaped
+from remend.data.sources import Columns, Problems, read_lines, read_rows
+from remend.errors import InputError
 from remend.files.atomic import JsonRow
 
 Message = Mapping[str, Any]
@@ -27,16 +28,19 @@ Row = JsonRow
 
 Convert = Callable[[Row], Sequence[Row]]
 
-_DATASET_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>\w+))?")
-
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt: a user's text, or a list of chat messages ({role, content})."""
+    """One prompt: a user's text, or a list of chat messages ({role, content}).
+
+    shape: how the row came, see remend.data.shapes; plain: the prompt is a text to be continued, without a template.
+    """
 
     id: str
     prompt: Prompt
     row: Row
+    shape: str = "prompt"
+    plain: bool = False
 
     @property
     def context(self) -> Mapping[str, Any]:
@@ -46,7 +50,7 @@ class Example:
     @property
     def key(self) -> str:
         """`prompt_key`, with the context where there is some."""
-        return _key(self.prompt, self.context)
+        return _key(self.prompt, self.context, self.plain)
 
 
 def prompt_key(prompt: Prompt) -> str:
@@ -71,151 +75,77 @@ def _digits(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
-def _key(prompt: Prompt, context: Mapping[str, Any]) -> str:
-    return prompt_key(prompt) + (json.dumps(context, sort_keys=True, ensure_ascii=False) if context else "")
+def _key(prompt: Prompt, context: Mapping[str, Any], plain: bool) -> str:
+    more = {**context, **({"plain": True} if plain else {})}
+    return prompt_key(prompt) + (json.dumps(more, sort_keys=True, ensure_ascii=False) if more else "")
 
 
-def load_examples(source: str, convert: Convert | None = None) -> list[Example]:
-    """Read prompts from a JSON lines file, or a datasets id ('org/name[@revision][:split]').
+def load_examples(source: str, convert: Convert | None = None, *, columns: Columns | None = None) -> list[Example]:
+    """Read prompts from a file, a folder or an id of the hub; see remend.data.sources and remend.data.shapes.
 
     Args:
-        source: the file or id; a .json file may hold one list of objects.
+        source: where the rows are.
         convert: makes rows with a prompt of each row that is read, none where it is to be left out.
+        columns: the data's names for columns that are read under another one.
 
     Raises:
         FileError: the file can't be read, or the data set can't be fetched.
-        InputError: a line is not JSON, or a row has no usable `prompt`; the message names file and line.
+        InputError: rows that can't be used, up to 20 of them by file and line.
     """
-    return [example for _, example in _load(source, convert)]
+    return [example for _, example in _load(source, convert, columns)]
 
 
-def load_pairs(source: str) -> list[tuple[Example, Answer]]:
+def load_pairs(source: str, *, columns: Columns | None = None) -> list[tuple[Example, Answer]]:
     """Read prompts with their completions, as `load_examples` does; see `answer_of` for where they stand.
 
     Raises:
-        FileError, InputError: as `load_examples`; a row has no usable completion.
+        FileError, InputError: as `load_examples`; rows have no usable completion.
     """
-    return [(example, answer_of(example.row, where)) for where, example in _load(source)]
+    pairs, problems = [], Problems([])
+    for where, example in _load(source, None, columns):
+        try:
+            pairs.append((example, answer_of(example.row, where)))
+        except InputError as error:
+            problems.lines.append(str(error))
+    problems.raise_all()
+    return pairs
 
 
-def _load(source: str, convert: Convert | None = None) -> list[tuple[str, Example]]:
-    path = Path(source)
-    match = _DATASET_ID.fullmatch(source)
-    if path.exists() or not match or path.suffix in {".jsonl", ".json"}:
-        rows = _read_jsonl(path)
-    else:
-        rows = _read_dataset(source, match["name"], match["revision"], match["split"] or "train")
+def shapes_text(examples: Sequence[Example]) -> str:
+    """How the rows came, as "40 rows, ShareGPT"."""
+    counts = Counter(example.shape for example in examples)
+    return "; ".join(f"{count} {'row' if count == 1 else 'rows'}, {shape}" for shape, count in counts.items())
+
+
+def _load(source: str, convert: Convert | None, columns: Columns | None) -> list[tuple[str, Example]]:
+    rows = read_rows(source, columns)
     if convert is not None:
         rows = [(where, made) for where, row in rows for made in convert(row)]
     if not rows:
         raise InputError(f"data {source} has no rows; it needs some with a prompt")
     examples: dict[str, tuple[str, Example]] = {}
-    placed = []
+    placed, problems = [], Problems([])
     for where, row in rows:
-        example = example_of(row, where)
+        try:
+            example = example_of(row, where)
+        except InputError as error:
+            problems.lines.append(str(error))
+            continue
         before, same = examples.setdefault(example.id, (where, example))
         if same.key != example.key:
-            raise InputError(f'{where}: the id "{example.id}" stands for another prompt already ({before})')
+            problems.lines.append(f'{where}: the id "{example.id}" stands for another prompt already ({before})')
         placed.append((where, example))
+    problems.raise_all()
     return placed
 
 
-Placed = tuple[str, Any]
-"""Where a value stands ('file:line'), and the value as JSON gave it."""
-
-
-OTHER_FILES = {
-    ".gz": "unpack it with gunzip",
-    ".zip": "unpack it with unzip",
-    ".parquet": "write it as JSON lines with datasets.Dataset.from_parquet(FILE).to_json(NEW)",
-    ".arrow": "write it as JSON lines with datasets.Dataset.from_file(FILE).to_json(NEW)",
-    ".csv": "write it as JSON lines with datasets.Dataset.from_csv(FILE).to_json(NEW)",
-    ".tsv": 'write it as JSON lines with datasets.Dataset.from_csv(FILE, sep="\\t").to_json(NEW)',
-}
-"""What people have in place of JSON lines, by suffix, and how it becomes such."""
-
-
-def read_lines(path: Path, what: str = "data") -> list[Placed]:
-    """('file:line', parsed value) for every non-empty line of a JSON lines file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        why = f"is not UTF-8 text: {error.reason} at byte {error.start}"
-        raise InputError(f"{what} file {path} {why}{_instead(path)}") from None
-    except OSError as error:
-        raise FileError(f"{what} file {path} can't be read: {error.strerror}{_instead(path)}") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a JSON string
-        if not line.strip():
-            continue
-        try:
-            rows.append((f"{path}:{number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            why = f"not valid JSON: {error.msg} (column {error.colno}){_instead(path)}"
-            raise InputError(f"{path}:{number}: {why}") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: {_beyond(error)}") from None
-    return rows
-
-
-def _instead(path: Path) -> str:
-    """How a file or directory of another kind becomes JSON lines; "" for what looks like JSON."""
-    how = OTHER_FILES.get(path.suffix.lower())
-    if path.is_dir():
-        how = "give a file of it; a data set, or one of its splits, becomes one with load_from_disk(…).to_json(…)"
-    return f"; what is read is JSON lines, one object a line with a prompt: {how}" if how else ""
-
-
-def _beyond(error: ValueError | RecursionError) -> str:
-    """What JSON may hold and can't be read."""
-    deep = isinstance(error, RecursionError)
-    what = "lists or objects nested too deeply" if deep else "a whole number of too many digits"
-    return f"the row holds {what} to be read; take it out, or write it as a text"
-
-
-def _read_jsonl(path: Path) -> list[Placed]:
-    rows = _whole_list(path) or read_lines(path)
-    if not rows or rows[0][1] == []:
-        raise InputError(f"data file {path} is empty; it needs one JSON object a line with a prompt")
-    return rows
-
-
-def _whole_list(path: Path) -> list[Placed]:
-    """The objects of a .json file that is one list of them; [] for anything else."""
-    if path.suffix != ".json":
-        return []
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError:
-        return []  # JSON lines, perhaps
-    except (OSError, UnicodeDecodeError):
-        return []  # read_lines says why
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: {_beyond(error)}") from None
-    return [(f"{path}, {i}", value) for i, value in enumerate(values, start=1)] if isinstance(values, list) else []
-
-
-def _read_dataset(source: str, name: str, revision: str | None, split: str) -> list[Placed]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, revision=revision, split=split)
-    except Exception as error:  # the library raises many kinds; the user needs one message
-        raise FileError(
-            f'data "{source}": no such file, and as a data set of the hub it can\'t be loaded '
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Give a JSON lines file, or "
-            "run with a network."
-        ) from None
-    return [(f"{source}:{i}", dict(row)) for i, row in enumerate(rows)]
-
-
 def example_of(row: object, where: str) -> Example:
-    """Validate one row. Raises InputError that starts with `where`."""
-    if not isinstance(row, Mapping):
-        raise InputError(f'{where}: a row must be an object like {{"prompt": "…"}}, got {type(row).__name__}')
-    prompt = row["prompt"] if "prompt" in row else _chat(row)
-    if prompt is None and "prompt" not in row:
-        raise InputError(f'{where}: the row has no "prompt" (it has: {", ".join(map(str, row)) or "nothing"})')
+    """Validate one row of any shape. Raises InputError that starts with `where`."""
+    try:
+        shape, row = shaped(row)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    prompt = row["prompt"]
     if isinstance(prompt, str):
         if not prompt.strip():
             raise InputError(f"{where}: the prompt is empty")
@@ -224,12 +154,12 @@ def example_of(row: object, where: str) -> Example:
     else:
         raise InputError(f"{where}: prompt must be a string or a list of messages, got {type(prompt).__name__}")
     try:
-        key, given = _key(prompt, _context(row, where)), row.get("id")
+        key, given = _key(prompt, _context(row, where), shape.plain), row.get("id")
     except TypeError as error:  # a data set may hold dates, say
         raise InputError(f"{where}: the prompt holds what JSON has no form for: {error}") from None
     for what, text in (("prompt", key), ("id", str(given))):
         _require_text(text, what, where)
-    return Example(str(given) if given is not None else _digits(key), prompt, row)
+    return Example(str(given) if given is not None else _digits(key), prompt, row, shape.name, shape.plain)
 
 
 def _require_text(text: str, what: str, where: str) -> None:
@@ -326,8 +256,8 @@ def _text_alone(answer: Answer, what: str, where: str) -> str:
 def _answer(row: Row, where: str, what: str, keys: Sequence[str]) -> Answer:
     key = next((k for k in keys if row.get(k) is not None), None)
     value = row[key] if key else None
-    if key is None and _chat(row) is not None:
-        key, value = "messages", row["messages"][-1:]
+    if key is None and (last := _last_turn(row)):
+        key, value = "messages", [last]
     if key is None:
         raise InputError(
             f"{where}: the row has no {what} (it has: {', '.join(map(str, row)) or 'nothing'}); allowed keys: "
@@ -362,12 +292,11 @@ def _checked_turn(turn: Message, key: str, where: str) -> Answer:
     return said
 
 
-def _chat(row: Row) -> list[Message] | None:
-    """The prompt of a row that is a whole conversation (GKD's form): all messages but the assistant's last."""
+def _last_turn(row: Row) -> Message | None:
+    """The assistant's message that ends a row's conversation, None where none does."""
     messages = row.get("messages")
-    if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], Mapping):
-        return None
-    return messages[:-1] if messages[-1].get("role") == "assistant" else None
+    last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
+    return last if isinstance(last, Mapping) and last.get("role") == "assistant" else None
 
 
 def _validate_messages(messages: Sequence[Message], where: str) -> None:

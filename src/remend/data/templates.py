@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -173,7 +174,7 @@ def called(message: Message) -> list[str]:
 
 def writes_the_time(tokenizer: Tokenizer, example: Example) -> bool:
     """Whether the prompt of another moment would read otherwise, as with templates that write today's date."""
-    if "strftime_now" not in template_text(tokenizer):
+    if example.plain or "strftime_now" not in template_text(tokenizer):
         return False
     try:  # a template that asks for the time fails where the clock is a text
         render(tokenizer, example.prompt, {**example.context, "strftime_now": "no clock"})
@@ -187,8 +188,18 @@ def token_hash(prompts: Iterable[Encoded]) -> str:
     return hashlib.sha256(json.dumps([(p.id, p.tokens, p.shown) for p in prompts]).encode()).hexdigest()
 
 
+def for_row(tokenizer: Tokenizer, example: Example) -> Tokenizer:
+    """The tokenizer for an example: without a chat template where the prompt is a text to be continued."""
+    if not example.plain or not tokenizer.chat_template:
+        return tokenizer
+    bare = copy.copy(tokenizer)
+    bare.chat_template = None
+    return bare
+
+
 def encode(tokenizer: Tokenizer, example: Example) -> Encoded:
     """Render and tokenize one example. A template writes its own special tokens; plain text gets the tokenizer's."""
+    tokenizer = for_row(tokenizer, example)
     text = render(tokenizer, example.prompt, example.context)
     return Encoded(example.id, tokenized(tokenizer, text), text)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.degrade.kinds import DEGRADATIONS, DegradeSettings, degrade
 from remend.errors import InputError
 from remend.files.settings import Number, takes
@@ -34,7 +35,8 @@ class Finetune(DegradeSettings):
 
     learns: ClassVar[bool] = True
 
-    data: str = Field(description="rows with a prompt and a completion: JSON lines or a datasets id")
+    data: str = Field(description="rows with a prompt and a completion: a file, a folder, or a hub id")
+    columns: ColumnsSetting | None = Field(None, description=COLUMNS_HELP)
     steps: int | None = Field(None, ge=1, description="optimizer steps; by default one epoch")
     epochs: Number | None = Field(
         None, gt=0, allow_inf_nan=False, description="passes over the data, in place of steps"
@@ -68,7 +70,8 @@ class Finetune(DegradeSettings):
             raise InputError(f"both steps ({self.steps}) and epochs ({self.epochs}) are given; give one of them")
         from remend.data.examples import load_pairs
 
-        load_pairs(self.data)  # it is read again later, but a large model should not be loaded for nothing
+        # they are read again later, but a large model should not be loaded for nothing
+        load_pairs(self.data, columns=self.columns)
 
     def title(self) -> str:
         return f"fine-tuning on {self.data} ({'LoRA' if self.lora else 'all weights'})"

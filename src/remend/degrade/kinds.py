@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
+from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.errors import InputError
 from remend.files.settings import Settings, build, settings_in
 from remend.registry import Registry
@@ -59,6 +60,7 @@ class Calibrated(DegradeSettings):
     """What a kind takes that may look at text: the reference's own completions of some prompts."""
 
     data: str | None = Field(None, description="prompts for calibration; by default bundled ones")
+    columns: ColumnsSetting | None = Field(None, description=COLUMNS_HELP)
     samples: int = Field(48, description="calibration prompts; the reference answers them itself")
 
     @field_validator("samples")

@@ -74,7 +74,7 @@ def examination(settings: DiagnoseSettings) -> Examination:
     if settings.data is None:
         chosen = (bundled("held_out") + bundled("train"))[:wanted]  # first those that no recovery trains on
     else:
-        chosen = choose(load_examples(settings.data), wanted, settings.seed)
+        chosen = choose(load_examples(settings.data, columns=settings.columns), wanted, settings.seed)
     limit, why = vocabulary.room.prompt_limit(PROMPT_TOKENS, settings.max_new_tokens)
     prompts, dropped = encode_within(tokenizer, chosen, limit, rows=vocabulary.room.rows)
     unread = [text for name, ids in vocabulary.unknown.items() for text in unreadable(tokenizer, prompts, ids, name)]

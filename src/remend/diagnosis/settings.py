@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.files.settings import Settings
 
 Site = Annotated[str, "residual, attention or mlp"]
@@ -17,7 +18,8 @@ class DiagnoseSettings(Settings):
     reference: str = Field(description="the healthy model: a directory, GGUF file, hub id[@revision], smollm2")
     students: list[str] = Field(description="damaged or recovered models, named likewise or by a recovery's directory")
     out: str = Field(description="a new directory")
-    data: str | None = Field(None, description="prompts: JSON lines or a datasets id; by default bundled ones")
+    data: str | None = Field(None, description="prompts: a file, a folder, or a hub id; by default bundled ones")
+    columns: ColumnsSetting | None = Field(None, description=COLUMNS_HELP)
     rows: int | None = Field(None, description="prompts, one row each; by default 256 on a CPU, 1,024 on a GPU")
     max_new_tokens: int = Field(32, description="tokens of each of the reference's answers")
     sites: list[Site] = Field(["residual"], description="where states are compared: residual (always), attention, mlp")

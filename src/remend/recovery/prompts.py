@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from remend.data import tasks
-from remend.data.examples import Example, data_hash, load_examples, split_held_out, without
+from remend.data.examples import Example, data_hash, load_examples, shapes_text, split_held_out, without
+from remend.data.shapes import PROMPT
 from remend.data.templates import (
     DEMONSTRATION,
     Encoded,
@@ -122,11 +123,14 @@ def load_stream(
                 "write the cache with a smaller max_prompt_tokens or max_new_tokens"
             )
         return replace(data, train=train, held_out=held, hashes={"cache": brought[2]})
-    held_out = load_examples(stream.eval_data) if stream.eval_data else []
+    held_out = load_examples(stream.eval_data, columns=stream.columns) if stream.eval_data else []
     if stream.data == SELF:
         return _encoded(data, config, tokenizer, ([], held_out), findings)
     assert stream.data is not None
-    return with_prompts(data, config, tokenizer, load_examples(stream.data), held_out, findings)
+    train = load_examples(stream.data, columns=stream.columns)
+    if any(example.shape != PROMPT for example in train):
+        findings.notes.append(f"data {stream.data}: {shapes_text(train)}")
+    return with_prompts(data, config, tokenizer, train, held_out, findings)
 
 
 def with_prompts(

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.files.run_directory import updates_a_round
 from remend.files.settings import Gone, Number, Settings, as_number, build
 from remend.maths.losses import LOSSES, choose
@@ -117,6 +118,7 @@ class StreamConfig(Settings):
     data: str | None = Field(
         None, min_length=1, description="prompts, as in the recipe; self: the reference writes them"
     )
+    columns: ColumnsSetting | None = Field(None, strict=False, description="as in the recipe")
     teacher: str | None = Field(
         None, min_length=1, description="a model, a cache, or ema, live, initial, base (views of the student)"
     )
@@ -164,8 +166,10 @@ class RecoverConfig(Settings):
     data: str | None = Field(
         None,
         min_length=1,
-        description="prompts: JSON lines, a datasets id[@revision][:split], self (written by the reference)",
+        description="prompts: a file (JSON lines, JSON, CSV, parquet), a folder, a hub id, or self: the reference "
+        "writes them",
     )
+    columns: ColumnsSetting | None = Field(None, strict=False, description=COLUMNS_HELP)
     out: str = Field(min_length=1, description="a new directory for everything the run writes")
     streams: dict[str, StreamConfig] | None = Field(
         None, strict=False, description="several sources of signal at once: {name: {data, teacher, weight, …}}"

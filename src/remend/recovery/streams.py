@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from remend.data.sources import Columns
 from remend.errors import InputError
 from remend.files.settings import build
 from remend.maths.losses import Loss, choose, of_beta
@@ -50,6 +51,7 @@ class Stream:
     skip_first: int
     eval_data: str | None
     held_out: int | None
+    columns: Columns | None
     task: str | None
 
     def length_at(self, step: int, steps: int) -> int:
@@ -116,6 +118,7 @@ def _resolved(name: str, stream: StreamConfig, config: RecoverConfig) -> Stream:
         skip_first=skip if skip is not None else SKIPPED if stream.demonstrations else 0,
         eval_data=config.eval_data if stream.eval_data is None else stream.eval_data,
         held_out=config.held_out if stream.held_out is None else stream.held_out,
+        columns=config.columns if stream.columns is None else stream.columns,
         task=stream.task,
     )
 

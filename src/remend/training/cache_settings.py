@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.files.settings import Number, Settings
 
 
 class CacheSettings(Settings):
     """Which prompts a teacher answers, and how much of its scores is stored."""
 
-    data: str = Field(description="prompts that the teacher answers: JSON lines or a datasets id")
+    data: str = Field(description="prompts that the teacher answers: a file, a folder, or a hub id")
+    columns: ColumnsSetting | None = Field(None, description=COLUMNS_HELP)
     k: int = Field(64, description="tokens stored by name at each position, 6 bytes each; the rest is one tail")
     max_new_tokens: int = Field(48, description="tokens a completion")
     held_out: int | None = Field(None, description="prompts set apart, answered greedily; by default as in a recipe")

@@ -137,12 +137,12 @@ def _check(plan: CacheSettings, out: Path) -> None:
 
 def _sides(plan: CacheSettings) -> dict[str, list[Example]]:
     """Split as `remend recover` does it: the same data, seed and held_out give the same sides."""
-    examples = load_examples(plan.data)
+    examples = load_examples(plan.data, columns=plan.columns)
     if not plan.eval_data:
         return dict(zip(SPLITS, split_held_out(examples, plan.held_out, plan.seed), strict=True))
     if plan.held_out is not None:
         warn("held_out has no effect, since eval_data is given")
-    held_out = load_examples(plan.eval_data)
+    held_out = load_examples(plan.eval_data, columns=plan.columns)
     train = without(examples, held_out)
     if not train:
         raise InputError(f"no prompt is left to train on: all of {plan.data} are in eval_data {plan.eval_data}")

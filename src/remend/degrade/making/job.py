@@ -83,7 +83,7 @@ class Damage:
             if text.data is None:
                 chosen = bundled("train")[: text.samples]
             else:
-                chosen = choose(load_examples(text.data), text.samples, seed)
+                chosen = choose(load_examples(text.data, columns=text.columns), text.samples, seed)
             self.calibration_hash, self.calibrated_on = data_hash(chosen), chosen
             prompts = self.encoded(chosen, CALIBRATION_TOKENS)
             check_walk(self.reference, prompts)
@@ -235,7 +235,7 @@ def _probe_prompts(damage: Damage) -> list[Encoded]:
         except InputError:
             if data is None:
                 raise
-    rows = load_examples(data)
+    rows = load_examples(data, columns=getattr(damage.settings, "columns", None))
     unseen = without(rows, damage.calibrated_on) or rows
     return damage.encoded(choose(unseen, PROBE_PROMPTS, damage.settings.seed), PROBE_TOKENS)
 

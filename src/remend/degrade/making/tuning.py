@@ -43,7 +43,7 @@ def tuned(damage: Damage, settings: Finetune) -> Changed:
             f"{damage.source.spec} is {what}, which fine-tuning all together would give up; "
             "fine-tune the dense model, then degrade that"
         )
-    pairs = load_pairs(settings.data)
+    pairs = load_pairs(settings.data, columns=settings.columns)
     rows = _rows(damage, settings, pairs)
     steps, lora = settings.steps_for(len(rows)), settings.lora
     student = damage.student.requires_grad_(True)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from remend.data.examples import read_lines
+from remend.data.sources import read_lines
 from remend.data.templates import template_text
 from remend.errors import FileError, InputError
 from remend.files.atomic import read_json
