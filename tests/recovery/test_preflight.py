@@ -48,7 +48,7 @@ def test_good_recipe_has_no_findings(recipe: dict[str, Any]) -> None:
 
 
 def test_all_problems_at_once(recipe: dict[str, Any], tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "bad.jsonl", [{"prompt": "fine"}, {"text": "no prompt"}])
+    data = write_rows(tmp_path / "bad.jsonl", [{"prompt": "fine"}, {"question": "no prompt"}])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text("{}")
     result = found(recipe, teacher=str(tmp_path / "nowhere"), data=data)

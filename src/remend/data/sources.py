@@ -276,7 +276,7 @@ def _hub(source: str, match: re.Match[str]) -> list[Placed]:
     except Exception as error:  # as above
         raise FileError(
             f'data "{source}": no such file, and as a data set of the hub it can\'t be loaded ({_short(error)}). '
-            f"What is read: {ALLOWED}"
+            f"Run with a network, or give other data. What is read: {ALLOWED}"
         ) from None
     return _numbered(source, rows)
 

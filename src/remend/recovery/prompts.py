@@ -127,10 +127,10 @@ def load_stream(
     if stream.data == SELF:
         return _encoded(data, config, tokenizer, ([], held_out), findings)
     assert stream.data is not None
-    train = load_examples(stream.data, columns=stream.columns)
-    if any(example.shape != PROMPT for example in train):
-        findings.notes.append(f"data {stream.data}: {shapes_text(train)}")
-    return with_prompts(data, config, tokenizer, train, held_out, findings)
+    rows = load_examples(stream.data, columns=stream.columns)
+    if any(example.shape != PROMPT for example in rows):
+        findings.notes.append(f"data {stream.data}: {shapes_text(rows)}")
+    return with_prompts(data, config, tokenizer, rows, held_out, findings)
 
 
 def with_prompts(
