@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,9 +79,6 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 def with_tensors(source: Path, target: Path, tensors: dict[str, Tensor]) -> Path:
     """`target`, as `source` with other tensors."""
-    target.mkdir(exist_ok=True)
-    for file in source.iterdir():
-        if file.name != "model.safetensors":
-            (target / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(source, target, dirs_exist_ok=True)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
