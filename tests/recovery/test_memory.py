@@ -65,10 +65,12 @@ def test_what_the_allocator_holds_for_reuse_is_free(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "most"), [("gemma3n", 0.4, 1.5), ("gpt2", 0.4, 1.5), ("mamba", 0.4, 1.5), ("mamba2", 0.4, 4.0)]
+    ("name", "least", "most"),
+    [("gemma3n", 0.4, 1.5), ("gpt2", 0.4, 1.5), ("mamba", 0.4, 1.5), ("mamba2", 0.4, 4.0)]
+    + [(name, 0.4, 2.0) for name in ("mixtral", "jamba", "falcon-h1", "deepseek")],
 )
 def test_configurations_of_another_shape_are_counted_too(name: str, least: float, most: float) -> None:
-    """Sizes per layer (Gemma 3n), by other names (GPT-2), and blocks without heads (Mamba)."""
+    """Sizes per layer (Gemma 3n), by other names (GPT-2), and blocks without heads (Mamba), hybrids and experts."""
     model, kept = build(name), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -19,7 +19,12 @@ def activation_bytes(config: Any, rows: int, tokens: int) -> int:
 
     Counted for a block with a gated MLP in float32: two norms' inputs and outputs, queries, keys, values, attention's
     output, and four tensors of the MLP's width (arXiv 2205.05198, section 4.1, counts 16-bit ones likewise). A block
-    without attention heads is one of states: it keeps four tensors of its width for every number of a state.
+    without attention heads is one of states: it keeps four tensors of its width for every number of a state. In a
+    hybrid every block is counted as one of both kinds. A token's experts keep four tensors of their width each, and
+    its copy and answer.
+
+    It is no bound: on tiny models, tensors that autograd kept were 0.2 (Mamba-2) to 1.5 times as much, of Gemma 3n
+    2.0 and of Qwen3-Next, whose delta rule is not counted, 2.9 times.
 
     Args:
         config: the model's text configuration.
@@ -33,8 +38,12 @@ def activation_bytes(config: Any, rows: int, tokens: int) -> int:
     if heads:
         head = largest(config, "head_dim") or width // heads
         each += 2 * heads * head + 2 * (largest(config, "num_key_value_heads") or heads) * head
+        scan = largest(config, "mamba_d_ssm") or largest(config, "mamba_expand") * width
+        each += 4 * scan * largest(config, "mamba_d_state")
     else:
         each += 4 * inner * largest(config, "state_size")
+    expert = largest(config, "moe_intermediate_size") or inner
+    each += largest(config, "num_experts_per_tok") * (4 * expert + 2 * width)
     return int(4 * each * largest(config, "num_hidden_layers") * rows * tokens)
 
 
