@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import remend
 from helpers.processes import two_processes
@@ -278,3 +278,15 @@ def test_students_are_named_apart(reference_dir: Path, student_dir: Path, tmp_pa
 def test_severity_is_the_worst_of_three(kl: float, agreement: float, repetition: float, word: str) -> None:
     behaviour = {"kl": kl, "top1_agreement": agreement}
     assert severity.severity(behaviour, {"repetition": repetition}, {"repetition": 0.1}) == word
+
+
+def test_prompts_that_leave_no_position_for_an_answer_are_refused_with_the_models_positions(
+    tokenizer: Any, tmp_path: Path, prompt_file: Path
+) -> None:
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "student")
+    why = r"have over 8 \(the model has 16 positions, 8 of them for the answer\) tokens .*; lower --max-new-tokens, or"
+    with pytest.raises(InputError, match=rf"0 prompts are there.*40 of 40 prompts {why}"):
+        diagnose(tmp_path / "model", [tmp_path / "student"], tmp_path / "out", prompt_file)

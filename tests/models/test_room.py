@@ -45,7 +45,20 @@ TABLES = {
         max_position_embeddings=48,
         pad_token_id=1,
     ),
+    "whisper": transformers.WhisperConfig(
+        vocab_size=320,
+        d_model=32,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=64,
+        max_target_positions=48,
+        pad_token_id=0,
+    ),
     "mpt": transformers.MptConfig(vocab_size=320, d_model=32, n_heads=2, n_layers=1, max_seq_len=48),
+}
+ROBERTA = {
+    "roberta": transformers.RobertaConfig(**SMALL, max_position_embeddings=48, pad_token_id=1, is_decoder=True),
+    "xlm-roberta": transformers.XLMRobertaConfig(**SMALL, max_position_embeddings=48, pad_token_id=2, is_decoder=True),
 }
 ENDLESS = {
     "llama": transformers.LlamaConfig(**SMALL, max_position_embeddings=48),
@@ -77,6 +90,14 @@ def test_a_table_of_positions_ends_where_the_model_ends(name: str) -> None:
     assert positions == 48
     assert reads(TABLES[name], 48)
     assert not reads(TABLES[name], 49)
+
+
+@pytest.mark.parametrize("name", ROBERTA)
+def test_positions_that_are_counted_from_behind_the_padding_are_fewer_than_promised(name: str) -> None:
+    positions = room(ROBERTA[name]).positions
+    assert positions == 47 - ROBERTA[name].pad_token_id
+    assert reads(ROBERTA[name], positions)
+    assert not reads(ROBERTA[name], positions + 1)
 
 
 @pytest.mark.parametrize("name", ENDLESS)

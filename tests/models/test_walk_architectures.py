@@ -16,6 +16,7 @@ from helpers.watching import architecture, watched
 from remend.data.templates import Encoded
 from remend.errors import InputError
 from remend.models.activations.walk import Sites, block_states, check_walk, walk
+from remend.models.activations.walkable import seen_of_skeleton
 from remend.models.matrices import matrices
 from remend.models.sampling.rollout import Rollout
 
@@ -285,3 +286,20 @@ def test_experts_that_compute_in_another_way_are_refused() -> None:
     experts.forward = lambda *args: 1.5 * forward(*args)
     with pytest.raises(InputError, match=r"makes of the products of .*layers.0.mlp.experts what remend does not know"):
         walk(model, TEXT, lambda sites: pytest.fail("visited"))
+
+
+def test_what_shapes_alone_tell_is_known_of_a_model_without_weights() -> None:
+    gemma = architecture("gemma3n")
+    with torch.device("meta"):
+        odd, plain = type(gemma)(gemma.config), build_model(320)
+    assert "blocks that give (4, 2, 8, 64)" in str(seen_of_skeleton(odd))
+    assert seen_of_skeleton(plain) is None
+    tied(plain)
+    assert "several times a pass, model.layers.0.mlp.gate_proj (2 times)" in str(seen_of_skeleton(plain))
+
+
+@pytest.mark.parametrize("name", list(WAYS))
+def test_nothing_is_said_of_the_skeleton_of_a_model_that_can_be_walked(name: str) -> None:
+    model = architecture(name)
+    with torch.device("meta"):
+        assert seen_of_skeleton(type(model)(model.config)) is None

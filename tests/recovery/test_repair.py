@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from helpers.tiny import build_model, build_tokenizer, put_on_grid
@@ -14,8 +15,7 @@ from remend.data.order import Order
 from remend.data.templates import Encoded
 from remend.errors import InputError
 from remend.files.run_directory import RunDirectory
-from remend.recovery import RecoverResult, recover
-from remend.recovery.judge import BASELINE
+from remend.recovery import RecoverResult, check, recover
 from remend.recovery.repair import REPAIR_ANSWERS, calibration_prompts, repair
 from remend.training.constraints import StudentFacts
 
@@ -63,5 +63,24 @@ def test_a_model_that_cant_be_walked_is_refused_before_it_is_measured(
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: once(self, once(self, x)))
     with pytest.raises(InputError, match=r"several times a pass, model.layers.0.mlp.gate_proj.*repair: false"):
         recover(**{**recipe, "repair": True})
-    assert not list(Path(recipe["out"]).rglob(BASELINE))
+    assert not Path(recipe["out"]).exists()
     assert recover(**{**recipe, "out": f"{recipe['out']}-without"}).metrics
+
+
+def test_a_model_that_only_numbers_show_to_be_unlike_is_refused_before_anything_is_sampled_or_written(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that is given the tokens of a batch in another order."""
+    once = LlamaMLP.forward
+
+    def time_first(self: LlamaMLP, x_BTD: Tensor) -> Tensor:
+        given = once(self, x_BTD.transpose(0, 1).flatten(0, 1)).unflatten(0, x_BTD.shape[1::-1])
+        return given.transpose(0, 1)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(LlamaMLP, "forward", time_first)
+    monkeypatch.setattr("remend.recovery.written_prompts.generate", lambda *a, **k: pytest.fail("sampled"))
+    unlike = {**recipe, "repair": True, "data": "self"}
+    assert not check(**unlike).problems
+    with pytest.raises(InputError, match="each token once, in their order"):
+        recover(**unlike)
+    assert not Path(recipe["out"]).exists()

@@ -86,10 +86,11 @@ def examination(settings: DiagnoseSettings) -> Examination:
     if dropped:
         warnings.append(dropped_text(dropped, len(chosen), "prompts", why or str(PROMPT_TOKENS)))
     if len(prompts) < LEAST_ROWS:
-        raise InputError(
-            f"{len(prompts)} prompts are there, and {LEAST_ROWS} is the least that the debiased CKA needs; "
-            "give more with --data"
-        )
+        few = f"{len(prompts)} prompts are there, and {LEAST_ROWS} is the least that the debiased CKA needs"
+        if not dropped:
+            raise InputError(f"{few}; give more with --data")
+        way = "lower --max-new-tokens, or give shorter prompts" if why else "give shorter prompts"
+        raise InputError(f"{few}: {warnings[-1]}; {way} with --data")
     if len(prompts) < layers.FEW_ROWS:
         warnings.append(f"{len(prompts)} rows: below {layers.FEW_ROWS} the estimates are noisy, see their intervals")
     return Examination(

@@ -64,21 +64,24 @@ def room_of(model: CausalLM, config: PreTrainedConfig) -> Room:
 
 def promised_positions(text: PreTrainedConfig) -> int | None:
     """Positions that the configuration of a text model names, under whatever name."""
-    named = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+    named = (getattr(text, name, None) for name in names)
     return next((int(value) for value in named if isinstance(value, int)), None)
 
 
 def _table(model: CausalLM, length: int) -> int | None:
-    """`length`, where the model looks positions up in a table of that length."""
+    """The positions that can be read, where the model looks them up in a table of `length`."""
     if model.config.get_text_config().model_type == "mpt":
         return length  # its bias is built for so many positions
     for name, module in model.named_modules():
-        sizes = [module.num_embeddings] if isinstance(module, nn.Embedding) else []
-        # some leave the first two rows unused
-        if any(size - length in (0, 2) for size in sizes) and _of_positions(name):
-            return length
+        # some have two rows more, and leave the first two unused
+        if isinstance(module, nn.Embedding) and module.num_embeddings - length in (0, 2) and _of_positions(name):
+            # RoBERTa counts from the row after the one for padding, and has none more for that
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return min(length, module.num_embeddings - unused)
         # XGLM's table is longer by two, and is computed anew when it is too short
-        tables = {key: table for key, table in module.named_buffers(recurse=False) if table.ndim == 2}
+        named = module.named_buffers(recurse=False)
+        tables = {key: table for key, table in named if table.ndim == 2 and table.is_floating_point()}
         if any(_of_positions(key) and length in table.shape for key, table in tables.items()):
             return length
     return None

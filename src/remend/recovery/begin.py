@@ -87,14 +87,14 @@ class Run:
 
 
 def begin(plan: Plan, directory: RunDirectory | None) -> Run:
-    """Start the processes, and the run's directory where there is none yet.
+    """Start the processes. Of a new run nothing is written before `create`.
 
     Args:
         plan: the run's.
         directory: a run to continue; None starts one.
 
     Raises:
-        InputError: the directory is taken, or its inputs have changed since the run began.
+        InputError: the run's inputs have changed since it began.
     """
     config = plan.config
     accelerator = Accelerator(
@@ -104,18 +104,23 @@ def begin(plan: Plan, directory: RunDirectory | None) -> Run:
         # the others wait while one process measures and samples, which may take longer than the usual ten minutes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
-    # creating the Accelerator joined all processes, so none still looks whether `out` is free
-    if accelerator.is_main_process:
-        inputs = _inputs(plan)
-        if directory is None:
-            _create(plan, inputs)
-        else:
-            _require_same_inputs(directory, inputs)
-            recorded = read_json(directory.path / MANIFEST).get("tokens_sha256")
-            require_same_tokens(recorded, plan.prompts.token_hash, directory)
+    if accelerator.is_main_process and directory:
+        _require_same_inputs(directory, _inputs(plan))
+        recorded = read_json(directory.path / MANIFEST).get("tokens_sha256")
+        require_same_tokens(recorded, plan.prompts.token_hash, directory)
     directory = directory or RunDirectory(Path(config.out))
     saved = directory.checkpoints()
     return Run(plan, directory, accelerator, saved[-1] if saved else None, plan.prompts)
+
+
+def create(run: Run) -> None:
+    """Make a new run's directory, once its models are loaded and known to fit. Raises InputError where it is taken.
+
+    Creating the Accelerator has joined all processes, so none still looks whether `out` is free.
+    """
+    if run.main:
+        _create(run.plan, _inputs(run.plan))
+    run.wait()
 
 
 def load(run: Run) -> tuple[CausalLM, dict[str, Teacher]]:

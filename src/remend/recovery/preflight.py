@@ -17,6 +17,7 @@ from remend.data.templates import encode
 from remend.errors import InputError, did_you_mean
 from remend.files.atomic import read_json
 from remend.files.run_directory import occupied
+from remend.models.activations.walkable import seen_of_skeleton
 from remend.models.adapters import check_targets, unmergeable, untouched_experts
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import ModelSource, fetch_model, find_model, origin_note
@@ -280,6 +281,10 @@ def _fit_to_reference(
         return False, facts
     why = kind_of(facts).no_repair(facts, student.matrices, theirs)
     say.notes.extend([f"the student is not repaired before training: {why}"] if why else [])
+    if why is None:
+        sources = [student.source, *([reference.source] if reference.source else [])]
+        unlike = (seen_of_skeleton(skeleton(source, load_config(source))) for source in sources)
+        say.problems += dict.fromkeys(text for text in unlike if text)
     return why is None, facts
 
 

@@ -101,29 +101,33 @@ def repair(
 
 
 def check_repair(run: Run, student: CausalLM, reference: Teacher) -> None:
-    """Raise InputError where a repair lies ahead and one of the models can't be walked, before any is measured."""
-    prompts = _prompts(run, student, reference)
+    """Raise InputError where a repair lies ahead and one of the models can't be walked.
+
+    It is tried before anything is sampled or written: of prompts that the reference has not written yet, any tokens
+    stand in for them.
+    """
+    if not _repairs(run, student, reference):
+        return
+    prompts = run.prompts.main.train or [Encoded("any", tuple(range(1, 9)), "")]
     for model in (student, reference.model):
-        if prompts and model is not None:
-            check_walk(model, prompts)
+        assert model is not None
+        check_walk(model, prompts)
 
 
-def _prompts(run: Run, student: CausalLM, reference: Teacher) -> list[Encoded]:
-    """What a repair is fitted to; none where nothing is repaired."""
-    plan, config, teacher = run.plan, run.plan.config, reference.model
-    if not config.repair or plan.facts.adapted or teacher is None:
-        return []
-    if not kind_of(plan.facts).repairs(student, plan.facts, teacher):
-        return []
-    return calibration_prompts(run.prompts.main.train, config.repair_samples, config.seed)
+def _repairs(run: Run, student: CausalLM, reference: Teacher) -> bool:
+    plan, teacher = run.plan, reference.model
+    if not plan.config.repair or plan.facts.adapted or teacher is None:
+        return False
+    return kind_of(plan.facts).repairs(student, plan.facts, teacher)
 
 
 def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaired:
     """Repair the student in place where the plan asks for it; `seconds` is 0 where nothing was done."""
-    plan, prompts, teacher = run.plan, _prompts(run, student, reference), reference.model
-    if not prompts or teacher is None:
+    plan, config, teacher = run.plan, run.plan.config, reference.model
+    if teacher is None or not _repairs(run, student, reference):
         return Repaired()
-    seed, how = plan.config.seed, run.precision()
+    prompts = calibration_prompts(run.prompts.main.train, config.repair_samples, config.seed)
+    seed, how = config.seed, run.precision()
     return repair(student, teacher, plan.facts, plan.tokenizer, prompts, seed=seed, shared=plan.shared, precision=how)
 
 

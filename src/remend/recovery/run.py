@@ -12,7 +12,7 @@ from remend.files.atomic import JsonObject
 from remend.files.run_directory import RunDirectory
 from remend.models.protocols import CausalLM
 from remend.models.sampling.answers import write_answers
-from remend.recovery.begin import Run, begin, load
+from remend.recovery.begin import Run, begin, create, load
 from remend.recovery.bootstrap import gate_of
 from remend.recovery.hold import hold
 from remend.recovery.judge import gate_verdict, side_judge_of
@@ -48,7 +48,9 @@ def carry_out(plan: Plan, directory: RunDirectory | None, began: float) -> RunDi
         began: time.monotonic() when the user's command began, for `seconds`.
     """
     run = begin(plan, directory)
-    observer, outcome = train_and_save(run)  # the trained student goes with its frame: there is room for the saved one
+    observer, outcome = train_and_save(
+        run, new=directory is None
+    )  # the trained student goes with its frame: there is room for the saved one
     if observer:
         run, judge, degraded = observer.judge.run, observer.judge, observer.degraded
         saved = reopened(run, judge.reference)
@@ -59,15 +61,17 @@ def carry_out(plan: Plan, directory: RunDirectory | None, began: float) -> RunDi
     return run.directory
 
 
-def train_and_save(run: Run) -> tuple[Observer | None, JsonObject]:
+def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]:
     """Measure the student, repair it, train it under its constraint and save it; and what the summary says of that."""
     plan, config = run.plan, run.plan.config
     student, teachers = load(run)
     reference = teachers[plan.reference]
-    run = replace(run, prompts=all_prompts(run, reference))
     kind_of(plan.facts).check(student, plan.facts)  # before repair, which would write the grid's points anyhow
     if not run.resumed:
         check_repair(run, student, reference)
+    if new:
+        create(run)
+    run = replace(run, prompts=all_prompts(run, reference))
     past = past_of(run)
 
     observer = observer_of(run, reference, student, past.degraded)

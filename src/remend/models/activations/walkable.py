@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from remend.errors import InputError
 from remend.models.activations.experts import Experts, Given, Keywords, routing
@@ -132,6 +133,24 @@ def blocks_of(model: CausalLM, text: Sequence[Sequence[int]]) -> Blocks:
     return replace(blocks, alone=partly)
 
 
+def seen_of_skeleton(model: CausalLM) -> str | None:
+    """Why a model without weights (on the meta device) can't be walked, or None, as far as shapes alone tell.
+
+    A model whose pass asks for numbers tells nothing; `blocks_of` tries it once it is loaded.
+    """
+    rows = [Rollout(str(length), tuple(range(1, length + 1)), (), False) for length in (LONG, SHORT)]
+    try:
+        items, parts = list(decoder_layers(model)), modules_of_matrices(model)
+        with FakeTensorMode(allow_non_fake_inputs=True):  # transformers asks its tensors for fewer numbers then
+            own = _own_pass(model, items, parts, rows)
+        _once_each(model, parts, own, len(items), torch.Size((len(rows), LONG)))
+    except InputError as error:
+        return str(error)
+    except Exception:  # of the model's own code nothing is known, nor what of it runs without numbers
+        return None
+    return None
+
+
 @dataclass
 class _OwnPass:
     """What a plain pass of the model showed: blocks in order and what they gave, how often each module ran."""
@@ -172,12 +191,15 @@ def _own_pass(
         for module in holders:
             hooks.callback(module.register_forward_pre_hook(note_module).remove)
         tokens_BT = pack([(r.prompt, r.completion) for r in rows], device=model.device).tokens_BT
-        model.base_model(input_ids=tokens_BT, use_cache=False)
+        with torch.no_grad():
+            model.base_model(input_ids=tokens_BT, use_cache=False)
     return own
 
 
 def _address(own: Sequence[Matrix]) -> int:
-    return own[0].weight_OI.data_ptr()
+    """The same for modules that share a matrix."""
+    parameter: Tensor = getattr(own[0].module, own[0].parameter.rpartition(".")[2])
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()  # without weights there is no address
 
 
 def _once_each(
