@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny import build_tokenizer
-from remend.models.vocabulary import compare_vocabularies, template_warnings
+from remend.models.vocabulary import compare_vocabularies, cutting_warnings, template_warnings
 
 
 def vocabulary(count: int, **changes: int) -> dict[str, int]:
@@ -90,3 +94,12 @@ def test_template_warnings() -> None:
     (template,) = template_warnings(same, tokenizer_with("<end>", None))
     assert "the chat template differs" in template
     assert len(template_warnings(same, tokenizer_with(None, None))) == 2
+
+
+def test_tokenizers_of_one_vocabulary_that_cut_otherwise_are_noticed(tokenizer: Any) -> None:
+    other = copy.deepcopy(tokenizer)
+    assert cutting_warnings(tokenizer, other) == []
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    (warning,) = cutting_warnings(tokenizer, PreTrainedTokenizerFast(tokenizer_object=core))
+    assert "the student's tokens are used" in warning

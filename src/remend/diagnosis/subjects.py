@@ -20,7 +20,7 @@ from remend.models.layers import count_parameters, infer_layer_map
 from remend.models.load import load_config, load_tokenizer, skeleton
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.room import Room, room_of
-from remend.models.vocabulary import compare_vocabularies, template_warnings, unknown_ids
+from remend.models.vocabulary import compare_vocabularies, cutting_warnings, template_warnings, unknown_ids
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def compare(reference: ModelSource, subjects: Sequence[Subject], tokenizer: Toke
         other = load_tokenizer(subject.source)
         match = compare_vocabularies(other.get_vocab(), tokenizer.get_vocab(), theirs, rows)
         problems += [f"{subject.spec}: {problem}" for problem in match.problems]
-        warnings += [
-            f"{subject.spec}: {w}" for w in [*match.warnings, *template_warnings(other, tokenizer, "reference")]
-        ]
+        cut = [] if match.problems else cutting_warnings(other, tokenizer, "reference")
+        told = [*match.warnings, *template_warnings(other, tokenizer, "reference"), *cut]
+        warnings += [f"{subject.spec}: {warning}" for warning in told]
         shared, room = min(shared, match.shared), replace(room.less(read), rows=rows)
         unknown[subject.name] = unknown_ids(tokenizer.get_vocab(), other.get_vocab(), theirs)
     if problems:

@@ -8,6 +8,13 @@ from dataclasses import dataclass, field
 from remend.data.templates import Encoded, row_names, template_text
 from remend.data.tokenizer import Tokenizer
 
+PROBES = (
+    "\n\n1. In 2024, 1234567 people (12%) paid $3.50 at 10:45.\n  2. it's\n\n\n\tx = 12   # y != 34\r\n",
+    "| a   | 12 |\n|-----|---:|\n    return f'{a}'  // <b>i'LL</b> camelCase HTTPServer ... !!! 🙂👩‍💻 ½ Ⅷ",
+    "Ça va, naïve Übergröße. Привет, мойДом! مرحبا ٣٤. 你好，世界！日本語のテキスト。한국어 สวัสดีวันที่ नमस्ते שָׁלוֹם",
+)
+"""Texts on which tokenizers of one vocabulary differ, by their rules for digits, blanks, marks or scripts."""
+
 
 @dataclass(frozen=True)
 class VocabularyMatch:
@@ -115,3 +122,14 @@ def template_warnings(student: Tokenizer, teacher: Tokenizer, used: str = "stude
     if template_text(student) != template_text(teacher):
         warnings.append(f"the chat template differs between student and teacher; both are shown the {used}'s rendering")
     return warnings
+
+
+def cutting_warnings(student: Tokenizer, teacher: Tokenizer, used: str = "student") -> list[str]:
+    """Whether two tokenizers of one vocabulary cut text otherwise; of the two one's are `used`."""
+    for text in PROBES:
+        if student.encode(text, add_special_tokens=False) != teacher.encode(text, add_special_tokens=False):
+            return [
+                f"student and teacher cut text otherwise ({text[:40]!r}, say): the {used}'s tokens are used, and the "
+                "other model was trained with its own. Make a directory anew that an older remend made of a GGUF file"
+            ]
+    return []

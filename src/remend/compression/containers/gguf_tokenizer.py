@@ -16,6 +16,7 @@ from remend.models.gguf_pre_tokenizers import PRE_TOKENIZERS, name_of
 from remend.models.gguf_tokenizer import build_tokenizer
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM, Tokenizer
+from remend.models.vocabulary import PROBES
 
 _ELSE = "use --format dense"
 
@@ -161,14 +162,6 @@ def _add_templates(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
             f"rename it, or {_ELSE}"
         )
     writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
-
-
-PROBES = (
-    "\n\n1. In 2024, 1234567 people (12%) paid $3.50 at 10:45.\n  2. it's\n\n\n\tx = 12   # y != 34\r\n",
-    "| a   | 12 |\n|-----|---:|\n    return f'{a}'  // <b>i'LL</b> camelCase HTTPServer ... !!! 🙂👩‍💻 ½ Ⅷ",
-    "Ça va, naïve Übergröße. Привет, мойДом! مرحبا ٣٤. 你好，世界！日本語のテキスト。한국어 สวัสดีวันที่ नमस्ते שָׁלוֹם",
-)
-"""Texts on which rules differ."""
 
 
 def require_same_tokens(file: Path, tokenizer: Tokenizer) -> None:

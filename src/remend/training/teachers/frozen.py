@@ -14,7 +14,7 @@ from remend.models.load import load_config, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer, pack, scorer
-from remend.models.vocabulary import VocabularyMatch, compare_vocabularies, template_warnings
+from remend.models.vocabulary import VocabularyMatch, compare_vocabularies, cutting_warnings, template_warnings
 from remend.training.teachers.teacher import TEACHERS, NamedTeacher, Teacher, Workplace
 
 
@@ -72,7 +72,8 @@ class NamedModel(NamedTeacher):
         own = load_tokenizer(self.files)
         theirs_rows = load_config(self.files).get_text_config().vocab_size
         match = compare_vocabularies(tokenizer.get_vocab(), own.get_vocab(), rows, theirs_rows)
-        return replace(match, warnings=[*match.warnings, *template_warnings(tokenizer, own)])
+        cut = [] if match.problems else cutting_warnings(tokenizer, own)
+        return replace(match, warnings=[*match.warnings, *template_warnings(tokenizer, own), *cut])
 
     def hashes(self) -> Mapping[str, str]:
         assert self.files is not None
