@@ -10,6 +10,7 @@
 # make count     how large is the code, and how much of what was to leave is left
 # make oldest    the fast tests with every dependency at the lower bound that pyproject.toml names; adds a row
 # make docs-commands  run the commands of the README and of docs on a tiny model; adds a row
+# make test-engines    vLLM opens what remend writes and answers as transformers does; makes .venv-engines, adds a row
 # make benchmarks-short  run the shortest case of each benchmark; adds a row
 # make runs      print the table of long checks
 # Tests run in two workers; make test WORKERS=8 on a larger machine.
@@ -20,6 +21,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+ENGINES_ARGS ?=
 WORKERS ?= 2
 OLD ?= 13d6498
 ZOO ?= runs/zoo-$(shell git rev-parse --short HEAD 2>/dev/null)
@@ -29,7 +31,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SAMPLE := tests/slow/test_slow.py tests/models tests/data tests/recovery/test_self_prompts.py
 RECORD = $(BIN)/python benchmarks/record.py
 
-.PHONY: help demo test fast sample slow check golden golden-figures zoo count oldest docs-commands benchmarks-short runs clean
+.PHONY: help demo test fast sample slow check golden golden-figures zoo count oldest docs-commands benchmarks-short test-engines runs clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -81,6 +83,9 @@ oldest: .venv/ready-dev
 
 docs-commands: .venv/ready-dev
 	$(RECORD) docs-commands -- $(BIN)/python benchmarks/docs_commands.py
+
+test-engines: .venv/ready-dev
+	$(RECORD) test-engines -- $(BIN)/python benchmarks/engines.py $(ENGINES_ARGS) -- $(PIP_ARGS)
 
 benchmarks-short: .venv/ready-dev
 	$(RECORD) benchmarks-short -- $(BIN)/python benchmarks/shortest.py

@@ -34,11 +34,12 @@ CASES: Mapping[str, str] = {
     "time_to_recover": "--out OUT/time --only SHORTEST --steps 5",
     "forgetting": "--out OUT/forgetting --steps 1 --rows 2",
     "download_size": "",
+    "served": "--types f32 --tokens 2",
 }
 """Options of each; OUT is a directory that is gone afterwards, SHORTEST the name in ONLY."""
 
 ONLY = {"degradations": "int3-g64 rtn", "time_to_recover": "on-policy, 1e-4"}
-NEEDS = {"cka": "ckatorch", "step_time": "trl"}
+NEEDS = {"cka": "ckatorch", "step_time": "trl", "served": "xllamacpp"}
 PARTS = {
     "time_lines": "is a part of time_to_recover",
     "time_tables": "is a part of time_to_recover",
@@ -47,6 +48,8 @@ PARTS = {
     "count": "make count",
     "oldest": "make oldest",
     "docs_commands": "make docs-commands",
+    "engines": "make test-engines",
+    "engine_answers": "is run by engines, in vLLM's environment",
     "record": "keeps what came of the others",
     "shortest": "is this",
 }

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from helpers import strangers
 from helpers.tiny import build_model, build_tokenizer, prompts, put_on_grid, small_recipe
 
 
@@ -58,6 +59,22 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
     save_model(model, load_tokenizer(source), path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def stranger_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export's strangers read in this process and at one dtype, but not with the fixture `own_process`."""
+    if "own_process" in request.fixturenames:
+        return
+    from remend.exporting import check
+
+    monkeypatch.setattr(check, "DTYPES", ("auto",))
+    monkeypatch.setattr(check, "ask_stranger", strangers.ask)
+
+
+@pytest.fixture
+def own_process() -> None:
+    """Strangers run as they do for users."""
 
 
 @pytest.fixture

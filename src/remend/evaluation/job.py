@@ -88,7 +88,8 @@ def evaluate(model: str, tasks: Sequence[str], out: str | Path, **overrides: obj
     if (done := results.finished(out, same)) is not None:
         console.print(f"{out} holds the results of these settings already")
         return done
-    evaluation = _Evaluation(plan, source, open_answers(answers_path(out)), same["files"])
+    tokens = plan.settings.samples * sum(len(t.rows) * plan.tokens(t.task.name) for t in tables)
+    evaluation = _Evaluation(plan, source, open_answers(answers_path(out)), same["files"], tokens)
     parts = [part for table in tables for part in evaluation.own(table)]
     if package:
         parts += [part for name in plan.harness for part in evaluation.theirs(package, name)]
@@ -124,10 +125,16 @@ def _data(tables: Sequence[TaskRows], package: harness.Tasks | None) -> JsonObje
 
 
 class _Evaluation:
-    """What the tasks of an evaluation share. Model and engine are loaded when the first answer is missing."""
+    """What the tasks of an evaluation share. Model and engine are loaded when the first answer is missing.
 
-    def __init__(self, plan: Plan, source: ModelSource, answers: Answers, files: Mapping[str, str]) -> None:
+    `tokens` is how many all answers have at most.
+    """
+
+    def __init__(
+        self, plan: Plan, source: ModelSource, answers: Answers, files: Mapping[str, str], tokens: int
+    ) -> None:
         self.plan, self.settings, self.source, self.answers, self.files = plan, plan.settings, source, answers, files
+        self.tokens = tokens
         self.warnings: list[str] = []
 
     @cached_property
@@ -150,7 +157,7 @@ class _Evaluation:
         told = path is not None and (path / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(str(path)) if told else None
         eos = eos_ids(SimpleNamespace(generation_config=generation), self.tokenizer)
-        return VllmSampler(self.source, dtype=self.plan.hardware["dtype"], eos=eos)
+        return VllmSampler(self.source, dtype=self.plan.hardware["dtype"], eos=eos, tokens=self.tokens)
 
     def limits(self) -> Limits:
         """Of a batch of answers. What fits the memory is settled by the first call, for those that go on with it."""

@@ -84,5 +84,6 @@ def _checked(check: JsonObject) -> str:
     return (
         "Read back and compared with the model that was measured: "
         f"{'all weights equal bit for bit' if check['weights_equal'] else 'weights differ'}, "
-        f"largest logit difference {check['max_logit_difference']:g} over {check['tokens_compared']} tokens."
+        f"largest logit difference {check['max_logit_difference']:g} over {check['tokens_compared']} tokens. "
+        f"Opened by {escape(check['read_by'])}."
     )

@@ -19,7 +19,7 @@ from remend.compression.containers import CONTAINERS, Container, Measured, Recog
 from remend.compression.grids import Grid, GridFormat, restore
 from remend.compression.stored_grid import StoredGrid
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, read_json
+from remend.files.atomic import JsonObject, read_json, write_json
 from remend.models.find import ModelSource
 from remend.models.load import save_model
 from remend.models.matrices import by_key
@@ -276,7 +276,20 @@ def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
         compressor.compress_model(model)
         save_model(model, measured.tokenizer, target)
         compressor.update_config(str(target))
+    _unpack_at_once(target)
     return {"container": f"compressed-tensors ({compressor.quantization_config.format.value})"}
+
+
+def _unpack_at_once(target: Path) -> None:
+    """Let transformers unpack while it loads, as `CompressedTensorsConfig(dequantize=True)` does; engines don't ask.
+
+    Without it compressed-tensors unpacks at the first forward pass, in a dtype of its own: fp4 as bfloat16, which a
+    model of another dtype can't multiply, and packed zeros don't fit the places that it prepares for them.
+    """
+    path = target / "config.json"
+    config = read_json(path)
+    config["quantization_config"]["dequantize"] = True
+    write_json(path, config)
 
 
 def _set_parameters(module: nn.Module, grid: Grid, fmt: GridFormat) -> None:
