@@ -14,17 +14,18 @@ Printed: prompts whose ids and answers are equal, how often llama.cpp's first ch
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import torch
-import xllamacpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from helpers.llama_cpp import LlamaCpp
 
 TYPES = ("f32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4")
 PROMPTS = (
@@ -44,26 +45,9 @@ def remend(*words: str) -> None:
         sys.exit(f"remend {' '.join(words)}:\n{done.stdout.decode()[-2000:]}")
 
 
-def served(file: Path) -> Any:
-    """llama.cpp's server with a file."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(file)
-    params.n_ctx, params.n_parallel, params.verbosity = 512, 1, -1
-    params.warmup = params.fit_params = False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    return xllamacpp.Server(params)
-
-
-def ask(server: Any, what: str, **content: Any) -> Any:
-    """One request."""
-    address, headers = f"{server.listening_address}/{what}", {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(address, json.dumps(content).encode(), headers)) as said:
-        return json.load(said)
-
-
 def compare(source: Path, file: Path, tokens: int) -> str:
     """The figures of one file, as a row of a table."""
-    tokenizer, server = AutoTokenizer.from_pretrained(source), served(file)
+    tokenizer, engine = AutoTokenizer.from_pretrained(source), LlamaCpp(file, context=512)
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="float32").eval()
     ids_equal = answers_equal = first = 0
     gaps: list[float] = []
@@ -72,16 +56,16 @@ def compare(source: Path, file: Path, tokens: int) -> str:
         turn = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids_equal += ask(server, "tokenize", content=text, add_special=False, parse_special=True)["tokens"] == ids
+        ids_equal += engine.tokens(text) == ids
         with torch.no_grad():
             whole = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)
             log_p_TV = model(whole).logits[0, len(ids) - 1 : -1].log_softmax(-1)
         answer = whole[0, len(ids) :].tolist()
         greedy = {"n_predict": len(answer), "temperature": 0.0, "return_tokens": True, "cache_prompt": True}
-        answers_equal += ask(server, "completion", prompt=ids, **greedy)["tokens"] == answer
+        answers_equal += engine.ask("completion", prompt=ids, **greedy)["tokens"] == answer
         for at, token in enumerate(answer):
             one = {**greedy, "n_predict": 1, "n_probs": CHOICES}
-            choices = ask(server, "completion", prompt=ids + answer[:at], **one)["completion_probabilities"][0]
+            choices = engine.ask("completion", prompt=ids + answer[:at], **one)["completion_probabilities"][0]
             by_id = {choice["id"]: choice["logprob"] for choice in choices["top_logprobs"]}
             total, first = total + 1, first + (choices["top_logprobs"][0]["id"] == token)
             if token in by_id:
