@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
 from helpers.llama_cpp import LlamaCpp, tiny_file
@@ -126,7 +126,7 @@ def test_what_is_not_known_is_refused_by_name(written: Written) -> None:
     with pytest.raises(InputError, match="kimi-k2"):
         loaded(written("kimi-k2"))
     for kind in ("bert", "t5", "rwkv", "plamo2"):
-        with pytest.raises(InputError, match=f"of the kind '{kind}'.*gpt2, llama"):
+        with pytest.raises(InputError, match=f"of the kind '{kind}'.*gpt2, llama, gemma4"):
             loaded(written("default", **{"tokenizer.ggml.model": kind}))
     with pytest.raises(FileError, match="wants a bos token"):
         loaded(written("llama-bpe", bos_token_id=100_000))
@@ -184,11 +184,30 @@ def test_sentencepiece_joins_as_llama_cpp_does(
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
+def test_gemma4_merges_characters_as_llama_cpp_does(tmp_path: Path) -> None:
+    core = Tokenizer(models.BPE())
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|[\n]+"), "isolated")
+    core.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(vocab_size=500, min_frequency=2, show_progress=False))
+    model = json.loads(core.to_str())["model"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *BYTES, *sorted(model["vocab"], key=model["vocab"].get)]
+    types = [3, 3, 3, 2] + [6] * 256 + [1] * (len(tokens) - 260)
+    merges = [" ".join(pair) for pair in model["merges"]]
+    header = {"tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1}
+    file = tiny_file(tmp_path / "m.gguf", tokens, types, model="gemma4", merges=merges, header=header)
+    engine, tokenizer = LlamaCpp(file), loaded(file)
+    joined = "<eos>\n".join(f"<bos>{text}" for text in TEXTS)
+    assert differing(engine, tokenizer, [*TEXTS, *ODD, joined]) == []
+    assert engine.tokens("a 1", add_special=True) == tokenizer.encode("a 1")
+    assert tokenizer.decode(tokenizer.encode(joined, add_special_tokens=False)) == joined
+
+
 def test_sentencepiece_without_bytes_is_refused(
     pieces: tuple[list[str], list[int], list[float]], tmp_path: Path
 ) -> None:
-    tokens, _, scores = pieces
-    file = tiny_file(tmp_path / "m.gguf", tokens, [1] * len(tokens), model="llama", scores=scores)
+    tokens, types, scores = pieces
+    named = [token.replace("<0x1F>", "<other>") for token in tokens]
+    file = tiny_file(tmp_path / "m.gguf", named, types, model="llama", scores=scores)
     with pytest.raises(InputError, match="no token for each byte"):
         loaded(file)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _GIVE = "give the model's original directory (safetensors with its tokenizer.json) in place of the file"
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """Types of tokens, as gguf.TokenType numbers them."""
 
 _ALWAYS_WHOLE = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<EOT>"}
@@ -49,7 +49,7 @@ def build_tokenizer(reader: gguf.GGUFReader, spec: str) -> Tokenizer:
 
     header = _Header(reader, spec)
     kind = header.text("tokenizer.ggml.model")
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4}
     if kind not in builders:
         raise InputError(
             f"the tokenizer of {spec} is of the kind {kind or 'none'!r} (tokenizer.ggml.model), which can't be built "
@@ -117,12 +117,24 @@ def _named_rules(header: _Header) -> PreTokenizer:
 
 def _sentencepiece(header: _Header) -> tuple[JsonObject, bool]:
     """BPE over characters with SentencePiece's scores in place of merges: the best-scored pair is joined first."""
-    if sum(kind == _BYTE for kind in header.types) != 256:
-        raise InputError(
-            f"the SentencePiece vocabulary of {header.spec} has no token for each byte, so what it does with unknown "
-            f"characters is not known here. To go on, {_GIVE}"
-        )
     prefix = header.flag("tokenizer.ggml.add_space_prefix", True)
+    return _characters(header, _merges_by_score(header), prefix=prefix), True
+
+
+def _gemma4(header: _Header) -> tuple[JsonObject, bool]:
+    """BPE over characters with merges in the file; lines are apart from the breaks between them."""
+    merges = [merge.split(" ", 1) for merge in header.strings("tokenizer.ggml.merges")]
+    lines = {"type": "Split", "pattern": {"Regex": r"[^\n]+|[\n]+"}, "behavior": "Isolated", "invert": False}
+    return {**_characters(header, merges, prefix=False), "pre_tokenizer": lines}, True
+
+
+def _characters(header: _Header, merges: list[list[str]], *, prefix: bool) -> JsonObject:
+    """BPE over characters in which ▁ stands for a blank, and bytes for what has no token."""
+    if not all(f"<0x{byte:02X}>" in header.ids for byte in range(256)):
+        raise InputError(
+            f"the vocabulary of {header.spec} has no token for each byte, so what it does with unknown characters is "
+            f"not known here. To go on, {_GIVE}"
+        )
     blank: JsonObject = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     # before every stretch of text between special tokens, as llama.cpp does
     before: list[JsonObject] = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
@@ -136,8 +148,8 @@ def _sentencepiece(header: _Header) -> tuple[JsonObject, bool]:
         "normalizer": {"type": "Sequence", "normalizers": [*before, blank]},
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [*text, *after]},
-        "model": {**_bpe(header, _merges_by_score(header)), "byte_fallback": True, "fuse_unk": True},
-    }, True
+        "model": {**_bpe(header, merges), "byte_fallback": True, "fuse_unk": True},
+    }
 
 
 def _merges_by_score(header: _Header) -> list[list[str]]:
@@ -145,7 +157,7 @@ def _merges_by_score(header: _Header) -> list[list[str]]:
     scores = header.numbers("tokenizer.ggml.scores")
     if len(scores) != len(header.tokens):
         raise FileError(f"the file {header.spec} has {len(header.tokens)} tokens and {len(scores)} scores; {_GIVE}")
-    ids = {token: i for i, token in enumerate(header.tokens)}
+    ids = header.ids
     merges = [
         (-scores[i], i, cut)
         for token, i in ids.items()
@@ -165,7 +177,7 @@ def _bpe(header: _Header, merges: list[list[str]], *, ignore_merges: bool = Fals
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": ignore_merges,
-        "vocab": {token: i for i, token in enumerate(header.tokens)},
+        "vocab": header.ids,
         "merges": merges,
     }
 
@@ -231,6 +243,10 @@ class _Header:
         if len(set(tokens)) < len(tokens):
             raise FileError(f"the vocabulary of {self.spec} has a token twice; convert the model anew")
         return tokens
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self.tokens)}
 
     @cached_property
     def types(self) -> list[int]:
