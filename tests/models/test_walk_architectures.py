@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -303,3 +304,15 @@ def test_nothing_is_said_of_the_skeleton_of_a_model_that_can_be_walked(name: str
     model = architecture(name)
     with torch.device("meta"):
         assert seen_of_skeleton(type(model)(model.config)) is None
+
+
+def test_torch_says_nothing_of_kernels_that_need_numbers(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, logger = architecture("mixtral"), logging.getLogger("torch._subclasses.fake_tensor")
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    assert seen_of_skeleton(skeleton) is None
+    assert not caplog.records
+    assert not logger.disabled

@@ -21,6 +21,7 @@ from remend.models import adapters
 from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of
 from remend.models.find import ModelSource, complete, fetch_model, require_readable, weight_files
 from remend.models.gguf_header import forget, parsed_once
+from remend.models.gguf_numbers import apply_numbers
 from remend.models.gguf_rope import FACTORS, apply_rope
 from remend.models.gguf_tokenizer import build_tokenizer, more_ends
 from remend.models.packed_weights import (
@@ -95,13 +96,13 @@ def _explained(source: ModelSource, what: str) -> Iterator[None]:
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
-    """The model's transformers configuration. Raises InputError for a GGUF file whose rope can't be applied."""
+    """The model's transformers configuration. Raises InputError for a GGUF file whose numbers can't be applied."""
     source = fetch_model(source, weights=False)
     return _config(source.base or source)[0]
 
 
 def _config(source: ModelSource) -> tuple[PreTrainedConfig, bool]:
-    """The configuration, and whether the rope of a GGUF file had to be put into it."""
+    """The configuration, and whether numbers of a GGUF file's header had to be put into it."""
     import gguf
     from transformers import AutoConfig
 
@@ -110,7 +111,11 @@ def _config(source: ModelSource) -> tuple[PreTrainedConfig, bool]:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             where, trust_remote_code=source.trust_remote_code, **extra
         )
-        changed = source.kind == "gguf" and apply_rope(config, gguf.GGUFReader(source.path), source.spec)
+        changed = False
+        if source.kind == "gguf":
+            reader = gguf.GGUFReader(source.path)
+            changed = apply_numbers(config, reader, source.spec)
+            changed = apply_rope(config, reader, source.spec) or changed
     return config, changed
 
 

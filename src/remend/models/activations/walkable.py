@@ -10,10 +10,11 @@ Legend: B batch, T time, D width of the residual stream.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -141,7 +142,8 @@ def seen_of_skeleton(model: CausalLM) -> str | None:
     rows = [Rollout(str(length), tuple(range(1, length + 1)), (), False) for length in (LONG, SHORT)]
     try:
         items, parts = list(decoder_layers(model)), modules_of_matrices(model)
-        with FakeTensorMode(allow_non_fake_inputs=True):  # transformers asks its tensors for fewer numbers then
+        # transformers asks its tensors for fewer numbers then
+        with _unlogged("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True):
             own = _own_pass(model, items, parts, rows)
         _once_each(model, parts, own, len(items), torch.Size((len(rows), LONG)))
     except InputError as error:
@@ -149,6 +151,17 @@ def seen_of_skeleton(model: CausalLM) -> str | None:
     except Exception:  # of the model's own code nothing is known, nor what of it runs without numbers
         return None
     return None
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Without what the logger of that name writes: torch tells of each kernel that has no rule for shapes."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @dataclass
