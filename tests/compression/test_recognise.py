@@ -19,6 +19,7 @@ from remend.compression.grids import decode
 from remend.compression.recognise import recognise
 from remend.compression.stored_grid import StoredGrid
 from remend.errors import FileError, InputError
+from remend.exporting import export
 from remend.models.find import find_model
 from remend.models.load import check_weights, load_model, save_model
 from remend.training.constraints import OnGrid
@@ -202,14 +203,31 @@ def test_a_loaded_compressed_model_saves_as_a_plain_one(tmp_path: Path, tokenize
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), again.parameters(), strict=True))
 
 
-def test_quantized_activations_are_left_out_and_it_is_said(tmp_path: Path, tokenizer: Any) -> None:
+def test_what_is_asked_of_activations_and_cache_is_carried_into_the_next_export(tmp_path: Path, tokenizer: Any) -> None:
     activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
     compress(tmp_path / "m", torch.bfloat16, SCHEMES["fp8-e4m3"], tokenizer, input_activations=activations)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config["quantization_config"]["kv_cache_scheme"] = cache
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    scales = {f"model.layers.{i}.self_attn.{side}_scale": torch.rand(1) for i in range(2) for side in "kv"}
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({**tensors, **scales}, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     held = recognise(tmp_path / "m")
     assert held.stored is not None
     assert "float-quantized" in held.why
-    assert "activations is not held" in held.why
-    assert_lies_on(held.stored, load_model(find_model(str(tmp_path / "m")), dtype=torch.float32, device=CPU))
+    assert "its kv_cache_scheme and input_activations are not trained or measured" in held.why
+    model = load_model(find_model(str(tmp_path / "m")), dtype=torch.float32, device=CPU)
+    assert_lies_on(held.stored, model)
+    save_model(model, tokenizer, tmp_path / "recovered")  # as a recovery does it
+    OnGrid(model, held.stored).save(tmp_path / "recovered")
+    export(str(tmp_path / "recovered"), tmp_path / "out", format="compressed-tensors")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written["kv_cache_scheme"] == cache
+    theirs = config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    assert written["config_groups"]["group_0"]["input_activations"] == theirs
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(tensors[name].equal(scale) for name, scale in scales.items())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from remend.compression.grids import Grid, GridFormat, decode, restore, store
 from remend.errors import FileError, InputError
+from remend.files.atomic import JsonObject
 from remend.models.find import OWN_FOLDER, own_file
 from remend.models.matrices import by_key
 from remend.models.protocols import CausalLM
@@ -29,6 +31,21 @@ _FORMULAS = {
 }
 
 
+_CARRIED = "carried."
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What came with another tool's grid and is no part of it: how engines quantize activations and the KV cache.
+
+    `settings` are compressed-tensors' own, by their key in config.json; `tensors` their scales, by name in the files.
+    Neither is trained or measured; both stay beside the grid and go into an export to compressed-tensors.
+    """
+
+    settings: JsonObject = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
 class StoredGrid:
     """The content of `remend/grid.safetensors`: one format, and for every quantized matrix its codes and its grid.
 
@@ -37,9 +54,12 @@ class StoredGrid:
     entry `remend_grid` is JSON with version, format and formula.
     """
 
-    def __init__(self, fmt: GridFormat, matrices: dict[str, tuple[Tensor, Grid]]) -> None:
+    def __init__(
+        self, fmt: GridFormat, matrices: dict[str, tuple[Tensor, Grid]], carried: Carried | None = None
+    ) -> None:
         self.format = fmt
         self.matrices = matrices
+        self.carried = carried or Carried()
 
     def check(self, model: CausalLM) -> None:
         """Raise InputError when the model lacks a matrix, or its weights are not the ones that this grid describes."""
@@ -63,7 +83,9 @@ class StoredGrid:
             for key, tensor in {"codes": codes, **store(grid, self.format)}.items():
                 tensors[f"{name}.{key}"] = tensor.cpu().contiguous()
         formula = f"{_FORMULAS[self.format.form]}, one scale for {self.format.group or 'all'} neighbours in a row"
-        about = json.dumps({"version": 3, "format": self.format.name, "formula": formula})
+        tensors |= {f"{_CARRIED}{name}": t.cpu().contiguous() for name, t in self.carried.tensors.items()}
+        told: JsonObject = {"version": 3, "format": self.format.name, "formula": formula}
+        about = json.dumps(told | ({"carried": self.carried.settings} if self.carried.settings else {}))
         path = directory / OWN_FOLDER / GRID_FILE
         path.parent.mkdir(exist_ok=True)
         save_file(tensors, path, metadata={"remend_grid": about})  # one entry: several are written in a random order
@@ -78,22 +100,23 @@ class StoredGrid:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            fmt = GridFormat.parse(_format_in(metadata))
+            told = _told_in(metadata)
+            fmt = GridFormat.parse(str(told.get("format", "without a format")))
+            scales = {key.removeprefix(_CARRIED): t for key, t in tensors.items() if key.startswith(_CARRIED)}
             names = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
             matrices = {name: _matrix_of(name, tensors, fmt) for name in names}
         except (SafetensorError, OSError, InputError) as error:
             raise FileError(f"{path} can't be read as a quantization grid: {error}") from None
-        return StoredGrid(fmt, matrices)
+        return StoredGrid(fmt, matrices, Carried(told.get("carried", {}), scales))
 
 
-def _format_in(metadata: Mapping[str, str]) -> str:
-    """The format's name; version 2 had it as an entry of its own."""
+def _told_in(metadata: Mapping[str, str]) -> JsonObject:
+    """What the header says; version 2 had the format as an entry of its own."""
     try:
         about = json.loads(metadata.get("remend_grid", "{}"))
     except ValueError:
         about = {}
-    told = {**metadata, **about} if isinstance(about, dict) else metadata
-    return str(told.get("format", "without a format"))
+    return {**metadata, **about} if isinstance(about, dict) else dict(metadata)
 
 
 def _matrix_of(name: str, tensors: Mapping[str, Tensor], fmt: GridFormat) -> tuple[Tensor, Grid]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from remend.compression.containers import CONTAINERS, Container, Measured, Recognised, held_as_dense, packed_by
 from remend.compression.grids import Grid, GridFormat, restore
-from remend.compression.stored_grid import StoredGrid
+from remend.compression.stored_grid import Carried, StoredGrid
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, read_json, write_json
 from remend.models.find import ModelSource
@@ -26,6 +26,8 @@ from remend.models.matrices import by_key
 from remend.models.packed_weights import merges_experts, packing, require_compressed_tensors
 
 _AN_EXPERT = re.compile(r"[.]experts[.]\d+[.]")
+_OF_THE_GROUP = ("input_activations", "output_activations")
+_NO_WEIGHTS_SCALE = re.compile(r"[.](input|output|q|k|v)_(scale|global_scale|zero_point)$")
 _INT = re.compile(r"int(\d)-g(\d+)-(sym|zp)")
 
 
@@ -67,8 +69,25 @@ def _grid_of(directory: Path, config: JsonObject) -> tuple[StoredGrid, str]:
     else:
         fmt = _float_format(args)
         matrices = {f"{n}.weight": _float(m, fmt) for n, m in modules.items()}
-    also = "; the quantization of its activations is not held" if groups[0].get("input_activations") else ""
-    return StoredGrid(fmt, matrices), f"compressed-tensors ({form}): the grid {fmt.name}{also}"
+    carried = _carried(directory, config, groups[0])
+    also = (
+        f"; its {' and '.join(carried.settings)} are not trained or measured, and go into an export to "
+        "compressed-tensors as they are"
+    )
+    why = f"compressed-tensors ({form}): the grid {fmt.name}"
+    return StoredGrid(fmt, matrices, carried), why + (also if carried.settings else "")
+
+
+def _carried(directory: Path, config: JsonObject, group: JsonObject) -> Carried:
+    """How activations and the KV cache are to be quantized, with the scales of those that have some."""
+    asked = {"kv_cache_scheme": config.get("kv_cache_scheme"), **{key: group.get(key) for key in _OF_THE_GROUP}}
+    settings = {key: value for key, value in asked.items() if value}
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")) if settings else []:
+        with safe_open(file, framework="pt") as stored:
+            names = [name for name in stored.keys() if _NO_WEIGHTS_SCALE.search(name)]  # noqa: SIM118
+            tensors |= {name: stored.get_tensor(name) for name in names}
+    return Carried(settings, tensors)
 
 
 def _refuse_plain_experts(directory: Path) -> None:
@@ -274,21 +293,28 @@ def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
             _set_parameters(model.get_submodule(name), grid, stored.format)
         compressor = ModelCompressor.from_pretrained_model(model)
         compressor.compress_model(model)
+        for name, tensor in stored.carried.tensors.items():
+            owner, _, local = name.rpartition(".")
+            setattr(model.get_submodule(owner), local, nn.Parameter(tensor, requires_grad=False))
         save_model(model, measured.tokenizer, target)
         compressor.update_config(str(target))
-    _unpack_at_once(target)
+    _complete_config(target, stored.carried.settings)
     return {"container": f"compressed-tensors ({compressor.quantization_config.format.value})"}
 
 
-def _unpack_at_once(target: Path) -> None:
-    """Let transformers unpack while it loads, as `CompressedTensorsConfig(dequantize=True)` does; engines don't ask.
+def _complete_config(target: Path, carried: JsonObject) -> None:
+    """Put back what the foreign config asked for beside the weights, and let transformers unpack while it loads, as
+    `CompressedTensorsConfig(dequantize=True)` does; engines pass over that.
 
-    Without it compressed-tensors unpacks at the first forward pass, in a dtype of its own: fp4 as bfloat16, which a
+    Without that compressed-tensors unpacks at the first forward pass, in a dtype of its own: fp4 as bfloat16, which a
     model of another dtype can't multiply, and packed zeros don't fit the places that it prepares for them.
     """
     path = target / "config.json"
     config = read_json(path)
-    config["quantization_config"]["dequantize"] = True
+    packing_config: JsonObject = config["quantization_config"]
+    packing_config["dequantize"] = True
+    for key, value in carried.items():
+        (packing_config["config_groups"]["group_0"] if key in _OF_THE_GROUP else packing_config)[key] = value
     write_json(path, config)
 
 

@@ -84,7 +84,7 @@ class OnGrid(Constraint):
         masters: Mapping[str, Tensor] | None = None,
         margin: float = 0.0,
     ) -> None:
-        self.format = stored.format
+        self.format, self.carried = stored.format, stored.carried
         stored.check(model)
         parameters, parts = dict(model.named_parameters()), by_key(model)
         self._parameters = {parts[name].parameter: parameters[parts[name].parameter] for name in stored.matrices}
@@ -152,7 +152,7 @@ class OnGrid(Constraint):
     def save(self, directory: Path) -> None:
         """Codes, scales and zeros as `remend/grid.safetensors`."""
         matrices = {name: (encode(m.master, m.grid, self.format), m.grid) for name, m in self._held.items()}
-        StoredGrid(self.format, matrices).write(directory)
+        StoredGrid(self.format, matrices, self.carried).write(directory)
 
 
 class GridKind(ConstraintKind):
@@ -224,4 +224,4 @@ def repair_grid(student: CausalLM, stored: StoredGrid, calibration: Calibration)
             matrices[matrix.key], masters[matrix.key] = (rounded.codes, grid), rounded.weight
 
     calibration.walk(student, visit, "repairing on the grid")
-    return Start(StoredGrid(stored.format, matrices), masters)
+    return Start(StoredGrid(stored.format, matrices, stored.carried), masters)
