@@ -32,7 +32,7 @@ def pair(request: pytest.FixtureRequest, tokenizer: Any, tmp_path: Path) -> tupl
 def test_they_are_recovered_and_diagnosed(pair: tuple[Path, Path], prompt_file: Path, tmp_path: Path) -> None:
     student, teacher = pair
     recipe = small_recipe(student, teacher, prompt_file, tmp_path / "run")
-    length = {"steps": 12, "batch_size": 8, "max_new_tokens": 16, "save_every": 0, "diagnose_every": 4}
+    length = {"steps": 6, "batch_size": 8, "max_new_tokens": 8, "save_every": 0, "diagnose_every": 3}
     result = remend.recover(**{**recipe, **length})
     assert result.summary["recovered"]["kl"] < result.summary["degraded"]["kl"]
     diagnosis = remend.diagnose(str(teacher), [str(teacher)], tmp_path / "diagnosis", data=str(prompt_file))
