@@ -11,10 +11,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "RecoverConfig": "recovery.settings",
-    "RecoverResult": "recovery",
+    "RecoverResult": "recovery.job",
     "RemendError": "errors",
     "cache_teacher": "training.write_cache",
-    "check": "recovery",
+    "check": "recovery.job",
     "demo": "studies.demo",
     "diagnose": "diagnosis.job",
     "divergence": "maths.losses",
@@ -25,10 +25,10 @@ _HOMES = {
     "prune_depth": "degrade.depth",
     "prune_width": "degrade.width",
     "quantize": "degrade.quantize",
-    "recover": "recovery",
+    "recover": "recovery.job",
     "study": "studies.study",
     "tasks": "data",
-    "track": "recovery",
+    "track": "recovery.job",
     "write_self_prompts": "recovery.self_prompts",
 }
 """Where each public name lives, below remend. The imports for type checkers repeat it; a test compares the two."""
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from remend.evaluation.job import evaluate as evaluate
     from remend.exporting import export as export
     from remend.maths.losses import divergence as divergence
-    from remend.recovery import RecoverResult as RecoverResult
-    from remend.recovery import check as check
-    from remend.recovery import recover as recover
-    from remend.recovery import track as track
+    from remend.recovery.job import RecoverResult as RecoverResult
+    from remend.recovery.job import check as check
+    from remend.recovery.job import recover as recover
+    from remend.recovery.job import track as track
     from remend.recovery.self_prompts import write_self_prompts as write_self_prompts
     from remend.recovery.settings import RecoverConfig as RecoverConfig
     from remend.studies.demo import demo as demo

@@ -91,7 +91,7 @@ def test_bad_settings(
         ("recover none.yaml", ["can't be read"]),
         ("check list.yaml", ["must be a mapping"]),
         ("check broken.yaml", ["is not valid YAML"]),
-        ("recover student=x", ['"teacher" is missing', '"data" is missing', '"out" is missing']),
+        ("recover student=x", ['"teacher" is missing']),
         ("recover recipe.yaml steps", ['"steps" is not of the form key=value']),
         ("check student=x teacher=y data=z out=o --as thin", ['--as is "thin"; allowed is dense']),
         ("recover --resume kept", ["is no remend run"]),
@@ -150,3 +150,49 @@ def test_hub_id_without_network(recipe_file: Path, tmp_path: Path) -> None:
     assert all(key.partition("=")[2] in done.stderr for key in keys)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_options_words_and_a_recipe_are_one_thing(recipe_file: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    seen: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        remend, "recover", lambda recipe, resume, **keys: seen.append((recipe, keys)) or sys.exit(0), raising=False
+    )
+    words = "--steps 3 --learning-rate 1e-4 --lora-rank 8 --no-repair --loss jsd --max-new-tokens [4,8] --reference base"
+    assert run("recover", recipe_file, *words.split(), "beta=0.5")[0] == 0
+    ((recipe, keys),) = seen
+    assert recipe == recipe_file
+    assert keys == {
+        "beta": 0.5,
+        "steps": 3,
+        "learning_rate": "1e-4",
+        "lora": {"rank": 8},
+        "repair": False,
+        "loss": "jsd",
+        "max_new_tokens": [4, 8],
+        "reference": "base",
+    }
+    code, _, err = run("recover", recipe_file, "--steps", "3", "steps=4")
+    assert (code, "steps is given as --steps and as steps=…" in err) == (2, True)
+
+
+def test_a_student_and_a_teacher_are_enough(run: Any, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(recipe["out"]).parent)
+    code, out, err = run("check", "--student", recipe["student"], "--teacher", recipe["teacher"], "--device", "cpu")
+    assert "data: self (the teacher writes the prompts)" in err
+    assert "out: runs/20" in err
+    assert err.partition("out: ")[2].splitlines()[0].endswith("-student")
+    assert not Path("runs").exists()
+    assert code in (0, 2), out  # the tiny tokenizer has no chat template, so prompts can't be written
+
+
+def test_every_key_of_a_recipe_has_an_option_and_a_heading() -> None:
+    from remend.recovery.settings import RecoverConfig
+
+    placed = [name for names in RecoverConfig.groups.values() for name in names]
+    assert sorted(placed) == sorted(RecoverConfig.model_fields)
+    assert set(RecoverConfig.aliases.values()) <= set(placed)
+
+
+def test_a_key_by_two_names_is_refused(run: Any, recipe_file: Path) -> None:
+    code, _, err = run("check", recipe_file, "max_steps=3")
+    assert (code, "max_steps is another name of steps, and both are given" in err) == (2, True)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from remend.recovery import recover
+from remend.recovery.job import recover
 
 
 def test_diagnose_prints_severity_and_the_worst_layers(

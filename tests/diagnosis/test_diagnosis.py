@@ -18,7 +18,7 @@ from remend.degrade.depth import prune_depth
 from remend.diagnosis import severity
 from remend.diagnosis.subjects import degraded_of, find
 from remend.errors import FileError, InputError
-from remend.recovery import recover
+from remend.recovery.job import recover
 
 
 @pytest.fixture(autouse=True)

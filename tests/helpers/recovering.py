@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from remend.files.run_directory import METRICS, SUMMARY, TRACK, RunDirectory
-from remend.recovery import RecoverResult, recover
+from remend.recovery.job import RecoverResult, recover
 from remend.recovery.bootstrap import GATE
 from remend.recovery.distillation import Distillation
 from remend.training.constraints import Constraint

@@ -18,7 +18,7 @@ import remend
 from helpers.recovering import LoopCall, keeping, loop_call
 from helpers.task_rows import write
 from helpers.tiny import prompts, small_recipe
-from remend.recovery import RecoverResult, recover
+from remend.recovery.job import RecoverResult, recover
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from remend.degrade.width import prune_width
 from remend.models.protocols import CausalLM
-from remend.recovery import check, recover
+from remend.recovery.job import check, recover
 from remend.training.constraints import CONSTRAINTS, Constraint, ConstraintKind, Free, Start, StudentFacts
 
 MARK = "only-norms.txt"

@@ -15,7 +15,7 @@ from helpers.families import with_tensors
 from helpers.tiny import build_model, build_tokenizer, prompts
 from remend.degrade.depth import prune_depth
 from remend.errors import CheckError
-from remend.recovery import check, recover, settings
+from remend.recovery.job import check, recover, settings
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.preflight import preflight
 from remend.training.write_cache import cache_teacher

@@ -11,7 +11,7 @@ import pytest
 from helpers.processes import two_processes
 from helpers.recovering import keeping
 from remend.files.run_directory import METRICS, RunDirectory
-from remend.recovery import RecoverResult, recover
+from remend.recovery.job import RecoverResult, recover
 from remend.recovery.bootstrap import GATE
 
 

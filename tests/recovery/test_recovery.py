@@ -27,7 +27,7 @@ from remend.files.run_directory import METRICS, RunDirectory
 from remend.maths.losses import of_beta
 from remend.models.find import find_model
 from remend.models.load import load_model, save_model
-from remend.recovery import RecoverResult, check, recover
+from remend.recovery.job import RecoverResult, check, recover
 from remend.recovery.repair import REPAIR_ANSWERS
 from remend.training.loop import Optimization
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from helpers.patching import replace_everywhere
 from remend.models.adapters import add_lora, save_adapter
 from remend.models.load import load_model
-from remend.recovery import check, recover
+from remend.recovery.job import check, recover
 
 
 @pytest.fixture

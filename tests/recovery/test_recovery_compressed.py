@@ -22,7 +22,7 @@ from remend.degrade.width import prune_width
 from remend.errors import CheckError, InputError
 from remend.files.run_directory import RunDirectory
 from remend.models.load import save_model
-from remend.recovery import RecoverResult, check, recover
+from remend.recovery.job import RecoverResult, check, recover
 from remend.training.constraints.mask import MaskKind
 
 

@@ -19,7 +19,7 @@ from remend.compression.stored_grid import StoredGrid
 from remend.degrade.prune import prune
 from remend.degrade.quantize import quantize
 from remend.files.run_directory import RunDirectory
-from remend.recovery import RecoverResult, recover
+from remend.recovery.job import RecoverResult, recover
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

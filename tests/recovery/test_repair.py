@@ -15,7 +15,7 @@ from remend.data.order import Order
 from remend.data.templates import Encoded
 from remend.errors import InputError
 from remend.files.run_directory import RunDirectory
-from remend.recovery import RecoverResult, check, recover
+from remend.recovery.job import RecoverResult, check, recover
 from remend.recovery.repair import REPAIR_ANSWERS, calibration_prompts, repair
 from remend.training.constraints import StudentFacts
 

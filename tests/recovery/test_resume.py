@@ -15,7 +15,7 @@ from remend.errors import InputError
 from remend.files.run_directory import METRICS, RunDirectory
 from remend.models.find import find_model
 from remend.models.load import load_model
-from remend.recovery import RecoverResult, recover
+from remend.recovery.job import RecoverResult, recover
 from remend.training.constraints import Free
 from remend.training.loop import restore_masters
 

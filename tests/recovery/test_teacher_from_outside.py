@@ -20,7 +20,7 @@ from remend.models.find import fetch_model, find_model
 from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer
-from remend.recovery import check, recover
+from remend.recovery.job import check, recover
 from remend.training.teachers import TEACHERS, NamedTeacher, Teacher
 from remend.training.teachers.ema import NamedEma
 from remend.training.teachers.frozen import Frozen, NamedModel

@@ -18,7 +18,7 @@ from remend.degrade.quantize import quantize
 from remend.diagnosis.job import diagnose
 from remend.errors import InputError
 from remend.evaluation.job import evaluate
-from remend.recovery import recover, settings
+from remend.recovery.job import recover, settings
 from remend.recovery.plan import Checked
 from remend.recovery.preflight import preflight
 from remend.recovery.self_prompts import write_self_prompts

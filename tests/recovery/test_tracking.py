@@ -17,7 +17,7 @@ from remend.models.activations.capture import pick_positions
 from remend.models.find import find_model
 from remend.models.load import load_model, load_tokenizer
 from remend.models.sampling.rollout import Rollout
-from remend.recovery import RecoverResult, track
+from remend.recovery.job import RecoverResult, track
 
 
 def test_rows_at_the_start_on_the_way_and_at_the_end(grid_run: RecoverResult) -> None:

@@ -14,7 +14,7 @@ from remend.compression.stored_grid import StoredGrid
 from remend.degrade.quantize import quantize
 from remend.models.find import find_model
 from remend.models.load import load_model
-from remend.recovery import check, recover
+from remend.recovery.job import check, recover
 from remend.studies.demo import write_prompts
 
 pytestmark = pytest.mark.slow

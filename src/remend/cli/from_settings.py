@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from remend.errors import InputError
-from remend.files.settings import Settings, merged
+from remend.files.settings import Settings, merged, parse_value
 
 Values = dict[str, Any]
 """What stands on the command line, by parameter or field."""
@@ -35,15 +35,19 @@ class Option:
     """A parameter of a command, and the path of the field that it sets.
 
     part: what reads a part of a list with commas; None for all else. single: whether one value may stand in its place.
+    as_yaml: the value is read as a recipe's is.
     """
 
     path: tuple[str, ...]
     parameter: inspect.Parameter
     part: type[int | float | str] | None
     single: bool
+    as_yaml: bool = False
 
     def read(self, value: Any) -> object:
         """What the field gets. Raises InputError for a list of numbers that is none."""
+        if self.as_yaml and isinstance(value, str):
+            return parse_value(".".join(self.path), value)
         if self.part is None:
             return list(value) if isinstance(value, list | tuple) else value
         try:
@@ -83,6 +87,43 @@ def options_of(
         name = (renamed or {}).get(field, field)
         options += _options((name,), model.model_fields[field], hidden, inside=False)
     return options
+
+
+def recipe_options(model: type[Settings]) -> list[Option]:
+    """An option for every key of a recipe, by the headings of `model.groups`; values are read as a recipe's are.
+
+    None stands for what the command line does not name: the recipe has it, or the model's default holds, which the help
+    tells. A key's other names work too and are not shown. Settings inside settings have options of their own.
+    """
+    options: list[Option] = []
+    for heading, fields in model.groups.items():
+        for name in fields:
+            options += _recipe_option((name,), model.model_fields[name], heading)
+    return options + [
+        Option((other,), parameter(other, str | None, typer.Option(hidden=True), None), None, True, as_yaml=True)
+        for other in model.aliases
+    ]
+
+
+def _recipe_option(path: tuple[str, ...], field: FieldInfo, heading: str) -> Iterator[Option]:
+    kinds = list(_kinds(field.annotation))
+    default = field.get_default(call_default_factory=True)
+    untold = field.is_required() or default is None or isinstance(default, bool | Settings)
+    told = "" if untold else f" (default: {default})"
+    help_text = escape(_sentence(field.description or "", "").removesuffix(".") + told + ".")
+    inner = next((one for one in kinds if isinstance(one, type) and issubclass(one, Settings)), None)
+    if inner and inner.model_config.get("extra") == "allow":
+        inner = None  # its keys depend on what is named, so it is given as a whole
+    kind: Any = bool | None
+    how = typer.Option(help=help_text, rich_help_panel=heading, show_default=False)
+    if kinds != [bool]:
+        shown = {int: "INT", float: "FLOAT"}.get(kinds[0], "TEXT") if len(kinds) == 1 else "VALUE"
+        kind = str | None
+        how = typer.Option(help=help_text, rich_help_panel=heading, metavar=shown, hidden=inner is not None)
+    yield Option(path, parameter("_".join(path), kind, how, None), None, True, as_yaml=True)
+    if inner:
+        for name in _names(inner):
+            yield from _recipe_option((*path, name), inner.model_fields[name], heading)
 
 
 def command(
@@ -181,7 +222,7 @@ def _kinds(annotation: Any) -> Iterator[Any]:
     elif origin in (Union, UnionType):
         for part in get_args(annotation):
             yield from _kinds(part)
-    elif origin in (Literal, dict):  # a mapping is read from a text by its own validator
-        yield str
+    elif origin is Literal or (origin is dict and get_args(annotation) == (str, str)):
+        yield str  # such a mapping is read from a text by its own validator
     elif annotation is not NoneType:
         yield annotation

@@ -10,27 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 
 import remend
-from remend.cli.from_settings import FIXED, MODEL, Values, command, options_of
+from remend.cli.from_settings import FIXED, MODEL, Values, command, options_of, parameter, recipe_options
 from remend.cli.show import print_line, show, show_cache
 from remend.errors import InputError
+from remend.recovery.settings import RecoverConfig
 from remend.training.cache_settings import CacheSettings
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="A recipe file, then key=value …: keys that go over the recipe's.", metavar="[RECIPE.yaml] [KEY=VALUE]…"
-    ),
-]
-Student = Annotated[
-    str | None, typer.Option(help=escape("The damaged model: a directory, GGUF file, hub id[@revision]."))
-]
-Teacher = Annotated[
-    str | None, typer.Option(help="The healthy reference, named likewise; smollm2 is the embedded model.")
-]
-Data = Annotated[str | None, typer.Option(help="Training prompts: JSON lines with a prompt, or a datasets id.")]
-As = Annotated[
-    str | None, typer.Option("--as", help="dense: train weights freely that lie on a grid which can't be held.")
-]
 Out = Annotated[str | None, typer.Option(help="A new directory for everything that is written.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model directory run its own Python.")]
 
@@ -47,32 +32,30 @@ def demo(
     show(remend.demo(out, model=model, steps=STEPS if steps is None else steps, seed=seed))
 
 
-def recover(
-    words: Overrides = None,
-    student: Student = None,
-    teacher: Teacher = None,
-    data: Data = None,
-    out: Out = None,
-    as_: As = None,
-    resume: Annotated[str | None, typer.Option(help="Continue the interrupted run in this directory.")] = None,
-) -> None:
-    """Recover a degraded student, by a recipe or with --student, --teacher, --data and --out."""
-    recipe, overrides = _arguments(words, as_, student=student, teacher=teacher, data=data, out=out)
-    show(remend.recover(recipe, resume=resume, **overrides))
+WORDS = parameter(
+    "words",
+    list[str] | None,
+    typer.Argument(
+        help="A recipe file, then any keys as key=value; they and the options go over the recipe's.",
+        metavar="RECIPE.yaml KEY=VALUE",
+    ),
+    None,
+)
+AS = parameter("as_", str | None, typer.Option("--as", help="dense: the same as --as-dense.", hidden=True), None)
+RESUME = parameter(
+    "resume", str | None, typer.Option(help="Continue the interrupted run in this directory.", metavar="DIR"), None
+)
+FILES = parameter("files", bool, typer.Option(help="Also look at the files that the recipe names."), True)
 
 
-def check(
-    words: Overrides = None,
-    student: Student = None,
-    teacher: Teacher = None,
-    data: Data = None,
-    out: Out = None,
-    as_: As = None,
-    files: Annotated[bool, typer.Option(help="Also look at the files that the recipe names.")] = True,
-) -> None:
-    """Check a recipe without training: every problem and warning at once."""
-    recipe, overrides = _arguments(words, as_, student=student, teacher=teacher, data=data, out=out)
-    result = remend.check(recipe, files=files, **overrides)
+def _recover(fixed: Values, given: Values) -> None:
+    recipe, overrides = _arguments(fixed, given)
+    show(remend.recover(recipe, resume=fixed["resume"], **overrides))
+
+
+def _check(fixed: Values, given: Values) -> None:
+    recipe, overrides = _arguments(fixed, given)
+    result = remend.check(recipe, files=fixed["files"], **overrides)
     console = Console(highlight=False, soft_wrap=True)
     for warning in result.warnings:
         console.print("warning:", warning, markup=False)
@@ -131,19 +114,29 @@ def _cache_teacher(fixed: Values, given: Values) -> None:
     show_cache(fixed["out"], remend.cache_teacher(fixed["model"], fixed["out"], **given))
 
 
-def _arguments(words: list[str] | None, held_as: str | None, **options: str | None) -> tuple[Path | None, Values]:
+def _arguments(fixed: Values, given: Values) -> tuple[Path | None, Values]:
+    """The recipe and what goes over it: words of the form key=value, and options. Raises InputError for both of one."""
     from remend.files.settings import parse_overrides
 
-    if held_as not in (None, "dense"):
-        raise InputError(f'--as is "{held_as}"; allowed is dense')
-    words = list(words or []) + (["as_dense=true"] if held_as else [])
+    if fixed["as_"] not in (None, "dense"):
+        raise InputError(f'--as is "{fixed["as_"]}"; allowed is dense')
+    words = list(fixed["words"] or [])
     recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
-    return recipe, {**parse_overrides(words), **{k: v for k, v in options.items() if v is not None}}
+    overrides = parse_overrides(words)
+    if twice := sorted(overrides.keys() & given.keys()):
+        raise InputError(f"{twice[0]} is given as --{twice[0].replace('_', '-')} and as {twice[0]}=…; leave one out")
+    return recipe, {**overrides, **given, **({"as_dense": True} if fixed["as_"] else {})}
 
 
 def add_to(app: typer.Typer) -> None:
     """Put the verbs of this module into the command line."""
-    for verb in (demo, recover, check, export, prompts):
+    options = recipe_options(RecoverConfig)
+    about = "Recover a degraded student: by a recipe, or with --student and --teacher alone."
+    app.command()(demo)
+    app.command("recover")(command((WORDS, AS, RESUME), options, _recover, about))
+    about = "Check a recipe without training: every problem and warning at once."
+    app.command("check")(command((WORDS, AS, FILES), options, _check, about))
+    for verb in (export, prompts):
         app.command()(verb)
     about = "Store a teacher's completions and its top-k scores of them, for where it does not fit beside the student."
     app.command("cache-teacher")(command(FIXED, options_of(CacheSettings), _cache_teacher, about))

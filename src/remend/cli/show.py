@@ -12,7 +12,7 @@ from rich.table import Table
 from remend.files.atomic import JsonRow
 
 if TYPE_CHECKING:
-    from remend.recovery import RecoverResult
+    from remend.recovery.job import RecoverResult
 
 
 def print_line(text: str) -> None:

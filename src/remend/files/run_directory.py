@@ -21,13 +21,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject, JsonRow, json_line, new_directory, write_text, writing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INPUTS = "inputs"
 """A run's directory may hold this folder before the run begins: what a flow made for it."""
@@ -66,6 +68,8 @@ class Checkpoint:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file  # it brings torch, and settings only need the names of files
+
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -141,6 +145,8 @@ class RunDirectory:
         follower: Mapping[str, Tensor] | None = None,
     ) -> Checkpoint:
         """Write a checkpoint, then remove the oldest beyond `keep`."""
+        from safetensors.torch import save_file
+
         target = self.path / "checkpoints" / f"step-{step:06d}"
         with new_directory(target) as directory:
             for name, tensors in (("masters", masters), ("optimizer", optimizer), ("follower", follower or {})):

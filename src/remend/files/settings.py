@@ -45,18 +45,32 @@ class Settings(BaseModel):
 
     gone: keys that used to exist. A directory written by an older version names every key of its time, so one that
         has its old default is left out without a word. Any other value is refused with the reason.
+    aliases: other names of keys, as other tools have them.
+    groups: the keys by heading, as help texts show them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     gone: ClassVar[Mapping[str, Gone]] = {}
+    aliases: ClassVar[Mapping[str, str]] = {}
+    groups: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _without_gone(cls, values: object) -> object:
         if not isinstance(values, Mapping):
             return values
+        values = cls.own_names(values, "")
         return {k: v for k, v in values.items() if k not in cls.gone or v != cls.gone[k].default}
+
+    @classmethod
+    def own_names(cls, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+        """The values under the keys' own names. Raises InputError where a key is given by two names."""
+        for other, own in cls.aliases.items():
+            if other in values and own in values:
+                where = f"{origin}: " if origin else ""
+                raise InputError(f"{where}{other} is another name of {own}, and both are given; leave one of them out")
+        return {cls.aliases.get(k, k): v for k, v in values.items()}
 
     @classmethod
     def missing(cls, values: Mapping[str, object]) -> list[str]:
@@ -193,6 +207,14 @@ def _reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
+def parse_value(key: str, text: str) -> Any:
+    """A key's value on the command line, read as YAML. Raises InputError for what is none."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise InputError(f'the value of "{key}" can\'t be read: {text!r}') from None
+
+
 def parse_overrides(words: list[str]) -> dict[str, Any]:
     """'steps=20' 'lora.rank=8' → values, read as YAML; a dot opens a mapping. Raises InputError without a '='."""
     values: dict[str, Any] = {}
@@ -200,10 +222,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise InputError(f'"{word}" is not of the form key=value, e.g. steps=20')
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            raise InputError(f'the value of "{key}" can\'t be read: {text!r}') from None
+        value = parse_value(key, text)
         for part in reversed(key.split(".")[1:]):
             value = {part: value}
         values = merged(values, {key.split(".")[0]: value})

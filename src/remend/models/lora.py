@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +12,8 @@ from remend.files.settings import Settings
 
 class LoraConfig(Settings):
     """A LoRA adapter (arXiv 2106.09685) that is trained in place of the weights; they stay as they are."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
 
     rank: int = Field(16, ge=1, description="rank of the update of every target matrix")
     alpha: int | None = Field(None, ge=1, description="the update is scaled by alpha / rank; by default 2 · rank")

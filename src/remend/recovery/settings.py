@@ -5,7 +5,7 @@ Every default is documented with its source; docs/recipe.md is the page for user
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
@@ -21,7 +21,6 @@ from pydantic import (
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.files.run_directory import updates_a_round
 from remend.files.settings import Gone, Number, Settings, as_number, build
-from remend.maths.losses import LOSSES, choose
 from remend.models.lora import LoraConfig
 
 OptionalNumber = Annotated[float | None, BeforeValidator(as_number)]
@@ -82,7 +81,7 @@ class LossConfig(Settings):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field(description=f"one of {', '.join(LOSSES.names())}, or of a plugin")
+    name: str = Field(description="the loss; a wrong name lists all")
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -100,6 +99,8 @@ class LossConfig(Settings):
             raise ValueError(
                 "a loss is its name, as jsd, or a mapping with name and parameters: {name: jsd, beta: 0.5}"
             )
+        from remend.maths.losses import choose  # it waits for torch, and help texts do not
+
         return {"name": name, **choose(name, {k: v for k, v in values.items() if k != "name"}).parameters}
 
 
@@ -155,6 +156,32 @@ class RecoverConfig(Settings):
         ),
     }
 
+    aliases: ClassVar[Mapping[str, str]] = {
+        "reference": "teacher",
+        "output_dir": "out",
+        "per_device_train_batch_size": "batch_size",
+        "gradient_accumulation_steps": "gradient_accumulation",
+        "max_steps": "steps",
+    }
+    groups: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Models": ("student", "teacher", "out", "trust_remote_code"),
+        "Data": (
+            *("data", "columns", "streams", "eval_data", "held_out", "max_prompt_tokens", "self_prompts"),
+            "demonstration_template",
+        ),
+        "Training": (
+            *("steps", "batch_size", "gradient_accumulation", "gradient_checkpointing", "learning_rate"),
+            *("warmup_steps", "final_learning_rate", "weight_decay", "max_grad_norm", "beta", "loss", "top_k"),
+            *("max_new_tokens", "skip_first_tokens", "updates_per_rollout", "temperature", "ema", "bootstrap"),
+            *("bootstrap_steps", "off_policy_passes", "alignment"),
+        ),
+        "Compression and adapters": (
+            *("repair", "repair_samples", "train_embeddings", "as_dense", "layer_map", "lora", "merge"),
+        ),
+        "Measuring": ("eval_every", "diagnose_every", "select", "patience", "report_to"),
+        "Running": ("save_every", "keep_checkpoints", "dtype", "device", "seed"),
+    }
+
     student: str = Field(
         min_length=1, description="the damaged model: directory, GGUF file, hub id[@revision], smollm2"
     )
@@ -206,7 +233,7 @@ class RecoverConfig(Settings):
     loss: LossConfig | None = Field(
         None,
         strict=False,
-        description=f"in place of beta: {{name, …}}, name one of {', '.join(LOSSES.names())}, and its parameters",
+        description="in place of beta: a loss by name, or {name, …} with its parameters; a wrong name lists all",
     )
     top_k: int | None = Field(
         None, ge=1, description="of the teacher's tokens, the rest in one bucket; by default the full vocabulary"
@@ -304,8 +331,9 @@ class RecoverConfig(Settings):
     @classmethod
     def missing(cls, values: Mapping[str, object]) -> list[str]:
         """What a recipe without streams must name itself."""
-        named = [] if values.get("streams") else [key for key in ("teacher", "data") if values.get(key) is None]
-        return [f'"{key}" is missing ({cls.model_fields[key].description})' for key in named]
+        if values.get("streams") or values.get("teacher") is not None:
+            return []
+        return [f'"teacher" is missing ({cls.model_fields["teacher"].description})']
 
     @property
     def updates_a_round(self) -> int:

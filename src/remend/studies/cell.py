@@ -26,7 +26,7 @@ from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDi
 from remend.files.settings import Settings, build, merged
 from remend.models.find import find_model
 from remend.models.load import load_tokenizer
-from remend.recovery import recover
+from remend.recovery.job import recover
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import resolve, rows_of
 from remend.studies.labels import LabelSettings, write_labels

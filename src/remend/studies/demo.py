@@ -19,7 +19,7 @@ from remend.files.atomic import json_line, new_directory, write_json, write_text
 from remend.files.run_directory import INPUTS, occupied
 from remend.models.find import EMBEDDED, ORIGIN_FILE, find_model
 from remend.models.load import load_model, load_tokenizer, save_model
-from remend.recovery import RecoverResult, run_recovery, settings
+from remend.recovery.job import RecoverResult, run_recovery, settings
 
 FORMAT = "int3-g64-asym"
 HELD_OUT = 32

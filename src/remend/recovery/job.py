@@ -1,0 +1,186 @@
+"""Bring a degraded student back with its healthy reference as teacher: the whole job, from recipe to report."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from remend.console import console, stage, warn
+from remend.errors import InputError
+from remend.files.atomic import read_json
+from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory
+from remend.files.settings import build, merged, read_yaml, takes
+from remend.plugins import asked_for, import_modules, not_imported
+from remend.recovery.plan import Checked, Plan
+from remend.recovery.preflight import preflight
+from remend.recovery.run import carry_out
+from remend.recovery.settings import SELF, RecoverConfig
+from remend.recovery.tracking import track_run
+from remend.training.teachers import named
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """What a recovery gave: `summary` as in summary.json, `metrics` the training rows, and where the files are."""
+
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    out: Path
+    model: Path
+    report: Path
+
+    def samples(self) -> list[dict[str, str]]:
+        """What reference, degraded and recovered say to the first held-out prompts."""
+        return RunDirectory(self.out).rows("samples.jsonl")
+
+
+def settings(recipe: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> RecoverConfig:
+    """A RecoverConfig from a YAML recipe and values that override it.
+
+    Raises FileError for an unreadable recipe and InputError for unknown keys or values out of range.
+    """
+    if recipe is not None:
+        _mention_imports(Path(recipe))
+    values = merged(read_yaml(recipe) if recipe is not None else {}, overrides or {})
+    origin = f"recipe {recipe}" if recipe is not None else "settings"
+    return build(RecoverConfig, _chosen(RecoverConfig.own_names(values, origin)), origin)
+
+
+def _chosen(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with what the user left to remend: a directory by date and student, and prompts of the teacher's."""
+    student, teacher = values.get("student"), values.get("teacher")
+    if values.get("out") is None and student is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        name = re.sub(r"[^\w.-]+", "-", str(student).rstrip("/").rpartition("/")[2])
+        values = {**values, "out": f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{name}"}
+        console.print(f"out: {values['out']}", markup=False)
+    without = values.get("data") is None and not values.get("streams") and teacher is not None
+    if without and not named(str(teacher)).brings_prompts:
+        values = {**values, "data": SELF}
+        console.print("data: self (the teacher writes the prompts)", markup=False)
+    return values
+
+
+def _mention_imports(recipe: Path) -> None:
+    """Warn where a recipe is that of a run whose command named modules which are not imported now."""
+    manifest = recipe.parent / MANIFEST
+    missing = not_imported(read_json(manifest).get("imports", [])) if manifest.is_file() else ""
+    if missing:
+        warn(f"{recipe} is of a run that was begun with {missing}; what these modules register is not known now")
+
+
+@takes(RecoverConfig, over_recipe=True)
+def check(recipe: str | Path | None = None, *, files: bool = True, **overrides: Any) -> Checked:
+    """Check a recovery without training; see `preflight`. Problems are in the result, not raised."""
+    return preflight(settings(recipe, overrides), files=files)
+
+
+@takes(RecoverConfig, over_recipe=True)
+def recover(recipe: str | Path | None = None, *, resume: str | Path | None = None, **overrides: Any) -> RecoverResult:
+    """Recover a degraded student by on-policy self-distillation (arXiv 2604.15794).
+
+    Args:
+        recipe: a YAML file with the keys of RecoverConfig.
+        resume: the directory of an interrupted run; goes on exactly where its last checkpoint was.
+        **overrides: keys of RecoverConfig, e.g. student=…, teacher=…, data=…, out=…, steps=20.
+
+    Returns:
+        The result; everything is also in the directory `out`.
+
+    Raises:
+        CheckError: problems found before training (all of them).
+        InputError, FileError: bad settings, unreadable or unwritable files.
+        TrainingError: loss or gradient is not finite.
+    """
+    if resume is None:
+        return run_recovery(settings(recipe, overrides))
+    config, directory = _reopen(Path(resume), recipe, overrides)
+    directory.remove_leftovers()
+    if (directory.path / SUMMARY).is_file():
+        console.print(f"{directory.path} is complete; nothing is left to do")
+        return result_of(directory)
+    return run_recovery(config, directory=directory)
+
+
+def run_recovery(
+    config: RecoverConfig, *, directory: RunDirectory | None = None, began: float | None = None
+) -> RecoverResult:
+    """`recover` for callers that have a config.
+
+    Args:
+        config: the settings.
+        directory: a run to continue; None starts one.
+        began: time.monotonic() when the user's command began, for `seconds`.
+    """
+    began = time.monotonic() if began is None else began
+    with stage("checking the recipe"):
+        plan = _plan(config, resuming=directory is not None)
+    for warning in plan.warnings:
+        warn(warning)
+    return result_of(carry_out(plan, directory, began))
+
+
+def _plan(config: RecoverConfig, *, resuming: bool) -> Plan:
+    """The plan of a recipe. Raises CheckError with all problems."""
+    result = preflight(config, resuming=resuming)
+    result.raise_problems()
+    assert result.plan is not None
+    return result.plan
+
+
+def track(path: str | Path) -> list[dict[str, Any]]:
+    """Measure the alignment of a recovery's layers: its student, the checkpoints that it kept, its saved model.
+
+    What `diagnose_every` has measured on the way is not measured again.
+
+    Args:
+        path: a recovery's directory.
+
+    Returns:
+        The rows of track.jsonl, by step: step, stage, kl, top1_agreement, cka by layer, reference_layers, rows.
+
+    Raises:
+        CheckError, InputError, FileError: no run, its inputs have changed, a reference without layers.
+    """
+    directory = RunDirectory.open(Path(path))
+    import_again(directory)
+    config = build(RecoverConfig, read_yaml(directory.path / RECIPE), f"recipe {directory.path / RECIPE}")
+    return track_run(_plan(config, resuming=True), directory)
+
+
+def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any]) -> tuple[RecoverConfig, RunDirectory]:
+    directory = RunDirectory.open(path)
+    import_again(directory)
+    config = build(RecoverConfig, read_yaml(path / RECIPE), f"recipe {path / RECIPE}")
+    manifest = read_json(path / MANIFEST)["recipe"]
+    recorded = build(RecoverConfig, manifest, f"recipe in {path / MANIFEST}")  # keys that are newer have their defaults
+    given = settings(recipe, merged({} if recipe else manifest, overrides)) if recipe or overrides else config
+    for values in (config, given):
+        changed = [k for k in RecoverConfig.model_fields if getattr(recorded, k) != getattr(values, k)]
+        if changed:
+            named = ", ".join(f"{k}: {getattr(recorded, k)!r} became {getattr(values, k)!r}" for k in changed)
+            raise InputError(
+                f"the recipe of {path} changed since the run began ({named}); a resumed run keeps its recipe. "
+                "Undo the change, or start a new run with another out."
+            )
+    return config, directory
+
+
+def import_again(directory: RunDirectory) -> None:
+    """Import the modules that a run's command named. Raises InputError where one is missing."""
+    for name in read_json(directory.path / MANIFEST).get("imports", []):
+        if name not in asked_for:
+            console.print(f"importing {name}, which the command of this run named", markup=False)
+            import_modules([name])
+
+
+def result_of(directory: RunDirectory) -> RecoverResult:
+    """What a complete run's files say."""
+    rows = [r for r in directory.rows(METRICS) if "loss" in r]
+    path = directory.path
+    return RecoverResult(read_json(path / SUMMARY), rows, path, path / "model", path / "report.html")
