@@ -70,9 +70,9 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(InputError) as raised:
         build(RecoverConfig, {"student": "s", "steps": -1, "beta": 2, "colour": "red"}, "r.yaml")
     lines = str(raised.value).split("\n")
-    assert len(lines) == 6
+    assert len(lines) == 5
     assert all(line.startswith("r.yaml: ") for line in lines)
-    for part in ('"teacher" is missing (the healthy reference', '"data" is missing', '"out" is missing'):
+    for part in ('"teacher" is missing (the healthy reference', '"out" is missing'):
         assert sum(part in line for line in lines) == 1
     assert 'r.yaml: "steps" is -1: input should be greater than or equal to 0' in lines
     assert 'r.yaml: "beta" is 2.0: input should be less than or equal to 1' in lines
