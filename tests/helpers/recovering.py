@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from remend.files.run_directory import METRICS, SUMMARY, TRACK, RunDirectory
-from remend.recovery.job import RecoverResult, recover
 from remend.recovery.bootstrap import GATE
 from remend.recovery.distillation import Distillation
+from remend.recovery.job import RecoverResult, recover
 from remend.training.constraints import Constraint
 from remend.training.loop import Optimization, Saving
 

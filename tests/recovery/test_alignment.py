@@ -17,8 +17,8 @@ from remend.files.settings import build
 from remend.models.layers import decoder_layers
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
-from remend.recovery.job import recover
 from remend.recovery.alignment import BALANCE_EVERY, Aligned, Alignment, aligned
+from remend.recovery.job import recover
 from remend.recovery.settings import RecoverConfig
 from remend.training.teachers.frozen import Frozen
 

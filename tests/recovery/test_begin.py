@@ -17,10 +17,10 @@ from remend.data.templates import Encoded
 from remend.files.run_directory import RunDirectory
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
-from remend.recovery.job import check
 from remend.recovery.begin import Run
 from remend.recovery.bootstrap import Gate, Verdict
 from remend.recovery.distillation import Distillation
+from remend.recovery.job import check
 from remend.recovery.judge import Judge, SideJudge
 from remend.recovery.rounds import Rounds
 from remend.recovery.selection import Selection

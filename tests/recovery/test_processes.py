@@ -11,8 +11,8 @@ import pytest
 from helpers.processes import two_processes
 from helpers.recovering import keeping
 from remend.files.run_directory import METRICS, RunDirectory
-from remend.recovery.job import RecoverResult, recover
 from remend.recovery.bootstrap import GATE
+from remend.recovery.job import RecoverResult, recover
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from helpers.tiny import build_model, prompts
 from remend.degrade.prune import prune
 from remend.files.run_directory import METRICS, TRACK, RunDirectory
 from remend.models.load import save_model
-from remend.recovery.job import RecoverResult, check, recover, track
 from remend.recovery.bootstrap import GATE
+from remend.recovery.job import RecoverResult, check, recover, track
 from remend.recovery.plan import Plan
 from remend.training.teachers.ema import Ema
 
