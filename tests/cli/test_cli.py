@@ -160,7 +160,7 @@ def test_options_words_and_a_recipe_are_one_thing(recipe_file: Path, monkeypatch
     words = (
         "--steps 3 --learning-rate 1e-4 --lora-rank 8 --no-repair --loss jsd --max-new-tokens [4,8] --reference base"
     )
-    assert run("recover", recipe_file, *words.split(), "beta=0.5")[0] == 0
+    assert run("recover", recipe_file, *words.split(), "--reference", "base", "beta=0.5")[0] == 0
     ((recipe, keys),) = seen
     assert recipe == recipe_file
     assert keys == {

@@ -176,7 +176,7 @@ def test_disk_full_while_writing(recipe: dict[str, Any], monkeypatch: pytest.Mon
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr("remend.files.run_directory.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(FileError, match=r"the disk is full: .*step-000004 could not be written"):
         recover(**recipe)
     kept = Path(recipe["out"]) / "checkpoints"

@@ -41,7 +41,7 @@ WORDS = parameter(
     ),
     None,
 )
-AS = parameter("as_", str | None, typer.Option("--as", help="dense: the same as --as-dense.", hidden=True), None)
+AS = parameter("as_", str | None, typer.Option("--as", help="dense: the same as --as-dense.", metavar="dense"), None)
 RESUME = parameter(
     "resume", str | None, typer.Option(help="Continue the interrupted run in this directory.", metavar="DIR"), None
 )
