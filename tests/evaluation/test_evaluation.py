@@ -345,7 +345,7 @@ def test_data_and_files_that_do_not_fit(reference_dir: Path, tools: str, tmp_pat
         InputError, match=r'tools.jsonl, row 1: the column "answer" is missing \(it has: prompt, golden'
     ):
         evaluate(model, ["science"], out, data=tools)
-    with pytest.raises(InputError, match="is empty; it needs one JSON object a line"):
+    with pytest.raises(InputError, match="is empty; it needs rows with a prompt"):
         evaluate(model, ["tooluse"], out, data=write(tmp_path / "empty.jsonl", []))
     with pytest.raises(FileError, match="can't be read"):
         evaluate(model, ["tooluse"], out, data=str(tmp_path / "none.jsonl"))

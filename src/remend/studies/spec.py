@@ -52,7 +52,7 @@ class Degradation:
         }
 
 
-NEWER = ("probe", "device", "trust_remote_code", "dtype")
+NEWER = ("probe", "device", "trust_remote_code", "dtype", "columns")
 """Settings of degradations that studies did not have at first. Only where they are given are students made anew."""
 
 BASES = {

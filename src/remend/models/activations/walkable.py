@@ -181,10 +181,10 @@ def _own_pass(
     own, inside = _OwnPass(), {m for block in items for m in block.modules()}
     addresses = {_address(matrices) for matrices in parts.values()}
     holders = {  # those that share another's weights are none of `parts`
-        module: parameter.data_ptr()
+        module: _place(parameter)
         for module in model.modules()
         for parameter in module.parameters(recurse=False)
-        if parameter.data_ptr() in addresses and parameter.ndim > 1
+        if _place(parameter) in addresses and parameter.ndim > 1
     }
 
     def note_block(block: nn.Module, args: object, output: object) -> None:
@@ -211,7 +211,10 @@ def _own_pass(
 
 def _address(own: Sequence[Matrix]) -> int:
     """The same for modules that share a matrix."""
-    parameter: Tensor = getattr(own[0].module, own[0].parameter.rpartition(".")[2])
+    return _place(getattr(own[0].module, own[0].parameter.rpartition(".")[2]))
+
+
+def _place(parameter: Tensor) -> int:
     return id(parameter) if parameter.is_meta else parameter.data_ptr()  # without weights there is no address
 
 
