@@ -106,7 +106,7 @@ class Explained:
 MISSING = "missing"
 MOVED = re.compile(r"\bremend/(?=(grid|width)\.safetensors$)")
 """The folder in a model's directory to which files moved that lay beside the weights."""
-CHANGED = r"(importance_clip|scales|loss)"
+CHANGED = r"(importance_clip|scales|loss|columns)"
 """Keys of a recipe that came or went since 13d6498; their value must be the one that does nothing."""
 NOTHING = r"(\"|&#34;)?(None|null|fixed)\b.*"
 QUOTE = r"(\"|&#34;)"
@@ -115,6 +115,10 @@ PROBED = "a calibrated student is probed on its own data"
 CALIBRATED = r"(depth|gguf|gptq|mask|nvfp4|sparse|width)"
 THE_GRID = "the grid has a folder of its own, and its header one entry"
 SHARES = "degradations say which weights they reached"
+STRANGERS = "an export is opened by readers without remend, and says which"
+EXPORTS = r"(after|made)/(dense|gguf|nf4|packed)/"
+RULES = "a GGUF header names the rules of the tokenizer, which is built by them"
+"""Its tensors are compared by the export itself, and by tests/exporting/test_export_gguf.py."""
 EXPLAINED = [
     Explained(CAME_OR_WENT, rf"(.*\brecipe\.)?(streams\.\w+\.)?{CHANGED}", NOTHING),
     Explained(CAME_OR_WENT, r".*line \d+", rf"\s*(\"|&#34;)?{CHANGED}(\"|&#34;)?: {NOTHING}"),
@@ -129,6 +133,28 @@ EXPLAINED = [
     Explained(THE_GRID, r".*line \d+", rf"\s*{QUOTE}(remend/)?(grid|width)\.safetensors{QUOTE}: {QUOTE}\w{{64}}.*"),
     Explained(THE_GRID, r"metadata\.(remend_grid|format|formula)", file=r"(.*/)?grid\.safetensors"),
     Explained(SHARES, r"decoder", r"\{'weights': .*"),
+    Explained(STRANGERS, r"check\.(read_by|strangers)", file=EXPORTS + r"export\.json"),
+    Explained(STRANGERS, r"line \d+", r"Read back and compared with the model .*", EXPORTS + r"README\.md"),
+    Explained(
+        STRANGERS,
+        r"line \d+",
+        r".*: (dense|nf4|gguf:\w+|compressed-tensors.*), \d+ bytes.*|(all weights equal bit for bit|opening it with).*",
+        r"logs/(\d+-export|degrade-\w+)\.txt",
+    ),
+    Explained(
+        "it unpacks when it is loaded", r"quantization_config\.dequantize", r"True|true", EXPORTS + r"config\.json"
+    ),
+    Explained(RULES, r"bytes", r"\d+", EXPORTS + r"export\.json"),
+    Explained(RULES, r"", r"\d+ (other )?bytes", r".*/model\.gguf"),
+    Explained(
+        RULES, r"(bos_token|unk_token|is_local|local_files_only)", file=r"runs/gguf/model/tokenizer_config\.json"
+    ),
+    Explained(
+        "of two commands the first one asks the reference",
+        r"line \d+",
+        r"the reference answers",
+        r"logs/\d+-diagnose\.txt",
+    ),
     Explained(SHARES, r"line \d+", r"decoder: 100\.0% (on the grid|under the mask), 0\.0% untouched .*"),
 ]
 
