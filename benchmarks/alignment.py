@@ -58,9 +58,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/alignment"))
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--student", help="int3-g64 of SmolLM2; made when it is not given")
+    parser.add_argument("--prompts", type=int, help="at most so many for training, and for measuring")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    train, held_out = write_prompts(arguments.out)
+    train, held_out = write_prompts(arguments.out, arguments.prompts)
     student = arguments.student or str(arguments.out / "student")
     if not Path(student).is_dir():
         remend("degrade", "quantize", "smollm2", "--format", "int3-g64", "--out", student)

@@ -183,10 +183,10 @@ def to_budget(folder: Path, steps: int, budget: int | None, make: Callable[[int]
         shutil.rmtree(folder)
 
 
-def prepare(folder: Path, task: str, rows: int) -> None:
+def prepare(folder: Path, task: str, rows: int, prompts: int | None) -> None:
     """Prompts, task rows and the student that forgot."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_prompts(folder)
+    write_prompts(folder, prompts)
     for split, n in (("train", 320), ("held_out", rows)):
         target = folder / f"task_{split}.jsonl"
         if not target.exists():
@@ -283,9 +283,10 @@ def main() -> None:
     parser.add_argument("--task", default="tooluse-short")
     parser.add_argument("--steps", type=int, default=24, help="of the two streams")
     parser.add_argument("--rows", type=int, default=ROWS, help="held-out rows of the task")
+    parser.add_argument("--prompts", type=int, help="at most so many general prompts for training, and for measuring")
     arguments = parser.parse_args()
     folder, path = arguments.out, arguments.out / "results.json"
-    prepare(folder, arguments.task, arguments.rows)
+    prepare(folder, arguments.task, arguments.rows, arguments.prompts)
     measure = Measure(folder, arguments.task, arguments.rows)
     results: dict[str, Any] = read_json(path) if path.exists() else {}
     other = next((n for n, r in results.items() if r["n"] != arguments.rows or "kl_sums" not in r), None)

@@ -29,10 +29,10 @@ CASES: Mapping[str, str] = {
     "awq": "--formats int3-g64 --answers 0 --prompts 1 --calibration 2",
     "step_time": "--rounds 1 --steps 1 --prompts 2 --new-tokens 4",
     "evaluation": "--out OUT/evaluation --science OUT/letters.jsonl --tooluse OUT/tools.jsonl --limit 1",
-    "alignment": "--out OUT/alignment --steps 4 --student OUT/student",
-    "degradations": "--out OUT/degradations --only SHORTEST --steps 1",
+    "alignment": "--out OUT/alignment --steps 4 --prompts 4 --student OUT/student",
+    "degradations": "--out OUT/degradations --only SHORTEST --steps 1 --set repair_samples=8",
     "time_to_recover": "--out OUT/time --only SHORTEST --steps 5",
-    "forgetting": "--out OUT/forgetting --steps 1 --rows 2",
+    "forgetting": "--out OUT/forgetting --steps 1 --rows 2 --prompts 4",
     "download_size": "",
     "served": "--types f32 --tokens 2",
 }

@@ -34,15 +34,15 @@ def fresh_directory() -> Path:
     return next(p for p in (base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 100))) if not p.exists())
 
 
-def write_prompts(directory: Path) -> tuple[Path, Path]:
-    """Write the bundled prompts as the demo uses them: (training, held-out).
+def write_prompts(directory: Path, most: int | None = None) -> tuple[Path, Path]:
+    """Write the bundled prompts as the demo uses them, at most so many of each part: (training, held-out).
 
     The bundled set is split by topic: no training prompt touches a held-out topic. Of the held-out prompts the demo
     takes HELD_OUT, going round the topics so that each is there.
     """
     parts = {"train.jsonl": bundled("train", mixed=False), "held_out.jsonl": bundled("held_out")[:HELD_OUT]}
     for name, chosen in parts.items():
-        write_text(directory / name, "".join(json_line(e.row) for e in chosen))
+        write_text(directory / name, "".join(json_line(e.row) for e in chosen[:most]))
     return directory / "train.jsonl", directory / "held_out.jsonl"
 
 
