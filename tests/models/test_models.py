@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from helpers.tiny import build_model, build_tokenizer
 from remend.compression.recognise import recognise
@@ -196,3 +197,9 @@ def test_embedded_model_loads_and_talks(smollm2_dir: Path) -> None:
     question = encode(tokenizer, Example("q", "What is the capital of France?", {}))
     (answer,) = sampler([question], max_new_tokens=24, temperature=0.0, seeds=[0])
     assert "Paris" in tokenizer.decode(answer.completion)
+
+
+def test_a_token_for_more_experts_than_there_are_is_refused(tmp_path: Path) -> None:
+    MixtralConfig(num_local_experts=4, num_experts_per_tok=9).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"each token to 9 experts .*and there are 4 \(num_local_experts\)"):
+        load_config(find_model(str(tmp_path)))

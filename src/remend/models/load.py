@@ -116,7 +116,22 @@ def _config(source: ModelSource) -> tuple[PreTrainedConfig, bool]:
             reader = gguf.GGUFReader(source.path)
             changed = apply_numbers(config, reader, source.spec)
             changed = apply_rope(config, reader, source.spec) or changed
+    _require_experts(config, source.spec)
     return config, changed
+
+
+def _require_experts(config: PreTrainedConfig, spec: str) -> None:
+    """Raise InputError where a token is to be routed to more experts than there are: such a model can't run."""
+    text = config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    counts = {name: count for name in names if isinstance(count := getattr(text, name, None), int) and count > 1}
+    chosen = getattr(text, "num_experts_per_tok", None)
+    for name, count in counts.items():
+        if isinstance(chosen, int) and chosen > count:
+            raise InputError(
+                f"{spec}: config.json routes each token to {chosen} experts (num_experts_per_tok), and there are {count} "
+                f"({name}); correct the configuration"
+            )
 
 
 def load_tokenizer(source: ModelSource) -> Tokenizer:
