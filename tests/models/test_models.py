@@ -201,5 +201,6 @@ def test_embedded_model_loads_and_talks(smollm2_dir: Path) -> None:
 
 def test_a_token_for_more_experts_than_there_are_is_refused(tmp_path: Path) -> None:
     MixtralConfig(num_local_experts=4, num_experts_per_tok=9).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match=r"each token to 9 experts .*and there are 4 \(num_local_experts\)"):
         load_config(find_model(str(tmp_path)))

@@ -129,8 +129,8 @@ def _require_experts(config: PreTrainedConfig, spec: str) -> None:
     for name, count in counts.items():
         if isinstance(chosen, int) and chosen > count:
             raise InputError(
-                f"{spec}: config.json routes each token to {chosen} experts (num_experts_per_tok), and there are {count} "
-                f"({name}); correct the configuration"
+                f"{spec}: config.json routes each token to {chosen} experts (num_experts_per_tok), and there are "
+                f"{count} ({name}); correct the configuration"
             )
 
 
