@@ -122,10 +122,13 @@ def _config(source: ModelSource) -> tuple[PreTrainedConfig, bool]:
 
 def _require_experts(config: PreTrainedConfig, spec: str) -> None:
     """Raise InputError where a token is to be routed to more experts than there are: such a model can't run."""
-    text = config.get_text_config()
     names = ("num_local_experts", "num_experts", "n_routed_experts")
-    counts = {name: count for name in names if isinstance(count := getattr(text, name, None), int) and count > 1}
-    chosen = getattr(text, "num_experts_per_tok", None)
+    try:
+        text = config.get_text_config()
+        counts = {name: count for name in names if isinstance(count := getattr(text, name, None), int) and count > 1}
+        chosen = getattr(text, "num_experts_per_tok", None)
+    except (AttributeError, ValueError, RuntimeError):  # of several texts, or of layers that differ
+        return
     for name, count in counts.items():
         if isinstance(chosen, int) and chosen > count:
             raise InputError(
