@@ -23,7 +23,9 @@ def recipe_file(recipe: dict[str, object], tmp_path: Path) -> Path:
 
 
 def test_version_and_help(run: Any) -> None:
-    assert run("version")[:2] == (0, f"{remend.__version__}\n")
+    for words in ("version", "--version"):
+        assert run(words)[:2] == (0, f"{remend.__version__}\n")
+    assert run("recover", "-h")[0] == 0
     code, out, _ = run("--help")
     assert code == 0
     verbs = "demo recover check degrade export prompts cache-teacher diagnose track correlate report eval compare study"
@@ -198,3 +200,14 @@ def test_every_key_of_a_recipe_has_an_option_and_a_heading() -> None:
 def test_a_key_by_two_names_is_refused(run: Any, recipe_file: Path) -> None:
     code, _, err = run("check", recipe_file, "max_steps=3")
     assert (code, "max_steps is another name of steps, and both are given" in err) == (2, True)
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    run: Any, recipe: dict[str, Any], recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("remend.recovery.job.carry_out", interrupted)
+    code, _, err = run("recover", recipe_file)
+    assert (code, f"interrupted; go on with: remend recover --resume {recipe['out']}" in err) == (130, True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import remend
 from remend.cli import degrading, listing, measuring, recovering
+from remend.cli.show import print_line
 from remend.errors import InputError, RemendError
 from remend.plugins import import_installed, import_modules
 
@@ -17,13 +20,28 @@ def build_app() -> typer.Typer:
         help="Bring a degraded language model back, with its own healthy past as the teacher.",
         epilog="--import MODULE, anywhere: import a module of yours that registers a loss, a teacher, a task, …",
         no_args_is_help=True,
-        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )
+    app.callback()(_version)
     for family in (recovering, degrading, measuring, listing):
         family.add_to(app)
     return app
+
+
+def _told(asked: bool) -> None:
+    if asked:
+        print_line(remend.__version__)
+        raise typer.Exit
+
+
+def _version(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_told, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Takes the options that stand before a verb."""
 
 
 def taken_out(words: list[str]) -> tuple[list[str], list[str]]:
@@ -59,6 +77,3 @@ def main() -> None:
         for line in str(error).split("\n"):
             sys.stderr.write(f"error: {line}\n")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; a recovery goes on with remend recover --resume DIR, a study as it began\n")
-        raise SystemExit(130) from None

@@ -122,7 +122,11 @@ def run_recovery(
         plan = _plan(config, resuming=directory is not None)
     for warning in plan.warnings:
         warn(warning)
-    return result_of(carry_out(plan, directory, began))
+    try:
+        return result_of(carry_out(plan, directory, began))
+    except KeyboardInterrupt:  # what runs the command line turns it into exit code 130, without a word
+        console.print(f"\ninterrupted; go on with: remend recover --resume {config.out}", markup=False, soft_wrap=True)
+        raise
 
 
 def _plan(config: RecoverConfig, *, resuming: bool) -> Plan:
