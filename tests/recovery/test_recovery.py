@@ -54,6 +54,17 @@ def test_recovery_closes_part_of_the_gap_and_writes_everything(grid_run: Recover
     assert manifest["versions"]["torch"] == torch.__version__
 
 
+def test_the_worst_prompts_are_kept_token_by_token(grid_run: RecoverResult) -> None:
+    rows = RunDirectory(grid_run.out).rows("worst.jsonl")
+    sums = {row["id"]: row for row in RunDirectory(grid_run.out).rows("held_out.jsonl")}
+    means = [row["kl"] for row in rows]
+    assert means == sorted((r["kl_sum_recovered"] / r["tokens"] for r in sums.values()), reverse=True)[:10]
+    for row in rows:
+        assert sum(t["kl"] for t in row["reference"]) == pytest.approx(sums[row["id"]]["kl_sum_recovered"], abs=0.05)
+        assert len(row["reference"]) == sums[row["id"]]["tokens"]
+        assert row["own"]
+
+
 def test_saved_model_lies_on_the_students_grid(grid_run: RecoverResult, student_dir: Path) -> None:
     before, after = StoredGrid.read(student_dir), StoredGrid.read(grid_run.model)
     assert before is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +16,8 @@ from remend.diagnosis.reference import ReferenceAnswers, gathered
 from remend.diagnosis.subjects import Subject
 from remend.files.atomic import JsonObject
 from remend.models.activations.capture import Batch, as_layers, capture, usable
-from remend.models.protocols import CausalLM, Tokenizer
-from remend.models.sampling.answers import answer, as_text
+from remend.models.protocols import CausalLM
+from remend.models.sampling.answers import answer, as_text, pieces
 from remend.models.scorer import Scorer, scorer
 from remend.training.measure import repetition
 
@@ -140,9 +139,3 @@ def _answers(exam: Examination, student: CausalLM, subject: Subject, text: Refer
         for r, o in zip(theirs[:SHOWN], ours[:SHOWN], strict=True)
     ]
     return {"own_answers": summed[0], "reference_answers": summed[1], "samples": samples}
-
-
-def pieces(tokenizer: Tokenizer, completion: Sequence[int]) -> list[str]:
-    """What each token adds to the text; a character of several tokens stands with its last one."""
-    texts = [tokenizer.decode(completion[:end]).rstrip("\ufffd") for end in range(len(completion) + 1)]
-    return [text[len(before) :] for before, text in itertools.pairwise(texts)]

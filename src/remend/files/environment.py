@@ -19,6 +19,16 @@ def peak_rss_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def memory_mib(device: torch.device) -> dict[str, int]:
+    """Memory of this process now, `rss_mib`; of a CUDA device also the most that it held so far, `gpu_mib`."""
+    import psutil
+
+    memory = {"rss_mib": round(psutil.Process().memory_info().rss / 2**20)}
+    if device.type == "cuda":
+        memory["gpu_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return memory
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware, for the manifest; and the modules that the command named with --import."""
     import importlib.metadata

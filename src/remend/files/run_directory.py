@@ -3,14 +3,15 @@
 recipe.yaml      the resolved settings
 manifest.json    versions, seeds, git commit, hashes of models and data, command line, hardware, warnings
 metrics.jsonl    one row a training step (`step`, `loss`, `tokens`, …), evaluation rows between; the same on every rerun
-timing.jsonl     seconds of each step, apart from the metrics since they differ on every rerun; at step 0, with `stage`,
-                 those of what came before: prompts, repair, gate, pool
+timing.jsonl     seconds and memory of each step, apart from the metrics since they differ on every rerun; at step 0,
+                 with `stage`, those of what came before: prompts, repair, gate, pool
 baseline.json    the degraded student's measurement;  reference.jsonl the reference's held-out completions
 repair.json      KL after one-shot repair, on fitted text too, and whether kept;  held_out_repaired.jsonl by prompt
 track.jsonl      with diagnose_every: KL, agreement and each layer's CKA at the start, on the way and at the end
 checkpoints/     step-000050/ with masters, optimizer tensors and counters
 model/           the recovered model, as measured
 samples.jsonl    what reference, degraded and recovered say to the same prompts
+worst.jsonl      the held-out prompts with the highest KL: each token of the reference's and of the model's own answer
 summary.json     what was measured;  report.html, report.md, report.json  the same to look at, for a card, as data
 """
 
@@ -45,6 +46,9 @@ TRACK = "track.jsonl"
 
 
 TIMING = "timing.jsonl"
+
+
+WORST = "worst.jsonl"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from remend.console import stage
 from remend.data.answers import ending, with_answer
 from remend.data.examples import demonstration_of
@@ -24,12 +26,12 @@ from remend.data.order import derive_seed
 from remend.data.templates import Encoded, display
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, json_line, read_json, write_json, write_text
-from remend.files.run_directory import REPAIR
+from remend.files.run_directory import REPAIR, WORST
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence, gap_closed_score
 from remend.maths.losses import Target
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM
-from remend.models.sampling.answers import answer, answered_once, as_text
+from remend.models.sampling.answers import answer, answered_once, as_text, pieces
 from remend.models.sampling.rollout import Draws, Rollout
 from remend.models.scorer import Scorer
 from remend.recovery.begin import Run
@@ -41,6 +43,12 @@ from remend.training.teachers import Teacher
 
 SHOWN = 4
 """How many held-out prompts are answered for people to read."""
+
+SHOWN_WORST = 10
+"""Of so many held-out prompts, those with the highest KL, the KL of each token is kept for the report."""
+
+MOST_TOKENS = 200
+"""Of a longer answer the first so many tokens are kept."""
 
 FITTED = 32
 """Of the answers that repair was fitted to, so many are measured."""
@@ -122,11 +130,15 @@ class Judge:
 
     def measure(self, model: CausalLM, name: str) -> HeldOut:
         """All three views of one model."""
+        return self._measured(model, name)[0]
+
+    def _measured(self, model: CausalLM, name: str) -> tuple[HeldOut, list[Rollout]]:
+        """`measure`, and the model's own sampled answers."""
         student = self.run.parts(model)
         on_reference = self._compare(student, self.completions, f"measuring the {name} model")
-        _, on_policy = self.own_answers(model, len(self.prompts), f"the {name} model answers")
+        own, on_policy = self.own_answers(model, len(self.prompts), f"the {name} model answers")
         shown = _sample(self.run, model, self.prompts[:SHOWN], "sampling answers to read", 0.0)
-        return HeldOut(on_reference, on_policy, [as_text(self.run.plan.tokenizer, r) for r in shown])
+        return HeldOut(on_reference, on_policy, [as_text(self.run.plan.tokenizer, r) for r in shown]), own
 
     def degraded(self, student: CausalLM) -> HeldOut:
         """The measurement of the student as it came in; writes baseline.json."""
@@ -159,8 +171,9 @@ class Judge:
         return sums, record
 
     def recovered(self, model: CausalLM, before: HeldOut) -> HeldOut:
-        """The recovered model's measurement; writes held_out.jsonl (per prompt) and samples.jsonl."""
-        measured, directory = self.measure(model, "recovered"), self.run.directory.path
+        """The recovered model's measurement; writes held_out.jsonl (per prompt), samples.jsonl and worst.jsonl."""
+        measured, own = self._measured(model, "recovered")
+        directory = self.run.directory.path
         pairs = zip(before.on_reference, measured.on_reference, strict=True)
         rows = [{"id": a.id, "tokens": a.tokens, "kl_sum_degraded": a.kl, "kl_sum_recovered": b.kl} for a, b in pairs]
         write_text(directory / "held_out.jsonl", "".join(json_line(row) for row in rows))
@@ -175,7 +188,39 @@ class Judge:
             for i, rollout in enumerate(self.completions[:SHOWN])
         ]
         write_text(directory / "samples.jsonl", "".join(json_line(row) for row in samples))
+        worst = self._worst(self.run.parts(model), measured, own)
+        write_text(directory / WORST, "".join(json_line(row) for row in worst))
         return measured
+
+    def _worst(self, student: Scorer, measured: HeldOut, own: Sequence[Rollout]) -> list[JsonObject]:
+        """The held-out prompts with the highest KL a token, worst first, with the KL of each token of two texts: the
+        reference's answer, and the student's own where it was measured."""
+        mean = {i: s.kl / s.tokens for i, s in enumerate(measured.on_reference) if s.tokens}
+        worst = sorted(mean, key=lambda i: -mean[i])[:SHOWN_WORST]
+        texts = {"reference": self.completions, **({"own": own} if measured.on_policy else {})}
+        rows: list[JsonObject] = [
+            {"id": self.completions[i].id, "prompt": self._prompt(self.completions[i]), "kl": mean[i]} for i in worst
+        ]
+        for name, rollouts in texts.items():
+            chosen, by_token = [rollouts[i] for i in worst], dict[int, Tensor]()
+            compare(student, self.reference, chosen, by_token=by_token)
+            for row, tokens in zip(rows, self._tokens(chosen, by_token), strict=True):
+                row[name] = tokens
+        return rows
+
+    def _tokens(self, rollouts: Sequence[Rollout], by_token: Mapping[int, Tensor]) -> list[list[JsonObject]]:
+        """Of each completion: its tokens as text, with their KL and how many tokens the student puts before them."""
+        return [
+            [
+                {"text": text, "kl": round(float(kl), 3), "rank": int(rank)}
+                for text, (kl, rank) in zip(
+                    pieces(self.run.plan.tokenizer, rollout.completion[:MOST_TOKENS]),
+                    by_token[i][:MOST_TOKENS].tolist(),
+                    strict=True,
+                )
+            ]
+            for i, rollout in enumerate(rollouts)
+        ]
 
     def own_answers(self, model: CausalLM, count: int, title: str) -> tuple[list[Rollout], list[PromptSums]]:
         """The model's own seeded samples at temperature 1 to the first prompts, and its divergence on them.

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from remend.errors import InputError, TrainingError
+from remend.files.environment import memory_mib
 from remend.files.run_directory import METRICS, TIMING, Checkpoint, RunDirectory
 from remend.training.constraints import Constraint
 
@@ -178,7 +179,7 @@ def train(
         row |= {"learning_rate": rate, "grad_norm": norm}
         _log(saving, accelerator, step, row)
         if accelerator.is_main_process:
-            saving.run.append(TIMING, {"step": step, "seconds": round(seconds, 4)})
+            saving.run.append(TIMING, {"step": step, "seconds": round(seconds, 4), **memory_mib(device)})
         watch.on_step({"step": step, **row, "seconds": seconds})
         for hook in watch.hooks:
             _log(saving, accelerator, step, hook(step) or {})

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from remend.data.order import batches_by_length
 from remend.maths.losses import HeadTarget, Target, agreement
@@ -41,6 +42,7 @@ def compare(
     max_rows: int = 8,
     on_rows: Callable[[int], None] | None = None,
     kept: dict[int, Target] | None = None,
+    by_token: dict[int, Tensor] | None = None,
 ) -> list[PromptSums]:
     """Teacher-forced comparison of `student` with `reference` on the same completions.
 
@@ -54,6 +56,8 @@ def compare(
         on_rows: progress callback.
         kept: what the reference says, by batch, in the CPU's memory: filled by the first call, and read by further
             ones with the same rollouts, max_rows and reference, which must not have moved. None keeps nothing.
+        by_token: filled with a float32 [T, 2] for each rollout, by its number: each token's divergence in nats, and how
+            many tokens the student puts before it. None keeps nothing.
 
     Returns:
         One PromptSums a rollout, in order. The divergence is forward KL(reference ‖ student) over the full shared
@@ -75,16 +79,23 @@ def compare(
             target = kept[number]
         target = target.to(device)
         sums = torch.zeros(len(part), 5, dtype=torch.float64, device=device)
+        tokens: list[Tensor] = []
         for at in range(0, ours_ND.shape[0], rows):
             cut = slice(at, at + rows)
             logits_NV, tokens_N = head(ours_ND[cut]).float(), batch.targets_N[cut]
             theirs = agreement(target[cut], logits_NV, tokens_N)
             nll_N = -torch.log_softmax(logits_NV, -1).gather(1, tokens_N.unsqueeze(1))[:, 0]
             same_N = logits_NV.argmax(-1) == theirs.first_N
+            if by_token is not None:
+                chosen_N1 = logits_NV.gather(1, tokens_N.unsqueeze(1))
+                tokens.append(torch.stack([theirs.kl_N, (logits_NV > chosen_N1).sum(-1).float()], dim=1))
             columns = [torch.ones_like(nll_N), theirs.kl_N, same_N, nll_N, theirs.nll_N]
             sums.index_add_(0, batch.rows_N[cut], torch.stack([c.double() for c in columns], dim=1))
         for i, row in zip(places, sums.tolist(), strict=True):
             results[i] = PromptSums(rollouts[i].id, int(row[0]), row[1], int(row[2]), row[3], row[4])
+        if by_token is not None:
+            each_N2 = torch.cat(tokens)
+            by_token |= {i: each_N2[batch.rows_N == row].cpu() for row, i in enumerate(places)}
         if on_rows:
             on_rows(len(part))
     return [results[i] for i in range(len(rollouts))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from remend.console import stage
@@ -74,3 +75,9 @@ def as_text(tokenizer: Tokenizer, rollout: Rollout) -> str:
     """A completion as text; … marks one that met the length limit."""
     text = tokenizer.decode(rollout.completion, skip_special_tokens=True)
     return text + (" …" if rollout.clipped else "")
+
+
+def pieces(tokenizer: Tokenizer, completion: Sequence[int]) -> list[str]:
+    """What each token adds to the text; a character of several tokens stands with its last one."""
+    texts = [tokenizer.decode(completion[:end]).rstrip("\ufffd") for end in range(len(completion) + 1)]
+    return [text[len(before) :] for before, text in itertools.pairwise(texts)]
