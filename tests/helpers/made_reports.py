@@ -300,7 +300,7 @@ def made_summary(**changes: Any) -> dict[str, Any]:
         "seconds": 449.3,
         "training_seconds": 187.9,
         "peak_rss_mib": 4743,
-        "held_out_prompts": 8,
+        "held_out_prompts": 24,
         "warnings": [],
         "notes": ["a note"],
         **changes,
@@ -330,8 +330,8 @@ def made_run(path: Path, *, streams: tuple[str, ...] = (), track: bool = False, 
         "answer_tokens": 48,
         "data": {"train": "aa", "held_out": "bb"},
         "models": {"student": {"model.safetensors": "cc"}, "teacher": {"model.gguf": "dd"}},
-        "prompts": {"train": 396, "held_out": 8},
-        "streams": {name: {"train": 396, "held_out": 8} for name in streams or ("recover",)},
+        "prompts": {"train": 396, "held_out": 24},
+        "streams": {name: {"train": 396, "held_out": 24} for name in streams or ("recover",)},
         "shared_vocabulary": 49152,
         "dtype": "bfloat16",
         **made_environment(["remend", "recover", "recipe.yaml"]),
@@ -340,11 +340,28 @@ def made_run(path: Path, *, streams: tuple[str, ...] = (), track: bool = False, 
     (path / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     _lines(path / "metrics.jsonl", [_step(step, streams) for step in range(1, 25)] + [{"step": 12, "eval/kl": 1.0}])
-    _lines(path / "timing.jsonl", [{"step": step, "seconds": 8.0} for step in range(1, 25)])
-    ids = [f"prompt-{i}" for i in range(8)]
-    sums = [{"id": i, "tokens": 48, "kl_sum_degraded": 120.0, "kl_sum_recovered": 43.0} for i in ids]
+    _lines(path / "timing.jsonl", [{"step": s, "seconds": 8.0, "rss_mib": 4000 + s} for s in range(1, 25)])
+    draw = random.Random(5)
+    ids = [f"prompt-{i}" for i in range(24)]
+    before = [round(draw.uniform(60, 180), 2) for _ in ids]
+    each = zip(ids, before, strict=True)
+    sums = [
+        {"id": i, "tokens": 48, "kl_sum_degraded": b, "kl_sum_recovered": round(b * draw.uniform(0.15, 0.55), 2)}
+        for i, b in each
+    ]
     _lines(path / "held_out.jsonl", sums)
     _lines(path / "held_out_repaired.jsonl", [{"id": i, "tokens": 48, "kl_sum": 53.0} for i in ids])
+    worst = [
+        {
+            "id": f"prompt-{i}",
+            "prompt": PROMPTS[i],
+            "kl": 1.1 - 0.1 * i,
+            "reference": made_tokens(ANSWERS[i], 0.9, 20 + i),
+            "own": made_tokens(MENDED[i], 0.6, 30 + i),
+        }
+        for i in range(4)
+    ]
+    _lines(path / "worst.jsonl", worst)
     each = zip(PROMPTS, ANSWERS, BROKEN, MENDED, strict=True)
     _lines(
         path / "samples.jsonl",
@@ -374,7 +391,8 @@ def _step(step: int, streams: tuple[str, ...]) -> dict[str, Any]:
     row: dict[str, Any] = {"step": step, "loss": 2.5 / (1 + 0.1 * step), "tokens": 300 + step}
     for name in streams:
         row |= {f"{name}/loss": 2.5 / (1 + 0.1 * step), f"{name}/tokens": 150}
-    return {**row, "learning_rate": 2e-4, "grad_norm": 3.0}
+    rate = 2e-4 * min(step / 3, 1 - 0.03 * step)
+    return {**row, "learning_rate": rate, "grad_norm": 3.0 + 8 / step, "clipped_share": 0.5}
 
 
 def _lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -224,4 +224,4 @@ def test_tokens_are_coloured_by_kl() -> None:
     said = coloured([{"text": " a", "kl": 0.01, "rank": 0}, {"text": "b", "kl": 3.0, "rank": 1}])
     assert [p.css for p in said.pieces] == ["k0", "k4"]
     assert said.pieces[1].title == "KL 3.000 nats; it puts 1 other token before this one"
-    assert said.note == "1 of its 2 tokens are this model's first choice too"
+    assert said.note == "1 of 2 tokens are this model's first choice too"

@@ -108,7 +108,11 @@ def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]
         "learning_rate": plan.learning_rate,
         "gradient_checkpointing": parts.checkpointing,
         "selected": selected or {"step": steps},
-        "streams": {name: {"before": before[name], "after": after[name]} for name in before},
+        "streams": {
+            name: {"teacher": side.sources[name].stream.teacher.name, "before": before[name], "after": after[name]}
+            for name in before
+            if side
+        },
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from remend.compression.containers import formats_of
 from remend.compression.recognise import RECORD, record_to_keep
 from remend.console import stage
 from remend.files.atomic import new_directory, write_json
@@ -20,6 +21,7 @@ from remend.models.load import save_model
 from remend.models.protocols import CausalLM
 from remend.recovery.begin import Run
 from remend.recovery.judge import HeldOut, summarize
+from remend.recovery.plan import Plan
 from remend.report import write_report
 from remend.training.constraints import Constraint
 from remend.training.teachers import Teacher
@@ -54,6 +56,12 @@ def reopened(run: Run, reference: Teacher) -> CausalLM:
     return saved
 
 
+def _grid_of(plan: Plan) -> str:
+    """The name of the grid that the saved model lies on, or 'none'."""
+    stored = plan.facts.recognised.stored
+    return stored.format.name if stored and not plan.config.merge else "none"
+
+
 def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str, Any], began: float) -> None:
     """Write the report and the summary, with what training says of itself (`outcome`); see `run_recovery` for `began`.
 
@@ -65,6 +73,7 @@ def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str
         "kl_direction": of_beta(0.0).words,
         "training_loss": plan.directions,
         "constraint": plan.constraint,
+        "exports": [] if plan.facts.adapted and not plan.config.merge else formats_of(_grid_of(plan)),
         **outcome,
         "tokens_trained": sum(row["tokens"] for row in directory.rows(METRICS) if "loss" in row),
         "seconds": round(time.monotonic() - began, 1),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from markupsafe import Markup, escape
 
@@ -42,6 +42,12 @@ HEAD = 9.0
 
 NARROW, ROW = 440, 50
 """Width of a forest plot, so that a phone shows it whole, and height of its rows, in viewBox units."""
+
+BARS = (
+    "A bar wholly above 0% is recovery beyond chance, one wholly be"
+    "low 0% further damage; a bar that holds 0% shows neither."
+)
+"""How the bars of a forest plot are read."""
 
 LETTERS = 40
 """Longer names are cut in the middle; hovering shows them whole."""
@@ -115,7 +121,8 @@ class Lines:
             parts += _line(s, frame, self.x_label)
         parts.append("</svg>")
         keys = [Key(s.name, s.css, s.dots, s.joined) for s in drawn] + [Key(v.name, v.css) for v in self.levels]
-        return Markup("".join(parts)) + legend(keys)
+        named = len(keys) > 1 or keys[0].name.lower() != self.title.lower()  # the title names a line that is alone
+        return Markup("".join(parts)) + (legend(keys) if named else Markup(""))
 
     def table(self) -> Cells:
         """A row for each x, thinned; intervals in brackets."""
@@ -157,6 +164,8 @@ def _line(s: Series, frame: Frame, x_label: str) -> list[str]:
     placed = [(x, y, frame.place(x, y)) if y is not None else None for x, y in s.points]
     if s.joined:
         for run in _runs([p and p[2] for p in placed]):
+            if len(run) == 1 and not s.dots:  # a line of one point would not be seen
+                parts.append(marker(*run[0], s.css))
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in run)
             parts.append(f'<polyline class="line {escape(s.css)}" points="{path}"/>')
     for i, point in enumerate(placed):
@@ -204,6 +213,13 @@ class Share:
     value: float | None
     low: float | None = None
     high: float | None = None
+
+    @property
+    def tone(self) -> Literal["good", "bad", ""]:
+        """Which side of 0 the interval is on; '' where it holds 0, and where there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        return "good" if self.low > 0 else "bad" if self.high < 0 else ""
 
     def words(self) -> str:
         """'57% (53% to 61%)'."""
@@ -259,11 +275,12 @@ def _row(row: Share, top: float, at: Callable[[float], float]) -> list[str]:
     """A row of a forest plot: name and figures, and below them the bar with its marker."""
     hover = f"<title>{escape(row.name)}: {escape(row.words())}</title>"
     middle = top + 32
-    shown = f"{shortened(row.name)}: {row.words()}"
-    width = 7.0 * len(shown)  # a generous guess: the ground that keeps grid lines out of the words
-    parts = [
-        f'<rect class="ground" x="{(NARROW - width) / 2:.1f}" y="{top + 2}" width="{width:.1f}" height="17"/>',
-        f'<text class="name" x="{NARROW / 2}" y="{top + 15}" text-anchor="middle">{escape(shown)}{hover}</text>',
+    name, words = shortened(row.name), row.words()
+    places = ("start", 24, name, "name"), ("end", NARROW - 24, words, "name sure" if row.tone else "name")
+    parts = [f'<rect class="ground" x="0" y="{top + 2}" width="{NARROW}" height="17"/>']  # keeps grid lines out
+    parts += [
+        f'<text class="{css}" x="{x}" y="{top + 15}" text-anchor="{anchor}">{escape(said)}{hover}</text>'
+        for anchor, x, said, css in places
     ]
     known = row.low is not None and row.high is not None
     if row.low is not None and row.high is not None:
@@ -296,13 +313,17 @@ class Points:
 
 @dataclass(frozen=True)
 class Scatter:
-    """One quantity against another; neither axis is forced to zero. A group has its colour and marker."""
+    """One quantity against another; neither axis is forced to zero. A group has its colour and marker.
+
+    diagonal: the name of the line where both are equal; with it both axes are one, from 0.
+    """
 
     kind: ClassVar[str] = "scatter"
     title: str
     groups: Sequence[Points]
     x_label: str
     y_label: str
+    diagonal: str = ""
 
     def draw(self) -> Markup:
         """SVG with its legend."""
@@ -310,7 +331,13 @@ class Scatter:
         if not measured:
             return Markup("<p>nothing was measured</p>")
         frame = Frame(*padded(x for x, _ in measured), *padded(y for _, y in measured))
+        if self.diagonal:
+            ends = 0.0, 1.06 * max(max(point) for point in measured) or 1.0
+            frame = Frame(*ends, *ends)
         parts = frame.axes(self.x_label, self.y_label, self.title)
+        if self.diagonal:
+            (left, low), (right, high) = (frame.place(end, end) for end in ends)
+            parts.append(f'<polyline class="line random" points="{left:.1f},{low:.1f} {right:.1f},{high:.1f}"/>')
         for index, group in enumerate(self.groups):
             css = style(index)
             placed = [(frame.place(x, y), said) for x, y, said in group.points if x is not None and y is not None]
@@ -321,6 +348,7 @@ class Scatter:
                 look = f"{css} open" if group.joined and not i and len(placed) > 1 else css
                 parts.append(marker(x, y, look, f"{group.name}: {said}", 5))
         keys = [Key(g.name, style(n), dots=True, line=g.joined) for n, g in enumerate(self.groups)]
+        keys += [Key(self.diagonal, "random")] if self.diagonal else []
         return Markup("".join(parts) + "</svg>") + legend(keys)
 
     def table(self) -> Cells:

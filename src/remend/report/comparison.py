@@ -9,10 +9,12 @@ from pathlib import Path
 from statistics import median
 
 from remend.files.atomic import JsonObject, JsonRow
-from remend.report.charts import Forest, Lines, Series, Share
+from remend.report.charts import BARS, Forest, Lines, Series, Share
 from remend.report.diagnosis import gaps_closed, students_of
 from remend.report.layers import anchors, cka_series, null_level
 from remend.report.page import Block, Code, Facts, Figure, Page, Section, Table, Text
+from remend.report.recovery import gap_share
+from remend.report.scores import Score, scores_of
 from remend.report.tracks import against, student_groups, track_group
 from remend.report.words import number
 
@@ -66,8 +68,7 @@ def comparison_page(compared: Sequence[Compared]) -> Page:
 def _shares(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> list[Share]:
     rows = []
     for run in runs:
-        gap, ends = run.summary["gap_closed"] or {}, run.summary["gap_closed_kl_95"] or (None, None)
-        rows.append(Share(run.name, gap.get("kl"), *ends))
+        rows.append(gap_share(run.summary, run.name))
     for diagnosis in diagnoses:
         rows += gaps_closed(students_of(diagnosis.content), f"{diagnosis.name}: ")
     return rows
@@ -78,6 +79,8 @@ def _verdict(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> str:
     if not known:
         return "No gap closed is known of any."
     best = max(known, key=lambda row: row.value or 0.0)
+    if best.tone != "good":
+        return f"None closed the KL gap beyond chance; the most is {best.words()}, of {best.name}."
     return f"Most of the KL gap is closed by {best.name}: {best.words()}."
 
 
@@ -87,8 +90,8 @@ def _gaps(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> list[Section]:
         return []
     figure = Figure(
         [Forest("Gap closed in KL, with 95% intervals", rows, "share of the KL gap closed")],
-        see="How far each came back from its damaged model (0%) to its reference (100%). Where two bars overlap, "
-        "this hardly tells the two apart.",
+        see="How far each came back from its damaged model (0%) to its reference (100%). "
+        f"{BARS} Where two bars overlap, this hardly tells the two apart.",
         measured="KL to the reference on its own answers; percentile bootstrap with prompts resampled in pairs, within "
         "each run. The intervals say nothing of other seeds.",
     )
@@ -97,15 +100,18 @@ def _gaps(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> list[Section]:
 
 def _runs(runs: Sequence[Run]) -> Table:
     rows = []
+    graded = {run.name: scores_of(run.path, run.manifest) for run in runs}
+    tasks = list(dict.fromkeys(task for scores in graded.values() for task in scores))
     for run in runs:
-        before, after, gap = run.summary["degraded"], run.summary["recovered"], run.summary["gap_closed"] or {}
-        ends = run.summary["gap_closed_kl_95"] or (None, None)
+        before, after = run.summary["degraded"], run.summary["recovered"]
+        scores = graded[run.name]
         rows.append(
             [
                 run.name,
-                str(run.summary["constraint"]),
+                gap_share(run.summary).words(),
                 f"{number(before['kl'])} → {number(after['kl'])}",
-                Share("", gap.get("kl"), *ends).words(),
+                *(_task(scores.get(task, {})) for task in tasks),
+                str(run.summary["constraint"]),
                 f"{number(before['top1_agreement'], '.1%')} → {number(after['top1_agreement'], '.1%')}",
                 str(run.summary["steps"]),
                 str(run.summary["tokens_trained"]),
@@ -114,15 +120,25 @@ def _runs(runs: Sequence[Run]) -> Table:
         )
     columns = [
         "run",
-        "constraint",
-        "KL, nats a token",
         "KL gap closed (95%)",
+        "KL, nats a token",
+        *tasks,
+        "constraint",
         "top-1 agreement",
         "steps",
         "tokens",
         "s",
     ]
-    return Table(columns, rows, caption="KL and agreement: degraded → recovered, on held-out prompts.", emphasis=3)
+    scored = " Tasks: score of the recovered model, with the degraded one's before the arrow." if tasks else ""
+    caption = f"KL and agreement: degraded → recovered, on held-out prompts.{scored}"
+    return Table(columns, rows, caption=caption, emphasis=1, tones=[gap_share(run.summary).tone for run in runs])
+
+
+def _task(by_role: Mapping[str, Score]) -> str:
+    """'40.0% → 52.0%' of a task; a dash for what was not graded."""
+    if not by_role:
+        return "–"
+    return " → ".join(f"{by_role[r].value:.1%}" if r in by_role else "–" for r in ("degraded", "recovered"))
 
 
 def _diagnosed(diagnoses: Sequence[Diagnosis]) -> list[Section]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from remend.files.atomic import JsonRow
 from remend.report import samples
-from remend.report.charts import Forest, Lines, Series, Share
+from remend.report.charts import BARS, Forest, Lines, Series, Share
 from remend.report.layers import changes, grids, layer_figures, layer_tables, norms, sites, student_style
 from remend.report.page import Answer, Block, Code, Facts, Figure, Finding, Page, Samples, Section, Table, Text
 from remend.report.pointers import traced
@@ -60,7 +60,7 @@ def diagnosis_page(diagnosis: JsonRow) -> Page:
         title=f"Diagnosis of {names} against {reference}",
         verdict="; ".join(f"{s['name']}: {s['severity']}" for s in students) + ".",
         about=f"Measured on {diagnosis['sequences']} of the reference's own answers. Every sentence below names the "
-        "places in diagnosis.json that it rests on.",
+        "places in diagnosis.json that are its evidence.",
         sections=sections,
         warnings=list(diagnosis["warnings"]),
     )
@@ -95,8 +95,8 @@ def _gap(students: Students) -> list[Section]:
         return []
     figure = Figure(
         [Forest("Gap closed in KL, with 95% intervals", rows, "share of the KL gap closed")],
-        see="How far each model came back from the damaged one it is compared with (0%) to the reference (100%). Below "
-        "0% it is further off than that one.",
+        see="How far each model came back from the damaged one it is compared with (0%) to the reference (100%). "
+        + BARS,
         measured="One minus the ratio of the two models' KL to the reference, on the same tokens; the interval is a "
         "percentile bootstrap with prompts resampled in pairs.",
     )
@@ -121,8 +121,8 @@ def _behaviour(students: Students) -> Table:
         row(
             "perplexity of the reference's answers", plain("perplexity", ".3g"), number(theirs["reference_perplexity"])
         ),
-        row("tokens put before the reference's, median", plain("median_rank", "g")),
-        row("tokens put before the reference's, mean", plain("mean_rank", ".1f")),
+        row("rank of the reference's token, median (0 is the first choice)", plain("median_rank", "g")),
+        row("rank of the reference's token, mean", plain("mean_rank", ".1f")),
         row("own answers: repeated 4-grams", _own("repetition"), percent(own["repetition"])),
         row("own answers: cut at the length limit", _own("clipped_share"), percent(own["clipped_share"])),
     ]

@@ -15,6 +15,10 @@ STRONGEST = 3
 def markdown(page: Page) -> str:
     """The whole page. What models, files and users wrote is escaped: it can't become markup, HTML or a link."""
     lines = [f"# {escape(page.title)}", "", f"**{escape(page.verdict)}**", ""]
+    lines += [
+        f"- {escape(t.label)}: {escape(t.value)}" + (f" ({escape(t.note)})" if t.note else "") for t in page.tiles
+    ]
+    lines += [""] if page.tiles else []
     for warning in page.warnings:
         lines += [f"> Warning: {escape(warning)}", ""]
     for section in page.sections:

@@ -45,13 +45,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text. emphasis: a column in bold; folded: the title under which it is folded away."""
+    """Rows of text.
+
+    emphasis: the column whose cells are coloured by `tones`, one a row: 'good' and 'bad' are bold, '' is plain.
+    folded: the title under which it is folded away.
+    """
 
     kind: ClassVar[str] = "table"
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
     emphasis: int | None = None
+    tones: Sequence[str] = ()
     folded: str = ""
 
 
@@ -113,12 +118,27 @@ class Answer:
 
 @dataclass(frozen=True)
 class Samples:
-    """Answers side by side, by prompt: (prompt, answers). scale: whether tokens are coloured by KL."""
+    """Answers side by side, by prompt: (prompt, answers).
+
+    scale: what the colours of tokens mean, where there are any.
+    filter: what the box above says that filters the prompts by their words; without it there is none.
+    """
 
     kind: ClassVar[str] = "samples"
     samples: Sequence[tuple[str, Sequence[Answer]]]
     about: str
     scale: Sequence[tuple[str, str]] = ()
+    filter: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure in large letters. tone: 'good' and 'bad' only where its interval says so, else ''."""
+
+    label: str
+    value: str
+    note: str = ""
+    tone: Literal["good", "bad", ""] = ""
 
 
 Block = Text | Finding | Table | Figure | Facts | Code | Samples
@@ -135,13 +155,26 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report. verdict: the one sentence below the title; about: what kind of report it is."""
+    """A whole report.
+
+    verdict: the one sentence below the title.
+    about: what kind of report it is.
+    tiles: the figures that decide, in large letters.
+    refresh: seconds after which a browser loads the page again; 0 is never.
+    """
 
     title: str
     verdict: str
     about: str
     sections: Sequence[Section]
     warnings: Sequence[str] = field(default=())
+    tiles: Sequence[Tile] = field(default=())
+    refresh: int = 0
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some block has a box that filters."""
+        return any(isinstance(b, Samples) and b.filter for section in self.sections for b in section.blocks)
 
     def to_json(self) -> JsonObject:
         """The same as plain values: every dataclass an object, with the kind of a block; None for what is no number."""

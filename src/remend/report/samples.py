@@ -68,7 +68,7 @@ def coloured(tokens: Sequence[JsonRow], label: str = "") -> Said:
         return plain("", label)
     pieces = [Piece(t["text"], level(t["kl"]), _hover(t), t["kl"]) for t in tokens]
     agreed = sum(t["rank"] == 0 for t in tokens)
-    return Said(pieces, label, f"{agreed} of its {len(pieces)} tokens are this model's first choice too")
+    return Said(pieces, label, f"{agreed} of {len(pieces)} tokens are this model's first choice too")
 
 
 def _hover(token: JsonRow) -> str:

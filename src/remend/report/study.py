@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from remend.files.atomic import JsonRow
-from remend.report.charts import Arrows, Forest, Lines, Points, Scatter, Series, Share
+from remend.report.charts import BARS, Arrows, Forest, Lines, Points, Scatter, Series, Share
 from remend.report.page import Block, Code, Facts, Figure, Page, Section, Table, Text
 from remend.report.svg import style
 from remend.report.tracks import CAUTION
@@ -13,8 +13,9 @@ from remend.report.words import machine_facts, number, percent
 
 Rows = Sequence[JsonRow]
 
-MEASURED = ("degradation", "method", "seeds", "KL, nats a token", "KL gap closed (95%)", "top-1 agreement")
-SCORED = ("score (95%)", "change (95%)", "can show", "verdict", "loss won back (95%)")
+CLOSED = "KL gap closed (95%)"
+MEASURED = ("degradation", "method", CLOSED, "KL, nats a token", "top-1 agreement", "seeds")
+SCORED = ("score (95%)", "change (95%)", "detectable", "verdict", "loss won back (95%)")
 """Columns of each task; one that says nothing in any row is left out."""
 
 
@@ -64,7 +65,11 @@ def _verdict(rows: Rows) -> str:
     for row in known:
         if row["group"] not in best or row["gap_closed"] > best[row["group"]]["gap_closed"]:
             best[row["group"]] = row
-    words = "; ".join(f"{group}: {_share(r, '').words()} by {r['method']}" for group, r in best.items())
+    words = "; ".join(
+        f"{group}: {_share(r, '').words()} by {r['method']}"
+        + ("" if _share(r, "").tone == "good" else ", which is no recovery beyond chance")
+        for group, r in best.items()
+    )
     return f"Most of the KL gap closed, with 95% intervals: {words}."
 
 
@@ -78,15 +83,17 @@ def _table(every: Rows, rows: Rows) -> list[Section]:
     cells = [_cells(row, names) for row in every]
     said = [i for i in range(len(columns)) if i < len(MEASURED) or any(row[i] != "–" for row in cells)]
     shown = [[row[i] for i in said] for row in cells]
-    table = Table([columns[i] for i in said], shown, emphasis=4, caption=_caption(every))
+    tones = ["" if row["how"] == "none" else _share(row, "").tone for row in every]
+    table = Table(
+        [columns[i] for i in said], shown, emphasis=MEASURED.index(CLOSED), tones=tones, caption=_caption(every)
+    )
     blocks: list[Block] = [table]
     if any(row["gap_closed"] is not None for row in rows):
         bars = [_share(row, f"{row['group']}: {row['method']}") for row in rows]
         blocks.append(
             Figure(
                 [Forest("KL gap closed, with 95% intervals", bars, "share of the KL gap closed")],
-                see="0% is the degraded student, 100% the reference. A bar that does not cross 0% is recovery beyond "
-                "chance.",
+                see=f"0% is the degraded student, 100% the reference. {BARS}",
                 measured="Forward KL to the reference on its own answers to the held-out prompts, averaged over seeds "
                 "prompt by prompt; percentile bootstrap with prompts resampled in pairs. The bars say nothing of "
                 "seeds: what these differ by is in results.json.",
@@ -102,10 +109,10 @@ def _cells(row: JsonRow, names: Sequence[str]) -> list[str]:
     cells = [
         row["group"],
         row["method"],
-        str(len(row["seeds"])),
-        number(kl["degraded"]) + ("" if idle else f" → {number(kl['recovered'])}"),
         "–" if idle else _share(row, "").words(),
+        number(kl["degraded"]) + ("" if idle else f" → {number(kl['recovered'])}"),
         number(agreed["degraded"], ".1%") + ("" if idle else f" → {number(agreed['recovered'], '.1%')}"),
+        str(len(row["seeds"])),
     ]
     for name in names:
         cells += _score(graded.get(name), idle)
@@ -156,7 +163,7 @@ def _caption(rows: Rows) -> str:
         "KL, agreement: degraded → recovered, on held-out prompts. Scores are of the recovered model, in the row of "
         "the method none of the degraded one, averaged over seeds item by item; changes are in points from the "
         "degraded to the recovered, paired by item, and better and worse are adjusted by Holm over the tasks of a row. "
-        f"Can show: the least change in points that so many items find with power 80%. {won}{made}"
+        f"Detectable: the least change in points that this number of items finds with 80% power. {won}{made}"
         f"Items: {items or 'none'}. Training seconds are those of "
         "repair, of the reference's answers to train on and of the steps; measuring is not in them."
     )
@@ -187,8 +194,9 @@ def _ability(every: Rows, rows: Rows) -> list[Section]:
         return []
     figure = Figure(
         charts,
-        see="An arrow goes from the degraded student to the recovered one. Up is the task, right is general ability; "
-        "the reference has both. A method that learns the task alone goes up and not right.",
+        see="An arrow goes from the degraded student to the recovered one. Up is the task, right is general ability. "
+        "The reference is at the right edge, at its own score: of a task that it never learned, that may be 0. A "
+        "method that learns the task alone goes up and not right.",
         measured="Agreement on the reference's answers to held-out general prompts; the score on held-out rows of the "
         "task. Means over seeds; the intervals stand in the table.",
     )
@@ -236,7 +244,7 @@ def _equal_table(groups: Rows, what: str, unit: str) -> Table:
         "below."
     )
     columns = ["degradation", "method", f"{unit} allowed", f"{unit} spent", "KL", "KL gap closed", "over seeds"]
-    return Table(columns, rows, caption=caption, emphasis=5)
+    return Table(columns, rows, caption=caption)
 
 
 def _courses(results: JsonRow, what: str, unit: str) -> Figure:

@@ -50,6 +50,8 @@ class Frame:
             at, _ = self.place(x, self.y_low)
             parts.append(text(at, self.height - BOTTOM + 18, f"{x:g}"))
         parts.append(text((LEFT + WIDTH - RIGHT) / 2, self.height - 8, x_label))
+        if not y_label:
+            return parts
         middle = (TOP + self.height - BOTTOM) / 2
         turned = f'transform="rotate(-90 12 {middle:.0f})"'
         parts.append(f'<text x="12" y="{middle:.0f}" text-anchor="middle" {turned}>{escape(y_label)}</text>')

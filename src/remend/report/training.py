@@ -1,11 +1,11 @@
-"""Figures of a run's steps: loss and held-out KL by stream, tokens a second."""
+"""Figures of a run's steps: loss and held-out KL by stream, learning rate, gradient, memory, tokens a second."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from remend.files.atomic import JsonRow
-from remend.files.run_directory import METRICS, RunDirectory, updates_a_round
+from remend.files.run_directory import METRICS, TIMING, RunDirectory, updates_a_round
 from remend.report.charts import Lines, Series
 from remend.report.page import Block, Figure, Text
 from remend.report.svg import Point, style
@@ -27,12 +27,79 @@ def figures(files: RunDirectory, summary: JsonRow, manifest: JsonRow) -> list[Bl
         return [Text("No steps were trained.")]
     names = [key.removesuffix("/loss") for key in trained[0] if key.endswith("/loss")]
     main = main_stream(names, summary, manifest)
-    losses: list[Block] = [
-        _loss(name, _held_out(rows, summary, name, name == main or not name), trained)
-        for name in sorted(names, key=lambda name: name != main) or [""]
-    ]
+    losses: list[Block] = []
+    for name in sorted(names, key=lambda name: name != main) or [""]:
+        is_main = name == main or not name
+        teacher = None if is_main else _teacher(name, manifest)
+        losses.append(_loss(name, _held_out(rows, summary, name, is_main), trained, _caption(teacher)))
+    charts = [*_course(trained, names), *_memory(files)]
     speed = _speed(trained, files.step_seconds(), names, updates_a_round(manifest["recipe"]))
-    return losses + ([speed] if speed else [])
+    course = [Figure(charts, see=COURSE, measured=_clipping(manifest))] if charts else []
+    return [*losses, *course, *([speed] if speed else [])]
+
+
+def _teacher(name: str, manifest: JsonRow) -> str:
+    """The name of a stream's teacher."""
+    stream: JsonRow = (manifest["recipe"].get("streams") or {}).get(name) or {}
+    return str(stream.get("teacher") or manifest["reference"])
+
+
+def _caption(teacher: str | None) -> str:
+    """What to see in a stream's loss and held-out KL; None is the stream that is taught by the reference."""
+    if teacher == "initial":
+        return (
+            "This stream holds the student to where it began: its KL starts at 0 and can only rise. It does its work "
+            "where the line stays low while the other streams fall."
+        )
+    if teacher in ("ema", "live"):
+        return (
+            "This stream's teacher moves with the student, so its KL says how far the two are apart, and not how much "
+            "was learned: for that look at the negative log-likelihood of the answers in the table."
+        )
+    return (
+        "Training works where the loss falls and the held-out KL falls with it; a held-out KL that rises again says "
+        "that training went on too long."
+    )
+
+
+COURSE = (
+    "A learning rate that rises and then falls is the schedule. A gradient norm that jumps and stays high says that "
+    "the rate is too large for this model. Memory that climbs from step to step will not last a longer run."
+)
+
+
+def _clipping(manifest: JsonRow) -> str:
+    limit = manifest["recipe"].get("max_grad_norm")
+    scaled = f" The gradient norm is that before it is scaled down to {limit:g} at most." if limit else ""
+    return f"By optimizer step.{scaled} Memory is that of the process, after the step."
+
+
+def _course(trained: Rows, names: Sequence[str]) -> list[Lines]:
+    """Learning rate, gradient norm and clipped share over the steps, as far as the metrics have them."""
+    charts = []
+    for key, title, high in (
+        ("learning_rate", "Learning rate", None),
+        ("grad_norm", "Gradient norm", None),
+        ("clipped_share", "Clipped share: completions that met the length limit", 1.0),
+    ):
+        lines = [
+            Series(label, style(i), thinned(points))
+            for i, (label, of) in enumerate([(title.lower(), key), *((name, f"{name}/{key}") for name in names)])
+            if (points := [(float(row["step"]), row[of]) for row in trained if of in row])
+        ]
+        if lines:
+            charts.append(Lines(title, lines, x_label="optimizer step", y_label="", high=high))
+    return charts
+
+
+def _memory(files: RunDirectory) -> list[Lines]:
+    rows = [row for row in files.rows(TIMING) if "stage" not in row]
+    lines = [
+        Series(label, style(i), thinned(points))
+        for i, (label, key) in enumerate((("memory of the process", "rss_mib"), ("GPU memory, peak", "gpu_mib")))
+        if (points := [(float(row["step"]), row[key]) for row in rows if key in row])
+    ]
+    return [Lines("Memory", lines, x_label="optimizer step", y_label="MiB")] if lines else []
 
 
 def main_stream(names: Sequence[str], summary: JsonRow, manifest: JsonRow) -> str | None:
@@ -64,7 +131,7 @@ def _held_out(rows: Rows, summary: JsonRow, name: str, main: bool) -> list[Serie
     return lines
 
 
-def _loss(name: str, held_out: Sequence[Series], trained: Rows) -> Figure:
+def _loss(name: str, held_out: Sequence[Series], trained: Rows, see: str) -> Figure:
     key = f"{name}/loss" if name else "loss"
     points = [(float(row["step"]), row[key]) for row in trained if key in row]
     width = -(-len(points) // MOST_POINTS)
@@ -81,8 +148,7 @@ def _loss(name: str, held_out: Sequence[Series], trained: Rows) -> Figure:
     )
     return Figure(
         [chart],
-        see="Training works where the loss falls and the held-out KL falls with it; a held-out KL that rises again "
-        "says that training went on too long.",
+        see=see,
         measured="The loss is the divergence from the teacher on the step's own completions, so its tokens change from "
         "step to step. The held-out KL is measured on fixed answers.",
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
+from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from remend.files.atomic import write_json, write_text
 from remend.report.markdown import markdown
@@ -26,8 +30,12 @@ def _environment() -> Environment:
 
 
 def html(page: Page) -> str:
-    """One self-contained document: no script, nothing loaded; all text escaped."""
-    return _environment().get_template("page.html.j2").render(page=page)
+    """One self-contained document: nothing is loaded, all text is escaped, and no script may run but the one that
+    filters prompts, which the page's policy names by its hash."""
+    script = files("remend.report").joinpath("filter.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = _environment().get_template("page.html.j2")
+    return template.render(page=page, script=Markup(script), script_hash=f"sha256-{digest}")
 
 
 def write_page(directory: Path, page: Page) -> Path:

@@ -108,6 +108,19 @@ def container_of(source: ModelSource) -> Container | None:
     return next((container for container in reversed(CONTAINERS.entries.values()) if container.reads(source)), None)
 
 
+def formats_of(grid: str) -> list[str]:
+    """As what `remend export --format` can write a model on this grid ('none': free weights), engines' formats first.
+
+    A container that only takes such a model as float32 is named with that, as in 'gguf:f32'.
+    """
+    formats = [
+        f"{name}:{kind}" if kind else name
+        for name, container in CONTAINERS.entries.items()
+        if container.write and (kind := next((k for k in ("", "f32") if not container.fits(grid, k)), None)) is not None
+    ]
+    return sorted(formats, key=lambda name: name == "dense")
+
+
 def packed_by(source: ModelSource) -> str | None:
     """The tool that packed a directory's weights, as its config.json names it.
 
