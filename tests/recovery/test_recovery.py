@@ -29,6 +29,7 @@ from remend.models.find import find_model
 from remend.models.load import load_model, save_model
 from remend.recovery.job import RecoverResult, check, recover
 from remend.recovery.repair import REPAIR_ANSWERS
+from remend.report.recovery import verdict
 from remend.training.loop import Optimization
 
 
@@ -173,7 +174,7 @@ def test_messages_and_what_looks_like_markup(recipe: dict[str, Any], tmp_path: P
     result = recover(**{**recipe, "data": write(tmp_path / "chat.jsonl", rows), "steps": 1, "held_out": 2})
     assert result.samples()[0]["prompt"].startswith("<script>a(")
     page = result.report.read_text()
-    assert "<script" not in page
+    assert "<script>a" not in page
     assert "&lt;script&gt;a(" in page
 
 
@@ -253,3 +254,11 @@ def test_a_student_that_is_an_adapter_is_trained_as_one(adapter_run: RecoverResu
     assert any(not before[k].equal(after[k]) for k in before)
     (problem,) = check(**{**values, "lora": {"rank": 2}, "out": f"{both['out']}-third"}).problems
     assert "is an adapter, which is trained as it is; leave lora out" in problem
+
+
+def test_the_recovered_model_has_a_card(grid_run: RecoverResult) -> None:
+    card = (grid_run.model / "README.md").read_text(encoding="utf-8")
+    assert verdict(grid_run.summary) in card
+    assert "held by training: int3-g64-asym" in card
+    assert "licence: not known" in card
+    assert "AutoModelForCausalLM" in card

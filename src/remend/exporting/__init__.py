@@ -61,7 +61,7 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
             check = compare_file(target, measured)
         if measured.degradation is not None:
             write_json(target / RECORD, measured.degradation)
-        write_text(target / "README.md", write_card(measured, facts["container"], check, facts.get("note")))
+        write_text(target / "README.md", write_card(measured, facts, check))
         result = {
             "source": source,
             "format": format,

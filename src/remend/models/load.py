@@ -19,7 +19,7 @@ from remend.errors import FileError, InputError, RemendError
 from remend.files.atomic import write_text
 from remend.models import adapters
 from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of
-from remend.models.find import ModelSource, complete, fetch_model, require_readable, weight_files
+from remend.models.find import CARD, ModelSource, complete, fetch_model, require_readable, weight_files
 from remend.models.gguf_header import forget, parsed_once
 from remend.models.gguf_numbers import apply_numbers
 from remend.models.gguf_rope import FACTORS, apply_rope
@@ -37,7 +37,6 @@ from remend.models.protocols import CausalLM, Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-CARD = "README.md"
 CARD_OF_PARTS = (
     "The files that this model was read from held parts that transformers' model has no place for. "
     "They are not in this one:"

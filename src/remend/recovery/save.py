@@ -20,6 +20,7 @@ from remend.models.find import find_model
 from remend.models.load import save_model
 from remend.models.protocols import CausalLM
 from remend.recovery.begin import Run
+from remend.recovery.card import write_model_card
 from remend.recovery.judge import HeldOut, summarize
 from remend.recovery.plan import Plan
 from remend.report import write_report
@@ -83,5 +84,6 @@ def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str
         "warnings": [*plan.warnings, *run.prompts.warnings],
         "notes": list(plan.notes),
     }
+    write_model_card(directory.path, plan, summary)
     write_report(directory.path, summary)
     write_json(directory.path / SUMMARY, summary)  # last: its presence says that the run is complete

@@ -17,9 +17,11 @@ from remend.degrade.quantize import quantize
 from remend.errors import InputError
 from remend.files.atomic import json_line, new_directory, write_json, write_text
 from remend.files.run_directory import INPUTS, occupied
-from remend.models.find import EMBEDDED, ORIGIN_FILE, find_model
+from remend.models.find import CARD, EMBEDDED, ORIGIN_FILE, find_model
 from remend.models.load import load_model, load_tokenizer, save_model
+from remend.models.origin import origin_of
 from remend.recovery.job import RecoverResult, run_recovery, settings
+from remend.report.card import Card, named, ways_to_use
 
 FORMAT = "int3-g64-asym"
 HELD_OUT = 32
@@ -73,6 +75,9 @@ def demo(out: str | Path | None = None, *, model: str = EMBEDDED, steps: int = S
         save_model(reference, load_tokenizer(source), target)
         if source.kind == "gguf" and source.path:
             write_json(target / ORIGIN_FILE, {"dequantized_from": source.path.name})
+        lead = "The healthy model of a demo, as a plain directory."
+        card = Card(title=named(model), lead=lead, parts=[], origin=origin_of(source), use=ways_to_use())
+        write_text(target / CARD, card.markdown())
     del reference
     quantize(str(inputs / "reference"), inputs / "degraded", format=FORMAT, probe=False)
     train, held_out = write_prompts(inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,19 +23,22 @@ from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.degrade.kinds import Calibrated, DegradeSettings
 from remend.degrade.making.shares import require_known, skipped
 from remend.errors import InputError, RemendError
-from remend.files.atomic import JsonObject, new_directory, write_json
+from remend.files.atomic import JsonObject, new_directory, write_json, write_text
 from remend.files.run_directory import occupied
+from remend.models.accounting import LEFT_OUT
 from remend.models.activations.walk import Sites, check_walk, completions, walk
 from remend.models.device import choose_device
-from remend.models.find import ModelSource, find_model, hash_files, origin_note
-from remend.models.load import load_model, load_tokenizer, save_model
+from remend.models.find import CARD, ModelSource, fetch_model, find_model, hash_files, origin_note
+from remend.models.load import CARD_OF_PARTS, load_model, load_tokenizer, save_model
 from remend.models.matrices import Matrix, account, matrices
+from remend.models.origin import origin_of
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.room import room_of
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
 from remend.registry import Registry
+from remend.report.card import Card, left_out, named, part_of_damage, relation_of, ways_to_use
 from remend.training.measure import compare, pool
 from remend.training.teachers.frozen import Frozen
 
@@ -152,10 +156,12 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
         if changed.files:
             changed.files(target)
         write_json(target / RECORD, record)
+        _write_card(target, damage, changed.student, record)
     if settings.probe:  # after the saving: whatever fails here, the work is not lost
         try:
             record["probe"] = _probe(damage, changed.student)
             write_json(out / RECORD, record)
+            _write_card(out, damage, changed.student, record)
         except Exception as error:
             reason = str(error) if isinstance(error, RemendError) else f"{type(error).__name__}: {error}"
             warn(
@@ -163,6 +169,22 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
                 f"it: remend diagnose --reference {model} --student {out} --data PROMPTS.jsonl --out {out}-diagnosis"
             )
     return record
+
+
+def _write_card(directory: Path, damage: Damage, student: CausalLM, record: JsonObject) -> None:
+    text = Card(
+        title=f"{named(damage.source.spec)}, degraded",
+        lead=f"A copy of a healthy model, damaged on purpose by remend {importlib.metadata.version('remend')}: a "
+        "student for recoveries, not a model to use.",
+        parts=[
+            *left_out(CARD_OF_PARTS, list(getattr(student.config, LEFT_OUT, None) or [])),
+            part_of_damage(record, "What was done"),
+        ],
+        origin=origin_of(fetch_model(damage.source, weights=True)),
+        relation=relation_of(record),
+        use=ways_to_use(),
+    ).markdown()
+    write_text(directory / CARD, text)
 
 
 def _record(damage: Damage, changed: Changed, model: str, hashes: Mapping[str, str], seconds: float) -> JsonObject:
