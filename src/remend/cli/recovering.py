@@ -82,6 +82,17 @@ def export(
         print_line(f"note: {done['note']}")
 
 
+def push(
+    source: Annotated[str, typer.Argument(help="A finished run, or a complete model's directory.")],
+    repo: Annotated[str, typer.Argument(help="ORG/NAME on the hub, or NAME for one of your own.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; without this it is private.")] = False,
+) -> None:
+    """Upload a finished model to the Hugging Face hub: private unless you say --public."""
+    from remend.exporting.push import push as upload
+
+    print_line(upload(source, repo, public=public))
+
+
 def prompts(
     model: Annotated[str, typer.Argument(help=escape(MODEL))],
     out: Annotated[str, typer.Option(help="A new file of JSON lines; NAME.stats.json beside it says how it was made.")],
@@ -136,7 +147,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("recover")(command((WORDS, AS, RESUME), options, _recover, about))
     about = "Check a recipe without training: every problem and warning at once."
     app.command("check")(command((WORDS, AS, FILES), options, _check, about))
-    for verb in (export, prompts):
+    for verb in (export, push, prompts):
         app.command()(verb)
     about = "Store a teacher's completions and its top-k scores of them, for where it does not fit beside the student."
     app.command("cache-teacher")(command(FIXED, options_of(CacheSettings), _cache_teacher, about))
