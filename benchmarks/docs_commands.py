@@ -39,7 +39,7 @@ QUICK = {
 }
 """Words behind a command of that verb."""
 
-SKIPPED = {"lm-eval:": "reads data of the hub"}
+SKIPPED = {"lm-eval:": "reads data of the hub", "push": "uploads to the hub", "--watch": "serves until it is stopped"}
 MEASURED = "docs/results.md"
 """Its commands are those of measurements, which take hours."""
 

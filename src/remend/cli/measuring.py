@@ -37,8 +37,16 @@ def _diagnose(_: Values, given: Values) -> None:
 def report(
     paths: Annotated[list[str], typer.Argument(help="Directories of recoveries or diagnoses.")],
     out: Annotated[str | None, typer.Option(help="A new directory, for a page that compares several.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Serve the page of a run under way on this machine.")] = False,
 ) -> None:
-    """Write the page of a run or a diagnosis anew, or one page that compares several."""
+    """Regenerate the HTML report of a run or a diagnosis, or write one page that compares several."""
+    if watch:
+        from remend.report.watch import watch as serve
+
+        if len(paths) != 1 or out:
+            raise InputError("--watch takes one run's directory and no --out: it writes nothing")
+        serve(paths[0], print_line)
+        return
     from remend.report import report as write
 
     print_line(str(write(paths, Path(out) if out else None)))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def print_line(text: str) -> None:
     """One line on standard output, as it is."""
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def show_damage(out: str, done: JsonRow) -> None:

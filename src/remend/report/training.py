@@ -24,7 +24,7 @@ def figures(files: RunDirectory, summary: JsonRow, manifest: JsonRow) -> list[Bl
     rows = files.rows(METRICS)
     trained = [row for row in rows if "loss" in row]
     if not trained:
-        return [Text("No steps were trained.")]
+        return [Text("No steps were trained." if "steps" in summary else "No step is done yet.")]
     names = [key.removesuffix("/loss") for key in trained[0] if key.endswith("/loss")]
     main = main_stream(names, summary, manifest)
     losses: list[Block] = []
@@ -106,7 +106,8 @@ def main_stream(names: Sequence[str], summary: JsonRow, manifest: JsonRow) -> st
     """The stream that the summary's own figures are of: taught by the reference, and not among its side streams."""
     streams = manifest["recipe"].get("streams") or {}
     taught = [n for n in streams if (streams[n].get("teacher") or manifest["reference"]) == manifest["reference"]]
-    return next((name for name in (*taught, *names) if name in names and name not in summary.get("streams", {})), None)
+    beside = summary.get("streams", {})
+    return next((name for name in (*taught, *names) if name in names and name not in beside), None)
 
 
 def _held_out(rows: Rows, summary: JsonRow, name: str, main: bool) -> list[Series]:
@@ -114,20 +115,22 @@ def _held_out(rows: Rows, summary: JsonRow, name: str, main: bool) -> list[Serie
     sides, key = summary.get("streams", {}), "eval/kl" if main else f"eval/{name}/kl"
     if not main and name not in sides:
         return []
-    ends = (summary["degraded"], summary["recovered"]) if main else (sides[name]["before"], sides[name]["after"])
+    of, names = (summary, ("degraded", "recovered")) if main else (sides[name], ("before", "after"))
+    before, after = (of.get(name) for name in names)  # a run under way has no end yet
     repair = summary.get("repair") if main else None
     repair = repair if repair and repair.get("kept", True) else None
     evaluated = [(float(row["step"]), row[key]) for row in rows if key in row]
-    selected: JsonRow = summary.get("selected") or {}
-    last = float(selected.get("step", summary["steps"]))
-    first = repair["kl"] if repair else ends[0]["kl"]
-    points = sorted([(0.0, first), *evaluated, (last, ends[1]["kl"])], key=lambda p: p[0])
+    points = [(0.0, repair["kl"] if repair else before["kl"])] if before else []
+    points += evaluated
+    if after:
+        selected: JsonRow = summary.get("selected") or {}
+        points = sorted([*points, (float(selected.get("step", summary["steps"])), after["kl"])], key=lambda p: p[0])
     label = "held-out KL" + (" (on the reference's answers)" if main else " to its teacher")
     # a line between the two ends alone would show a path that nobody measured
     lines = [Series(label, style(1), points, dots=True, joined=bool(evaluated))]
-    if repair:
-        before = [(0.0, ends[0]["kl"])]
-        lines.append(Series("held-out KL before one-shot repair", style(2), before, dots=True, joined=False))
+    if repair and before:
+        start = [(0.0, before["kl"])]
+        lines.append(Series("held-out KL before one-shot repair", style(2), start, dots=True, joined=False))
     return lines
 
 
