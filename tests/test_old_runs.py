@@ -43,16 +43,24 @@ def test_a_complete_run_is_complete() -> None:
 
 
 def test_its_report_says_the_same() -> None:
+    """The tables of the gap have other rows and columns since; every figure of a model is still there."""
     page = Path("complete/report.md")
     before = _tables(page)
     page.unlink()
     report(["complete"])
+    after = _tables(page)
     assert len(before) > 20
-    assert _tables(page) == before
+    columns = next(i for i, row in enumerate(before) if row[0] == "on held-out prompts")
+    labels = {row[0]: row[1:] for row in after}
+    for label, degraded, recovered, _, gap in before[columns + 3 : columns + 7]:
+        cells = " ".join(labels[label]).split()
+        assert {degraded, recovered, gap} <= {*cells, "–"}
+    assert [row for row in before[columns + 7 :] if row not in after] == []
 
 
-def _tables(page: Path) -> list[str]:
-    return [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+def _tables(page: Path) -> list[list[str]]:
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_it_is_exported() -> None:

@@ -183,7 +183,7 @@ def test_every_how_runs(write: Any, tmp_path: Path) -> None:
     assert "loss won back" not in page.lower()  # no loss, nothing to say in a column of its own
     grade["gap"] = {"value": 0.5, "interval": [0.25, 0.75]}
     assert "50% (25% to 75%)" in write_page(tmp_path, study_page(results)).read_text()
-    for text in ("can show", "Intervals of scores: Wilson; of changes: Bonett-Price"):
+    for text in ("detectable", "Intervals of scores: Wilson; of changes: Bonett-Price"):
         assert text in page
     for note in results["correlation"]["notes"]:
         assert html.escape(note, quote=False) in page or html.escape(note) in page

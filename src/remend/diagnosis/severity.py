@@ -102,7 +102,7 @@ def sentences(figures: JsonRow) -> list[Sentence]:
     low, high = behaviour["kl_95"] or (math.nan, math.nan)
     result = [
         Sentence(
-            f"Damage: {figures['severity']}. Its next-token distribution is {behaviour['kl']:.3f} nats a token (95% "
+            f"Severity: {figures['severity']}. Its next-token distribution is {behaviour['kl']:.3f} nats a token (95% "
             f"{low:.3f} to {high:.3f}) from the reference's, and {behaviour['top1_agreement']:.0%} of its first "
             "choices are the same.",
             ("/severity", "/behaviour/kl", "/behaviour/kl_95", "/behaviour/top1_agreement"),
@@ -140,8 +140,8 @@ def sentences(figures: JsonRow) -> list[Sentence]:
     result.append(
         Sentence(
             f"Left to itself it repeats {own['repetition']:.0%} of its 4-grams (reference "
-            f"{reference['repetition']:.0%}), and {own['clipped_share']:.0%} of its answers do not end in time "
-            f"(reference {reference['clipped_share']:.0%}).",
+            f"{reference['repetition']:.0%}), and {own['clipped_share']:.0%} of its answers were cut at the "
+            f"length limit (reference {reference['clipped_share']:.0%}).",
             (
                 "/own_answers/repetition",
                 "/reference_answers/repetition",

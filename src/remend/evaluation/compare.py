@@ -253,7 +253,7 @@ def _section(task: JsonObject, level: str) -> tuple[str, list[Grid], list[str]]:
         f"{task['task']} (grader {task['grader']}), {task['n']} items{clusters}",
         [
             (["model", "score", f"{level} interval{by}"], scores),
-            (["from → to", "points", f"{level} interval{change_by}", "p", "gained / lost", "can show"], pairs),
+            (["from → to", "points", f"{level} interval{change_by}", "p", "gained / lost", "detectable"], pairs),
         ],
         lines,
     )
@@ -279,7 +279,7 @@ def _notes(comparison: JsonObject) -> list[str]:
     holm = f", adjusted by Holm over {len(comparison['tasks'])} tasks" if len(comparison["tasks"]) > 1 else ""
     notes = [
         f"p: {tests}{holm}; better and worse need p below {1 - comparison['level']:.3g} and an interval without zero.",
-        f"can show: the least difference that one such test finds on these items with power {comparison['power']:.0%}.",
+        f"detectable: the least difference that such a test finds on these items with {comparison['power']:.0%} power.",
     ]
     drawn = [
         task for task in comparison["tasks"] if task["gap_closed"] or "bootstrap" in task["comparisons"][0]["method"]

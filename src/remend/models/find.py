@@ -196,8 +196,8 @@ def origin_note(source: ModelSource) -> str | None:
     if name is None:
         return None
     return (
-        f"the reference is dequantized from {name}: it lies on that file's grid, so a grid as fine as that one "
-        "reproduces it and damages nothing"
+        f"the reference is the file {name} dequantized: quantizing it to that file's own format again changes nothing, "
+        "and a finer format little"
     )
 
 

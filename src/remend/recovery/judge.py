@@ -137,7 +137,7 @@ class Judge:
         student = self.run.parts(model)
         on_reference = self._compare(student, self.completions, f"measuring the {name} model")
         own, on_policy = self.own_answers(model, len(self.prompts), f"the {name} model answers")
-        shown = _sample(self.run, model, self.prompts[:SHOWN], "sampling answers to read", 0.0)
+        shown = _sample(self.run, model, self.prompts[:SHOWN], "generating sample answers for the report", 0.0)
         return HeldOut(on_reference, on_policy, [as_text(self.run.plan.tokenizer, r) for r in shown]), own
 
     def degraded(self, student: CausalLM) -> HeldOut:
@@ -164,7 +164,7 @@ class Judge:
         write_text(directory / "held_out_repaired.jsonl", "".join(json_line(row) for row in rows))
         figures = pool(sums)
         helped = figures["kl"] <= before.figures()["kl"]
-        on_fitted = pool(self._compare(ours, fitted, "and on what it was fitted to"))["kl"] if fitted else None
+        on_fitted = pool(self._compare(ours, fitted, "measuring on the calibration text"))["kl"] if fitted else None
         measured = {key: figures[key] for key in ("kl", "top1_agreement", "perplexity")}
         record: JsonObject = {**measured, "kl_fitted": on_fitted, "seconds": round(seconds, 1), "kept": helped}
         write_json(directory / REPAIR, record)

@@ -38,12 +38,12 @@ def plain(text: str, label: str = "") -> Said:
 
 
 def marked(text: str, reference: str, label: str = "") -> Said:
-    """A text whose words that are not the reference's, in order, are marked; the note says how many are."""
+    """A text whose words that are not the reference's, in order, are marked where most are; the note says how many."""
     ours, theirs = words_of(text), words_of(reference)
     if not ours or not theirs or max(len(ours), len(theirs)) > MOST_WORDS:
         return plain(text, label)
     matcher = SequenceMatcher(None, [w.strip() for w in theirs], [w.strip() for w in ours], autojunk=False)
-    pieces, same = [], 0
+    pieces, same = list[Piece](), 0
     for tag, _, _, start, end in matcher.get_opcodes():
         if start == end:
             continue
@@ -54,7 +54,10 @@ def marked(text: str, reference: str, label: str = "") -> Said:
         else:
             word = whole.rstrip()
             pieces += [Piece(word, "differs"), *([Piece(whole[len(word) :])] if word != whole else [])]
-    return Said(pieces, label, f"{same} of {len(ours)} words are the reference's, in its order")
+    note = f"{same} of {len(ours)} words are the reference's, in its order"
+    if 2 * same < len(ours):  # an answer of other words, which may be as good, would be marked all over
+        return Said([Piece(text)], label, note)
+    return Said(pieces, label, note)
 
 
 def words_of(text: str) -> list[str]:
