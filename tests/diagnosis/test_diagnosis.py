@@ -116,7 +116,11 @@ def test_another_model_is_broken_and_not_worth_it(
     tokenizer.save_pretrained(tmp_path / "other")
     diagnosis = diagnose(reference_dir, [tmp_path / "other"], tmp_path / "out", prompt_file)
     assert diagnosis["severity"] == "broken"
-    assert "not worth it" in diagnosis["recommendation"]["text"]
+    certain, wide = ([{"layer": 0, "cka": 0.1, "cka_high": high, "random": 0.2}] for high in (0.15, 0.7))
+    for layers, said in ((certain, "Recovery is not worth it"), (wide, "Whether recovery is worth it can't be said")):
+        figures = {"severity": "broken", "layers": layers, "null_max": 0.1}
+        assert severity.recommendation(figures, "dense").text.startswith(said)
+    assert "worth it" in diagnosis["recommendation"]["text"]
 
 
 def test_fewer_layers_are_matched_by_their_map(reference_dir: Path, tmp_path: Path, prompt_file: Path) -> None:

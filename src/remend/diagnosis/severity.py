@@ -64,9 +64,12 @@ def entry(layers: Sequence[JsonRow]) -> int | None:
     return worst if falls[worst] > 0.001 else None
 
 
-def unrelated(layers: Sequence[JsonRow], null_max: float) -> bool:
-    """Whether the typical layer is no more alike than chance: shuffled rows, or random weights."""
-    values = [layer["cka"] for layer in layers if not math.isnan(layer["cka"])]
+def unrelated(layers: Sequence[JsonRow], null_max: float, of: str = "cka") -> bool:
+    """Whether the typical layer is no more alike than chance: shuffled rows, or random weights.
+
+    `of` 'cka_high' asks it of the upper ends of the intervals.
+    """
+    values = [layer[of] for layer in layers if not math.isnan(layer[of])]
     random = [layer["random"] for layer in layers if not math.isnan(layer.get("random", math.nan))]
     return not values or median(values) <= max(null_max, median(random) if random else -math.inf)
 
@@ -81,6 +84,13 @@ def recommendation(figures: JsonRow, kind: str) -> Sentence:
     if figures["severity"] == "none":
         return Sentence("There is nothing to recover: it speaks as the reference does.", ("/severity",))
     if unrelated(figures["layers"], figures["null_max"]):
+        if not unrelated(figures["layers"], figures["null_max"], of="cka_high"):
+            return Sentence(
+                "Whether recovery is worth it can't be said: the typical layer seems no more like the reference's than "
+                "chance, but its interval reaches above that. Diagnose more rows (--rows), and check that the "
+                "reference is the right one.",
+                ("/layers", "/null_max"),
+            )
         return Sentence(
             "Recovery is not worth it: the typical layer is no more like the reference's than chance, so this is no "
             "damaged copy of this reference, or nothing of it is left. Check that the reference is the right one.",

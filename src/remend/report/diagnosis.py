@@ -12,6 +12,7 @@ from remend.report.charts import BARS, Forest, Lines, Series, Share
 from remend.report.layers import changes, grids, layer_figures, layer_tables, norms, sites, student_style
 from remend.report.page import Answer, Block, Code, Facts, Figure, Finding, Page, Samples, Section, Table, Text
 from remend.report.pointers import traced
+from remend.report.recovery import FEW
 from remend.report.tracks import against, student_groups
 from remend.report.words import last_part, machine_facts, number, percent
 from remend.report.writing import write_page
@@ -83,7 +84,7 @@ def gaps_closed(students: Students, prefix: str = "") -> list[Share]:
         Share(
             f"{prefix}{name}, from {pair['name']}",
             pair.get("gap_closed_kl"),
-            *(pair.get("gap_closed_kl_95") or (None, None)),
+            *((None if pair.get("rows", FEW) < FEW else pair.get("gap_closed_kl_95")) or (None, None)),
         )
         for name, pair in pairs
     ]

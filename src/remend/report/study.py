@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from remend.files.atomic import JsonRow
 from remend.report.charts import BARS, Arrows, Forest, Lines, Points, Scatter, Series, Share
 from remend.report.page import Block, Code, Facts, Figure, Page, Section, Table, Text
+from remend.report.recovery import FEW
 from remend.report.svg import style
 from remend.report.tracks import CAUTION
 from remend.report.words import machine_facts, number, percent
@@ -54,7 +55,9 @@ def _not_graded(row: JsonRow) -> str:
 
 
 def _share(row: JsonRow, name: str) -> Share:
-    return Share(name, row["gap_closed"], *(row["gap_closed_95"] or (None, None)))
+    """The gap closed, with its interval where enough prompts carry one."""
+    few = row.get("held_out_prompts", FEW) < FEW
+    return Share(name, row["gap_closed"], *((None if few else row["gap_closed_95"]) or (None, None)))
 
 
 def _verdict(rows: Rows) -> str:
@@ -79,7 +82,6 @@ def _table(every: Rows, rows: Rows) -> list[Section]:
     names = list(dict.fromkeys(grade["name"] for row in every for grade in row["grades"]))
     columns = list(MEASURED)
     columns += [f"{name}: {what}" for name in names for what in SCORED]
-    columns += ["trained tokens", "training s"]
     cells = [_cells(row, names) for row in every]
     said = [i for i in range(len(columns)) if i < len(MEASURED) or any(row[i] != "–" for row in cells)]
     shown = [[row[i] for i in said] for row in cells]
@@ -116,7 +118,7 @@ def _cells(row: JsonRow, names: Sequence[str]) -> list[str]:
     ]
     for name in names:
         cells += _score(graded.get(name), idle)
-    return [*cells, _span(row["tokens_trained"], ",.0f"), _span(row["training_seconds"], ",.0f")]
+    return cells
 
 
 def _score(grade: JsonRow | None, idle: bool) -> list[str]:
@@ -164,9 +166,14 @@ def _caption(rows: Rows) -> str:
         "the method none of the degraded one, averaged over seeds item by item; changes are in points from the "
         "degraded to the recovered, paired by item, and better and worse are adjusted by Holm over the tasks of a row. "
         f"Detectable: the least change in points that this number of items finds with 80% power. {won}{made}"
-        f"Items: {items or 'none'}. Training seconds are those of "
-        "repair, of the reference's answers to train on and of the steps; measuring is not in them."
+        f"Items: {items or 'none'}.{_few(rows)}"
     )
+
+
+def _few(rows: Rows) -> str:
+    """A sentence where prompts are too few for an interval."""
+    counts = [row["held_out_prompts"] for row in rows if row.get("held_out_prompts", FEW) < FEW]
+    return f" {min(counts)} held-out prompts are too few for an interval of the KL gap closed." if counts else ""
 
 
 def _ability(every: Rows, rows: Rows) -> list[Section]:
@@ -335,7 +342,8 @@ def _cost(results: JsonRow) -> list[Block]:
     columns = ["degradation", "method", "steps", "trained tokens", "s of repair", "s of the reference's answers"]
     columns += ["s of steps", "s in all, with measuring and grading", "peak MiB of its process"]
     total = sum(sum(cell["seconds"].values()) for cell in results["cells"] if "seconds" in cell)
-    return [Table(columns, rows, caption=f"All cells together: {total / 3600:.2f} hours.")]
+    caption = f"All cells together: {total / 3600:.2f} hours. Measuring is not in the seconds of steps."
+    return [Table(columns, rows, caption=caption)]
 
 
 def _failures(failures: Mapping[str, str]) -> list[Section]:

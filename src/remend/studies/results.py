@@ -84,7 +84,7 @@ def mean(values: Sequence[float]) -> float:
 
 def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[Done], idle: Done) -> JsonObject:
     outcomes = [d.outcome for d in cells]
-    gap, interval = _gap(cells)
+    gap, interval, prompts = _gap(cells)
     # what one of the cells, or the degraded student, was not graded on can't be paired
     not_graded = list(dict.fromkeys(name for d in (*cells, idle) for name in d.ungraded))
     places = {REFERENCE: [out / "reference" / group.model], DEGRADED: [idle.place / GRADES]}
@@ -102,6 +102,7 @@ def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[
         "agreement": {when: mean([o["agreement"][when] for o in outcomes]) for when in (DEGRADED, RECOVERED)},
         "gap_closed": gap,
         "gap_closed_95": interval,
+        "held_out_prompts": prompts,
         "gap_closed_by_seed": [o["gap_closed"] for o in outcomes],
         "grades": _grades(study, group, places, not_graded),
         "not_graded": not_graded,
@@ -113,15 +114,15 @@ def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[
     }
 
 
-def _gap(cells: Sequence[Done]) -> tuple[float | None, tuple[float, float] | None]:
-    """Gap closed of the mean over seeds, and its interval over held-out prompts."""
+def _gap(cells: Sequence[Done]) -> tuple[float | None, tuple[float, float] | None, int]:
+    """Gap closed of the mean over seeds, its interval over held-out prompts, and how many prompts these are."""
     by_seed = [{row["id"]: row for row in RunDirectory(d.place).rows("held_out.jsonl")} for d in cells]
     ids = [name for name in by_seed[0] if all(name in rows for rows in by_seed)]
     before = [mean([rows[name]["kl_sum_degraded"] for rows in by_seed]) for name in ids]
     after = [mean([rows[name]["kl_sum_recovered"] for rows in by_seed]) for name in ids]
     tokens = sum(by_seed[0][name]["tokens"] for name in ids)
     value = gap_closed_divergence(sum(before) / tokens, sum(after) / tokens) if tokens else None
-    return value, bootstrap_gap_closed(before, after) if value is not None else None
+    return value, bootstrap_gap_closed(before, after) if value is not None else None, len(ids)
 
 
 def _grades(study: Study, group: Group, places: Mapping[str, Sequence[Path]], left: Sequence[str]) -> list[JsonObject]:
