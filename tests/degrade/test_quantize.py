@@ -119,6 +119,9 @@ def test_what_gptq_writes_lies_on_its_grid_and_is_described(made: Any) -> None:
         on_grid, zeros = on_grid + codes.numel(), zeros + int((tensors[name] == 0).sum())
     everything = build_model(320).num_parameters()
     assert (record["kind"], record["method"], record["format"]) == ("quantization", "gptq", "int3-g64-asym")
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert "a student for recoveries" in card
+    assert "format: int3-g64-asym" in card
     assert (record["matrices"], record["weights_on_grid"], record["weights_in_all"]) == (14, on_grid, everything)
     assert record["bits_per_weight"] == 3 + 2 * 16 / 64
     assert record["packed_bytes"] == on_grid * 3.5 / 8 + 2 * (everything - on_grid)

@@ -25,6 +25,11 @@ document.getElementById("page").onload = (event) => {{
   const texts = [...page.querySelectorAll(".plot text")].map((text) => text.getBoundingClientRect().height)
   document.getElementById("sizes").textContent =
     `width ${{page.scrollWidth}} height ${{page.scrollHeight}} letters ${{Math.min(...texts).toFixed(1)}}`
+  const box = page.querySelector(".filter input")
+  if (!box) return
+  box.value = "VOLCANO"
+  box.dispatchEvent(new Event("input"))
+  document.getElementById("sizes").textContent += ` filter ${{page.querySelector(".filter span").textContent}}`
 }}
 </script>
 """
@@ -68,6 +73,7 @@ def test_a_page_fits_its_window_and_says_nothing_on_the_console(
     assert int(sizes[1]) <= width
     assert int(sizes[2]) > 2000
     assert float(sizes[3]) >= 8  # pixels a letter's line is high
+    assert ("filter 1 of 4" in shown.stdout) == (name == "recovery")  # the script runs, and leaves one prompt
     assert "CONSOLE" not in shown.stderr
     drawn = subprocess.run(
         [*command, f"--screenshot={picture}"], capture_output=True, text=True, timeout=120, check=True
