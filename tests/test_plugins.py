@@ -41,7 +41,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     ],
 )
 def test_the_option_may_stand_anywhere(words: list[str], rest: list[str], modules: list[str]) -> None:
-    assert taken_out(words) == (rest, modules)
+    read = taken_out(words)
+    assert (read.words, read.modules) == (rest, modules)
 
 
 @pytest.mark.parametrize("words", [["recover", "--import"], ["--import=", "recover"], ["--import", "--out", "x"]])

@@ -1,20 +1,46 @@
-"""Progress on standard error: bars on a terminal, one line a stage elsewhere."""
+"""Progress on standard error: a bar on a terminal, one line a stage elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.progress import Task as Bar
+from rich.table import Column
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
+"""What `--quiet` silences: progress and remarks."""
+
+_warnings = Console(stderr=True, highlight=False)
+_phases: list[str] = []
+"""The phases of the command that is under way, and the one that it is in, as `phases` and `phase` set them."""
+_phase: list[str] = []
 
 
 def warn(text: str) -> None:
     """Tell the user something that stops nothing."""
-    console.print(f"[yellow]warning[/]: {text}", soft_wrap=True)
+    _warnings.print(Text("warning", style="yellow").append(f": {text}", style="default"), soft_wrap=True)
+
+
+@contextmanager
+def phases(names: Sequence[str]) -> Iterator[None]:
+    """While this lasts, each stage says in which of these phases it is: 2/5 and so on, as `phase` sets it."""
+    _phases[:] = names
+    try:
+        yield
+    finally:
+        _phases.clear()
+        _phase.clear()
+
+
+def phase(name: str) -> None:
+    """The stages that follow belong to this phase. It says nothing where no phases are named."""
+    _phase[:] = [name]
 
 
 class Advance(Protocol):
@@ -27,17 +53,51 @@ class Advance(Protocol):
 
 @contextmanager
 def stage(title: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
-    """Show that `title` is under way, with a bar of `total` units where that is known."""
-    if not console.is_terminal:
-        console.print(title)
+    """Show that `title` is under way, with a bar of `total` units where that is known.
+
+    A finished stage leaves one line: its title, how long it took, and its last note.
+    """
+    if _phase and _phase[0] in _phases:
+        title = f"{_phases.index(_phase[0]) + 1}/{len(_phases)} {title}"
+    if not console.is_terminal or console.quiet:
+        console.print(title, markup=False, soft_wrap=True)
         yield lambda count=1, note="": None
         return
-    known = [BarColumn(bar_width=28), MofNCompleteColumn(), TimeRemainingColumn()] if total else [SpinnerColumn("line")]
-    columns = [TextColumn("{task.description}"), *known, TextColumn("{task.fields[note]}")]
-    with Progress(*columns, console=console) as bars:
+    # the title gives way where the line is too short: the figures are what changes
+    name = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1))
+    note_column = TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True))
+    known = [BarColumn(bar_width=10), TaskProgressColumn(), _Left()] if total else [SpinnerColumn("line")]
+    began, last = time.monotonic(), ""
+    with Progress(name, *known, note_column, console=console, transient=True, expand=True) as bars:
         task = bars.add_task(title, total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
+            nonlocal last
+            last = note
             bars.update(task, advance=count, note=note)
 
         yield advance
+    line = "  ".join(part for part in (title, duration(time.monotonic() - began), last) if part)
+    console.print(line, markup=False, soft_wrap=True)
+
+
+class _Left(ProgressColumn):
+    """How long the rest takes."""
+
+    def get_default_column(self) -> Column:
+        return Column(no_wrap=True)
+
+    def render(self, task: Bar) -> Text:
+        left = task.time_remaining
+        return Text("" if left is None else f"{duration(left)} left", style="progress.remaining")
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3:05 min, 1:02:03 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02} min"
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"

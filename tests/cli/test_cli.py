@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 import remend
+from remend.cli import STORY, build_app, main
+from remend.console import console, stage, warn
+from remend.errors import InputError
 
 
 @pytest.fixture
@@ -211,3 +215,44 @@ def test_an_interrupted_run_says_how_it_goes_on(
     monkeypatch.setattr("remend.recovery.job.carry_out", interrupted)
     code, _, err = run("recover", recipe_file)
     assert (code, f"interrupted; go on with: remend recover --resume {recipe['out']}" in err) == (130, True)
+
+
+def test_every_verb_has_its_place_in_the_help() -> None:
+    command = typer.main.get_group(build_app())
+    shown = command.list_commands(typer.Context(command))
+    assert shown == [verb for verbs in STORY.values() for verb in verbs]
+    assert shown.index("degrade") < shown.index("diagnose") < shown.index("recover") < shown.index("export")
+
+
+@pytest.mark.parametrize("option", ["-q", "--quiet"])
+def test_quiet_hides_progress_and_keeps_warnings(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def recover(*_: Any, **__: Any) -> None:
+        with stage("training"):
+            warn("[red]steps")
+        raise InputError("no more")
+
+    monkeypatch.setattr(remend, "recover", recover)
+    monkeypatch.setattr("sys.argv", ["remend", "recover", "steps=1", option])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    console.quiet = False
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "warning: [red]steps\nerror: no more\n"
+
+
+def test_verbose_shows_where_an_error_came_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def recover(*_: Any, **__: Any) -> None:
+        raise InputError("no more")
+
+    monkeypatch.setattr(remend, "recover", recover)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "")
+    monkeypatch.setattr("sys.argv", ["remend", "-v", "recover", "steps=1"])
+    with pytest.raises(SystemExit):
+        main()
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("error: no more\n")

@@ -222,10 +222,15 @@ def test_what_was_made_is_said(run: Any, reference_dir: Path) -> None:
     assert "quantization int4-g32-sym rtn: 4.5 bits a weight, 0.1 MiB as packed" in out
     assert "probe: KL 0." in out
     assert "data absent.jsonl has no effect: quantizing to int4-g32-sym (rtn) needs no calibration" in err
-    tensors = load_file("q/model.safetensors")
-    on_grid = [t for name, t in tensors.items() if "proj" in name]
-    share = sum(int((t == 0).sum()) for t in on_grid) / sum(t.numel() for t in on_grid)
-    assert 0 < share < 1
+    assert "sparsity" not in out  # a grid has zeros, and nobody asked for them
+
+
+def test_the_zeros_of_a_pruned_model_are_said(run: Any, reference_dir: Path) -> None:
+    code, out, _ = run("degrade", "prune", reference_dir, "--sparsity", "0.5", "--no-probe", "--out", "p")
+    assert code == 0
+    tensors = load_file("p/model.safetensors")
+    pruned = [t for name, t in tensors.items() if "proj" in name]
+    share = sum(int((t == 0).sum()) for t in pruned) / sum(t.numel() for t in pruned)
     assert f"sparsity: {share:.2%} of the weights in 14 matrices are zero" in out
 
 

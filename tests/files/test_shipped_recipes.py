@@ -70,14 +70,24 @@ def _dense_copy(recipe: dict[str, Any], tmp_path: Path) -> str:
 
 def test_ls_and_cp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.build_app()(["recipes", "ls", "--plain"], standalone_mode=False) in (None, 0)
-    assert capsys.readouterr().out.split() == recipes.names()
+    assert capsys.readouterr().out.split() == [*recipes.names(), *recipes.studies()]
     assert {"forgetting", "quantized", "pruned"} <= set(recipes.names())
-    target = recipes.copy("forgetting", tmp_path / "new")
+    (target,) = recipes.copy("forgetting", tmp_path / "new")
     assert target.read_text() == recipes.path_of("forgetting").read_text()
     with pytest.raises(InputError, match="is there already"):
         recipes.copy("forgetting", tmp_path / "new")
-    study = recipes.copy("studies/small", tmp_path / "new")
+    (study,) = recipes.copy("studies/small", tmp_path / "new")
     assert study == tmp_path / "new" / "small.yaml"
     assert study.read_text() == recipes.path_of("studies/small").read_text()
     with pytest.raises(InputError, match=r'unknown recipe "forgeting"; known: .* Did you mean "forgetting"'):
         recipes.copy("forgeting", tmp_path)
+
+
+def test_a_recipe_that_reads_prompts_brings_a_sample_and_overwrites_none(tmp_path: Path) -> None:
+    copied, sample = recipes.copy("recover", tmp_path)
+    assert sample == copied.with_name(str(read_yaml(copied)["data"]))
+    assert all(set(json.loads(line)) == {"prompt"} for line in sample.read_text().splitlines())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "prompts.jsonl").write_text("mine")
+    assert len(recipes.copy("recover", tmp_path / "other")) == 1
+    assert (tmp_path / "other" / "prompts.jsonl").read_text() == "mine"

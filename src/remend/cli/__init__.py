@@ -2,31 +2,66 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
-from typing import Annotated
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import remend
 from remend.cli import degrading, listing, measuring, recovering
 from remend.cli.show import print_line
+from remend.console import console
 from remend.errors import InputError, RemendError
 from remend.plugins import import_installed, import_modules
+
+STORY: Mapping[str, Sequence[str]] = {
+    "Start here": ("demo", "recipes", "tasks"),
+    "Make a damaged model": ("degrade",),
+    "Find the damage": ("diagnose",),
+    "Bring it back": ("check", "recover", "prompts", "cache-teacher"),
+    "Verify": ("eval", "compare", "report", "track"),
+    "Serve": ("export", "push"),
+    "Many runs": ("study", "correlate"),
+    "About": ("version",),
+}
+"""Every verb, in the order of the help."""
+
+
+class InOrder(TyperGroup):
+    """A group whose help lists the verbs in the order of STORY."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """See click."""
+        order = [verb for verbs in STORY.values() for verb in verbs]
+        return sorted(super().list_commands(ctx), key=order.index)
 
 
 def build_app() -> typer.Typer:
     """The command line, with a verb for everything that is registered by now."""
     app = typer.Typer(
         help="Bring a degraded language model back, with its own healthy past as the teacher.",
-        epilog="--import MODULE, anywhere: import a module of yours that registers a loss, a teacher, a task, …",
+        epilog="--quiet, --verbose and --import may stand anywhere on the line.",
+        cls=InOrder,
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )
-    app.callback()(_version)
+    app.callback()(_anywhere)
     for family in (recovering, degrading, measuring, listing):
         family.add_to(app)
+    panels = {verb: panel for panel, verbs in STORY.items() for verb in verbs}
+    for command in app.registered_commands:
+        command.name = str(command.name or getattr(command.callback, "__name__", ""))
+        command.rich_help_panel = panels[command.name]
+    for group in app.registered_groups:
+        group.rich_help_panel = panels[str(group.name)]
     return app
 
 
@@ -36,44 +71,76 @@ def _told(asked: bool) -> None:
         raise typer.Exit
 
 
-def _version(
+def _anywhere(
     version: Annotated[
         bool, typer.Option("--version", callback=_told, is_eager=True, help="Show the version.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings and results stay.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what the libraries log, and where an error came from.")
+    ] = False,
+    import_: Annotated[
+        str | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import a module of yours that registers a loss, a teacher, a task, …; repeatable.",
+        ),
+    ] = None,
 ) -> None:
-    """Takes the options that stand before a verb."""
+    """The options that belong to no verb. `taken_out` has read them before typer sees the line."""
 
 
-def taken_out(words: list[str]) -> tuple[list[str], list[str]]:
-    """The words without --import MODULE, which may stand anywhere, and the modules that were named.
+@dataclass
+class Anywhere:
+    """What `taken_out` found: the other words, the modules that --import named, and how much is printed."""
 
-    What these register must be known before the other words are parsed. Raises InputError where no module follows.
+    words: list[str] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    quiet: bool = False
+    verbose: bool = False
+
+
+def taken_out(words: Sequence[str]) -> Anywhere:
+    """Split off the options that may stand anywhere before a --.
+
+    What a module registers must be known before the other words are parsed. Raises InputError for an --import alone.
     """
-    rest: list[str] = []
-    modules: list[str] = []
+    read = Anywhere()
     left = iter(words)
     for word in left:
         name, equals, value = word.partition("=")
         if word == "--":
-            return [*rest, word, *left], modules
-        if name != "--import":
-            rest.append(word)
-            continue
-        module = value if equals else next(left, "")
-        if not module or module.startswith("-"):
-            raise InputError("--import names no module; write --import my_losses for a file my_losses.py")
-        modules.append(module)
-    return rest, modules
+            read.words += [word, *left]
+        elif word in ("-q", "--quiet"):
+            read.quiet = True
+        elif word in ("-v", "--verbose"):
+            read.verbose = True
+        elif name == "--import":
+            module = value if equals else next(left, "")
+            if not module or module.startswith("-"):
+                raise InputError("--import names no module; write --import my_losses for a file my_losses.py")
+            read.modules.append(module)
+        else:
+            read.words.append(word)
+    return read
 
 
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit code 2."""
+    read = Anywhere()
     try:
-        words, modules = taken_out(sys.argv[1:])
+        read = taken_out(sys.argv[1:])
+        console.quiet = read.quiet
+        if read.verbose:
+            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+            os.environ["TRANSFORMERS_VERBOSITY"] = "info"  # it has a setting of its own
         import_installed()
-        import_modules(modules)
-        build_app()(args=words)
+        import_modules(read.modules)
+        build_app()(args=read.words)
     except RemendError as error:
+        if read.verbose:
+            traceback.print_exc()
         for line in str(error).split("\n"):
             sys.stderr.write(f"error: {line}\n")
         raise SystemExit(2) from None

@@ -72,6 +72,7 @@ def options_of(
     *,
     only: Sequence[str] | None = None,
     renamed: Mapping[str, str] | None = None,
+    also: Mapping[str, str] | None = None,
     hidden: bool = False,
 ) -> list[Option]:
     """The options for a model's fields, those of the model itself before those that it inherits.
@@ -80,12 +81,13 @@ def options_of(
         model: its fields have descriptions.
         only: these fields; by default all.
         renamed: other names for some of them.
+        also: second names that some options are understood by.
         hidden: leave them out of the help.
     """
     options: list[Option] = []
     for field in _names(model) if only is None else only:
         name = (renamed or {}).get(field, field)
-        options += _options((name,), model.model_fields[field], hidden, inside=False)
+        options += _options((name,), model.model_fields[field], hidden, inside=False, also=(also or {}).get(field))
     return options
 
 
@@ -178,7 +180,9 @@ def _names(model: type[Settings]) -> Iterator[str]:
                 yield name
 
 
-def _options(path: tuple[str, ...], field: FieldInfo, hidden: bool, inside: bool) -> Iterator[Option]:
+def _options(
+    path: tuple[str, ...], field: FieldInfo, hidden: bool, inside: bool, also: str | None = None
+) -> Iterator[Option]:
     kinds = list(_kinds(field.annotation))
     inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)), None)
     if inner:
@@ -203,8 +207,10 @@ def _options(path: tuple[str, ...], field: FieldInfo, hidden: bool, inside: bool
     elif kind is str:
         default = ",".join(map(str, default)) if isinstance(default, list) else str(default)
     more = "; repeatable" if repeatable else "; with commas between" if separated and not single else ""
-    how = typer.Option(help=escape(_sentence(field.description or "", more)), hidden=hidden)
-    yield Option(path, parameter("_".join(path), kind, how, default), separated, single)
+    name = "_".join(path)
+    names = (f"--{name}".replace("_", "-"), f"--{also}") if also else ()
+    how = typer.Option(*names, help=escape(_sentence(field.description or "", more)), hidden=hidden)
+    yield Option(path, parameter(name, kind, how, default), separated, single)
 
 
 def _sentence(description: str, more: str) -> str:

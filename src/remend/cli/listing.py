@@ -36,7 +36,7 @@ def write_task(
     out: Annotated[str, typer.Option(help="A new file of JSON lines.")],
     n: Annotated[int, typer.Option("--n", help="How many rows.")],
     split: Annotated[str, typer.Option(help="train or held_out; they share no item.")] = "train",
-    seed: Annotated[int, typer.Option(help="Settles the rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
     """Write a task's rows: prompt, demonstration and answer."""
     path = remend.tasks.write(name, out, split=split, n=n, seed=seed)
@@ -45,17 +45,18 @@ def write_task(
 
 @recipe.command("ls")
 def list_recipes(plain: Plain = False) -> None:
-    """List the recipes."""
-    _list({name: recipes.about(name) for name in recipes.names()}, plain)
+    """List the recipes, and the studies that `remend study` runs."""
+    _list({name: recipes.about(name) for name in (*recipes.names(), *recipes.studies())}, plain)
 
 
 @recipe.command("cp")
 def copy_recipe(
     name: Annotated[str, typer.Argument(help="A recipe; remend recipes ls lists them.")],
-    directory: Annotated[str, typer.Argument(help="Where the copy goes.")],
+    directory: Annotated[str, typer.Argument(help="Where the copy goes; by default here.")] = ".",
 ) -> None:
-    """Copy a recipe, to change and own it."""
-    print_line(str(recipes.copy(name, directory)))
+    """Copy a recipe, to change and own it; one that reads prompts.jsonl brings a sample of it."""
+    for path in recipes.copy(name, directory):
+        print_line(str(path))
 
 
 def version() -> None:
@@ -67,4 +68,4 @@ def add_to(app: typer.Typer) -> None:
     """Put the verbs of this module into the command line."""
     app.add_typer(task, name="tasks")
     app.add_typer(recipe, name="recipes")
-    app.command()(version)
+    app.command(hidden=True)(version)

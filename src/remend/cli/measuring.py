@@ -60,8 +60,8 @@ def track(run: Annotated[str, typer.Argument(help="A recovery's directory.")]) -
 def correlate(
     runs: Annotated[list[str], typer.Argument(help="Recoveries with a track.jsonl (diagnose_every, remend track).")],
     out: Annotated[str | None, typer.Option(help="Also write correlation.json into this new directory.")] = None,
-    permutations: Annotated[int, typer.Option(help="How many, for the p-values.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of permutations and resampling.")] = 0,
+    permutations: Annotated[int, typer.Option(help="Number of permutations for the p-values.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed for permutations and bootstrap.")] = 0,
 ) -> None:
     """Relate recovery to alignment over checkpoints and runs: within runs and between them."""
     from remend.studies.correlate import correlate as relate
@@ -87,9 +87,9 @@ def compare(
     name: Annotated[list[str] | None, typer.Option(help="A name for each file, in order; repeatable.")] = None,
     out: Annotated[str | None, typer.Option(help="Also write this new file: .json or .md.")] = None,
     level: Annotated[float, typer.Option(help="Confidence level of the intervals.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the bootstrap.")] = 0,
 ) -> None:
-    """Compare graded results item by item: what was lost, what was won back, what so few items can't show."""
+    """Compare graded results item by item: what was lost, what was won back, what these items can't detect."""
     from remend.evaluation.compare import compare as pair
     from remend.evaluation.compare import require_target, save, table
 
@@ -110,7 +110,7 @@ def study(
         list[str] | None, typer.Option(help="Cells to run: int3-g64, int3-g64/sft/0, '*/*/0'; repeatable.")
     ] = None,
 ) -> None:
-    """Degradations x methods x tasks x seeds as a grid of recoveries, compared on one page; goes on where it was."""
+    """Degradations x methods x tasks x seeds as a grid of recoveries, compared on one page; rerun to resume."""
     from remend.studies.study import lines
 
     results = remend.study(path, out, jobs=jobs, dry_run=dry_run, only=only)
@@ -122,13 +122,13 @@ def study(
 
 def add_to(app: typer.Typer) -> None:
     """Put the verbs of this module into the command line."""
-    options = options_of(DiagnoseSettings, renamed={"students": "student"})
-    about = "Where the damage sits: a student against its healthy reference, layer by layer and token by token."
+    options = options_of(DiagnoseSettings, renamed={"students": "student"}, also={"reference": "teacher"})
+    about = "Show where the damage sits, layer by layer and token by token: a student against its healthy reference."
     app.command("diagnose")(command((), options, _diagnose, about))
     for verb in (track, correlate, report):
         app.command()(verb)
     options = options_of(EvaluateSettings, only=[name for name in EvaluateSettings.model_fields if name != "data"])
-    about = "Grade a model on tasks; every answer is kept with its grade and the reason. Again, it goes on."
+    about = "Grade a model on tasks; every answer is kept with its grade and the reason. Rerun to resume."
     app.command("eval")(command(GRADED, options, _evaluate, about))
     app.command()(compare)
     app.command()(study)

@@ -23,7 +23,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model di
 def demo(
     out: Out = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of the recovery; by default 40.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of rollouts and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     model: Annotated[str, typer.Option(help="The healthy model to start from.")] = "smollm2",
 ) -> None:
     """Quantize a real model to 3 bits so that it babbles, bring it back, and show the difference."""
@@ -73,7 +73,7 @@ def export(
     ] = "dense",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write a model in the container that is served, read it back and compare it with what was measured."""
+    """Write a model in the format that will be served, read it back, and compare it with what was measured."""
     done = remend.export(source, out, format=format, trust_remote_code=trust_remote_code)
     check = done["check"]
     print_line(f"{out}: {done['container']}, {done['bytes']} bytes")
@@ -97,9 +97,9 @@ def prompts(
     model: Annotated[str, typer.Argument(help=escape(MODEL))],
     out: Annotated[str, typer.Option(help="A new file of JSON lines; NAME.stats.json beside it says how it was made.")],
     n: Annotated[int, typer.Option("--n", help="How many prompts.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Of the sampling; lower is plainer and less varied.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="A prompt that is longer is dropped, never cut.")] = 96,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longer prompts are dropped, never cut.")] = 96,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")] = "auto",
     trust_remote_code: Trust = False,
 ) -> None:

@@ -27,7 +27,7 @@ def show_damage(out: str, done: JsonRow) -> None:
     bits = f"{done['bits_per_weight']:g} bits a weight, " if done.get("bits_per_weight") else ""
     what = " ".join(str(done[key]) for key in ("kind", "format", "method") if done.get(key))
     print_line(f"{out}: {what}: {bits}{size:.1f} MiB as packed, {done['seconds']:.1f} s")
-    if "matrices" in done:
+    if "matrices" in done and done["kind"] != "quantization":
         print_line(f"sparsity: {done['sparsity']:.2%} of the weights in {done['matrices']} matrices are zero")
     if decoder := done.get("decoder"):
         print_line(_reached(decoder))

@@ -16,7 +16,7 @@ class DiagnoseSettings(Settings):
     """What `remend diagnose` is asked for."""
 
     reference: str = Field(description="the healthy model: a directory, GGUF file, hub id[@revision], smollm2")
-    students: list[str] = Field(description="damaged or recovered models, named likewise or by a recovery's directory")
+    students: list[str] = Field(description="damaged or recovered models, in the same forms; or a recovery's directory")
     out: str = Field(description="a new directory")
     data: str | None = Field(None, description="prompts: a file, a folder, or a hub id; by default bundled ones")
     columns: ColumnsSetting | None = Field(None, description=COLUMNS_HELP)
@@ -26,7 +26,7 @@ class DiagnoseSettings(Settings):
     layer_map: list[int] | None = Field(
         None, description="for students with fewer layers, the reference's of each; by default recorded or found"
     )
-    seed: int = Field(0, description="seed of rows, resampling, permutations and random weights")
+    seed: int = Field(0, description="seed for row choice, bootstrap and the random baseline")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps; float32, on a GPU bfloat16 where it is fast")
     cache: str | None = Field(
         None, description="where the reference's answers and rows are kept; by default REMEND_CACHE or the user's cache"

@@ -5,6 +5,7 @@ remend export runs/mine --format gguf:q4_0 --out mine-gguf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,11 +50,8 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
     problem = occupied(out)
     if problem:
         raise InputError(problem)
-    measured = open_measured(source, trust_remote_code=trust_remote_code)
     assert container.write is not None
-    reason = container.fits(measured.grid, kind)
-    if reason:
-        raise InputError(reason)
+    measured = open_measured(source, lambda grid: container.fits(grid, kind), trust_remote_code=trust_remote_code)
     with new_directory(out) as target:
         with stage(f"writing {format}"):
             facts = container.write(measured, target, kind)
@@ -82,11 +80,18 @@ def _writable(name: str) -> Container:
     return CONTAINERS.get(name)
 
 
-def open_measured(source: str, *, trust_remote_code: bool = False) -> Measured:
+def open_measured(
+    source: str, unfit: Callable[[str], str | None] = lambda grid: None, *, trust_remote_code: bool = False
+) -> Measured:
     """Load a run's recovered model, or any model, in float32 on the CPU.
 
-    Raises InputError when a run has no model yet or the weights don't lie on the grid beside them, and FileError when
-    the model can't be read.
+    Args:
+        source: a run or a model.
+        unfit: the grid's name or 'none' → why it can't be used, which is asked before any weights are loaded.
+        trust_remote_code: let the model's own code run.
+
+    Raises InputError when a run has no model yet, the grid is unfit or the weights don't lie on the grid beside them,
+    and FileError when the model can't be read.
     """
     path = Path(source)
     of_run = path if (path / MANIFEST).is_file() else None
@@ -103,6 +108,9 @@ def open_measured(source: str, *, trust_remote_code: bool = False) -> Measured:
         )
     where = fetch_model(where, weights=True)
     held = recognise(where, as_dense=True)
+    reason = unfit(held.stored.format.name if held.stored else "none")
+    if reason:
+        raise InputError(reason)
     with stage(f"loading {where.spec}"):
         tokenizer = load_tokenizer(where)
         model = load_model(where, dtype=torch.float32, device=torch.device("cpu"))

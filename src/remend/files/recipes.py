@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -40,17 +41,36 @@ def about(name: str) -> str:
     return path_of(name).read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
 
 
-def copy(name: str, directory: str | Path) -> Path:
-    """Copy a recipe or study into a directory, which is made where it is missing; the new file.
+SAMPLE = "prompts.jsonl"
+"""What a recipe names as its data where any prompts will do; a sample is copied with it."""
+
+
+def copy(name: str, directory: str | Path = ".") -> list[Path]:
+    """Copy a recipe or study into a directory, which is made where it is missing; the new files.
+
+    A recipe that reads SAMPLE brings a sample of prompts along, unless a file of that name is there.
 
     Raises InputError for an unknown name or where the file is there already, FileError where it can't be written.
     """
     source, target = path_of(name), Path(directory) / f"{name.rpartition('/')[2]}.yaml"
     if target.exists():
         raise InputError(f"{target} is there already and is left as it is; name another directory")
+    written, sample = [target], target.with_name(SAMPLE)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
+        if f"data: {SAMPLE}" in source.read_text(encoding="utf-8") and not sample.exists():
+            sample.write_text(_sample_prompts(), encoding="utf-8")
+            written.append(sample)
     except OSError as error:
         raise FileError(f"{target} can't be written: {error.strerror or error}") from None
-    return target
+    return written
+
+
+def _sample_prompts() -> str:
+    """The bundled training prompts, one {"prompt": "…"} a line."""
+    bundled = (Path(__file__).parent.parent / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in bundled]
+    return "".join(
+        json.dumps({"prompt": row["prompt"]}, ensure_ascii=False) + "\n" for row in rows if row["split"] == "train"
+    )

@@ -5,6 +5,7 @@ Weights are read from safetensors or GGUF only: nothing is unpickled.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -52,7 +53,13 @@ def _location(source: ModelSource) -> tuple[str, dict[str, object]]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """No progress bars and no advice from transformers inside: our own output says what happens."""
+    """No progress bars and no advice from transformers inside: our own output says what happens.
+
+    Where the user asked for what libraries log (--verbose), it is left as it is.
+    """
+    if os.environ.get("TRANSFORMERS_VERBOSITY"):
+        yield
+        return
     from functools import partial
 
     from transformers import modeling_gguf_pytorch_utils as gguf_loading

@@ -48,6 +48,11 @@ class Plan:
     notes: Sequence[str]
 
     @property
+    def phases(self) -> list[str]:
+        """What progress counts."""
+        return ["loading", "baseline", *(["repair"] if self.repairs else []), "training", "measuring"]
+
+    @property
     def constraint(self) -> str:
         """What training holds, in words: a grid's name, a mask's share of zeros, or 'none'."""
         return kind_of(self.facts).describe(self.facts)

@@ -7,7 +7,7 @@ from functools import partial
 
 from accelerate.utils import broadcast_object_list
 
-from remend.console import console
+from remend.console import console, phase, phases
 from remend.files.atomic import JsonObject
 from remend.files.run_directory import RunDirectory
 from remend.models.protocols import CausalLM
@@ -48,22 +48,28 @@ def carry_out(plan: Plan, directory: RunDirectory | None, began: float) -> RunDi
         began: time.monotonic() when the user's command began, for `seconds`.
     """
     run = begin(plan, directory)
-    observer, outcome = train_and_save(
-        run, new=directory is None
-    )  # the trained student goes with its frame: there is room for the saved one
-    if observer:
-        run, judge, degraded = observer.judge.run, observer.judge, observer.degraded
-        saved = reopened(run, judge.reference)
-        recovered = judge.recovered(saved, degraded)
-        observer.note(saved, outcome["selected"]["step"], "recovered", recovered.on_reference)
-        finish(run, degraded, recovered, outcome, began)
+    with phases(plan.phases):
+        observer, outcome = train_and_save(run, new=directory is None)  # the trained student goes with its frame
+        if observer:
+            measure_saved(observer, outcome, began)
     run.wait()
     return run.directory
+
+
+def measure_saved(observer: Observer, outcome: JsonObject, began: float) -> None:
+    """Measure the saved model as a user would load it, and write the summary and the page."""
+    phase("measuring")
+    run, judge, degraded = observer.judge.run, observer.judge, observer.degraded
+    saved = reopened(run, judge.reference)
+    recovered = judge.recovered(saved, degraded)
+    observer.note(saved, outcome["selected"]["step"], "recovered", recovered.on_reference)
+    finish(run, degraded, recovered, outcome, began)
 
 
 def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]:
     """Measure the student, repair it, train it under its constraint and save it; and what the summary says of that."""
     plan, config = run.plan, run.plan.config
+    phase("loading")
     student, teachers = load(run)
     reference = teachers[plan.reference]
     kind_of(plan.facts).check(student, plan.facts)  # before repair, which would write the grid's points anyhow
@@ -74,9 +80,11 @@ def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]
     run = replace(run, prompts=all_prompts(run, reference))
     past = past_of(run)
 
+    phase("baseline")
     observer = observer_of(run, reference, student, past.degraded)
     run.wait()
 
+    phase("repair")
     initial = initial_weights(run, student)
     # a checkpoint holds what came of repair, so a resumed run need not do it again
     repaired = past.repaired if run.resumed else repair_if_it_helps(run, student, reference, observer)
@@ -86,6 +94,7 @@ def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]
     repair, answers = repaired.record, repaired.answers
     del repaired  # its masters are as large as the model, and the constraint has its own
 
+    phase("training")
     parts = trained_parts(run, student)
     sources = build_sources(run, parts, teachers, initial)
     side = side_judge_of(run, sources, parts) if observer else None

@@ -188,7 +188,7 @@ class RecoverConfig(Settings):
     teacher: str | None = Field(
         None,
         min_length=1,
-        description="the healthy reference that scores the student's tokens; named likewise, or base: an adapter's own",
+        description="the healthy model, in the same forms as the student; base: the model under the student's adapter",
     )
     data: str | None = Field(
         None,
@@ -283,7 +283,9 @@ class RecoverConfig(Settings):
     train_embeddings: bool = Field(
         False, description="of a compressed student: train embeddings and head even where they are the teacher's still"
     )
-    as_dense: bool = Field(False, description="train weights freely that lie on a grid which can't be held")
+    as_dense: bool = Field(
+        False, description="give up a quantization format that can't be held, and train ordinary weights"
+    )
     layer_map: list[int] | None = Field(
         None, description="for a student with fewer layers: the teacher's number of each; by default found by weights"
     )

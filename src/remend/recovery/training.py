@@ -128,10 +128,21 @@ def train_student(
     objective = aligned(distillation, config, plan.facts.layer_map)
     if config.report_to:
         run.accelerator.init_trackers("remend", config=config.model_dump())
-    with stage(f"recovering ({plan.directions})", config.steps, run.step) as advance:
+    with stage("training", config.steps, run.step) as advance:
+        held_out = ""
 
         def on_step(row: Mapping[str, float]) -> None:
-            advance(1, f"loss {row['loss']:.3f}  {row['tokens'] / row['seconds']:.0f} tokens/s")
+            advance(1, f"{held_out}loss {row['loss']:.3f}  {row['tokens'] / row['seconds']:.0f} tokens/s")
+
+        def shown(hook: Hook) -> Hook:
+            def look(step: int) -> Mapping[str, float] | None:
+                nonlocal held_out
+                row = hook(step)
+                if row and "eval/kl" in row:
+                    held_out = f"held-out KL {row['eval/kl']:.3f}  "
+                return row
+
+            return look
 
         steps = train(
             objective,
@@ -146,7 +157,7 @@ def train_student(
                 config.max_grad_norm,
             ),
             Saving(run.directory, config.save_every, config.keep_checkpoints, run.resumed),
-            watch=Watch(hooks, on_step, selection.stop),
+            watch=Watch([shown(hook) for hook in hooks], on_step, selection.stop),
             follower=objective,
         )
     if config.report_to:

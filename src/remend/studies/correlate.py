@@ -213,7 +213,7 @@ def _track(path: Path, name: str) -> Track:
             raise
         raise InputError(f"{path / TRACK} can't be read: {error}; run again with another out") from None
     if not rows:
-        raise InputError(f"{path} has no {TRACK}: set diagnose_every: n and run again")
+        raise InputError(f"{path} has no {TRACK}; measure it with: remend track {path}")
     manifest = read_json(path / MANIFEST)
     finished = (path / SUMMARY).is_file()
     degraded = _degraded_kl(path, rows)
