@@ -56,7 +56,11 @@ def test_recover_from_a_recipe_with_overrides(run: Any, recipe_file: Path, tmp_p
 def test_recover_without_a_recipe_and_export_what_it_made(run: Any, recipe: dict[str, object], tmp_path: Path) -> None:
     four = [w for k in ("student", "teacher", "data", "out") for w in (f"--{k}", recipe[k])]
     rest = ("steps=1", "max_new_tokens=4", "warmup_steps=0", "repair=false", "held_out=4", "device=cpu")
-    assert run("recover", *four, *rest)[0] == 0
+    code, said, _ = run("recover", *four, *rest)
+    assert code == 0
+    _, _, told = said.partition("What to do next:")
+    run_it = str(recipe["out"])
+    assert all(text in told for text in (f"{run_it}/report.html", "vllm serve ", f"remend export {run_it} "))
     assert (Path(str(recipe["out"])) / "report.html").is_file()
     code, out, _ = run("export", recipe["out"], "--format", "dense", "--out", tmp_path / "e")
     assert (code, "all weights equal bit for bit" in out) == (0, True)

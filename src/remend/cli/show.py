@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from remend.files.atomic import JsonRow
+from remend.files.atomic import JsonRow, read_json
+from remend.files.run_directory import MANIFEST
 
 if TYPE_CHECKING:
     from remend.recovery.job import RecoverResult
@@ -94,7 +95,21 @@ def show(result: RecoverResult) -> None:
         f"peak memory {summary['peak_rss_mib']} MiB"
     )
     for name, path in (("model", result.model), ("report", result.report), ("summary", result.out / "summary.json")):
-        console.print(f"{name:>7}  {path}", soft_wrap=True)
+        console.print(f"{name:>7}  {path}", markup=False, soft_wrap=True)
+    _show_next(console, result)
+
+
+def _show_next(console: Console, result: RecoverResult) -> None:
+    """What to do with the model, as commands to copy; the page has more of them."""
+    from remend.report.next_steps import commands
+
+    console.print("\nWhat to do next:", style="bold")
+    console.print(f"  Look at it: open {result.report} in a browser", markup=False, soft_wrap=True)
+    for title, code in commands(result.out, result.summary, read_json(result.out / MANIFEST)):
+        if code.startswith(("vllm ", "remend export", "remend eval")):
+            console.print(f"  {title.partition(' (')[0]}:", markup=False, soft_wrap=True)
+            for line in code.splitlines():
+                console.print(f"    {line}", markup=False, soft_wrap=True)
 
 
 def show_diagnosis(out: str, done: JsonRow) -> None:

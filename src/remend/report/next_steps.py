@@ -33,7 +33,12 @@ def serving(model: str, *, adapter: str = "") -> str:
 
 
 def next_steps(run: Path, summary: JsonRow, manifest: JsonRow) -> list[Block]:
-    """Load, serve, export, evaluate, look closer, publish: a command each."""
+    """`commands` as a page shows them."""
+    return [block for title, code in commands(run, summary, manifest) for block in (Text(title + ":"), Code(code))]
+
+
+def commands(run: Path, summary: JsonRow, manifest: JsonRow) -> list[tuple[str, str]]:
+    """Load, serve, export, evaluate, look closer, publish: what it is for, and the line or lines to copy."""
     model, recipe, name = str(run / "model"), manifest["recipe"], run.name or "recovered"
     adapter = is_adapter(run)
     base = str(recipe["student"])
@@ -62,7 +67,7 @@ def next_steps(run: Path, summary: JsonRow, manifest: JsonRow) -> list[Block]:
     look = ["remend", "diagnose", "--reference", str(manifest["reference"]), "--student", model, "--out"]
     steps.append(("See where the rest of the damage sits", shlex.join([*look, f"{run}-diagnosis"])))
     steps.append(("Publish it, privately", shlex.join(["remend", "push", str(run), f"YOUR_NAME/{name}"])))
-    return [block for title, code in steps for block in (Text(title + ":"), Code(code))]
+    return steps
 
 
 def _why(format: str) -> str:
