@@ -13,6 +13,7 @@ import remend
 from remend.cli.from_settings import FIXED, MODEL, Values, command, options_of, parameter, recipe_options
 from remend.cli.show import print_line, show, show_cache
 from remend.errors import InputError
+from remend.files.run_directory import RunDirectory
 from remend.recovery.settings import RecoverConfig
 from remend.training.cache_settings import CacheSettings
 
@@ -22,14 +23,23 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model di
 
 def demo(
     out: Out = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of the recovery; by default 40.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps after the repair; by default 12.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     model: Annotated[str, typer.Option(help="The healthy model to start from.")] = "smollm2",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Train the same student without repair too, and show both on one page.")
+    ] = False,
 ) -> None:
     """Quantize a real model to 3 bits so that it babbles, bring it back, and show the difference."""
-    from remend.studies.demo import STEPS
+    from remend.recovery.job import result_of
+    from remend.studies.demo import COMPARISON, PLAIN_RUN, STEPS
 
-    show(remend.demo(out, model=model, steps=STEPS if steps is None else steps, seed=seed))
+    result = remend.demo(out, model=model, steps=STEPS if steps is None else steps, seed=seed, compare=compare)
+    show(result)
+    if compare:
+        print_line("\nBy training alone:")
+        show(result_of(RunDirectory(result.out / PLAIN_RUN)))
+        print_line(f"\nboth on one page: {result.out / COMPARISON / 'report.html'}")
 
 
 WORDS = parameter(
