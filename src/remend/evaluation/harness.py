@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from remend.console import console
+from remend.console import console, stage
 from remend.errors import CheckError, FileError, InputError, did_you_mean
 from remend.evaluation.results import scored
 from remend.evaluation.settings import LM_EVAL
@@ -58,7 +58,8 @@ class Tasks:
     def __init__(self, include: Path | None = None) -> None:
         digest = {"include_sha256": _digest(include)} if include else {}
         try:
-            self._package: Any = importlib.import_module("lm_eval")
+            with stage("loading lm-evaluation-harness"):
+                self._package: Any = importlib.import_module("lm_eval")
             self._manager = _manager(str(include) if include else None, digest.get("include_sha256"))
         except ImportError as error:
             raise FileError(
@@ -147,7 +148,7 @@ def _digest(include: Path) -> str:
 @cache
 def _manager(include: str | None, digest: str | None) -> Any:
     """Its own task files are thousands and take seconds to read; a changed folder (`digest`) is read anew."""
-    with _quietly():
+    with stage("reading its tasks"), _quietly():
         return importlib.import_module("lm_eval.tasks").TaskManager(include_path=include)
 
 
