@@ -110,6 +110,7 @@ CHANGED = r"(importance_clip|scales|loss|columns)"
 """Keys of a recipe that came or went since 13d6498; their value must be the one that does nothing."""
 NOTHING = r"(\"|&#34;)?(None|null|fixed)\b.*"
 QUOTE = r"(\"|&#34;)"
+BY_STEPS = "the default follows the steps"
 CAME_OR_WENT = "the recipe key came or went"
 PROBED = "a calibrated student is probed on its own data"
 CALIBRATED = r"(depth|gguf|gptq|mask|nvfp4|sparse|width)"
@@ -120,6 +121,10 @@ EXPORTS = r"(after|made)/(dense|gguf|nf4|packed)/"
 RULES = "a GGUF header names the rules of the tokenizer, which is built by them"
 """Its tensors are compared by the export itself, and by tests/exporting/test_export_gguf.py."""
 EXPLAINED = [
+    Explained("a run notes where it began", r"(.*\.)?directory", file=r".*(manifest|report)\.json"),
+    Explained("a page says where to rerun", r".*line \d+", rf".*(remend recover|cd |{QUOTE}directory{QUOTE}).*"),
+    Explained(BY_STEPS, r"(.*\brecipe\.)?(save_every|warmup_steps)", r"50|5|None|null"),
+    Explained(BY_STEPS, r".*line \d+", rf"\s*{QUOTE}?(save_every|warmup_steps){QUOTE}?: (50|5|null),?"),
     Explained(CAME_OR_WENT, rf"(.*\brecipe\.)?(streams\.\w+\.)?{CHANGED}", NOTHING),
     Explained(CAME_OR_WENT, r".*line \d+", rf"\s*(\"|&#34;)?{CHANGED}(\"|&#34;)?: {NOTHING}"),
     Explained("the prompts' tokens are hashed", r"(.*\.)?tokens(_sha256)?", r"[0-9a-f]{64}"),

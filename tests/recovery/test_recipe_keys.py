@@ -72,7 +72,7 @@ def test_all_problems_are_told_at_once() -> None:
     lines = str(raised.value).split("\n")
     assert len(lines) == 5
     assert all(line.startswith("r.yaml: ") for line in lines)
-    for part in ('"teacher" is missing (the healthy reference', '"out" is missing'):
+    for part in ('"teacher" is missing (the healthy model', '"out" is missing'):
         assert sum(part in line for line in lines) == 1
     assert 'r.yaml: "steps" is -1: input should be greater than or equal to 0' in lines
     assert 'r.yaml: "beta" is 2.0: input should be less than or equal to 1' in lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,25 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 ) -> None:
     whole: RecoverResult = request.getfixturevalue(run)
     assert_equal_runs(whole, recover(resume=torn_copy(whole.out, tmp_path / "torn", step)))
+
+
+def test_a_default_run_that_was_interrupted_late_goes_on_from_anywhere(
+    repaired_recipe: dict[str, Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has saved without being told to, so repair is not made again; relative paths hold from anywhere."""
+    monkeypatch.chdir(place)
+    here = {key: os.path.relpath(repaired_recipe[key], place) for key in ("student", "teacher", "data")}
+    rest = {"save_every": None, "warmup_steps": None, "updates_per_rollout": None, "diagnose_every": 0, "steps": 4}
+    whole = recover(**{**repaired_recipe, **here, **rest, "eval_every": 0, "out": os.path.relpath(tmp_path / "whole")})
+    assert [c.step for c in RunDirectory(tmp_path / "whole").checkpoints()] == [2, 4]
+    torn_copy(tmp_path / "whole", tmp_path / "torn", 2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("remend.recovery.run.repair_if_it_helps", None)
+    other = recover(resume="torn")
+    assert other.out == tmp_path / "torn"
+    assert Path.cwd() == tmp_path
+    assert_equal_runs(replace(whole, out=tmp_path / "whole", model=tmp_path / "whole/model"), other)
+    assert f"cd {place}\nremend recover {tmp_path}/torn/recipe.yaml" in (tmp_path / "torn/report.md").read_text()
 
 
 def test_only_the_adapter_is_in_its_checkpoints(adapter_run: RecoverResult) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from remend.errors import FileError, InputError
-from remend.files.atomic import JsonObject, JsonRow, json_line, new_directory, write_text, writing
+from remend.files.atomic import JsonObject, JsonRow, json_line, new_directory, read_json, write_text, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +108,12 @@ class RunDirectory:
             )
         return RunDirectory(path)
 
+    @property
+    def began_in(self) -> Path | None:
+        """The working directory of the command that began the run; None where the manifest has none."""
+        place = read_json(self.path / MANIFEST).get("directory")
+        return Path(place) if place else None
+
     def append(self, name: str, row: JsonRow) -> None:
         """Add one JSON line."""
         with writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as stream:
@@ -181,7 +187,17 @@ def updates_a_round(recipe: JsonRow) -> int:
     Rounds end where checkpoints are written and where bootstrap ends, so an odd number of steps to either means 1.
     """
     odd = (recipe.get("save_every") or 0) % 2 or (recipe.get("bootstrap_steps") or 0) % 2
-    return recipe.get("updates_per_rollout") or (1 if odd or recipe["steps"] < 2 else 2)
+    given: int | None = recipe.get("updates_per_rollout")
+    return given or (1 if odd or recipe["steps"] < 2 else 2)
+
+
+def steps_a_checkpoint(recipe: JsonRow) -> int:
+    """`save_every`, or without it a quarter of the steps, at most 50, in whole rounds of sampling; 0 for none."""
+    given: int | None = recipe.get("save_every")
+    if given is not None:
+        return given
+    updates, quarter = updates_a_round(recipe), int(recipe["steps"]) // 4
+    return max(1, min(50, quarter) // updates) * updates
 
 
 def occupied(path: Path, *, inputs: bool = False) -> str | None:

@@ -152,6 +152,7 @@ def _create(plan: Plan, inputs: Mapping[str, Any]) -> None:
     manifest = {
         "kind": "recover",
         "recipe": recipe,
+        "directory": str(Path.cwd()),
         "reference": plan.reference,
         "answer_tokens": plan.prompts.main.stream.lengths[1],
         "kl_direction": plan.directions,

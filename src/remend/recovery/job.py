@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -86,7 +88,8 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
 
     Args:
         recipe: a YAML file with the keys of RecoverConfig.
-        resume: the directory of an interrupted run; goes on exactly where its last checkpoint was.
+        resume: the directory of an interrupted run; goes on exactly where its last checkpoint was. Relative paths of
+            its recipe are those of the directory in which it began, whichever the present one is.
         **overrides: keys of RecoverConfig, e.g. student=…, teacher=…, data=…, out=…, steps=20.
 
     Returns:
@@ -99,12 +102,33 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
     """
     if resume is None:
         return run_recovery(settings(recipe, overrides))
-    config, directory = _reopen(Path(resume), recipe, overrides)
-    directory.remove_leftovers()
-    if (directory.path / SUMMARY).is_file():
-        console.print(f"{directory.path} is complete; nothing is left to do")
-        return result_of(directory)
-    return run_recovery(config, directory=directory)
+    with _where_it_began(Path(resume)) as path:
+        config, directory = _reopen(path, recipe, overrides)
+        directory.remove_leftovers()
+        if (directory.path / SUMMARY).is_file():
+            console.print(f"{directory.path} is complete; nothing is left to do", markup=False)
+            return result_of(directory)
+        return run_recovery(config, directory=directory)
+
+
+@contextmanager
+def _where_it_began(path: Path) -> Iterator[Path]:
+    """Work in the directory in which a run began, since its recipe's paths are relative to that; the run's own path.
+
+    Where that directory is gone, or the run is older than its record, the paths are taken from the present one.
+    """
+    began = RunDirectory.open(path).began_in
+    if began is None or began == Path.cwd():
+        yield path
+        return
+    if not began.is_dir():
+        warn(f"{path} was begun in {began}, which is not there; relative paths of its recipe start from {Path.cwd()}")
+        yield path
+        return
+    path = path.absolute()
+    console.print(f"working in {began}, where the run began", markup=False, soft_wrap=True)
+    with chdir(began):
+        yield path
 
 
 def run_recovery(
@@ -125,7 +149,8 @@ def run_recovery(
     try:
         return result_of(carry_out(plan, directory, began))
     except KeyboardInterrupt:  # what runs the command line turns it into exit code 130, without a word
-        console.print(f"\ninterrupted; go on with: remend recover --resume {config.out}", markup=False, soft_wrap=True)
+        place = shlex.quote(str(directory.path if directory else config.out))
+        console.print(f"\ninterrupted; go on with: remend recover --resume {place}", markup=False, soft_wrap=True)
         raise
 
 
@@ -151,10 +176,11 @@ def track(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         CheckError, InputError, FileError: no run, its inputs have changed, a reference without layers.
     """
-    directory = RunDirectory.open(Path(path))
-    import_again(directory)
-    config = build(RecoverConfig, read_yaml(directory.path / RECIPE), f"recipe {directory.path / RECIPE}")
-    return track_run(_plan(config, resuming=True), directory)
+    with _where_it_began(Path(path)) as place:
+        directory = RunDirectory.open(place)
+        import_again(directory)
+        config = build(RecoverConfig, read_yaml(directory.path / RECIPE), f"recipe {directory.path / RECIPE}")
+        return track_run(_plan(config, resuming=True), directory)
 
 
 def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any]) -> tuple[RecoverConfig, RunDirectory]:

@@ -179,7 +179,7 @@ def _check_settings(config: RecoverConfig, say: Findings) -> None:
         say.problems.append(f"report_to {name} needs the package of that tracker, which is not installed")
     if config.eval_data and config.held_out is not None:
         say.warnings.append("held_out has no effect, since eval_data is given")
-    if config.warmup_steps > config.steps > 0:
+    if config.warm_up > config.steps > 0:
         say.warnings.append(
             f"warmup_steps {config.warmup_steps} is above steps {config.steps}: the peak learning rate is never reached"
         )
@@ -367,7 +367,8 @@ def _check_tokens(student: Student, shared: int, say: Findings) -> None:
 
 
 def _check_disk(config: RecoverConfig, student: Student, streams: Sequence[StreamData], say: Findings) -> None:
-    saved = min(config.keep_checkpoints + 1, config.steps // config.save_every) if config.save_every else 0
+    every = config.steps_a_checkpoint
+    saved = min(config.keep_checkpoints + 1, -(-config.steps // every)) if every else 0  # one is saved at the end
     # an adapter's checkpoints hold the adapter alone, a hundredth of the model or so; some teachers add their average
     each = 12 + 4 * any(s.stream.teacher.saved for s in streams)
     adapted = config.lora or student.source.kind == "adapter"

@@ -19,11 +19,14 @@ from pydantic import (
 )
 
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
-from remend.files.run_directory import updates_a_round
+from remend.files.run_directory import steps_a_checkpoint, updates_a_round
 from remend.files.settings import Gone, Number, Settings, as_number, build
 from remend.models.lora import LoraConfig
 
 OptionalNumber = Annotated[float | None, BeforeValidator(as_number)]
+
+WARM_UP = 5
+"""Steps of warm-up where the recipe names none."""
 
 SELF = "self"
 """As `data`: the reference writes the prompts itself."""
@@ -219,8 +222,10 @@ class RecoverConfig(Settings):
         le=1,
         description="AdamW peak; by default by what is trained (docs/recipe.md); large models: 1e-5 to 2e-5 (SDFT)",
     )
-    warmup_steps: int = Field(
-        5, ge=0, description="linear warm-up, then cosine (SDFT authors' code: cosine with warm-up)"
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="linear warm-up, then cosine (SDFT authors' code: cosine with warm-up); by default 5",
     )
     final_learning_rate: Number = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
     weight_decay: Number = Field(
@@ -314,7 +319,11 @@ class RecoverConfig(Settings):
         "best where eval_every has some evaluated",
     )
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations in a row without a better one")
-    save_every: int = Field(50, ge=0, description="checkpoint every n steps; 0: none")
+    save_every: int | None = Field(
+        None,
+        ge=0,
+        description="checkpoint every n steps and at the end; 0: none; by default four times a run, at least every 50",
+    )
     keep_checkpoints: int = Field(
         2, ge=1, description="a checkpoint holds weights and both AdamW moments: 12 bytes a parameter"
     )
@@ -341,6 +350,16 @@ class RecoverConfig(Settings):
     def updates_a_round(self) -> int:
         """`updates_per_rollout`, or without it mostly 2: a CPU samples 16 rows hardly slower than 8 (docs/speed.md)."""
         return updates_a_round(self.model_dump())
+
+    @property
+    def steps_a_checkpoint(self) -> int:
+        """`save_every`, or without it a quarter of the steps, in whole rounds of sampling; 0 for no checkpoints."""
+        return steps_a_checkpoint(self.model_dump())
+
+    @property
+    def warm_up(self) -> int:
+        """`warmup_steps`, or without it WARM_UP, or all steps of a run that is shorter."""
+        return min(WARM_UP, self.steps) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def selects(self) -> Literal["last", "best"]:

@@ -151,12 +151,12 @@ def train_student(
             Optimization(
                 config.steps,
                 plan.learning_rate,
-                config.warmup_steps,
+                config.warm_up,
                 config.final_learning_rate,
                 config.weight_decay,
                 config.max_grad_norm,
             ),
-            Saving(run.directory, config.save_every, config.keep_checkpoints, run.resumed),
+            Saving(run.directory, config.steps_a_checkpoint, config.keep_checkpoints, run.resumed),
             watch=Watch([shown(hook) for hook in hooks], on_step, selection.stop),
             follower=objective,
         )

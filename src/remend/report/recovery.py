@@ -328,7 +328,7 @@ def _worst(rows: Rows, files: RunDirectory) -> Samples:
 
 
 def _rerun(directory: Path, summary: JsonRow, manifest: JsonRow) -> list[Block]:
-    recipe = directory / RECIPE
+    recipe, began = directory / RECIPE, manifest.get("directory")
     facts = [
         ("student", manifest["recipe"]["student"]),
         ("teacher", manifest["reference"]),
@@ -344,7 +344,9 @@ def _rerun(directory: Path, summary: JsonRow, manifest: JsonRow) -> list[Block]:
         *machine_facts(manifest, manifest["dtype"]),
         *(("note", note) for note in summary["notes"]),
     ]
-    command = shlex.join(["remend", "recover", str(recipe), "out=NEW_DIRECTORY"])
+    # paths in the recipe are relative to where the run began
+    command = f"cd {shlex.quote(began)}\n" if began else ""
+    command += shlex.join(["remend", "recover", str(recipe.absolute() if began else recipe), "out=NEW_DIRECTORY"])
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else json.dumps(manifest["recipe"], indent=2)
     return [
         Code(command),

@@ -106,7 +106,7 @@ class Optimization:
 class Saving:
     """Where rows and checkpoints go, and where to go on.
 
-    every, keep: a checkpoint every so many steps (0: none), of which the last `keep` stay.
+    every, keep: a checkpoint every so many steps and after the last (0: none), of which the last `keep` stay.
     resume: continue from this checkpoint; the trajectory is the uninterrupted one.
     """
 
@@ -183,7 +183,8 @@ def train(
         watch.on_step({"step": step, **row, "seconds": seconds})
         for hook in watch.hooks:
             _log(saving, accelerator, step, hook(step) or {})
-        if saving.every and step % saving.every == 0 and accelerator.is_main_process:
+        due = saving.every and (step % saving.every == 0 or step == optimization.steps)
+        if due and accelerator.is_main_process:
             _save(saving, step, constraint, optimizer, follower)
         if _asked_to_stop(watch, accelerator, device):
             return step
