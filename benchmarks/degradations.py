@@ -1,4 +1,4 @@
-"""Degrade, recover and export SmolLM2 in the ways that users meet, and print the table of docs/degradations.md.
+"""Degrade, recover and export SmolLM2 in the ways users meet; print the table of docs/measurements/degradations.md.
 
 python benchmarks/degradations.py --out runs/degradations [--only "int3-g64 rtn"] [--steps N] [--alone] [--repair-alone]
     [--set bootstrap=repair …]

@@ -1,4 +1,6 @@
-"""A model that learned a task and forgot to talk: two streams against three baselines; prints docs/recover.md's table.
+"""A model that learned a task and forgot to talk: two streams against three baselines.
+
+Prints the table of docs/reference/streams.md.
 
 python benchmarks/forgetting.py --out runs/forgetting [--steps 24] [--task tooluse-short] [--rows 128]
 

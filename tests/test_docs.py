@@ -214,8 +214,12 @@ def test_the_tables_list_every_key_and_kind() -> None:
         rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M)
         return {key for row in rows for key in re.findall(r"\w+", row)}
 
-    assert RecoverConfig.model_fields.keys() - first_column("recipe.md") == set()
-    assert StreamConfig.model_fields.keys() - first_column("recover.md") == set()
-    assert StudySpec.model_fields.keys() - first_column("study.md") - {"budget"} == set()  # told by its two parts
-    (kinds,) = re.findall(r"^\| `degradations` \|(.*)", (ROOT / "docs" / "study.md").read_text(encoding="utf-8"), re.M)
+    assert RecoverConfig.model_fields.keys() - first_column("explanation/defaults.md") == set()
+    assert StreamConfig.model_fields.keys() - first_column("reference/streams.md") == set()
+    assert (
+        StudySpec.model_fields.keys() - first_column("how-to/study.md") - {"budget"} == set()
+    )  # told by its two parts
+    (kinds,) = re.findall(
+        r"^\| `degradations` \|(.*)", (ROOT / "docs" / "how-to" / "study.md").read_text(encoding="utf-8"), re.M
+    )
     assert [name for name in DEGRADATIONS.names() if f"`{name}`" not in kinds] == []

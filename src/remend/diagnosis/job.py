@@ -2,7 +2,7 @@
 
 remend diagnose --reference smollm2 --student damaged --student runs/recovered --out runs/diagnosis
 
-One teacher-forced pass over the reference's own answers a model; docs/diagnose.md explains each measure.
+One teacher-forced pass over the reference's own answers a model; docs/how-to/read-a-diagnosis.md explains each measure.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ remend eval smollm2 --task tooluse --data dev.jsonl --out runs/reference.json
 remend eval smollm2 --task science --data dev.jsonl --how choices --out runs/letters.json
 
 Answers go to OUT's name with .answers.jsonl as they come, and the same call goes on after an interruption.
-docs/evaluate.md tells what each number means.
+docs/how-to/evaluate.md tells what each number means.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """'auto' is bfloat16 where the hardware multiplies in it, else float32.
 
     On a CPU without AMX or AVX512-BF16 bfloat16 was measured 7 times slower forward and 25 times slower backward than
-    float32; with AVX512-BF16 the demo's training took 0.71 of float32's time (docs/speed.md).
+    float32; with AVX512-BF16 the demo's training took 0.71 of float32's time (docs/measurements/speed.md).
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

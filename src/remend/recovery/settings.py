@@ -1,6 +1,6 @@
 """The recipe: what `remend recover` and `remend check` read.
 
-Every default is documented with its source; docs/recipe.md is the page for users.
+Every default is documented with its source; docs/explanation/defaults.md is the page for users.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ class RecoverConfig(Settings):
         ),
         "importance_clip": Gone(
             None,
-            "since version 0.2: likelihood ratios for the tokens of an older student brought no gain (docs/speed.md). "
-            "Leave it out; stale tokens count like fresh ones",
+            "since version 0.2: likelihood ratios for the tokens of an older student brought no gain "
+            "(docs/measurements/speed.md). Leave it out; stale tokens count like fresh ones",
         ),
     }
 
@@ -220,7 +220,8 @@ class RecoverConfig(Settings):
         None,
         gt=0,
         le=1,
-        description="AdamW peak; by default by what is trained (docs/recipe.md); large models: 1e-5 to 2e-5 (SDFT)",
+        description="AdamW peak; by default by what is trained (docs/explanation/defaults.md); "
+        "large models: 1e-5 to 2e-5 (SDFT)",
     )
     warmup_steps: int | None = Field(
         None,
@@ -348,7 +349,10 @@ class RecoverConfig(Settings):
 
     @property
     def updates_a_round(self) -> int:
-        """`updates_per_rollout`, or without it mostly 2: a CPU samples 16 rows hardly slower than 8 (docs/speed.md)."""
+        """`updates_per_rollout`, or without it mostly 2: a CPU samples 16 rows hardly slower than 8.
+
+        See docs/measurements/speed.md.
+        """
         return updates_a_round(self.model_dump())
 
     @property

@@ -1,4 +1,6 @@
-"""A study's YAML, typed: models, degradations, methods, tasks, seeds, budget, data. docs/study.md explains every key.
+"""A study's YAML, typed: models, degradations, methods, tasks, seeds, budget, data.
+
+docs/how-to/study.md explains every key.
 
 model: smollm2
 degradations: {int3-g64: {kind: quantize, format: int3-g64}}

@@ -2,7 +2,7 @@
 
 Decoding multiplies the same weights with a handful of rows once a token. A plain product lays the weight out anew each
 time, and under autocast it converts a frozen weight each time too; here both happen once. The products are the
-same but for the order of sums (docs/speed.md).
+same but for the order of sums (docs/measurements/speed.md).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ cost of all other text. The prior of a smaller student is its own weights."""
 
 LEAST_PULL, MOST_PULL = 0.3, 3.0
 """Bounds of the prior's tokens, as multiples of those that are there: with much text a weaker prior served a grid of 3
-bits worse (docs/degradations.md), and a handful of answers still says something."""
+bits worse (docs/measurements/degradations.md), and a handful of answers still says something."""
 
 
 def anchored_gram(sites: Sites) -> Tensor:

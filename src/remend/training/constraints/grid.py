@@ -34,8 +34,9 @@ from remend.training.constraints.kind import (
 )
 
 FINE_GRID_RATE = 5e-5
-"""A repaired grid of 4 bits and more wants smaller steps than other repaired students (docs/degradations.md): its cells
-are narrow, and what GPTQ compensated for is lost when weights cross their borders by noise."""
+"""A repaired grid of 4 bits and more wants smaller steps than other repaired students
+(docs/measurements/degradations.md): its cells are narrow, and what GPTQ compensated
+for is lost when weights cross their borders by noise."""
 
 COARSE_LEVELS = 8
 """Codes of a grid of up to 3 bits."""

@@ -11,7 +11,7 @@ def freeze_healthy_embeddings(model: CausalLM, origin: CausalLM | None) -> list[
     """Stop training token embeddings and head where they are the teacher's still, bit for bit.
 
     Of a step on a small model they are the dearest part: their gradient is a product of the size of the vocabulary, and
-    the words of a few thousand tokens say little about the others. Compare docs/degradations.md.
+    the words of a few thousand tokens say little about the others. Compare docs/measurements/degradations.md.
 
     Args:
         model: the student; its parameters' `requires_grad` is what changes.

@@ -25,8 +25,8 @@ from remend.registry import Registry
 from remend.training.constraints.fitting import shapes
 
 RATE, REPAIRED_RATE = 2e-4, 1e-4
-"""AdamW's peak where the recipe names none; they served SmolLM2 (docs/degradations.md). A repaired student is near its
-goal, where large steps add more noise than they win."""
+"""AdamW's peak where the recipe names none; they served SmolLM2 (docs/measurements/degradations.md).
+A repaired student is near its goal, where large steps add more noise than they win."""
 
 Shapes = Mapping[str, Size]
 """Of the decoder's linear weights, by layer name."""
