@@ -93,7 +93,7 @@ def _anywhere(
 
 @dataclass
 class Anywhere:
-    """What `taken_out` found: the other words, the modules that --import named, and how much is printed."""
+    """The line as `taken_out` splits it: the other words, the modules that --import named, and how much is printed."""
 
     words: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)

@@ -96,8 +96,8 @@ def _compare(exported: Path, measured: ModelSource) -> JsonObject:
         readers = [container.reader]
     small = sum(p.numel() for p in old.parameters()) <= LARGE
     del old  # a stranger needs the memory
-    found = _ask_strangers(path, measured, ids_BT, logits_NV, DTYPES if small else DTYPES[:1])
-    return {**check, "read_by": ", ".join([*readers, *filter(None, map(_claim, found))]), "strangers": found}
+    answers = _ask_strangers(path, measured, ids_BT, logits_NV, DTYPES if small else DTYPES[:1])
+    return {**check, "read_by": ", ".join([*readers, *filter(None, map(_claim, answers))]), "strangers": answers}
 
 
 def _ask_strangers(
@@ -113,12 +113,12 @@ def _ask_strangers(
             "trust_remote_code": measured.trust_remote_code,
         }
         with stage("opening it with transformers alone"):
-            found = [ask_stranger("transformers", request)]
+            answers = [ask_stranger("transformers", request)]
         if path.suffix == ".gguf" and importlib.util.find_spec("xllamacpp"):
             ids = load_tokenizer(measured)(TEXT, add_special_tokens=False)["input_ids"]
             with stage("opening it with llama.cpp"):
-                found.append(ask_stranger("llama.cpp", {**request, "text": TEXT, "text_ids": list(ids)}))
-    return found
+                answers.append(ask_stranger("llama.cpp", {**request, "text": TEXT, "text_ids": list(ids)}))
+    return answers
 
 
 def ask_stranger(reader: str, request: JsonObject) -> JsonObject:

@@ -99,5 +99,5 @@ def _said(error: Exception) -> str:
 if __name__ == "__main__":
     sys.modules["remend"] = None  # type: ignore[assignment]  # whatever would import it fails
     reader, asked, result = sys.argv[1:]
-    found = {"transformers": transformers, "llama.cpp": llama_cpp}[reader](json.loads(Path(asked).read_text("utf-8")))
-    Path(result).write_text(json.dumps(found), encoding="utf-8")
+    answer = {"transformers": transformers, "llama.cpp": llama_cpp}[reader](json.loads(Path(asked).read_text("utf-8")))
+    Path(result).write_text(json.dumps(answer), encoding="utf-8")

@@ -80,7 +80,7 @@ def _git_commit() -> str | None:
 
     here = Path(__file__).resolve().parent
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=here,
             capture_output=True,
@@ -90,4 +90,4 @@ def _git_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None

@@ -40,11 +40,11 @@ def _of_one(source: ModelSource) -> Origin:
         head = head_of(source.path / CARD)
     base = head.get("base_model")
     base = base[0] if isinstance(base, list) and base else base
-    found = {"base_model": source.repo or _repo(base)}
+    known = {"base_model": source.repo or _repo(base)}
     license_ = head.get("license")
     if isinstance(license_, str) and _WORD.fullmatch(license_):
-        found |= {key: str(head[key]) for key in _LICENSE if isinstance(head.get(key), str)}
-    return {key: value for key, value in found.items() if value}
+        known |= {key: str(head[key]) for key in _LICENSE if isinstance(head.get(key), str)}
+    return {key: value for key, value in known.items() if value}
 
 
 def _repo(value: object) -> str | None:

@@ -51,19 +51,14 @@ def carry_out(plan: Plan, directory: RunDirectory | None, began: float) -> RunDi
     with phases(plan.phases):
         observer, outcome = train_and_save(run, new=directory is None)  # the trained student goes with its frame
         if observer:
-            measure_saved(observer, outcome, began)
+            phase("measuring")
+            run, judge, degraded = observer.judge.run, observer.judge, observer.degraded
+            saved = reopened(run, judge.reference)
+            recovered = judge.recovered(saved, degraded)
+            observer.note(saved, outcome["selected"]["step"], "recovered", recovered.on_reference)
+            finish(run, degraded, recovered, outcome, began)
     run.wait()
     return run.directory
-
-
-def measure_saved(observer: Observer, outcome: JsonObject, began: float) -> None:
-    """Measure the saved model as a user would load it, and write the summary and the page."""
-    phase("measuring")
-    run, judge, degraded = observer.judge.run, observer.judge, observer.degraded
-    saved = reopened(run, judge.reference)
-    recovered = judge.recovered(saved, degraded)
-    observer.note(saved, outcome["selected"]["step"], "recovered", recovered.on_reference)
-    finish(run, degraded, recovered, outcome, began)
 
 
 def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]:
