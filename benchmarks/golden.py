@@ -121,6 +121,7 @@ EXPORTS = r"(after|made)/(dense|gguf|nf4|packed)/"
 RULES = "a GGUF header names the rules of the tokenizer, which is built by them"
 """Its tensors are compared by the export itself, and by tests/exporting/test_export_gguf.py."""
 EXPLAINED = [
+    Explained("the learning rate is printed with its source", r"line \d+", r"learning rate .*", r"logs/.*"),
     Explained("a run notes where it began", r"(.*\.)?directory", file=r".*(manifest|report)\.json"),
     Explained("a page says where to rerun", r".*line \d+", rf".*(remend recover|cd |{QUOTE}directory{QUOTE}).*"),
     Explained(BY_STEPS, r"(.*\brecipe\.)?(save_every|warmup_steps)", r"50|5|None|null"),

@@ -73,6 +73,8 @@ def _check(fixed: Values, given: Values) -> None:
     for note in result.notes:
         console.print("note:", note, markup=False)
     console.print(result.verdict(), markup=False)
+    if result.plan:
+        console.print(result.plan.rate.line(), markup=False)
 
 
 def export(

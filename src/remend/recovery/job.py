@@ -146,6 +146,7 @@ def run_recovery(
         plan = _plan(config, resuming=directory is not None)
     for warning in plan.warnings:
         warn(warning)
+    console.print(plan.rate.line(), markup=False, soft_wrap=True)
     try:
         return result_of(carry_out(plan, directory, began))
     except KeyboardInterrupt:  # what runs the command line turns it into exit code 130, without a word

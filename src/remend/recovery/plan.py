@@ -12,6 +12,7 @@ from remend.maths.losses import of_beta
 from remend.models.find import ModelSource
 from remend.models.protocols import Tokenizer
 from remend.recovery.prompts import Prompts
+from remend.recovery.rates import ADAPTER, WEIGHTS, Rate, rate_for
 from remend.recovery.settings import RecoverConfig
 from remend.training.constraints import StudentFacts, kind_of
 from remend.training.teachers import NamedTeacher
@@ -58,10 +59,18 @@ class Plan:
         return kind_of(self.facts).describe(self.facts)
 
     @property
-    def learning_rate(self) -> float:
-        """The recipe's, or the one for what is trained."""
+    def rate(self) -> Rate:
+        """The recipe's learning rate, or the one for what is trained at this size."""
         given = self.config.learning_rate
-        return kind_of(self.facts).learning_rate(self.facts, repaired=self.repairs) if given is None else given
+        if given is not None:
+            return Rate(given, "as given")
+        small = kind_of(self.facts).learning_rate(self.facts, repaired=self.repairs)
+        return rate_for(self.parameters, small, ADAPTER if self.facts.adapted else WEIGHTS)
+
+    @property
+    def learning_rate(self) -> float:
+        """AdamW's peak."""
+        return self.rate.value
 
     @property
     def directions(self) -> str:

@@ -220,8 +220,7 @@ class RecoverConfig(Settings):
         None,
         gt=0,
         le=1,
-        description="AdamW peak; by default by what is trained (docs/explanation/defaults.md); "
-        "large models: 1e-5 to 2e-5 (SDFT)",
+        description="AdamW peak; by default by what is trained and the model's size (docs/explanation/defaults.md)",
     )
     warmup_steps: int | None = Field(
         None,

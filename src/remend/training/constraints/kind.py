@@ -168,7 +168,8 @@ class ConstraintKind(Protocol):
         return Start()
 
     def learning_rate(self, facts: StudentFacts, *, repaired: bool) -> float:
-        """AdamW's peak where the recipe names none. `repaired` says whether repair comes first."""
+        """AdamW's peak for 135M parameters where the recipe names none; larger models are given a share of it
+        (recovery/rates.py). `repaired` says whether repair comes first."""
         return REPAIRED_RATE if repaired and not facts.layer_map else RATE
 
 
