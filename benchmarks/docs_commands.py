@@ -83,7 +83,13 @@ def make_input(name: str) -> None:
     """A model, a run or a file of results that a page takes for granted."""
     if Path(name).exists():
         return
-    if name in MODELS:
+    if name == "pruned":
+        remend("degrade", "prune", "reference", "--sparsity", "0.5", "--no-probe", "--out", name)
+    elif name == "student.gguf":
+        make_input("student")
+        remend("export", "student", "--format", "gguf", "--out", "of-student")
+        shutil.copy(next(Path("of-student").glob("*.gguf")), name)
+    elif name in MODELS:
         remend("degrade", "quantize", "reference", "--format", "gguf:q4_0", "--no-probe", "--out", name)
     elif name in RUNS:
         make_input("student")
