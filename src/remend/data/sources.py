@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from remend.data.given import table_at
 from remend.errors import FileError, InputError, did_you_mean
 
 Placed = tuple[str, Any]
@@ -105,6 +106,8 @@ def _renamed(rows: Sequence[Placed], columns: Columns) -> list[Placed]:
 
 
 def _read(source: str) -> list[Placed]:
+    if table := table_at(source):
+        return [(f"{table.name}[{i}]", json.loads(line)) for i, line in enumerate(table.lines)]
     path, split = Path(source), None
     if not path.exists() and ":" in source:
         folder, _, name = source.rpartition(":")
@@ -286,17 +289,17 @@ def _numbered(source: str, rows: Any) -> list[Placed]:
     placed: list[Placed] = []
     try:
         for number, row in enumerate(rows):
-            placed.append((f"{source}:{number}", _without_nulls(dict(row))))
+            placed.append((f"{source}:{number}", without_nulls(dict(row))))
     except Exception as error:  # the library decodes as it goes, and raises many kinds
         raise FileError(f"{source}:{len(placed)} can't be read: {_short(error)}") from None
     return placed
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """A table's row as JSON lines would have it: a table fills up with nulls what a row does not have."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _short(error: Exception) -> str:

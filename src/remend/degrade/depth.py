@@ -72,7 +72,7 @@ class Depth(Calibrated):
 
 
 @takes(Depth)
-def prune_depth(model: str, out: str | Path, *, layers: int | Sequence[int], **overrides: object) -> JsonObject:
+def prune_depth(model: str | Path, out: str | Path, *, layers: int | Sequence[int], **overrides: object) -> JsonObject:
     """Remove blocks of a model and save the shallower one. See kinds.degrade; `overrides` are fields of Depth.
 
     Args:

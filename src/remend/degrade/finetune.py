@@ -84,6 +84,6 @@ class Finetune(DegradeSettings):
 
 
 @takes(Finetune)
-def finetune(model: str, out: str | Path, **overrides: object) -> JsonObject:
+def finetune(model: str | Path, out: str | Path, **overrides: object) -> JsonObject:
     """Fine-tune a model on given completions and save it. See kinds.degrade; `overrides` are fields of Finetune."""
     return degrade("finetune", model, out, overrides)

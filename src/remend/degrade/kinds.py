@@ -14,12 +14,14 @@ class Noise(DegradeSettings):
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
+from remend.data.given import as_files, rows_from_python
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.errors import InputError
 from remend.files.settings import Settings, build, settings_in
@@ -101,14 +103,14 @@ def _usable(word: str, model: type[DegradeSettings]) -> None:
 DEGRADATIONS: Registry[type[DegradeSettings]] = Registry("kind of degradation", _usable)
 
 
-def degrade(kind: str, model: str, out: str | Path, settings: Mapping[str, object]) -> JsonObject:
+def degrade(kind: str, model: str | Path, out: str | Path, settings: Mapping[str, object]) -> JsonObject:
     """Load a model, damage a copy of it, measure and save that.
 
     Args:
         kind: a name in DEGRADATIONS.
         model: the healthy reference: directory, GGUF file, hub id[@revision] or smollm2.
         out: a new directory.
-        settings: of that kind.
+        settings: of that kind; `data` may be rows too.
 
     Returns:
         The content of degradation.json.
@@ -118,8 +120,11 @@ def degrade(kind: str, model: str, out: str | Path, settings: Mapping[str, objec
             changed so, an occupied directory.
         TrainingError: loss or gradient is not finite.
     """
-    chosen = build(DEGRADATIONS.get(kind), settings, kind)
-    chosen.check()
-    from remend.degrade.making.job import run_job
+    out = Path(out)
+    with rows_from_python():
+        taken = as_files(settings, lambda name: out / "data" / f"{name}.jsonl")
+        chosen = build(DEGRADATIONS.get(kind), taken, kind)
+        chosen.check()
+        from remend.degrade.making.job import run_job
 
-    return run_job(chosen, model, out)
+        return run_job(chosen, os.fspath(model), out)

@@ -58,6 +58,6 @@ class Prune(Calibrated):
 
 
 @takes(Prune)
-def prune(model: str, out: str | Path, **overrides: object) -> JsonObject:
+def prune(model: str | Path, out: str | Path, **overrides: object) -> JsonObject:
     """Set weights of a model to zero and save it. See kinds.degrade; `overrides` are fields of Prune."""
     return degrade("prune", model, out, overrides)

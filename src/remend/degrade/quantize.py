@@ -54,6 +54,6 @@ class Quantize(Calibrated):
 
 
 @takes(Quantize)
-def quantize(model: str, out: str | Path, **overrides: object) -> JsonObject:
+def quantize(model: str | Path, out: str | Path, **overrides: object) -> JsonObject:
     """Quantize a model and save it with its grid. See kinds.degrade; `overrides` are fields of Quantize."""
     return degrade("quantize", model, out, overrides)

@@ -49,6 +49,6 @@ class Width(Calibrated):
 
 
 @takes(Width)
-def prune_width(model: str, out: str | Path, **overrides: object) -> JsonObject:
+def prune_width(model: str | Path, out: str | Path, **overrides: object) -> JsonObject:
     """Remove channels and heads of a model and save the rest. See kinds.degrade; `overrides` are fields of Width."""
     return degrade("width", model, out, overrides)

@@ -8,6 +8,7 @@ One teacher-forced pass over the reference's own answers a model; docs/how-to/re
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from remend.console import warn
 from remend.data.examples import data_hash
+from remend.data.given import as_files, rows_from_python, write_rows
 from remend.diagnosis import layers, severity, subjects
 from remend.diagnosis.examination import Examination, examination
 from remend.diagnosis.reference import Conditions, ReferenceAnswers, cache_root, key_of, reference_answers
@@ -36,13 +38,15 @@ DISCLAIMER = (
 
 
 @takes(DiagnoseSettings)
-def diagnose(reference: str, students: Sequence[str], out: str | Path, **overrides: Any) -> JsonObject:
+def diagnose(
+    reference: str | Path, students: str | Path | Sequence[str | Path], out: str | Path, **overrides: Any
+) -> JsonObject:
     """Measure students against a healthy reference and write diagnosis.json and report.html.
 
     Args:
         reference: directory, GGUF file, hub id[@revision] or smollm2.
-        students: named likewise, or a recovery's run directory. Each is compared with the student that it was
-            recovered from, where that is among them, else with the first.
+        students: one or several, named likewise, or a recovery's run directory. Each is compared with the student that
+            it was recovered from, where that is among them, else with the first.
         out: a new directory.
         **overrides: further fields of DiagnoseSettings: data, rows, max_new_tokens, sites, layer_map, seed, device,
             cache, trust_remote_code.
@@ -55,9 +59,16 @@ def diagnose(reference: str, students: Sequence[str], out: str | Path, **overrid
         InputError, FileError: unknown settings, different tokenizers, no layer map, too few rows, empty answers,
             numbers that are not finite (with the layer), an occupied directory.
     """
-    began = time.monotonic()
-    named = {"reference": reference, "students": list(students), "out": out}
-    exam = examination(build(DiagnoseSettings, {**overrides, **named}, "settings"))
+    several = [students] if isinstance(students, str | os.PathLike) else list(students)
+    named = {"reference": reference, "students": several, "out": out}
+    with rows_from_python():
+        taken = as_files({**overrides, **named}, lambda name: Path(out) / "data" / f"{name}.jsonl")
+        return _diagnosis(build(DiagnoseSettings, taken, "settings"))
+
+
+def _diagnosis(settings: DiagnoseSettings) -> JsonObject:
+    began, reference, out = time.monotonic(), settings.reference, Path(settings.out)
+    exam = examination(settings)
     teacher = scorer(exam.load(exam.source, reference), exam.shared)
     hashes, asked = hash_files(exam.source), exam.settings
     conditions = Conditions(asked.max_new_tokens, exam.shared, asked.seed, exam.sites, str(exam.dtype)[len("torch.") :])
@@ -72,9 +83,10 @@ def diagnose(reference: str, students: Sequence[str], out: str | Path, **overrid
     for warning in exam.warnings:
         warn(warning)
     content: JsonObject = without_nan({**first, "others": others, **about})
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_json(Path(out) / "diagnosis.json", content)
-    write_diagnosis_report(Path(out), content)
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out)
+    write_json(out / "diagnosis.json", content)
+    write_diagnosis_report(out, content)
     return content
 
 

@@ -9,6 +9,7 @@ docs/how-to/evaluate.md tells what each number means.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from remend.console import console, stage, warn
+from remend.data.given import as_files, rows_from_python, write_rows
 from remend.data.order import derive_seed
 from remend.errors import InputError
 from remend.evaluation import harness, letters, results
@@ -55,7 +57,7 @@ layer makes stays in its cache, nothing is padding, and a score can't hang on wh
 
 
 @takes(EvaluateSettings)
-def evaluate(model: str, tasks: Sequence[str], out: str | Path, **overrides: object) -> JsonObject:
+def evaluate(model: str | Path, tasks: Sequence[str], out: str | Path, **overrides: object) -> JsonObject:
     """Grade a model on tasks and write the results, as `remend compare` reads them.
 
     Args:
@@ -73,8 +75,14 @@ def evaluate(model: str, tasks: Sequence[str], out: str | Path, **overrides: obj
         InputError, FileError: settings that don't fit (all at once), rows without a needed column, no rows, prompts
             that all exceed the context, a model that answers nothing at all, an occupied `out`, a missing package.
     """
+    out = Path(out)
+    with rows_from_python():
+        taken = as_files(overrides, lambda name: out.with_suffix(f".{name}.jsonl"))
+        return _evaluated(make_plan(os.fspath(model), tasks, taken), out)
+
+
+def _evaluated(plan: Plan, out: Path) -> JsonObject:
     began = time.monotonic()
-    plan, out = make_plan(model, tasks, overrides), Path(out)
     if out.suffix != ".json" or out.is_dir():
         raise InputError(f"out {out} must be the name of a .json file, e.g. {out.with_suffix('.json')}")
     source = _source(plan.model, plan.settings.trust_remote_code)
@@ -98,6 +106,7 @@ def evaluate(model: str, tasks: Sequence[str], out: str | Path, **overrides: obj
     about: JsonObject = {"model": plan.model, **same, "warnings": evaluation.warnings, "environment": environment()}
     about["seconds"] = round(time.monotonic() - began, 1)
     content = results.plain({**(parts[0] if len(parts) == 1 else {"results": parts}), **about})
+    write_rows(out)
     write_json(out, content)
     return content
 

@@ -5,6 +5,7 @@ remend export runs/mine --format gguf:q4_0 --out mine-gguf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ __all__ = ["CONTAINERS", "export", "verify"]
 EXPORT_FILE = "export.json"
 
 
-def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool = False) -> JsonObject:
+def export(source: str | Path, out: str | Path, *, format: str, trust_remote_code: bool = False) -> JsonObject:
     """Write a model as it was measured, read it back and compare.
 
     Args:
@@ -46,7 +47,7 @@ def export(source: str, out: str | Path, *, format: str, trust_remote_code: bool
     """
     name, _, kind = format.partition(":")
     container = _writable(name)
-    out = Path(out)
+    source, out = os.fspath(source), Path(out)
     problem = occupied(out)
     if problem:
         raise InputError(problem)

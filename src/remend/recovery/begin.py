@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from remend.console import stage
+from remend.data.given import write_rows
 from remend.errors import InputError
 from remend.files.atomic import read_json, write_json, write_text
 from remend.files.environment import environment
@@ -170,6 +171,7 @@ def _create(plan: Plan, inputs: Mapping[str, Any]) -> None:
         **environment(),
     }
     directory = RunDirectory.create(Path(plan.config.out))
+    write_rows(directory.path)
     write_text(directory.path / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     write_json(directory.path / MANIFEST, manifest)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from remend.console import console, stage, warn
+from remend.data.given import as_files, rows_from_python
 from remend.errors import InputError
 from remend.files.atomic import read_json
 from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory
@@ -51,7 +52,9 @@ def settings(recipe: str | Path | None = None, overrides: Mapping[str, Any] | No
         _mention_imports(Path(recipe))
     values = merged(read_yaml(recipe) if recipe is not None else {}, overrides or {})
     origin = f"recipe {recipe}" if recipe is not None else "settings"
-    return build(RecoverConfig, _chosen(RecoverConfig.own_names(values, origin)), origin)
+    values = _chosen(RecoverConfig.own_names(values, origin))
+    folder = Path(values.get("out") or ".") / "data"
+    return build(RecoverConfig, as_files(values, lambda name: folder / f"{name}.jsonl"), origin)
 
 
 def _chosen(values: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +82,8 @@ def _mention_imports(recipe: Path) -> None:
 @takes(RecoverConfig, over_recipe=True)
 def check(recipe: str | Path | None = None, *, files: bool = True, **overrides: Any) -> Checked:
     """Check a recovery without training; see `preflight`. Problems are in the result, not raised."""
-    return preflight(settings(recipe, overrides), files=files)
+    with rows_from_python():
+        return preflight(settings(recipe, overrides), files=files)
 
 
 @takes(RecoverConfig, over_recipe=True)
@@ -90,7 +94,9 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
         recipe: a YAML file with the keys of RecoverConfig.
         resume: the directory of an interrupted run; goes on exactly where its last checkpoint was. Relative paths of
             its recipe are those of the directory in which it began, whichever the present one is.
-        **overrides: keys of RecoverConfig, e.g. student=…, teacher=…, data=…, out=…, steps=20.
+        **overrides: keys of RecoverConfig, e.g. student=…, teacher=…, data=…, out=…, steps=20. Rows may stand in the
+            place of `data` and `eval_data`, also a stream's: a list of mappings, or a split of `datasets`. They are
+            written into `out`/data.
 
     Returns:
         The result; everything is also in the directory `out`.
@@ -100,15 +106,16 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
         InputError, FileError: bad settings, unreadable or unwritable files.
         TrainingError: loss or gradient is not finite.
     """
-    if resume is None:
-        return run_recovery(settings(recipe, overrides))
-    with _where_it_began(Path(resume)) as path:
-        config, directory = _reopen(path, recipe, overrides)
-        directory.remove_leftovers()
-        if (directory.path / SUMMARY).is_file():
-            console.print(f"{directory.path} is complete; nothing is left to do", markup=False)
-            return result_of(directory)
-        return run_recovery(config, directory=directory)
+    with rows_from_python():
+        if resume is None:
+            return run_recovery(settings(recipe, overrides))
+        with _where_it_began(Path(resume)) as path:
+            config, directory = _reopen(path, recipe, overrides)
+            directory.remove_leftovers()
+            if (directory.path / SUMMARY).is_file():
+                console.print(f"{directory.path} is complete; nothing is left to do", markup=False)
+                return result_of(directory)
+            return run_recovery(config, directory=directory)
 
 
 @contextmanager

@@ -210,7 +210,7 @@ def stats_path(out: Path) -> Path:
 
 
 def write_self_prompts(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     n: int = 512,
@@ -236,7 +236,7 @@ def write_self_prompts(
         InputError: as `generate`; or one of the two files exists.
         FileError: an unreadable model, or a place that can't be written to.
     """
-    out = Path(out)
+    model, out = os.fspath(model), Path(out)
     _require(n, temperature, max_new_tokens)
     for path in (out, stats_path(out)):
         if path.exists():

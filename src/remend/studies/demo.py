@@ -5,6 +5,7 @@ remend demo
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -60,7 +61,7 @@ def write_prompts(directory: Path, most: int | None = None) -> tuple[Path, Path]
 def demo(
     out: str | Path | None = None,
     *,
-    model: str = EMBEDDED,
+    model: str | Path = EMBEDDED,
     steps: int = STEPS,
     seed: int = 0,
     compare: bool = False,
@@ -85,6 +86,7 @@ def demo(
     if steps < 0:
         raise InputError(f"steps is {steps}; allowed is 0 or more")
     inputs = directory / INPUTS
+    model = os.fspath(model)
     source = find_model(model)
     with stage(f"loading {model}"):
         reference = load_model(source, dtype=torch.float32, device=torch.device("cpu"))

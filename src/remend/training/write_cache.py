@@ -11,6 +11,7 @@ Legend: N completion tokens, V shared vocabulary, K kept tokens, E width of the 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from remend.console import Advance, stage, warn
 from remend.data.examples import Example, data_hash, load_examples, split_held_out, without
+from remend.data.given import as_files, rows_from_python, write_rows
 from remend.data.order import batches_by_length, derive_seed
 from remend.data.templates import Encoded, dropped_text, encode_within, token_hash
 from remend.errors import InputError
@@ -50,13 +52,13 @@ ROWS = 8
 
 
 @takes(CacheSettings)
-def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObject:
+def cache_teacher(model: str | Path, out: str | Path, **overrides: object) -> JsonObject:
     """Let a teacher answer prompts and store how it scores its own answers.
 
     Args:
         model: the teacher: directory, GGUF file, hub id[@revision] or smollm2.
         out: a new directory; see remend.training.teachers.cache for what it holds.
-        **overrides: fields of CacheSettings; `data` is needed. Each of its prompts gets one completion.
+        **overrides: fields of CacheSettings; `data` is needed, also as rows. Each of its prompts gets one completion.
 
     Returns:
         The content of teacher-cache.json.
@@ -65,8 +67,14 @@ def cache_teacher(model: str, out: str | Path, **overrides: object) -> JsonObjec
         InputError, FileError: unknown settings or ones out of range, an occupied directory, no prompt left, unreadable
             data or model.
     """
-    plan, out = build(CacheSettings, overrides, "cache-teacher"), Path(out)
-    claimed = type(named(str(model)))
+    model, out = os.fspath(model), Path(out)
+    with rows_from_python():
+        taken = as_files(overrides, lambda name: out / "data" / f"{name}.jsonl")
+        return _cached(model, out, build(CacheSettings, taken, "cache-teacher"))
+
+
+def _cached(model: str, out: Path, plan: CacheSettings) -> JsonObject:
+    claimed = type(named(model))
     kind = next(word for word, entry in TEACHERS.entries.items() if entry is claimed)
     if kind != "frozen":
         raise InputError(
@@ -180,6 +188,7 @@ def _answers(
 def _write(out: Path, record: JsonObject, rollouts: dict[str, list[Rollout]], parts: Scorer, k: int) -> JsonObject:
     errors, everything = _Errors(), [r for answers in rollouts.values() for r in answers]
     with new_directory(out) as directory:
+        write_rows(out, directory)
         with stage(f"scoring: the {k} most likely tokens and the rest", len(everything)) as advance:
             written = write_scored(directory, rollouts, _scored(parts, everything, k, errors, advance))
         record = {

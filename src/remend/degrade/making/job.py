@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from remend.compression.recognise import RECORD
 from remend.console import stage, warn
 from remend.data.examples import Example, bundled, choose, data_hash, load_examples, without
+from remend.data.given import write_rows
 from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.degrade.kinds import Calibrated, DegradeSettings
 from remend.degrade.making.shares import require_known, skipped
@@ -153,6 +154,7 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
     record = _record(damage, changed, model, hashes, seconds)
     with stage(f"saving {out}"), new_directory(out) as target:
         save_model(changed.student, damage.tokenizer, target)
+        write_rows(out, target)
         if changed.files:
             changed.files(target)
         write_json(target / RECORD, record)
