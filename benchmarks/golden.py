@@ -106,10 +106,11 @@ class Explained:
 MISSING = "missing"
 MOVED = re.compile(r"\bremend/(?=(grid|width)\.safetensors$)")
 """The folder in a model's directory to which files moved that lay beside the weights."""
-CHANGED = r"(importance_clip|scales|loss|columns)"
+CHANGED = r"(importance_clip|scales|loss|columns|save_dtype|max_shard_size)"
 """Keys of a recipe that came or went since 13d6498; their value must be the one that does nothing."""
 NOTHING = r"(\"|&#34;)?(None|null|fixed)\b.*"
 QUOTE = r"(\"|&#34;)"
+SAVED_IN = "a run says in what it saved the model"
 BY_STEPS = "the default follows the steps"
 CAME_OR_WENT = "the recipe key came or went"
 PROBED = "a calibrated student is probed on its own data"
@@ -121,6 +122,10 @@ EXPORTS = r"(after|made)/(dense|gguf|nf4|packed)/"
 RULES = "a GGUF header names the rules of the tokenizer, which is built by them"
 """Its tensors are compared by the export itself, and by tests/exporting/test_export_gguf.py."""
 EXPLAINED = [
+    Explained("a run says in what it saved the model", r"(.*\.)?saved(\..*)?"),
+    Explained(
+        "a run says in what it saved the model", r".*line \d+", r"(the model is saved in .*|.*(saved|why|dtype).*)"
+    ),
     Explained("the learning rate is printed with its source", r"line \d+", r"learning rate .*", r"logs/.*"),
     Explained("a run notes where it began", r"(.*\.)?directory", file=r".*(manifest|report)\.json"),
     Explained("a page says where to rerun", r".*line \d+", rf".*(remend recover|cd |{QUOTE}directory{QUOTE}).*"),

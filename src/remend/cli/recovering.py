@@ -83,10 +83,13 @@ def export(
     format: Annotated[
         str, typer.Option(help="dense, compressed-tensors, gguf or gguf:q4_0 …; a wrong name lists all.")
     ] = "dense",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of one file of weights, such as 5GB; by default transformers' limit.")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a model in the format that will be served, read it back, and compare it with what was measured."""
-    done = remend.export(source, out, format=format, trust_remote_code=trust_remote_code)
+    done = remend.export(source, out, format=format, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
     check = done["check"]
     print_line(f"{out}: {done['container']}, {done['bytes']} bytes")
     print_line(f"all weights equal bit for bit, logits too; opened by {check['read_by']}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from remend.exporting.card import write_card
 from remend.exporting.check import compare_file, verify
 from remend.files.atomic import JsonObject, new_directory, read_json, write_json, write_text
 from remend.files.run_directory import MANIFEST, occupied
+from remend.files.settings import shard_size
 from remend.models.adapters import is_adapter
 from remend.models.find import ModelSource, fetch_model, find_model
 from remend.models.load import load_model, load_tokenizer
@@ -28,13 +30,21 @@ __all__ = ["CONTAINERS", "export", "verify"]
 EXPORT_FILE = "export.json"
 
 
-def export(source: str | Path, out: str | Path, *, format: str, trust_remote_code: bool = False) -> JsonObject:
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    max_shard_size: str | None = None,
+    trust_remote_code: bool = False,
+) -> JsonObject:
     """Write a model as it was measured, read it back and compare.
 
     Args:
         source: a run directory (its recovered model is taken), or a model: directory, GGUF file, hub id or smollm2.
         out: a new directory.
         format: 'dense', 'compressed-tensors', 'gguf' (the type that the grid has) or 'gguf:q4_0' and the like.
+        max_shard_size: of one file of weights, such as 5GB; by default transformers' limit.
         trust_remote_code: let the model's own code run.
 
     Returns:
@@ -51,8 +61,10 @@ def export(source: str | Path, out: str | Path, *, format: str, trust_remote_cod
     problem = occupied(out)
     if problem:
         raise InputError(problem)
+    shard = _shard(name, container, max_shard_size)
     assert container.write is not None
     measured = open_measured(source, lambda grid: container.fits(grid, kind), trust_remote_code=trust_remote_code)
+    measured = replace(measured, max_shard_size=shard)
     with new_directory(out) as target:
         with stage(f"writing {format}"):
             facts = container.write(measured, target, kind)
@@ -72,6 +84,18 @@ def export(source: str | Path, out: str | Path, *, format: str, trust_remote_cod
         }
         write_json(target / EXPORT_FILE, result)
     return result
+
+
+def _shard(name: str, container: Container, size: str | None) -> str | None:
+    """The size of a file of weights, checked. Raises InputError."""
+    if size is None:
+        return None
+    if not container.sharded:
+        raise InputError(f"max_shard_size has no effect on {name}, which writes one file; leave it out")
+    try:
+        return shard_size(size)
+    except ValueError as error:
+        raise InputError(f'max_shard_size is "{size}"; {error}') from None
 
 
 def _writable(name: str) -> Container:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,14 @@ def as_number(value: object) -> object:
 
 
 Number = Annotated[float, BeforeValidator(as_number)]
+
+
+def shard_size(value: object) -> str:
+    """The size of a file as transformers reads it: 5GB, 500MB. Raises ValueError for what is none."""
+    text = value.strip().upper() if isinstance(value, str) else ""
+    if re.fullmatch(r"[1-9]\d*\s?[KMGT]B", text):
+        return text.replace(" ", "")
+    raise ValueError("allowed: a size such as 5GB or 500MB")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Weights are read from safetensors or GGUF only: nothing is unpickled.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -342,16 +343,44 @@ def _require_numbers(model: PreTrainedModel, source: ModelSource) -> None:
             )
 
 
-def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path) -> None:
+def stored_dtype(source: ModelSource) -> torch.dtype:
+    """In what a local model's files hold most of its numbers: float32, bfloat16 or float16.
+
+    It is float32 for files that hold anything else too (packed weights, GGUF), and for an adapter.
+    """
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    numbers: dict[str, int] = {}
+    for path in weight_files(source.path) if source.kind == "directory" and source.path else []:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                part = tensors.get_slice(name)
+                kind = str(part.get_dtype())
+                numbers[kind] = numbers.get(kind, 0) + math.prod(part.get_shape())
+    if not numbers or any(kind not in known for kind in numbers):
+        return torch.float32
+    return known[max(numbers, key=lambda kind: numbers[kind])]
+
+
+def inexact_in(model: CausalLM, dtype: torch.dtype) -> list[str]:
+    """Names of the float32 parameters that a dtype rounds."""
+    return [name for name, weight in model.named_parameters() if not weight.equal(weight.to(dtype).to(weight.dtype))]
+
+
+def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path, *, max_shard_size: str | None = None) -> None:
     """Write a plain transformers directory (safetensors, tokenizer, chat template, generation config).
 
     Of a model with an adapter only the adapter is written, as peft does: it stays apart from its base.
+
+    Args:
+        model, tokenizer: what is saved; weights in the dtype that they have.
+        directory: an empty one.
+        max_shard_size: of one file of weights, such as 5GB; by default transformers' own limit.
     """
     with _quietly():
         if adapters.is_adapted(model):
             adapters.save_adapter(model, directory)
         else:
-            model.save_pretrained(directory)
+            model.save_pretrained(directory, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
             lacks = getattr(model.config, LEFT_OUT, None)
             if lacks:
                 write_text(directory / CARD, f"{CARD_OF_PARTS}\n\n" + "".join(f"- `{name}`\n" for name in lacks))

@@ -70,5 +70,5 @@ class CausalLM(Protocol):
     def activation_checkpointing_enable(self, *, activation_checkpointing_kwargs: Mapping[str, object]) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations."""
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, max_shard_size: str = ...) -> None:
         """Write safetensors and configuration into a directory."""

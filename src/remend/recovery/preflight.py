@@ -228,6 +228,13 @@ def _check_adapter(
     if not adapted and any(t.moving and t.healthy for t in teachers.values()):
         say.problems.append("teacher base is the student without its adapter, and there is none; set lora, or name one")
     constraint = kind_of(facts).describe(facts) if facts else "none"
+    if config.save_dtype and adapted and not config.merge:
+        say.warnings.append("save_dtype has no effect, since an adapter is saved, in float32")
+    elif config.save_dtype in ("bfloat16", "float16") and facts and facts.recognised.stored and not adapted:
+        say.problems.append(
+            f"save_dtype {config.save_dtype} would take the student off its grid ({constraint}), whose points are "
+            "saved exactly, in float32; leave it out. remend export writes them in their few bits"
+        )
     if config.merge and not adapted:
         say.problems.append("merge: true has no adapter to fold in; set lora, or leave merge out")
     elif config.merge and constraint != "none":

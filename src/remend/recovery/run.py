@@ -104,9 +104,9 @@ def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]
     selected = selection.restore() if observer else None
     after = side.measure() if side else {}
 
-    if observer:
-        save(run, student, constraint)
+    saved = save(run, student, constraint) if observer else {}
     return observer, {
+        "saved": saved,
         "repair": repair,
         "steps": steps,
         "learning_rate": plan.learning_rate,

@@ -10,14 +10,14 @@ import torch
 
 from remend.compression.containers import formats_of
 from remend.compression.recognise import RECORD, record_to_keep
-from remend.console import stage
-from remend.files.atomic import new_directory, write_json
+from remend.console import console, stage, warn
+from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.environment import peak_rss_mib
 from remend.files.run_directory import METRICS, SUMMARY
 from remend.maths.losses import of_beta
 from remend.models.adapters import is_adapted, merge
 from remend.models.find import find_model
-from remend.models.load import save_model
+from remend.models.load import inexact_in, save_model, stored_dtype
 from remend.models.protocols import CausalLM
 from remend.recovery.begin import Run
 from remend.recovery.card import write_model_card
@@ -28,17 +28,49 @@ from remend.training.constraints import Constraint
 from remend.training.teachers import Teacher
 
 
-def save(run: Run, student: CausalLM, constraint: Constraint) -> None:
-    """Write the model as it was measured, with its constraint's file and its record of damage."""
+def save(run: Run, student: CausalLM, constraint: Constraint) -> JsonObject:
+    """Write the model as it was measured, with its constraint's file and its record of damage.
+
+    Returns:
+        `dtype` of its weights, and `why`. In another dtype than float32 they are rounded in place.
+    """
     plan = run.plan
     with stage("saving the model"), new_directory(run.directory.path / "model") as target:
         if plan.config.merge:
             merge(student)
-        save_model(student, plan.tokenizer, target)
+        dtype, why = _saved_in(plan, student)
+        for weight in student.parameters() if dtype != torch.float32 else ():
+            weight.data = weight.data.to(dtype)  # buffers stay: some models want theirs in float32
+        save_model(student, plan.tokenizer, target, max_shard_size=plan.config.max_shard_size)
         constraint.save(target)
         record = record_to_keep(plan.student, plan.facts.recognised)
         if record and not is_adapted(student):
             write_json(target / RECORD, record)
+    name = str(dtype).removeprefix("torch.")
+    console.print(f"the model is saved in {name}: {why}", markup=False, soft_wrap=True)
+    return {"dtype": name, "why": why}
+
+
+def _saved_in(plan: Plan, student: CausalLM) -> tuple[torch.dtype, str]:
+    """The dtype of the saved weights, and why it is that."""
+    given = plan.config.save_dtype or "auto"
+    if is_adapted(student):
+        return torch.float32, "adapters always are"
+    if given == "float32":
+        return torch.float32, "as given"
+    theirs = stored_dtype(plan.student) if given == "auto" else getattr(torch, given)
+    if theirs == torch.float32:
+        return theirs, "the student's files hold float32 or packed weights"
+    name, rounded = str(theirs).removeprefix("torch."), inexact_in(student, theirs)
+    if given == "auto":
+        if rounded:
+            return torch.float32, f"the student's own {name} would round trained weights; save_dtype: {name} does so"
+        return theirs, "the student's files are, and it rounds nothing"
+    over = [n for n, weight in student.named_parameters() if not weight.to(theirs).isfinite().all()]
+    if over:
+        warn(f"save_dtype {name} can't hold the numbers of {over[0]}, so the model is saved in float32")
+        return torch.float32, f"{name} can't hold the numbers of {over[0]}"
+    return theirs, f"as given; it rounds {len(rounded)} of its tensors, and the final figures are of the rounded model"
 
 
 def saved_model(run: Run) -> CausalLM:

@@ -20,7 +20,7 @@ from pydantic import (
 
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.files.run_directory import steps_a_checkpoint, updates_a_round
-from remend.files.settings import Gone, Number, Settings, as_number, build
+from remend.files.settings import Gone, Number, Settings, as_number, build, shard_size
 from remend.models.lora import LoraConfig
 
 OptionalNumber = Annotated[float | None, BeforeValidator(as_number)]
@@ -53,6 +53,9 @@ def _length(value: Any) -> int | list[int]:
     if not whole or len(ends) != (2 if isinstance(parts, list) else 1) or ends != sorted(ends):
         raise ValueError("allowed: a number of tokens from 1, or two of them, [16, 96], for one that grows")
     return cast(int | list[int], parts)
+
+
+ShardSize = Annotated[str, PlainValidator(shard_size)]
 
 
 Policy = Annotated[str | float, PlainValidator(_policy)]
@@ -182,7 +185,7 @@ class RecoverConfig(Settings):
             *("repair", "repair_samples", "train_embeddings", "as_dense", "layer_map", "lora", "merge"),
         ),
         "Measuring": ("eval_every", "diagnose_every", "select", "patience", "report_to"),
-        "Running": ("save_every", "keep_checkpoints", "dtype", "device", "seed"),
+        "Running": ("save_every", "keep_checkpoints", "save_dtype", "max_shard_size", "dtype", "device", "seed"),
     }
 
     student: str = Field(
@@ -333,6 +336,14 @@ class RecoverConfig(Settings):
         description="of the arithmetic; auto: bfloat16 where the hardware has it. Trained weights are float32",
     )
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps")
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="of the saved model; auto, the default: that of the student's files where it rounds nothing, else "
+        "float32. Another rounds, and the final figures are those of the rounded model",
+    )
+    max_shard_size: ShardSize | None = Field(
+        None, description="of one file of saved weights, such as 5GB; by default transformers' limit"
+    )
     report_to: str | None = Field(None, description="tracker that accelerate knows: tensorboard, wandb, trackio, …")
     seed: int = Field(0, ge=0, lt=2**31, description="order of prompts, rollouts, held-out choice")
     trust_remote_code: bool = Field(

@@ -46,7 +46,7 @@ class Measured:
     """A model that is written: loaded as it was measured, and what is known of it.
 
     `mask` says in one sentence which zeros it keeps, `degradation` is its degradation.json. `run` is the run's
-    directory, or None for a model alone.
+    directory, or None for a model alone. `max_shard_size` is of one file that is written, None for transformers' own.
     """
 
     source: ModelSource
@@ -56,6 +56,7 @@ class Measured:
     mask: str | None
     degradation: JsonObject | None
     run: Path | None
+    max_shard_size: str | None = None
 
     @property
     def grid(self) -> str:
@@ -87,6 +88,7 @@ class Container:
         differing: names of parameters that the container's own reader does not read back from the files bit for bit;
             None where transformers is the only reader.
         reader: that reader's name.
+        sharded: whether `write` can cut the weights into several files.
     """
 
     reads: Callable[[ModelSource], bool]
@@ -95,6 +97,7 @@ class Container:
     write: Write | None = None
     differing: Callable[[Path, CausalLM], list[str]] | None = None
     reader: str = ""
+    sharded: bool = False
 
 
 CONTAINERS: Registry[Container] = Registry("container")

@@ -296,7 +296,7 @@ def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
         for name, tensor in stored.carried.tensors.items():
             owner, _, local = name.rpartition(".")
             setattr(model.get_submodule(owner), local, nn.Parameter(tensor, requires_grad=False))
-        save_model(model, measured.tokenizer, target)
+        save_model(model, measured.tokenizer, target, max_shard_size=measured.max_shard_size)
         compressor.update_config(str(target))
     _complete_config(target, stored.carried.settings)
     return {"container": f"compressed-tensors ({compressor.quantization_config.format.value})"}
@@ -332,5 +332,5 @@ def _set_parameters(module: nn.Module, grid: Grid, fmt: GridFormat) -> None:
 
 
 CONTAINERS.register("compressed-tensors", source="https://github.com/vllm-project/compressed-tensors")(
-    Container(_reads, _recognise, _fits, _write)
+    Container(_reads, _recognise, _fits, _write, sharded=True)
 )

@@ -115,7 +115,7 @@ def _fits(grid: str, kind: str) -> str | None:
 
 def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
     """Float32 safetensors, and the grid beside them where there is one."""
-    save_model(measured.model, measured.tokenizer, target)
+    save_model(measured.model, measured.tokenizer, target, max_shard_size=measured.max_shard_size)
     if measured.stored:
         measured.stored.write(target)
     if measured.mask:
@@ -124,5 +124,5 @@ def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
 
 
 CONTAINERS.register("dense", source="safetensors, one float32 tensor a weight")(
-    Container(_reads, _recognise, _fits, _write)
+    Container(_reads, _recognise, _fits, _write, sharded=True)
 )
