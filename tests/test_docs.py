@@ -27,7 +27,14 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 PAGES.remove(ROOT / "CHANGELOG.md")  # which tells of things as they were
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").rglob("*.py")])
+SOURCES = sorted(
+    [
+        *(ROOT / "docs").glob("*.py"),
+        *(ROOT / "src").rglob("*.py"),
+        *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
+    ]
+)
 FILES = [path.relative_to(ROOT).as_posix() for path in SOURCES]
 FOLDERS = {f"/{parent.as_posix()}/" for file in FILES for parent in Path(file).parents}
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
@@ -36,6 +43,8 @@ ELSEWHERE = {"convert_hf_to_gguf.py", "my_file.py", "my_losses.py"}
 """Files of other projects, and of readers, that are named."""
 OTHERS = {"--extra-index-url", "--pure", "actorder: group", "key=value"}
 """Options of pip and of llama-quantize, a setting of compressed-tensors, and the form of an override."""
+ANYWHERE = {"--import", "--version", "--quiet", "--verbose", "--install-completion", "--show-completion"}
+"""Options of no verb."""
 OWN = re.compile(r"^# (\w+\.py)$", re.M)
 """A file that a page's example makes."""
 
@@ -161,7 +170,7 @@ def code_faults(lines: list[str], spans: list[str]) -> Iterator[str]:
         elif match := re.match(r"python (benchmarks/\w+\.py) (.*)", line):
             text = (ROOT / match[1]).read_text(encoding="utf-8")
             yield from (f"{match[1]} {o}" for w in match[2].split() if (o := _option(w)) and f'"{o}"' not in text)
-    known = OTHERS | benchmark_options() | {"--import"} | set().union(*(o for o in verbs().values() if o))
+    known = OTHERS | ANYWHERE | benchmark_options() | set().union(*(o for o in verbs().values() if o))
     for span in spans:
         setting = re.match(r"[a-z_]+(\.[a-z_]+)*(=|: )(?!True|…)\S", span) and span not in OTHERS
         name = re.fullmatch(r"[a-z]+(_[a-z]+)+", span)
@@ -223,3 +232,11 @@ def test_the_tables_list_every_key_and_kind() -> None:
         r"^\| `degradations` \|(.*)", (ROOT / "docs" / "how-to" / "study.md").read_text(encoding="utf-8"), re.M
     )
     assert [name for name in DEGRADATIONS.names() if f"`{name}`" not in kinds] == []
+
+
+def test_the_generated_pages_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    reference = import_module("reference")
+    for name, page in reference.PAGES.items():
+        current = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8") == page()
+        assert current, f"docs/reference/{name} is out of date; run: python benchmarks/reference.py"
