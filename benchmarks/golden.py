@@ -16,7 +16,7 @@ row KILLED_AT: that needs no name of the code's insides, which differ between th
 
 Equal means: tensors bit for bit, text byte for byte, numbers in JSON exactly. Statistics (intervals, p-values) may
 differ by 1e-9, since a library's formula rounds in another order. The clock stands still and memory is constant, as
-far as a side can see. A difference with a reason stands in EXPLAINED; any other makes the exit code 1.
+far as a side can see. A difference that is meant has its reason in golden_reasons.py; any other makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from golden_reasons import CLOSE, MISSING, Difference, reason  # noqa: E402
 from helpers.golden import DEGRADE, KILLED_AT, MORE_RECIPES, RECIPES, cpu_kind, write_inputs, write_recipes  # noqa: E402
 
 AFTERWARDS = [
@@ -70,111 +70,9 @@ AFTERWARDS = [
 and since a run that OLD wrote must be taken. Reports are also made of each side's own runs."""
 
 STATISTICS = r"interval|_95$|^p$|p_value|(\b|_)(low|high)\b|\bband\[|detectable|spearman|pearson|error"
-CLOSE = 1e-9
-"""What a library's formula may round otherwise, by a part of the key's path, and how much."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What one place of one file says on each side."""
-
-    file: str
-    place: str
-    """A key of JSON ('recipe.steps'), a tensor's name, or a line."""
-    before: object
-    after: object
-    close: bool = False
-    """A statistic that differs by less than CLOSE."""
-
-
-@dataclass(frozen=True)
-class Explained:
-    """A difference that is meant, and why. Place, texts and file by regular expression, each of the whole."""
-
-    reason: str
-    place: str
-    text: str = r"(.|\n)*"
-    file: str = r".*"
-
-    def fits(self, difference: Difference) -> bool:
-        """Whether this is the reason."""
-        texts = [value for value in (difference.before, difference.after) if value != MISSING]
-        fits = re.fullmatch(self.place, difference.place) and re.fullmatch(self.file, difference.file)
-        return bool(fits) and all(re.fullmatch(self.text, str(value)) for value in texts)
-
-
-MISSING = "missing"
+"""What a library's formula may round otherwise, by less than CLOSE: a part of the key's path."""
 MOVED = re.compile(r"\bremend/(?=(grid|width)\.safetensors$)")
 """The folder in a model's directory to which files moved that lay beside the weights."""
-CHANGED = r"(importance_clip|scales|loss|columns|save_dtype|max_shard_size)"
-"""Keys of a recipe that came or went since 13d6498; their value must be the one that does nothing."""
-NOTHING = r"(\"|&#34;)?(None|null|fixed)\b.*"
-QUOTE = r"(\"|&#34;)"
-SAVED_IN = "a run says in what it saved the model"
-BY_STEPS = "the default follows the steps"
-CAME_OR_WENT = "the recipe key came or went"
-PROBED = "a calibrated student is probed on its own data"
-CALIBRATED = r"(depth|gguf|gptq|mask|nvfp4|sparse|width)"
-THE_GRID = "the grid has a folder of its own, and its header one entry"
-SHARES = "degradations say which weights they reached"
-STRANGERS = "an export is opened by readers without remend, and says which"
-EXPORTS = r"(after|made)/(dense|gguf|nf4|packed)/"
-RULES = "a GGUF header names the rules of the tokenizer, which is built by them"
-"""Its tensors are compared by the export itself, and by tests/exporting/test_export_gguf.py."""
-EXPLAINED = [
-    Explained("a run says in what it saved the model", r"(.*\.)?saved(\..*)?"),
-    Explained(
-        "a run says in what it saved the model", r".*line \d+", r"(the model is saved in .*|.*(saved|why|dtype).*)"
-    ),
-    Explained("the learning rate is printed with its source", r"line \d+", r"learning rate .*", r"logs/.*"),
-    Explained("a run notes where it began", r"(.*\.)?directory", file=r".*(manifest|report)\.json"),
-    Explained("a page says where to rerun", r".*line \d+", rf".*(remend recover|cd |{QUOTE}directory{QUOTE}).*"),
-    Explained(BY_STEPS, r"(.*\brecipe\.)?(save_every|warmup_steps)", r"50|5|None|null"),
-    Explained(BY_STEPS, r".*line \d+", rf"\s*{QUOTE}?(save_every|warmup_steps){QUOTE}?: (50|5|null),?"),
-    Explained(CAME_OR_WENT, rf"(.*\brecipe\.)?(streams\.\w+\.)?{CHANGED}", NOTHING),
-    Explained(CAME_OR_WENT, r".*line \d+", rf"\s*(\"|&#34;)?{CHANGED}(\"|&#34;)?: {NOTHING}"),
-    Explained("the prompts' tokens are hashed", r"(.*\.)?tokens(_sha256)?", r"[0-9a-f]{64}"),
-    Explained(
-        "the prompts' tokens are hashed", r".*line \d+", rf"\s*{QUOTE}tokens(_sha256)?{QUOTE}: {QUOTE}[0-9a-f]{{64}}.*"
-    ),
-    Explained("eval notes how large its batches were", r"line 1", r"\{\"key\": \"\w+\", \"tokens_at_once\": \d+\}"),
-    Explained(PROBED, r"probe\.(kl|top1_agreement)", file=rf"made/{CALIBRATED}/degradation.json"),
-    Explained(PROBED, r"line \d+", r"probe: KL .*", rf"logs/degrade-{CALIBRATED}.txt"),
-    Explained(THE_GRID, r".*\b(remend/)?(grid|width)\.safetensors", rf"[0-9a-f]{{64}}|{MISSING}"),
-    Explained(THE_GRID, r".*line \d+", rf"\s*{QUOTE}(remend/)?(grid|width)\.safetensors{QUOTE}: {QUOTE}\w{{64}}.*"),
-    Explained(THE_GRID, r"metadata\.(remend_grid|format|formula)", file=r"(.*/)?grid\.safetensors"),
-    Explained(SHARES, r"decoder", r"\{'weights': .*"),
-    Explained(STRANGERS, r"check\.(read_by|strangers)", file=EXPORTS + r"export\.json"),
-    Explained(STRANGERS, r"line \d+", r"Read back and compared with the model .*", EXPORTS + r"README\.md"),
-    Explained(
-        STRANGERS,
-        r"line \d+",
-        r".*: (dense|nf4|gguf:\w+|compressed-tensors.*), \d+ bytes.*|(all weights equal bit for bit|opening it with).*",
-        r"logs/(\d+-export|degrade-\w+)\.txt",
-    ),
-    Explained(
-        "it unpacks when it is loaded", r"quantization_config\.dequantize", r"True|true", EXPORTS + r"config\.json"
-    ),
-    Explained(RULES, r"bytes", r"\d+", EXPORTS + r"export\.json"),
-    Explained(RULES, r"", r"\d+ (other )?bytes", r".*/model\.gguf"),
-    Explained(
-        RULES, r"(bos_token|unk_token|is_local|local_files_only)", file=r"runs/gguf/model/tokenizer_config\.json"
-    ),
-    Explained(
-        "of two commands the first one asks the reference",
-        r"line \d+",
-        r"the reference answers",
-        r"logs/\d+-diagnose\.txt",
-    ),
-    Explained(SHARES, r"line \d+", r"decoder: 100\.0% (on the grid|under the mask), 0\.0% untouched .*"),
-]
-
-
-def reason(difference: Difference) -> str | None:
-    """Why the difference is meant, or None."""
-    if difference.close:
-        return f"a statistic, by less than {CLOSE}"
-    return next((e.reason for e in EXPLAINED if e.fits(difference)), None)
 
 
 # one side ------------------------------------------------------------------------------------------------------------

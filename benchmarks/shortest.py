@@ -45,6 +45,7 @@ PARTS = {
     "time_tables": "is a part of time_to_recover",
     "trl_distillation": "is run by time_to_recover's lines of TRL",
     "golden": "make golden",
+    "golden_reasons": "is a part of golden",
     "count": "make count",
     "oldest": "make oldest",
     "docs_commands": "make docs-commands",
