@@ -1,6 +1,6 @@
 """A model that learned a task and forgot to talk: two streams against three baselines.
 
-Prints the table of docs/reference/streams.md.
+Prints the table of docs/measurements/streams.md.
 
 python benchmarks/forgetting.py --out runs/forgetting [--steps 24] [--task tooluse-short] [--rows 128]
 

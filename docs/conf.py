@@ -27,7 +27,7 @@ NAVIGATION = {
     ],
     "Explanation": [
         *("explanation/how-it-works", "explanation/what-is-used", "explanation/defaults", "explanation/architecture"),
-        "explanation/papers",
+        *("explanation/statistics", "explanation/papers"),
     ],
     "Extending": [
         *("extending/index", "extending/loss", "extending/teacher", "extending/constraint", "extending/container"),
@@ -35,7 +35,7 @@ NAVIGATION = {
     ],
     "Measurements": [
         *("measurements/degradations", "measurements/results", "measurements/speed", "measurements/zoo"),
-        "measurements/runs",
+        *("measurements/streams", "measurements/diagnosis", "measurements/evaluation", "measurements/runs"),
     ],
 }
 """The pages in the order of the sidebar. A page that is missing here is a warning, and warnings fail."""
