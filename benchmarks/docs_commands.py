@@ -40,8 +40,8 @@ QUICK = {
 """Words behind a command of that verb."""
 
 SKIPPED = {"lm-eval:": "reads data of the hub", "push": "uploads to the hub", "--watch": "serves until it is stopped"}
-UNRUN = ("docs/measurements/", "docs/extending/")
-"""Measurements take hours; the pages on extending have a test of their own."""
+UNRUN = ("docs/measurements/", "docs/extending/", "docs/reference/cli.md")
+"""Measurements take hours, the pages on extending have a test of their own, and the command line is shown by its form."""
 
 STUDY = """
 model: reference
