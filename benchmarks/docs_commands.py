@@ -41,7 +41,7 @@ QUICK = {
 
 SKIPPED = {"lm-eval:": "reads data of the hub", "push": "uploads to the hub", "--watch": "serves until it is stopped"}
 UNRUN = ("docs/measurements/", "docs/extending/", "docs/reference/cli.md")
-"""Measurements take hours, the pages on extending have a test of their own, and the command line is shown by its form."""
+"""Measurements take hours, the pages on extending have a test of their own, and the reference shows verbs by form."""
 
 STUDY = """
 model: reference
