@@ -23,7 +23,7 @@ NAVIGATION = {
     ],
     "Reference": [
         *("reference/cli", "reference/recipe", "reference/data", "reference/streams", "reference/runs"),
-        *("reference/export", "reference/glossary"),
+        *("reference/export", "reference/degradations", "reference/glossary"),
     ],
     "Explanation": [
         *("explanation/how-it-works", "explanation/what-is-used", "explanation/defaults", "explanation/architecture"),
