@@ -71,7 +71,7 @@ def make_models() -> None:
     rows = [
         {"prompt": text + options, "answer": "B", "demonstration": "B", "golden_answer": calls} for text in prompts()
     ]
-    parts = {"prompts": rows, "train": rows[:32], "held_out": rows[32:], "dev": rows, "tools": rows}
+    parts = {"prompts": rows, "train": rows[:32], "held_out": rows[32:], "dev": rows, "tools": rows, "written": rows}
     for name, part in parts.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     recipe = {"student": "student", "teacher": "reference", "data": "prompts.jsonl", "out": "runs/recovered"}
@@ -108,6 +108,10 @@ def run(line: str) -> str | None:
     reason = next((why for part, why in SKIPPED.items() if any(part in word for word in words)), None)
     if reason:
         return reason
+    if words[0] == "prompts":
+        return "an untrained model writes no prompts that can be used"
+    if words[0] == "recover" and "--student" in words and "--data" not in words:
+        words += ["--data", "prompts.jsonl"]  # for the same reason
     dry = "--dry-run" in words
     words = [{"smollm2": "reference", "small": "small" if dry else "mine.yaml"}.get(word, word) for word in words]
     out = words[words.index("--out") + 1] if "--out" in words else None
