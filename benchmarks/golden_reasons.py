@@ -60,6 +60,12 @@ WORST = "a run keeps its worst held-out prompts token by token"
 EXPLAINED = [
     Explained(PAGES, r".*", file=r".*\b(report\.(md|html|json)|README\.md)"),
     Explained(PROGRESS, r"line \d+", file=r"logs/(\w+-(killed|resumed)|\d+-(study|compare|diagnose|track))\.txt"),
+    Explained(
+        "zeros are told of pruned models alone",
+        r"line \d+",
+        r"sparsity: .*",
+        r"logs/degrade-(gptq|int\d|nf4|nvfp4)\.txt",
+    ),
     Explained(WORST, r"", "there", r".*\bworst\.jsonl"),
     Explained("each step notes the memory", r"\[\d+\]\.rss_mib", r"\d+", r".*\btiming\.jsonl"),
     Explained("the page names what fits", r"exports", file=r".*\bsummary\.json"),
