@@ -56,7 +56,7 @@ def test_what_cannot_be_evaluated_is_exit_code_2(evaluate: Any, tmp_path: Path) 
     ):
         code, said, err = evaluate(*words, "--out", out)
         assert (code, said) == (2, "")
-        assert err.startswith("error: ")
+        assert "\nerror: " in "\n" + err
         assert message in err
         assert not out.exists()
 

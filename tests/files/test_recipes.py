@@ -20,7 +20,11 @@ def test_recipe_is_valid(path: Path) -> None:
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "docs" / "recipe.md").read_text(), flags=re.M))
+    rows = dict(
+        re.findall(
+            r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "docs" / "explanation" / "defaults.md").read_text(), flags=re.M
+        )
+    )
     assert set(rows) == set(RecoverConfig.model_fields)
     words = {None: {"none", "the smaller of 64 and 10%"}, False: {"false"}, True: {"true"}}
     for name, field in RecoverConfig.model_fields.items():

@@ -114,7 +114,10 @@ def test_more_streams_than_prompts() -> None:
         ({"streams": {k: {**v, "weight": 0} for k, v in two().items()}}, "every stream has weight 0"),
         ({"streams": two(), "select": "best"}, "need evaluations; set eval_every"),
         ({"streams": two(), "patience": 2}, "need evaluations; set eval_every"),
-        ({"streams": two(), "updates_per_rollout": 4}, "save_every 50 is no multiple of updates_per_rollout 4"),
+        (
+            {"streams": two(), "updates_per_rollout": 4, "save_every": 50},
+            "save_every 50 is no multiple of updates_per_rollout 4",
+        ),
         ({"streams": two(), "demonstration_template": "{prompt}"}, "must hold {prompt} and {demonstration}"),
         ({"streams": {"a": {"data": "d", "teacher": "t", "policy": "off"}}, "bootstrap": "on"}, "nothing to prepare"),
         ({"streams": two(), "bootstrap": "repair"}, "wants repair: true and a single stream"),

@@ -101,7 +101,14 @@ def test_only_this_machine_may_ask(server: Watcher) -> None:
 
 def test_ctrl_c_ends_it(under_way: Path) -> None:
     command = [sys.executable, "-m", "remend", "report", "--watch", str(under_way)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    ours = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # tests in the background ignore it, and hand that on
+    try:
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    with started as process:
         assert process.stdout
         address = process.stdout.readline().split()[0]
         assert "Step 24 of 24" in read(address)

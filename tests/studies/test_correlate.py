@@ -308,8 +308,8 @@ BARE = [row(t, 1.0 - 0.1 * t, [0.5 + 0.1 * t]) for t in range(4)]
 @pytest.mark.parametrize(
     ("rows", "degraded", "message"),
     [
-        (None, 2.0, r"run has no track\.jsonl: set diagnose_every: n and run again"),
-        ([], 2.0, r"run has no track\.jsonl: set diagnose_every: n and run again"),
+        (None, 2.0, r"run has no track\.jsonl; measure it with: remend track .*run"),
+        ([], 2.0, r"run has no track\.jsonl; measure it with: remend track .*run"),
         (curve(2), 2.0, r"2 measurements in all; a correlation needs 3 or more\. Give more runs, or"),
         (curve(1), 2.0, "1 measurement in all"),
         ([row(i, 1.0, [None]) for i in range(3)], 2.0, "0 measurements in all"),
