@@ -10,7 +10,7 @@ import pytest
 from remend.errors import InputError
 from remend.files.settings import build
 from remend.maths.losses import choose, of_beta
-from remend.recovery.rules import notes, problems, warnings
+from remend.recovery.rules import notes_of_length, problems, problems_of_length, warnings, warnings_of_length
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import reference_of, resolve, rows_of
 from remend.training.teachers.cache import RECORD
@@ -27,6 +27,14 @@ def cache(tmp_path: Path) -> str:
 
 def config(**values: Any) -> RecoverConfig:
     return build(RecoverConfig, {"student": "s", "out": "o", **values}, "r")
+
+
+def all_problems(made: RecoverConfig) -> list[str]:
+    return [*problems(made, resolve(made)), *problems_of_length(made)]
+
+
+def all_warnings(made: RecoverConfig) -> list[str]:
+    return [*warnings(made, resolve(made)), *warnings_of_length(made, resolve(made))]
 
 
 def two(**adapt: Any) -> dict[str, Any]:
@@ -136,7 +144,7 @@ def test_more_streams_than_prompts() -> None:
 )
 def test_nonsense_is_refused_with_the_reason(values: dict[str, Any], part: str) -> None:
     made = config(**values)
-    found = list(problems(made, resolve(made)))
+    found = all_problems(made)
     assert any(part in line for line in found), found
 
 
@@ -151,7 +159,7 @@ def test_nonsense_is_refused_with_the_reason(values: dict[str, Any], part: str) 
 )
 def test_what_a_cached_teacher_cannot_do(cache: str, stream: dict[str, Any], part: str) -> None:
     made = config(streams={"a": {"data": "d", "teacher": cache, **stream}})
-    assert any(part in line for line in problems(made, resolve(made)))
+    assert any(part in line for line in all_problems(made))
 
 
 @pytest.mark.parametrize(
@@ -169,8 +177,8 @@ def test_what_a_cached_teacher_cannot_do(cache: str, stream: dict[str, Any], par
 )
 def test_settings_without_effect_are_said(values: dict[str, Any], part: str) -> None:
     made = config(**{"streams": two(), **values})
-    assert any(part in line for line in warnings(made, resolve(made)))
-    assert not list(warnings(config(streams=two()), resolve(config(streams=two()))))
+    assert any(part in line for line in all_warnings(made))
+    assert not all_warnings(config(streams=two()))
 
 
 def test_what_a_cached_teacher_brings_itself_is_said(cache: str) -> None:
@@ -193,8 +201,8 @@ def test_what_a_cached_teacher_brings_itself_is_said(cache: str) -> None:
 )
 def test_a_run_that_is_all_bootstrap_is_told(values: dict[str, Any], said: str | None) -> None:
     made = config(streams=two(), steps=48, save_every=0, **values)
-    assert not list(problems(made, resolve(made)))
-    found = list(notes(made, resolve(made)))
+    assert not all_problems(made)
+    found = list(notes_of_length(made, resolve(made)))
     assert (said in found[0]) if said else found == []
 
 
@@ -227,4 +235,4 @@ def test_the_best_is_saved_where_some_are_evaluated(values: dict[str, Any], sele
 def test_a_round_of_sampling_feeds_two_steps_where_nothing_is_said(values: dict[str, Any], each: int) -> None:
     made = config(streams=two(), **values)
     assert made.updates_a_round == each
-    assert not list(problems(made, resolve(made)))
+    assert not all_problems(made)

@@ -53,7 +53,12 @@ WORDS = parameter(
 )
 AS = parameter("as_", str | None, typer.Option("--as", help="dense: the same as --as-dense.", metavar="dense"), None)
 RESUME = parameter(
-    "resume", str | None, typer.Option(help="Continue the interrupted run in this directory.", metavar="DIR"), None
+    "resume",
+    str | None,
+    typer.Option(
+        help="Continue the interrupted run in this directory; with more --steps also a finished one.", metavar="DIR"
+    ),
+    None,
 )
 FILES = parameter("files", bool, typer.Option(help="Also look at the files that the recipe names."), True)
 
@@ -73,8 +78,8 @@ def _check(fixed: Values, given: Values) -> None:
     for note in result.notes:
         console.print("note:", note, markup=False)
     console.print(result.verdict(), markup=False)
-    if result.plan:
-        console.print(result.plan.rate.line(), markup=False)
+    for line in result.plan.chosen if result.plan else ():
+        console.print(line, markup=False)
 
 
 def export(

@@ -349,7 +349,7 @@ def split_held_out(examples: Sequence[Example], held_out: int | None, seed: int)
         InputError: nothing would be left to train on.
     """
     distinct = {e.key: e for e in examples}
-    count = held_out if held_out is not None else max(1, min(64, len(distinct) // 10))
+    count = held_out_count(held_out, len(distinct))
     if count >= len(distinct):
         raise InputError(
             f"held_out is {count} and there are {len(distinct)} distinct prompts: none is left to train on. "
@@ -359,6 +359,11 @@ def split_held_out(examples: Sequence[Example], held_out: int | None, seed: int)
     chosen = set(ranked[:count])
     train = [e for e in examples if e.key not in chosen]
     return train, [distinct[key] for key in ranked[:count]]
+
+
+def held_out_count(held_out: int | None, distinct: int) -> int:
+    """How many of so many distinct prompts are set apart; None is the smaller of 64 and 10% (at least 1)."""
+    return held_out if held_out is not None else max(1, min(64, distinct // 10))
 
 
 def bundled(split: str, *, mixed: bool = True) -> list[Example]:

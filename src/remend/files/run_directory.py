@@ -48,6 +48,10 @@ TRACK = "track.jsonl"
 TIMING = "timing.jsonl"
 
 
+NEXT = ".next"
+"""Where a run that goes on for more steps keeps its new results until they are whole."""
+
+
 WORST = "worst.jsonl"
 
 
@@ -114,6 +118,15 @@ class RunDirectory:
         place = read_json(self.path / MANIFEST).get("directory")
         return Path(place) if place else None
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do: the summary is there, of all segments that the manifest names."""
+        summary = self.path / SUMMARY
+        if not summary.is_file():
+            return False
+        segments: object = read_json(self.path / MANIFEST).get("segments", [])
+        return bool(read_json(summary).get("segments", []) == segments)
+
     def append(self, name: str, row: JsonRow) -> None:
         """Add one JSON line."""
         with writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as stream:
@@ -179,6 +192,12 @@ class RunDirectory:
         """Complete checkpoints, oldest first."""
         found = sorted((self.path / "checkpoints").glob("step-*"))
         return [Checkpoint(int(p.name.removeprefix("step-")), p) for p in found if (p / "state.json").is_file()]
+
+
+def planned_steps(manifest: JsonRow) -> int:
+    """How many steps a run is to have: the recipe's, or those of the last segment that was added."""
+    segments = manifest.get("segments", [])
+    return int(segments[-1]["steps"] if segments else manifest["recipe"]["steps"])
 
 
 def updates_a_round(recipe: JsonRow) -> int:

@@ -83,7 +83,8 @@ class Settings(BaseModel):
 
     @classmethod
     def missing(cls, values: Mapping[str, object]) -> list[str]:
-        """What `values` lacks beside the fields that have no default; a problem each."""
+        """What `values`, under the keys' own names, lacks beside the fields that have no default, or has in vain; a
+        problem each."""
         return []
 
 
@@ -95,7 +96,7 @@ def build(model: type[Config], values: Mapping[str, object], origin: str) -> Con
 
     Raises InputError that lists every problem, not the first only.
     """
-    values = {key: _plain(value) for key, value in values.items()}
+    values = model.own_names({key: _plain(value) for key, value in values.items()}, origin)
     problems, built = model.missing(values), None
     try:
         built = model(**values)

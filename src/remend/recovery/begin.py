@@ -18,7 +18,7 @@ from remend.data.given import write_rows
 from remend.errors import InputError
 from remend.files.atomic import read_json, write_json, write_text
 from remend.files.environment import environment
-from remend.files.run_directory import MANIFEST, RECIPE, Checkpoint, RunDirectory
+from remend.files.run_directory import MANIFEST, NEXT, RECIPE, SUMMARY, Checkpoint, RunDirectory
 from remend.models.device import mixed_precision
 from remend.models.find import ModelSource, hash_files
 from remend.models.load import load_model
@@ -26,6 +26,7 @@ from remend.models.protocols import CausalLM
 from remend.models.scorer import Scorer, scorer
 from remend.recovery.plan import Plan
 from remend.recovery.prompts import Prompts
+from remend.recovery.segments import note_segments
 from remend.training.teachers import Teacher, at_work
 from remend.training.teachers.teacher import Workplace
 
@@ -62,6 +63,12 @@ class Run:
     def step(self) -> int:
         """Steps that are done."""
         return self.resumed.step if self.resumed else 0
+
+    @property
+    def results(self) -> Path:
+        """Where model and final measurements go: into the directory, or beside those of a run that goes on."""
+        place = self.directory.path
+        return place / NEXT if self.plan.segments and (place / SUMMARY).is_file() else place
 
     def precision(self) -> torch.autocast:
         """The context of forward passes over float32 weights."""
@@ -109,6 +116,8 @@ def begin(plan: Plan, directory: RunDirectory | None) -> Run:
         _require_same_inputs(directory, _inputs(plan))
         recorded = read_json(directory.path / MANIFEST).get("tokens_sha256")
         require_same_tokens(recorded, plan.prompts.token_hash, directory)
+        if plan.segments:
+            note_segments(directory, plan.segments)
     directory = directory or RunDirectory(Path(config.out))
     saved = directory.checkpoints()
     return Run(plan, directory, accelerator, saved[-1] if saved else None, plan.prompts)
@@ -158,6 +167,7 @@ def _create(plan: Plan, inputs: Mapping[str, Any]) -> None:
         "answer_tokens": plan.prompts.main.stream.lengths[1],
         "kl_direction": plan.directions,
         "seeds": {"seed": plan.config.seed},
+        **({"epochs": plan.epochs.record()} if plan.epochs else {}),
         **inputs,
         "prompts": counts[plan.prompts.main.stream.name],
         "streams": counts,

@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from remend.console import console, stage, warn
 from remend.data.given import as_files, rows_from_python
 from remend.errors import InputError
 from remend.files.atomic import read_json
-from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory
+from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory, planned_steps
 from remend.files.settings import build, merged, read_yaml, takes
 from remend.plugins import asked_for, import_modules, not_imported
+from remend.recovery.epochs import as_counted
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.preflight import preflight
 from remend.recovery.run import carry_out
+from remend.recovery.segments import Segment, check_longer, segments_of
 from remend.recovery.settings import SELF, RecoverConfig
 from remend.recovery.tracking import track_run
 from remend.training.teachers import named
@@ -93,7 +95,8 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
     Args:
         recipe: a YAML file with the keys of RecoverConfig.
         resume: the directory of an interrupted run; goes on exactly where its last checkpoint was. Relative paths of
-            its recipe are those of the directory in which it began, whichever the present one is.
+            its recipe are those of the directory in which it began, whichever the present one is. With more `steps`
+            than it has planned, also a finished run goes on, at its schedule's last learning rate.
         **overrides: keys of RecoverConfig, e.g. student=…, teacher=…, data=…, out=…, steps=20. Rows may stand in the
             place of `data` and `eval_data`, also a stream's: a list of mappings, or a split of `datasets`. They are
             written into `out`/data.
@@ -110,12 +113,12 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
         if resume is None:
             return run_recovery(settings(recipe, overrides))
         with _where_it_began(Path(resume)) as path:
-            config, directory = _reopen(path, recipe, overrides)
+            config, directory, steps = _reopen(path, recipe, overrides)
             directory.remove_leftovers()
-            if (directory.path / SUMMARY).is_file():
+            if directory.complete and steps is None:
                 console.print(f"{directory.path} is complete; nothing is left to do", markup=False)
                 return result_of(directory)
-            return run_recovery(config, directory=directory)
+            return run_recovery(config, directory=directory, steps=steps)
 
 
 @contextmanager
@@ -139,7 +142,11 @@ def _where_it_began(path: Path) -> Iterator[Path]:
 
 
 def run_recovery(
-    config: RecoverConfig, *, directory: RunDirectory | None = None, began: float | None = None
+    config: RecoverConfig,
+    *,
+    directory: RunDirectory | None = None,
+    began: float | None = None,
+    steps: int | None = None,
 ) -> RecoverResult:
     """`recover` for callers that have a config.
 
@@ -147,19 +154,32 @@ def run_recovery(
         config: the settings.
         directory: a run to continue; None starts one.
         began: time.monotonic() when the user's command began, for `seconds`.
+        steps: more than the run to continue has planned so far: it goes on to these.
     """
     began = time.monotonic() if began is None else began
     with stage("checking the recipe"):
         plan = _plan(config, resuming=directory is not None)
+        if directory:
+            plan = _longer(plan, directory, steps)
     for warning in plan.warnings:
         warn(warning)
-    console.print(plan.rate.line(), markup=False, soft_wrap=True)
+    for line in (*plan.chosen, *(segment.line() for segment in plan.segments)):
+        console.print(line, markup=False, soft_wrap=True)
     try:
         return result_of(carry_out(plan, directory, began))
     except KeyboardInterrupt:  # what runs the command line turns it into exit code 130, without a word
         place = shlex.quote(str(directory.path if directory else config.out))
         console.print(f"\ninterrupted; go on with: remend recover --resume {place}", markup=False, soft_wrap=True)
         raise
+
+
+def _longer(plan: Plan, directory: RunDirectory, steps: int | None) -> Plan:
+    """The plan with the run's segments, and a new one where the run is to have so many steps."""
+    plan = replace(plan, segments=segments_of(directory))
+    if steps is None:
+        return plan
+    rate = plan.optimization.rate_at(plan.config.steps)
+    return replace(plan, segments=(*plan.segments, Segment.now(plan.ends[-1], steps, rate)))
 
 
 def _plan(config: RecoverConfig, *, resuming: bool) -> Plan:
@@ -191,22 +211,47 @@ def track(path: str | Path) -> list[dict[str, Any]]:
         return track_run(_plan(config, resuming=True), directory)
 
 
-def _reopen(path: Path, recipe: str | Path | None, overrides: Mapping[str, Any]) -> tuple[RecoverConfig, RunDirectory]:
+def _reopen(
+    path: Path, recipe: str | Path | None, overrides: Mapping[str, Any]
+) -> tuple[RecoverConfig, RunDirectory, int | None]:
+    """A run's recipe and directory, and the steps to which it is to go on beyond those that it has planned, or None.
+
+    Raises InputError where anything but the steps became another, or these can't be had.
+    """
     directory = RunDirectory.open(path)
     import_again(directory)
     config = build(RecoverConfig, read_yaml(path / RECIPE), f"recipe {path / RECIPE}")
     manifest = read_json(path / MANIFEST)["recipe"]
     recorded = build(RecoverConfig, manifest, f"recipe in {path / MANIFEST}")  # keys that are newer have their defaults
-    given = settings(recipe, merged({} if recipe else manifest, overrides)) if recipe or overrides else config
+    given = _given_again(recorded, recipe, overrides) if recipe or overrides else config
+    given = as_counted(given, read_json(path / MANIFEST).get("epochs"))
+    told = RecoverConfig.own_names(overrides, "settings").get("steps") is not None
+    asked = given.steps if told or given.steps != recorded.steps else None
+    given = given.model_copy(update={"steps": recorded.steps})
     for values in (config, given):
         changed = [k for k in RecoverConfig.model_fields if getattr(recorded, k) != getattr(values, k)]
         if changed:
             named = ", ".join(f"{k}: {getattr(recorded, k)!r} became {getattr(values, k)!r}" for k in changed)
             raise InputError(
-                f"the recipe of {path} changed since the run began ({named}); a resumed run keeps its recipe. "
-                "Undo the change, or start a new run with another out."
+                f"the recipe of {path} changed since the run began ({named}); a resumed run keeps its recipe, but for "
+                "steps, which may be raised. Undo the change, or start a new run with another out."
             )
-    return config, directory
+    if asked is None or asked == planned_steps(read_json(path / MANIFEST)):
+        return config, directory, None
+    check_longer(directory, asked)
+    return config, directory, asked
+
+
+def _given_again(recorded: RecoverConfig, recipe: str | Path | None, overrides: Mapping[str, Any]) -> RecoverConfig:
+    """What a resumed run is given beside its directory, over its own recipe; what remend chose for it stays chosen."""
+    over, ours = RecoverConfig.own_names(overrides, "settings"), recorded.model_dump()
+    base = ours if recipe is None else RecoverConfig.own_names(read_yaml(recipe), f"recipe {recipe}")
+    if over.get("epochs") is not None and over.get("steps") is None:
+        base = {key: value for key, value in base.items() if key != "steps"}
+    values = merged(base, over)
+    keys = ("out",) if values.get("streams") else ("out", "data")
+    values |= {key: ours[key] for key in keys if values.get(key) is None}
+    return settings(None, values)
 
 
 def import_again(directory: RunDirectory) -> None:

@@ -173,7 +173,7 @@ class Judge:
     def recovered(self, model: CausalLM, before: HeldOut) -> HeldOut:
         """The recovered model's measurement; writes held_out.jsonl (per prompt), samples.jsonl and worst.jsonl."""
         measured, own = self._measured(model, "recovered")
-        directory = self.run.directory.path
+        directory = self.run.results
         pairs = zip(before.on_reference, measured.on_reference, strict=True)
         rows = [{"id": a.id, "tokens": a.tokens, "kl_sum_degraded": a.kl, "kl_sum_recovered": b.kl} for a, b in pairs]
         write_text(directory / "held_out.jsonl", "".join(json_line(row) for row in rows))

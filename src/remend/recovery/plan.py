@@ -11,10 +11,13 @@ from remend.errors import CheckError
 from remend.maths.losses import of_beta
 from remend.models.find import ModelSource
 from remend.models.protocols import Tokenizer
+from remend.recovery.epochs import Epochs
 from remend.recovery.prompts import Prompts
 from remend.recovery.rates import ADAPTER, WEIGHTS, Rate, rate_for
+from remend.recovery.segments import Segment
 from remend.recovery.settings import RecoverConfig
 from remend.training.constraints import StudentFacts, kind_of
+from remend.training.loop import Optimization
 from remend.training.teachers import NamedTeacher
 
 
@@ -22,7 +25,7 @@ from remend.training.teachers import NamedTeacher
 class Plan:
     """Everything that is known before anything is loaded or written.
 
-    config: the recipe.
+    config: the recipe; its epochs are steps by now, and `epochs` says how they were counted.
     student: its files; `tokenizer` its own, `parameters` how many it has.
     shared: token ids, from 0, that mean the same to the student and to every teacher.
     device, dtype: where and in what the arithmetic runs.
@@ -31,9 +34,11 @@ class Plan:
     reference: the name of the healthy teacher that everything is measured against.
     teachers: by name, with their files found.
     prompts: of all streams; a stream whose prompts the reference is to write has none yet.
+    segments: that were added to a run beyond the recipe's steps.
     """
 
     config: RecoverConfig
+    epochs: Epochs | None
     student: ModelSource
     tokenizer: Tokenizer
     shared: int
@@ -47,6 +52,26 @@ class Plan:
     prompts: Prompts
     warnings: Sequence[str]
     notes: Sequence[str]
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The steps at which segments end, the recipe's first."""
+        return (self.config.steps, *(segment.steps for segment in self.segments))
+
+    @property
+    def optimization(self) -> Optimization:
+        """The schedule of the steps."""
+        config = self.config
+        return Optimization(
+            config.steps,
+            self.learning_rate,
+            config.warm_up,
+            config.final_learning_rate,
+            config.weight_decay,
+            config.max_grad_norm,
+            self.ends[1:],
+        )
 
     @property
     def phases(self) -> list[str]:
@@ -66,6 +91,11 @@ class Plan:
             return Rate(given, "as given")
         small = kind_of(self.facts).learning_rate(self.facts, repaired=self.repairs)
         return rate_for(self.parameters, small, ADAPTER if self.facts.adapted else WEIGHTS)
+
+    @property
+    def chosen(self) -> list[str]:
+        """What was settled here and not by the user, a line each."""
+        return [*([self.epochs.line()] if self.epochs else []), self.rate.line()]
 
     @property
     def learning_rate(self) -> float:

@@ -76,6 +76,17 @@ def _with_pool(run: Run, source: Source, data: StreamData, bootstrapping: int, a
     return replace(source, pool=order)
 
 
+def _warn_of_more(run: Run, source: Source, count: int) -> None:
+    """Added steps take the completions that were sampled for the recipe's, so that those of then stay the same."""
+    first, *_, last = run.plan.ends
+    more = source.rows * math.ceil((last - first) * (1 - source.stream.on_policy))
+    if more:
+        warn(
+            f"the steps after {first} train on the {count} completions that the teacher of {source.stream.name} wrote "
+            f"for those before, about {more / count:.1f} more times each; a new run from its model samples others"
+        )
+
+
 def _sampled_pool(run: Run, source: Source, data: StreamData, bootstrapping: int) -> Sequence[Rollout] | None:
     """As many of the teacher's completions as the source will ask for; None where it asks for none."""
     config = run.plan.config
@@ -90,6 +101,8 @@ def _sampled_pool(run: Run, source: Source, data: StreamData, bootstrapping: int
             f"is trained on about {wanted / count:.0f} times, more than off_policy_passes = "
             f"{config.off_policy_passes}; give more prompts"
         )
+    if run.plan.segments:
+        _warn_of_more(run, source, count)
     stream = source.stream
     chosen = Order(data.train, derive_seed(config.seed, "pool", stream.name)).take(0, count)
     prompts = [prompt for _, prompt in chosen]

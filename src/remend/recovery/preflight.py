@@ -27,11 +27,12 @@ from remend.models.protocols import Tokenizer
 from remend.models.room import Room, room_of
 from remend.models.vocabulary import ending_problem, unreadable
 from remend.recovery import alignment
+from remend.recovery.epochs import in_steps
 from remend.recovery.findings import Findings
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.prompts import Prompts, StreamData, kept_apart, load_stream
 from remend.recovery.repair import TOKENS as REPAIR_TOKENS
-from remend.recovery.rules import notes, problems, warnings
+from remend.recovery.rules import notes_of_length, problems, problems_of_length, warnings, warnings_of_length
 from remend.recovery.settings import SELF, RecoverConfig
 from remend.recovery.streams import Stream, reference_of, resolve, rows_of
 from remend.training.constraints import CONSTRAINTS, StudentFacts, kind_of
@@ -69,6 +70,8 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
         device = choose_device(config.device)
     _check_settings(config, say)
     streams, reference = _streams(config, say)
+    if config.epochs is None:
+        _check_length(config, streams, say)
     plan = _plan(config, device, streams, reference, say) if files and reference else None
     return Checked(plan if not say.problems else None, say.problems, say.warnings, say.notes)
 
@@ -83,8 +86,16 @@ def _streams(config: RecoverConfig, say: Findings) -> tuple[list[Stream], str]:
         rows_of(streams, config.batch_size * config.gradient_accumulation)
         say.problems += problems(config, streams)
     say.warnings += warnings(config, streams)
-    say.notes += notes(config, streams)
     return streams, reference
+
+
+def _check_length(config: RecoverConfig, streams: Sequence[Stream], say: Findings) -> None:
+    """What does not fit the number of steps."""
+    if not streams:
+        return
+    say.problems += problems_of_length(config)
+    say.warnings += warnings_of_length(config, streams)
+    say.notes += notes_of_length(config, streams)
 
 
 def _plan(
@@ -139,9 +150,13 @@ def _plan(
     data = kept_apart(data, say)
     if student is None or facts is None or say.problems:
         return None
+    config, epochs = in_steps(config, data)
+    if epochs:
+        _check_length(config, streams, say)
     _check_disk(config, student, data, say)
     return Plan(
         config=config,
+        epochs=epochs,
         student=student.source,
         tokenizer=student.tokenizer,
         shared=shared,
@@ -179,10 +194,6 @@ def _check_settings(config: RecoverConfig, say: Findings) -> None:
         say.problems.append(f"report_to {name} needs the package of that tracker, which is not installed")
     if config.eval_data and config.held_out is not None:
         say.warnings.append("held_out has no effect, since eval_data is given")
-    if config.warm_up > config.steps > 0:
-        say.warnings.append(
-            f"warmup_steps {config.warmup_steps} is above steps {config.steps}: the peak learning rate is never reached"
-        )
 
 
 def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Student | None:

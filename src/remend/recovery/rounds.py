@@ -57,10 +57,11 @@ class Rounds:
     Args:
         sources: the streams.
         sampler: samples from the student as it is served now.
-        steps: of the run, for lengths that grow.
+        steps: over which lengths grow.
         seed: of the run.
         precision: context of the sampling; entered many times.
         updates: steps that one round feeds.
+        ends: steps at which a round ends in any case; the last is the run's. Without them it is `steps`.
         process, processes: this process's turn when several share a step.
     """
 
@@ -70,6 +71,7 @@ class Rounds:
     seed: int
     precision: AbstractContextManager[object]
     updates: int = 1
+    ends: Sequence[int] = ()
     process: int = 0
     processes: int = 1
     _ahead: dict[int, list[list[Rollout]]] = field(default_factory=dict, init=False)
@@ -84,7 +86,8 @@ class Rounds:
         A length that grows stays what it is at the first step: each length more would be another pass of decoding.
         Until `on_policy`, all streams take their pool's completions.
         """
-        steps = range(first, min(first + self.updates, self.steps + 1))
+        end = min((end for end in self.ends if end >= first), default=self.steps)
+        steps = range(first, min(first + self.updates, end + 1))
         taken: dict[tuple[int, int, int], Rollout] = {}
         asked: dict[tuple[int, float], list[tuple[tuple[int, int, int], Encoded, int]]] = {}
         for step in steps:

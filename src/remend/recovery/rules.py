@@ -32,10 +32,6 @@ def problems(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
             f"save_every {config.save_every} is no multiple of updates_per_rollout {config.updates_per_rollout}: a run "
             "resumed inside a round would sample other rollouts. Choose a multiple"
         )
-    if config.select == "best" and config.eval_every > config.steps > 0:
-        yield f"select: best would never look: eval_every {config.eval_every} is above steps {config.steps}"
-    if (config.bootstrap_steps or 0) > config.steps:
-        yield f"bootstrap_steps {config.bootstrap_steps} is above steps {config.steps}: nothing would be on-policy"
     template = config.demonstration_template
     if template is not None and any(template.count(part) != 1 for part in ("{prompt}", "{demonstration}")):
         yield "demonstration_template must hold {prompt} and {demonstration}, each once"
@@ -49,8 +45,28 @@ def problems(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
         yield f"bootstrap: {config.bootstrap} has nothing to prepare: every stream is off-policy throughout"
 
 
+def problems_of_length(config: RecoverConfig) -> Iterator[str]:
+    """What makes no sense in a run of so many steps; asked once these are known."""
+    if config.select == "best" and config.eval_every > config.steps > 0:
+        yield f"select: best would never look: eval_every {config.eval_every} is above steps {config.steps}"
+    if (config.bootstrap_steps or 0) > config.steps:
+        yield f"bootstrap_steps {config.bootstrap_steps} is above steps {config.steps}: nothing would be on-policy"
+
+
+def warnings_of_length(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
+    """Settings that have no effect in a run of so many steps."""
+    updates = config.updates_per_rollout or 1
+    if config.warm_up > config.steps > 0:
+        yield f"warmup_steps {config.warm_up} is above steps {config.steps}: the peak learning rate is never reached"
+    if updates > config.steps > 0 and any(s.on_policy for s in streams):
+        yield f"updates_per_rollout {updates} is above steps {config.steps}: one round of sampling feeds the whole run"
+    evaluations = config.steps // config.eval_every if config.eval_every else 0
+    if 0 < evaluations <= (config.patience or 0):
+        yield f"patience {config.patience} has no effect: {config.steps} steps have {evaluations} evaluations"
+
+
 def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
-    """Settings that have no effect."""
+    """Settings that have no effect, however long the run is."""
     on_policy, updates = any(s.on_policy for s in streams), config.updates_per_rollout or 1
     if config.demonstration_template and not any(s.demonstrations for s in streams):
         yield "demonstration_template has no effect, since no stream uses demonstrations"
@@ -62,14 +78,9 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
         yield "self_prompts has no effect, since no stream has data: self"
     if updates > 1 and not on_policy:
         yield "updates_per_rollout has no effect: no stream samples from the student"
-    if updates > config.steps > 0 and on_policy:
-        yield f"updates_per_rollout {updates} is above steps {config.steps}: one round of sampling feeds the whole run"
     asked = (not s.teacher.brings_prompts and (s.on_policy < 1 or config.bootstrap != "off") for s in streams)
     if config.off_policy_passes != _default("off_policy_passes") and not any(asked):
         yield "off_policy_passes has no effect, since no teacher is asked for completions to train on"
-    evaluations = config.steps // config.eval_every if config.eval_every else 0
-    if 0 < evaluations <= (config.patience or 0):
-        yield f"patience {config.patience} has no effect: {config.steps} steps have {evaluations} evaluations"
     if len(streams) == 1 and streams[0].share != 1:
         yield f"share of {streams[0].name} has no effect, since it is the only stream"
     yield from _unused_beside_brought_prompts(config, streams)
@@ -79,8 +90,8 @@ def warnings(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
         yield "bootstrap_steps has no effect with bootstrap: off"
 
 
-def notes(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
-    """What is allowed and may not be meant."""
+def notes_of_length(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
+    """What is allowed in a run of so many steps, and may not be meant."""
     budget, be = bootstrap_budget(config), "is" if config.bootstrap == "on" else "may be"
     # repair's answers are there already, and serve as many steps as they do
     whole = config.bootstrap in ("auto", "on") and budget >= config.steps > 0

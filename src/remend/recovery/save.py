@@ -23,6 +23,7 @@ from remend.recovery.begin import Run
 from remend.recovery.card import write_model_card
 from remend.recovery.judge import HeldOut, summarize
 from remend.recovery.plan import Plan
+from remend.recovery.segments import take_place
 from remend.report import write_report
 from remend.training.constraints import Constraint
 from remend.training.teachers import Teacher
@@ -35,7 +36,7 @@ def save(run: Run, student: CausalLM, constraint: Constraint) -> JsonObject:
         `dtype` of its weights, and `why`. In another dtype than float32 they are rounded in place.
     """
     plan = run.plan
-    with stage("saving the model"), new_directory(run.directory.path / "model") as target:
+    with stage("saving the model"), new_directory(run.results / "model") as target:
         if plan.config.merge:
             merge(student)
         dtype, why = _saved_in(plan, student)
@@ -75,7 +76,7 @@ def _saved_in(plan: Plan, student: CausalLM) -> tuple[torch.dtype, str]:
 
 def saved_model(run: Run) -> CausalLM:
     """The model that `save` wrote."""
-    return run.read(find_model(str(run.directory.path / "model"), trust_remote_code=run.plan.config.trust_remote_code))
+    return run.read(find_model(str(run.results / "model"), trust_remote_code=run.plan.config.trust_remote_code))
 
 
 def reopened(run: Run, reference: Teacher) -> CausalLM:
@@ -101,6 +102,8 @@ def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str
     degraded, recovered: the student as it came in, and as saved and loaded again.
     """
     directory, plan = run.directory, run.plan
+    if run.results != directory.path:
+        take_place(directory)
     summary = {
         **summarize(degraded, recovered, plan.config.seed),
         "kl_direction": of_beta(0.0).words,
@@ -108,6 +111,8 @@ def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str
         "constraint": plan.constraint,
         "exports": [] if plan.facts.adapted and not plan.config.merge else formats_of(_grid_of(plan)),
         **outcome,
+        **({"segments": [segment.record() for segment in plan.segments]} if plan.segments else {}),
+        **({"epochs": plan.epochs.record()} if plan.epochs else {}),
         "tokens_trained": sum(row["tokens"] for row in directory.rows(METRICS) if "loss" in row),
         "seconds": round(time.monotonic() - began, 1),
         "training_seconds": round(sum(directory.step_seconds().values()), 1),

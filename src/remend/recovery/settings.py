@@ -168,6 +168,7 @@ class RecoverConfig(Settings):
         "per_device_train_batch_size": "batch_size",
         "gradient_accumulation_steps": "gradient_accumulation",
         "max_steps": "steps",
+        "num_train_epochs": "epochs",
     }
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "Models": ("student", "teacher", "out", "trust_remote_code"),
@@ -176,7 +177,7 @@ class RecoverConfig(Settings):
             "demonstration_template",
         ),
         "Training": (
-            *("steps", "batch_size", "gradient_accumulation", "gradient_checkpointing", "learning_rate"),
+            *("steps", "epochs", "batch_size", "gradient_accumulation", "gradient_checkpointing", "learning_rate"),
             *("warmup_steps", "final_learning_rate", "weight_decay", "max_grad_norm", "beta", "loss", "top_k"),
             *("max_new_tokens", "skip_first_tokens", "updates_per_rollout", "temperature", "ema", "bootstrap"),
             *("bootstrap_steps", "off_policy_passes", "alignment"),
@@ -210,6 +211,9 @@ class RecoverConfig(Settings):
 
     steps: int = Field(
         40, ge=0, description="optimizer steps. 40 take 135M parameters 2 minutes on two cores; large models need more"
+    )
+    epochs: OptionalNumber = Field(
+        None, gt=0, description="in place of steps: how often the training prompts are gone through, 0.5 for half"
     )
     batch_size: int = Field(8, ge=1, description="prompts a micro-batch (TRL's trainers: 8; measured with 8 here)")
     gradient_accumulation: int = Field(
@@ -352,10 +356,16 @@ class RecoverConfig(Settings):
 
     @classmethod
     def missing(cls, values: Mapping[str, object]) -> list[str]:
-        """What a recipe without streams must name itself."""
-        if values.get("streams") or values.get("teacher") is not None:
-            return []
-        return [f'"teacher" is missing ({cls.model_fields["teacher"].description})']
+        """What a recipe without streams must name itself; and steps beside epochs, of which one is to be left out."""
+        steps, epochs, said = values.get("steps"), values.get("epochs"), []
+        if steps is not None and epochs is not None:
+            said.append(
+                f"steps ({steps}) and epochs ({epochs}) are both given, and each says how long to train; leave one "
+                "out. Over a recipe that has the other, give null for that: epochs=2 steps=null"
+            )
+        if not (values.get("streams") or values.get("teacher") is not None):
+            said.append(f'"teacher" is missing ({cls.model_fields["teacher"].description})')
+        return said
 
     @property
     def updates_a_round(self) -> int:
@@ -385,9 +395,12 @@ class RecoverConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _beta_or_loss(cls, values: object) -> object:
-        """A recipe with a loss has no beta, and one with neither has the default beta."""
-        if not isinstance(values, Mapping) or values.get("beta") is not None:
+    def _null_is_left_out(cls, values: object) -> object:
+        """A recipe with a loss has no beta, and one with neither has the default beta; steps may be null for epochs."""
+        if not isinstance(values, Mapping):
+            return values
+        values = {key: value for key, value in values.items() if key != "steps" or value is not None}
+        if values.get("beta") is not None:
             return values
         values = {key: value for key, value in values.items() if key != "beta"}
         return {**values, "beta": None} if values.get("loss") is not None else values

@@ -55,9 +55,9 @@ class Stream:
     task: str | None
 
     def length_at(self, step: int, steps: int) -> int:
-        """Tokens a rollout at `step` of `steps`, from 1: on a line from the first length to the last."""
+        """Tokens a rollout at `step` of `steps`, from 1: on a line from the first length to the last, which stays."""
         first, last = self.lengths
-        return round(first + (last - first) * (step - 1) / max(1, steps - 1))
+        return round(first + (last - first) * (min(step, steps) - 1) / max(1, steps - 1))
 
 
 def resolve(config: RecoverConfig) -> list[Stream]:

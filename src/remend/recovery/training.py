@@ -21,7 +21,7 @@ from remend.recovery.rounds import Rounds, Source
 from remend.recovery.selection import SCORE, Selection, score
 from remend.recovery.tracking import Observer, Tracker
 from remend.training.constraints import Constraint
-from remend.training.loop import Hook, Optimization, Saving, Watch, train
+from remend.training.loop import Hook, Saving, Watch, train
 
 
 def trained_parts(run: Run, student: CausalLM) -> Scorer:
@@ -40,6 +40,7 @@ def step_function(run: Run, student: Scorer, sources: Sequence[Source], gate: Ga
         seed=config.seed,
         precision=precision,
         updates=config.updates_a_round,
+        ends=run.plan.ends,
         process=run.accelerator.process_index,
         processes=run.accelerator.num_processes,
     )
@@ -90,7 +91,7 @@ def _evaluation_hook(
     weights = {name: source.stream.weight for name, source in side.sources.items()}
 
     def evaluate(step: int) -> Mapping[str, float] | None:
-        last = config.selects == "best" and step == config.steps
+        last = config.selects == "best" and step in run.plan.ends
         if step % config.eval_every and not last:
             return None
         row = {f"eval/{key}": value for key, value in judge.quick(student).items()}
@@ -111,7 +112,7 @@ def _tracking_hook(run: Run, student: Scorer, judge: Judge, tracker: Tracker) ->
     config = run.plan.config
 
     def diagnose(step: int) -> Mapping[str, float] | None:
-        if step % config.diagnose_every or step == config.steps:
+        if step % config.diagnose_every or step == run.plan.ends[-1]:
             return None
         values = tracker.note(student, step, "training", judge.quick(student))
         known = [value for value in values if not math.isnan(value)]
@@ -128,7 +129,7 @@ def train_student(
     objective = aligned(distillation, config, plan.facts.layer_map)
     if config.report_to:
         run.accelerator.init_trackers("remend", config=config.model_dump())
-    with stage("training", config.steps, run.step) as advance:
+    with stage("training", plan.ends[-1], run.step) as advance:
         held_out = ""
 
         def on_step(row: Mapping[str, float]) -> None:
@@ -148,14 +149,7 @@ def train_student(
             objective,
             constraint,
             run.accelerator,
-            Optimization(
-                config.steps,
-                plan.learning_rate,
-                config.warm_up,
-                config.final_learning_rate,
-                config.weight_decay,
-                config.max_grad_norm,
-            ),
+            plan.optimization,
             Saving(run.directory, config.steps_a_checkpoint, config.keep_checkpoints, run.resumed),
             watch=Watch([shown(hook) for hook in hooks], on_step, selection.stop),
             follower=objective,

@@ -347,6 +347,8 @@ def _rerun(directory: Path, summary: JsonRow, manifest: JsonRow) -> list[Block]:
     # paths in the recipe are relative to where the run began
     command = f"cd {shlex.quote(began)}\n" if began else ""
     command += shlex.join(["remend", "recover", str(recipe.absolute() if began else recipe), "out=NEW_DIRECTORY"])
+    for segment in summary.get("segments", []):
+        command += f"\nremend recover --resume NEW_DIRECTORY steps={segment['steps']}"
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else json.dumps(manifest["recipe"], indent=2)
     return [
         Code(command),

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from remend.files.atomic import JsonObject, JsonRow, read_json
-from remend.files.run_directory import MANIFEST, METRICS, RECIPE, REPAIR, SUMMARY, TIMING, RunDirectory
+from remend.files.run_directory import MANIFEST, METRICS, RECIPE, REPAIR, SUMMARY, TIMING, RunDirectory, planned_steps
 from remend.report.page import Code, Page, Section, Tile
 from remend.report.recovery import recovery_page, title
 from remend.report.training import figures
@@ -24,15 +24,16 @@ def page_now(run: Path) -> Page:
 
     Raises FileError for a file that can't be read.
     """
-    if (run / SUMMARY).is_file():
-        return recovery_page(run, read_json(run / SUMMARY))
     files, manifest = RunDirectory(run), read_json(run / MANIFEST)
+    if files.complete:
+        return recovery_page(run, read_json(run / SUMMARY))
+    steps = planned_steps(manifest)
     known, rows = _known(files), files.rows(METRICS)
     training = figures(files, known, manifest)
     recipe = (run / RECIPE).read_text(encoding="utf-8").rstrip("\n")
     return Page(
         title=title(manifest),
-        verdict=_verdict(known, rows, manifest["recipe"]["steps"]),
+        verdict=_verdict(known, rows, steps),
         about=f"This run is under way; the page loads itself again every {REFRESH} seconds. What it shows was measured "
         "during training, and not on the saved model.",
         sections=[
@@ -40,7 +41,7 @@ def page_now(run: Path) -> Page:
             Section("The recipe", "recipe", [Code(recipe, folded=RECIPE)]),
         ],
         warnings=_quiet(run),
-        tiles=_tiles(files, known, rows, manifest["recipe"]["steps"]),
+        tiles=_tiles(files, known, rows, steps),
         refresh=REFRESH,
     )
 

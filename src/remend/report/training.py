@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from remend.files.atomic import JsonRow
@@ -21,7 +22,10 @@ Rows = Sequence[JsonRow]
 
 def figures(files: RunDirectory, summary: JsonRow, manifest: JsonRow) -> list[Block]:
     """Loss and held-out KL of each stream over the steps, and the speed."""
-    rows = files.rows(METRICS)
+    # the report of a finished run that goes on for more steps, and is not there yet, shows those of its summary
+    goes_on = "steps" in summary and summary.get("segments", []) != manifest.get("segments", [])
+    last = summary["steps"] if goes_on else math.inf
+    rows = [row for row in files.rows(METRICS) if row["step"] <= last]
     trained = [row for row in rows if "loss" in row]
     if not trained:
         return [Text("No steps were trained." if "steps" in summary else "No step is done yet.")]
@@ -34,7 +38,8 @@ def figures(files: RunDirectory, summary: JsonRow, manifest: JsonRow) -> list[Bl
         losses.append(_loss(name, _held_out(rows, summary, name, is_main), trained, _caption(teacher)))
     charts = [*_course(trained, names), *_memory(files)]
     speed = _speed(trained, files.step_seconds(), names, updates_a_round(manifest["recipe"]))
-    course = [Figure(charts, see=COURSE, measured=_clipping(manifest))] if charts else []
+    see = COURSE + "".join(map(_longer, summary.get("segments", [])))
+    course = [Figure(charts, see=see, measured=_clipping(manifest))] if charts else []
     return [*losses, *course, *([speed] if speed else [])]
 
 
@@ -66,6 +71,13 @@ COURSE = (
     "A learning rate that rises and then falls is the schedule. A gradient norm that jumps and stays high says that "
     "the rate is too large for this model. Memory that climbs from step to step will not last a longer run."
 )
+
+
+def _longer(segment: JsonRow) -> str:
+    return (
+        f" The steps after {segment['from']} were added later, and have the schedule's last rate, "
+        f"{segment['learning_rate']:.3g}."
+    )
 
 
 def _clipping(manifest: JsonRow) -> str:

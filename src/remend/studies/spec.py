@@ -143,8 +143,9 @@ class StudySpec(Settings):
 
 
 OWNED = {
-    "student", "teacher", "data", "out", "steps", "seed", "eval_data", "held_out", "eval_every", "diagnose_every",
-    "select", "patience", "save_every", "keep_checkpoints", "repair", "bootstrap", "self_prompts", "report_to",
+    "student", "teacher", "data", "out", "steps", "epochs", "seed", "eval_data", "held_out", "eval_every",
+    "diagnose_every", "select", "patience", "save_every", "keep_checkpoints", "repair", "bootstrap", "self_prompts",
+    "report_to",
 }  # fmt: skip
 """Recipe keys that the study sets itself."""
 

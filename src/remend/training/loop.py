@@ -83,6 +83,7 @@ class Follower(Protocol):
 class Optimization:
     """AdamW for `steps` steps. Its rate warms up on a line to `peak`, then a cosine takes it to `final` · peak.
 
+    ends: steps at which further segments end, whose rate is that of step `steps`.
     weight_decay: of matrices; vectors have none.
     max_grad_norm: the limit of the gradients' norm, over all of them.
     """
@@ -93,9 +94,22 @@ class Optimization:
     final: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    ends: tuple[int, ...] = ()
+
+    @property
+    def last(self) -> int:
+        """The last step of all segments."""
+        return self.ends[-1] if self.ends else self.steps
+
+    def saves_at(self, step: int, every: int) -> bool:
+        """Whether a checkpoint is due after a step: every so many of a segment, and at its end; never if 0."""
+        ends = (self.steps, *self.ends)
+        began = max((end for end in ends if end < step), default=0)
+        return bool(every) and ((step - began) % every == 0 or step in ends)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of step `step`, counted from 1."""
+        step = min(step, self.steps)
         if step <= self.warmup:
             return self.peak * step / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -106,7 +120,7 @@ class Optimization:
 class Saving:
     """Where rows and checkpoints go, and where to go on.
 
-    every, keep: a checkpoint every so many steps and after the last (0: none), of which the last `keep` stay.
+    every, keep: a checkpoint every so many steps of a segment and after its last (0: none); the last `keep` stay.
     resume: continue from this checkpoint; the trajectory is the uninterrupted one.
     """
 
@@ -144,7 +158,7 @@ def train(
     watch: Watch | None = None,
     follower: Follower | None = None,
 ) -> int:
-    """Run the loop to `optimization.steps`; returns the number of steps done, fewer where `watch.stop` said so.
+    """Run the loop to `optimization.last`; returns the number of steps done, fewer where `watch.stop` said so.
 
     Args:
         objective: what is trained on.
@@ -165,7 +179,7 @@ def train(
         _restore(resume, constraint, optimizer, follower)
         if _asked_to_stop(watch, accelerator, device):
             return start
-    for step in range(start + 1, optimization.steps + 1):
+    for step in range(start + 1, optimization.last + 1):
         began = time.perf_counter()
         torch.manual_seed(step)  # whatever still draws from the global stream draws the same after a resume
         rate = optimization.rate_at(step)
@@ -183,12 +197,11 @@ def train(
         watch.on_step({"step": step, **row, "seconds": seconds})
         for hook in watch.hooks:
             _log(saving, accelerator, step, hook(step) or {})
-        due = saving.every and (step % saving.every == 0 or step == optimization.steps)
-        if due and accelerator.is_main_process:
+        if optimization.saves_at(step, saving.every) and accelerator.is_main_process:
             _save(saving, step, constraint, optimizer, follower)
         if _asked_to_stop(watch, accelerator, device):
             return step
-    return optimization.steps
+    return optimization.last
 
 
 def _update(
