@@ -83,6 +83,8 @@ EXPLAINED = [
     Explained(BY_STEPS, r".*line \d+", rf"\s*{QUOTE}?(save_every|warmup_steps){QUOTE}?: (50|5|null),?"),
     Explained(CAME_OR_WENT, rf"(.*\brecipe\.)?(streams\.\w+\.)?{CHANGED}", NOTHING),
     Explained(CAME_OR_WENT, r".*line \d+", rf"\s*(\"|&#34;)?{CHANGED}(\"|&#34;)?: {NOTHING}"),
+    Explained(CAME_OR_WENT, r"(.*\.)?lora\.dropout", r"0\.0"),
+    Explained(CAME_OR_WENT, r".*line \d+", rf"\s*{QUOTE}?dropout{QUOTE}?: 0\.0,?"),
     Explained("the prompts' tokens are hashed", r"(.*\.)?tokens(_sha256)?", r"[0-9a-f]{64}"),
     Explained(
         "the prompts' tokens are hashed", r".*line \d+", rf"\s*{QUOTE}tokens(_sha256)?{QUOTE}: {QUOTE}[0-9a-f]{{64}}.*"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from remend.models import adapters
 from remend.models.find import find_model, hash_files
 from remend.models.load import check_weights, load_config, load_model, load_tokenizer, save_model
 from remend.models.sampling.transformers_engine import TransformersSampler
-from remend.models.scorer import scorer
+from remend.models.scorer import pack, scorer
 from remend.training.constraints import Adapter
 
 CPU = torch.device("cpu")
@@ -286,3 +287,38 @@ def test_numbers_of_an_adapter_that_are_none(saved: Path) -> None:
     save_file({**tensors, name: tensors[name] * float("nan")}, weights)
     with pytest.raises(FileError, match=f"numbers of {name} are NaN"):
         load_model(source, dtype=torch.float32, device=CPU)
+
+
+def test_dropout_is_on_in_passes_that_keep_gradients_alone(reference_dir: Path, tmp_path: Path) -> None:
+    """And it draws the same where the global generator is in the same state, whatever runs between."""
+    plain, model = adapted(reference_dir), adapted(reference_dir, dropout=0.5)
+    assert logits(model).equal(logits(plain))
+    parts = scorer(model, dropout=7)
+    batch = pack([((3, 4, 5), (6, 7, 8)), ((3, 4, 5), (9, 8))], device=CPU)
+    with torch.no_grad():
+        assert parts.states(batch).equal(scorer(plain).states(batch))
+    torch.manual_seed(1)
+    first, after = parts.states(batch), torch.rand(())
+    torch.manual_seed(1)
+    assert parts.states(batch).equal(first)
+    assert torch.rand(()).equal(after)
+    assert not parts.states(batch).allclose(first)
+    torch.manual_seed(1)
+    assert not scorer(model, dropout=8).states(batch).allclose(first)
+    assert not first.allclose(scorer(plain).states(batch))
+    assert logits(model).equal(logits(plain))
+    assert scorer(model).states(batch).equal(scorer(plain).states(batch))  # of a recipe without it
+    adapters.save_adapter(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/adapter_config.json").read_text())["lora_dropout"] == 0.5
+
+
+def test_layers_that_are_computed_again_drop_the_same(reference_dir: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(reference_dir, dropout=0.5)
+        parts = replace(scorer(model, checkpointing=checkpointing, dropout=7), prefixes=False)
+        torch.manual_seed(1)
+        parts.states(pack([((3, 4, 5), (6, 7, 8))], device=CPU)).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(gradients[1][name].allclose(g, rtol=1e-4, atol=1e-7) for name, g in gradients[0].items())

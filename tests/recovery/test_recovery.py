@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.losses import DISTANCE
-from helpers.recovering import LoopCall, weights
+from helpers.recovering import LoopCall, assert_equal_runs, torn_copy, weights
 from helpers.task_rows import write
 from helpers.tiny import build_model
 from remend.compression.grids import decode
@@ -262,3 +262,30 @@ def test_the_recovered_model_has_a_card(grid_run: RecoverResult) -> None:
     assert "held by training: int3-g64-asym" in card
     assert "licence: not known" in card
     assert "AutoModelForCausalLM" in card
+
+
+def test_an_adapter_with_dropout_is_resumed_exactly(recipe: dict[str, Any], tmp_path: Path) -> None:
+    values = {**recipe, "lora": {"rank": 4, "dropout": 0.5}, "learning_rate": 1e-2, "seed": 3}
+    whole = recover(**values)
+    plain = recover(**{**values, "lora": {"rank": 4}, "out": str(tmp_path / "plain")})
+    assert [row["loss"] for row in whole.metrics] != [row["loss"] for row in plain.metrics]
+    assert_equal_runs(whole, recover(resume=torn_copy(whole.out, tmp_path / "torn", 2)))
+    assert whole.summary["degraded"] == plain.summary["degraded"]
+
+
+@pytest.mark.parametrize("words", ["--lora.r 8 RECIPE", "RECIPE lora.r=8", "RECIPE --lora-r 8", "RECIPE --lora.rank=8"])
+def test_a_rank_by_any_name_over_the_recipes(recipe: dict[str, Any], run: Any, tmp_path: Path, words: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "lora": {"r": 4, "lora_alpha": 6}, "steps": 0}))
+    code, _, err = run("recover", *words.replace("RECIPE", str(path)).split())
+    assert code == 0, err
+    manifest = json.loads((Path(recipe["out"]) / "manifest.json").read_text())
+    assert manifest["recipe"]["lora"] == {"rank": 8, "alpha": 6, "targets": "all-linear", "dropout": 0.0}
+
+
+def test_settings_given_whole_on_the_command_line(recipe: dict[str, Any], run: Any) -> None:
+    words = [f"{key}={value}" for key, value in {**recipe, "steps": 0}.items()]
+    code, _, err = run("recover", *words, "lora={r: 8, lora_dropout: 0.1}")
+    assert code == 0, err
+    manifest = json.loads((Path(recipe["out"]) / "manifest.json").read_text())
+    assert (manifest["recipe"]["lora"]["rank"], manifest["recipe"]["lora"]["dropout"]) == (8, 0.1)

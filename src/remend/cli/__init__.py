@@ -104,9 +104,10 @@ class Anywhere:
 def taken_out(words: Sequence[str]) -> Anywhere:
     """Split off the options that may stand anywhere before a --.
 
-    What a module registers must be known before the other words are parsed. Raises InputError for an --import alone.
+    What a module registers must be known before the other words are parsed. A key inside another, --lora.r 8, is the
+    word lora.r=8. Raises InputError for an --import alone.
     """
-    read = Anywhere()
+    read, keys = Anywhere(), list[str]()
     left = iter(words)
     for word in left:
         name, equals, value = word.partition("=")
@@ -121,8 +122,12 @@ def taken_out(words: Sequence[str]) -> Anywhere:
             if not module or module.startswith("-"):
                 raise InputError("--import names no module; write --import my_losses for a file my_losses.py")
             read.modules.append(module)
+        elif name.startswith("--") and "." in name:
+            keys.append(f"{name[2:].replace('-', '_')}={value if equals else next(left, '')}")
         else:
             read.words.append(word)
+    end = read.words.index("--") if "--" in read.words else len(read.words)
+    read.words[end:end] = keys  # a recipe stands before them
     return read
 
 

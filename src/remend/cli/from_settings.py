@@ -101,10 +101,7 @@ def recipe_options(model: type[Settings]) -> list[Option]:
     for heading, fields in model.groups.items():
         for name in fields:
             options += _recipe_option((name,), model.model_fields[name], heading)
-    return options + [
-        Option((other,), parameter(other, str | None, typer.Option(hidden=True), None), None, True, as_yaml=True)
-        for other in model.aliases
-    ]
+    return options + [_other_name((other,)) for other in model.aliases]
 
 
 def _recipe_option(path: tuple[str, ...], field: FieldInfo, heading: str) -> Iterator[Option]:
@@ -126,6 +123,15 @@ def _recipe_option(path: tuple[str, ...], field: FieldInfo, heading: str) -> Ite
     if inner:
         for name in _names(inner):
             yield from _recipe_option((*path, name), inner.model_fields[name], heading)
+        for other in inner.aliases:
+            yield _other_name((*path, other))
+
+
+def _other_name(path: tuple[str, ...]) -> Option:
+    """A key by another name: understood, and not shown."""
+    return Option(
+        path, parameter("_".join(path), str | None, typer.Option(hidden=True), None), None, True, as_yaml=True
+    )
 
 
 def command(

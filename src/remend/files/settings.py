@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -74,12 +74,24 @@ class Settings(BaseModel):
 
     @classmethod
     def own_names(cls, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
-        """The values under the keys' own names. Raises InputError where a key is given by two names."""
+        """The values under the keys' own names, those of settings inside too. Raises InputError where a key is given
+        by two names."""
         for other, own in cls.aliases.items():
             if other in values and own in values:
                 where = f"{origin}: " if origin else ""
                 raise InputError(f"{where}{other} is another name of {own}, and both are given; leave one of them out")
-        return {cls.aliases.get(k, k): v for k, v in values.items()}
+        return {cls.aliases.get(k, k): cls._renamed(cls.aliases.get(k, k), v, origin) for k, v in values.items()}
+
+    @classmethod
+    def _renamed(cls, key: str, value: object, origin: str) -> object:
+        """A key's value, where it holds settings or a mapping of them, under their own names."""
+        kind: Any = cls.model_fields[key].annotation if key in cls.model_fields else None
+        inner = settings_in(kind)
+        if inner is None or not isinstance(value, Mapping):
+            return value
+        if any(get_origin(part) is dict for part in (kind, *get_args(kind))):
+            return {k: inner.own_names(v, origin) if isinstance(v, Mapping) else v for k, v in value.items()}
+        return inner.own_names(value, origin)
 
     @classmethod
     def missing(cls, values: Mapping[str, object]) -> list[str]:

@@ -82,6 +82,7 @@ def add_lora(
     rank: int,
     alpha: int | None = None,
     targets: str | Sequence[str] = "all-linear",
+    dropout: float = 0.0,
     seed: int = 0,
     base: str | None = None,
 ) -> None:
@@ -96,6 +97,7 @@ def add_lora(
         alpha: None is 2 · rank.
         targets: 'all-linear' (every linear layer of the decoder, not the head, routers or experts), or ends of module
             names.
+        dropout: of A's inputs, in passes inside `dropping` alone.
         seed: of A.
         base: how the adapter's file names its base; None is the model's own name_or_path.
 
@@ -116,7 +118,7 @@ def add_lora(
         target_modules=named,
         exclude_modules=[name for name in outside if f".{name}".endswith(ends)] or None,
         fan_in_fan_out=any(m.transposed and m.expert is None for m in layers.values()),
-        lora_dropout=0.0,
+        lora_dropout=dropout,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base or model.name_or_path,
     )
@@ -338,6 +340,22 @@ def save_adapter(model: CausalLM, directory: Path) -> None:
         directory / ADAPTER_WEIGHTS,
         metadata={"format": "pt", BASE_PRINT: base_print(model)},
     )
+
+
+@contextmanager
+def dropping(model: CausalLM) -> Iterator[None]:
+    """A context in which the adapter's dropout is on. Nothing else of the model is in training mode."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    parts = [d for layer in layers for d in getattr(layer, "lora_dropout", {}).values() if isinstance(d, nn.Dropout)]
+    try:
+        for part in parts:
+            part.training = True
+        yield
+    finally:
+        for part in parts:
+            part.training = False
 
 
 @contextmanager

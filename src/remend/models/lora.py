@@ -7,16 +7,24 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from remend.files.settings import Settings
+from remend.files.settings import Number, Settings
 
 
 class LoraConfig(Settings):
     """A LoRA adapter (arXiv 2106.09685) that is trained in place of the weights; they stay as they are."""
 
-    aliases: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
+    aliases: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "target_modules": "targets",
+        "lora_dropout": "dropout",
+    }
 
     rank: int = Field(16, ge=1, description="rank of the update of every target matrix")
     alpha: int | None = Field(None, ge=1, description="the update is scaled by alpha / rank; by default 2 · rank")
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="all-linear (the decoder's, not the head), or ends of names such as q_proj"
+    )
+    dropout: Number = Field(
+        0.0, ge=0, lt=1, description="share of the adapter's inputs left out in a training pass (peft's lora_dropout)"
     )

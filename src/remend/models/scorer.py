@@ -11,7 +11,7 @@ Legend: B batch, T time, D width, V vocabulary, N positions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remend.errors import InputError
 from remend.maths.losses import Head
+from remend.models import adapters
 from remend.models.causal import require_causal
 from remend.models.protocols import CausalLM
 from remend.models.sizes import window
@@ -44,6 +45,7 @@ class Scorer:
 
     prefixes: what all rows of a batch open with can be run once, and its keys and values shared.
     transformed: the model changes the body's states once more before its head multiplies them.
+    dropout: of an adapter, on in passes that keep gradients; this seeds its draws, with the global generator's state.
     """
 
     model: CausalLM
@@ -53,6 +55,7 @@ class Scorer:
     checkpointing: bool = False
     prefixes: bool = False
     transformed: bool = False
+    dropout: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -106,6 +109,10 @@ class Scorer:
 
         A chat template's system prompt is such an opening: SmolLM2's is 24 of some 44 prompt tokens.
         """
+        with self._dropped():
+            return self._states(batch)
+
+    def _states(self, batch: Packed) -> Tensor:
         length = self.opening(batch)
         if not length:
             return batch.gather(self.hidden(batch.tokens_BT))
@@ -129,6 +136,17 @@ class Scorer:
         return length if length >= LEAST_OPENING else 0
 
     @contextmanager
+    def _dropped(self) -> Iterator[None]:
+        if self.dropout is None or not torch.is_grad_enabled():
+            yield
+            return
+        drawn = int(torch.randint(2**62, ()))
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), adapters.dropping(self.model):
+            torch.manual_seed((self.dropout + drawn) % 2**63)
+            yield
+
+    @contextmanager
     def _recomputed(self) -> Iterator[None]:
         # transformers' layers recompute only in training mode. The mode is set on these layers alone, and for this pass
         # alone: dropout stays off, and sampling keeps its cache.
@@ -147,13 +165,16 @@ class _Stop(Exception):
     """Raised from a hook: the logits of all positions need not be computed."""
 
 
-def scorer(model: CausalLM, shared: int | None = None, *, checkpointing: bool = False) -> Scorer:
+def scorer(
+    model: CausalLM, shared: int | None = None, *, checkpointing: bool = False, dropout: int | None = None
+) -> Scorer:
     """Split `model` into body and head.
 
     Args:
         model: a transformers causal language model.
         shared: how many vocabulary ids, from 0, the head keeps; None is all.
         checkpointing: recompute each layer in the backward pass instead of keeping its activations (arXiv 1604.06174).
+        dropout: switches an adapter's dropout on in passes that keep gradients, and seeds it.
 
     Raises:
         InputError: the parts don't reproduce the model's own logits, or these depend on later tokens or other rows.
@@ -166,8 +187,10 @@ def scorer(model: CausalLM, shared: int | None = None, *, checkpointing: bool = 
     softcap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
     vocabulary = embedding.weight.shape[0]
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap, checkpointing)
+        # a layer that is computed again draws what it drew before: torch keeps the generator's state for it
+        again = {} if dropout is None else {"context_fn": lambda: (nullcontext(), adapters.dropping(model))}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False, **again})
+    result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap, checkpointing, dropout=dropout)
     result = _verified(result)
     return replace(result, prefixes=not result.transformed and _shares_prefixes(result))
 

@@ -16,7 +16,15 @@ def hold(run: Run, student: CausalLM, reference: Teacher, repaired: Repaired) ->
     plan, config = run.plan, run.plan.config
     if config.lora is not None:
         lora, seed = config.lora, derive_seed(config.seed, "lora")
-        add_lora(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed, base=config.student)
+        add_lora(
+            student,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            dropout=lora.dropout,
+            seed=seed,
+            base=config.student,
+        )
     facts = plan.facts
     if facts.compressed and not config.train_embeddings:
         freeze_healthy_embeddings(student, reference.model)

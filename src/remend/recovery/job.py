@@ -52,9 +52,12 @@ def settings(recipe: str | Path | None = None, overrides: Mapping[str, Any] | No
     """
     if recipe is not None:
         _mention_imports(Path(recipe))
-    values = merged(read_yaml(recipe) if recipe is not None else {}, overrides or {})
     origin = f"recipe {recipe}" if recipe is not None else "settings"
-    values = _chosen(RecoverConfig.own_names(values, origin))
+    base = read_yaml(recipe) if recipe is not None else {}
+    # by one name each, so that what is given over a recipe takes the place of what it has by another name
+    values = _chosen(
+        merged(RecoverConfig.own_names(base, origin), RecoverConfig.own_names(overrides or {}, "settings"))
+    )
     folder = Path(values.get("out") or ".") / "data"
     return build(RecoverConfig, as_files(values, lambda name: folder / f"{name}.jsonl"), origin)
 

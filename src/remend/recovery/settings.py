@@ -304,7 +304,7 @@ class RecoverConfig(Settings):
     lora: LoraConfig | None = Field(
         None,
         strict=False,  # a mapping is welcome
-        description="{rank, alpha, targets}: train an adapter beside frozen weights; wants a higher learning rate",
+        description="{rank, alpha, targets, dropout}: train an adapter beside frozen weights; wants a higher rate",
     )
     merge: bool = Field(False, description="fold the trained adapter into the dense weights before saving")
     alignment: AlignmentConfig | None = Field(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from remend.console import stage
+from remend.data.order import derive_seed
 from remend.models.device import free_bytes
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM
@@ -25,8 +26,12 @@ from remend.training.loop import Hook, Saving, Watch, train
 
 
 def trained_parts(run: Run, student: CausalLM) -> Scorer:
-    """The student as it is trained: layers are recomputed in the backward pass where the memory asks for it."""
-    return scorer(student, run.plan.shared, checkpointing=_recomputes(run, student))
+    """The student as it is trained: layers are recomputed in the backward pass where the memory asks for it, and an
+    adapter's dropout is on."""
+    config, process = run.plan.config, run.accelerator.process_index
+    drops = config.lora is not None and config.lora.dropout > 0
+    dropout = derive_seed(config.seed, "dropout", process) if drops else None
+    return scorer(student, run.plan.shared, checkpointing=_recomputes(run, student), dropout=dropout)
 
 
 def step_function(run: Run, student: Scorer, sources: Sequence[Source], gate: Gate) -> Distillation:

@@ -51,9 +51,11 @@ def tuned(damage: Damage, settings: Finetune) -> Changed:
         if left := adapters.untouched_experts(student):
             warn(left)
         seed = derive_seed(settings.seed, "lora")
-        adapters.add_lora(student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+        adapters.add_lora(
+            student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=seed
+        )
     objective = Supervised(
-        student=scorer(student),
+        student=scorer(student, dropout=derive_seed(settings.seed, "dropout") if lora and lora.dropout else None),
         order=Order(rows, settings.seed),
         batch_size=settings.batch_size,
         accumulation=settings.gradient_accumulation,
