@@ -39,7 +39,7 @@ class Explained:
 
 
 MISSING = "missing"
-CHANGED = r"(importance_clip|scales|loss|columns|save_dtype|max_shard_size|epochs)"
+CHANGED = r"(importance_clip|scales|loss|columns|save_dtype|max_shard_size|epochs|attn_implementation)"
 """Keys of a recipe that came or went since 13d6498; their value must be the one that does nothing."""
 NOTHING = r"(\"|&#34;)?(None|null|fixed)\b.*"
 QUOTE = r"(\"|&#34;)"

@@ -83,6 +83,13 @@ def test_teacher_that_is_the_student(recipe: dict[str, Any]) -> None:
         ({"alignment": {"layers": [5]}}, "alignment.layers is [5]; allowed are the student's layers, 0 to 1"),
         ({"alignment": {"layers": []}}, "or none for all"),
         ({"alignment": {}, "streams": {"a": {"teacher": "initial"}, "b": {}}}, "needs a frozen model as the teacher"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "sdpa takes torch's own flash kernel where the arithmetic is bf",
+        ),
+        ({"attn_implementation": "spda"}, "attn_implementation spda can't be used for "),
+        ({"attn_implementation": "spda"}, "Usable here: eager, sdpa, flex_attention; or leave it out"),
+        ({"attn_implementation": "kernels-community/other"}, "kernels-community/other can't be used for "),
         ({"report_to": "tensorbord"}, 'unknown report_to "tensorbord"; known: '),
     ],
 )

@@ -289,3 +289,20 @@ def test_settings_given_whole_on_the_command_line(recipe: dict[str, Any], run: A
     assert code == 0, err
     manifest = json.loads((Path(recipe["out"]) / "manifest.json").read_text())
     assert (manifest["recipe"]["lora"]["rank"], manifest["recipe"]["lora"]["dropout"]) == (8, 0.1)
+
+
+def test_attention_is_computed_as_asked_everywhere(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the student, the teacher and the saved model, which does not keep it."""
+    seen = []
+
+    def noted(*args: Any, **rest: Any) -> Any:
+        seen.append(model := load_model(*args, **rest))
+        return model
+
+    monkeypatch.setattr("remend.recovery.begin.load_model", noted)
+    result = recover(**{**recipe, "steps": 1, "attn_implementation": "eager"})
+    assert [model.config._attn_implementation for model in seen] == ["eager"] * 3
+    assert "eager" not in (result.model / "config.json").read_text()
+    other = recover(**{**recipe, "steps": 1, "out": f"{recipe['out']}-sdpa"})
+    assert [model.config._attn_implementation for model in seen[3:]] == ["sdpa"] * 3
+    assert other.summary["degraded"]["kl"] == pytest.approx(result.summary["degraded"]["kl"], rel=1e-3)

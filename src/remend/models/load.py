@@ -53,7 +53,7 @@ def _location(source: ModelSource) -> tuple[str, dict[str, object]]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No progress bars and no advice from transformers inside: our own output says what happens.
 
     Where the user asked for what libraries log (--verbose), it is left as it is.
@@ -114,7 +114,7 @@ def _config(source: ModelSource) -> tuple[PreTrainedConfig, bool]:
     from transformers import AutoConfig
 
     where, extra = _location(source)
-    with _quietly(), parsed_once(), _explained(source, "configuration"):
+    with quietly(), parsed_once(), _explained(source, "configuration"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             where, trust_remote_code=source.trust_remote_code, **extra
         )
@@ -152,14 +152,16 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
     source = fetch_model(source, weights=False)
     own = source.base is None or bool(source.path and (source.path / "tokenizer_config.json").is_file())
     source = source if own or source.base is None else source.base
-    with _quietly(), parsed_once(), _explained(source, "tokenizer"):
+    with quietly(), parsed_once(), _explained(source, "tokenizer"):
         if source.kind == "gguf":
             return build_tokenizer(gguf.GGUFReader(source.path), source.spec)
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
     return tokenizer
 
 
-def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device) -> CausalLM:
+def load_model(
+    source: ModelSource, *, dtype: torch.dtype, device: torch.device, attention: str | None = None
+) -> CausalLM:
     """The model, in evaluation mode.
 
     Packed tensors (GGUF, compressed-tensors, bitsandbytes) are dequantized, so that the model can be trained and
@@ -168,16 +170,22 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: torch.device)
 
     An adapter is put into its base; then its parameters alone are trainable.
 
+    Args:
+        source: what is loaded.
+        dtype: of the weights.
+        device: where they go.
+        attention: transformers' attn_implementation; None leaves it to transformers.
+
     Raises:
         FileError: the files lack a tensor, hold one that the model has no place for, or a number that is none.
         InputError: weights that are packed in a way that can't be opened.
     """
     source = fetch_model(source, weights=True)
     if source.base and source.path:
-        model = load_model(source.base, dtype=dtype, device=device)
+        model = load_model(source.base, dtype=dtype, device=device, attention=attention)
         adapters.load_adapter(model, source.path)
         return model
-    account, opened = _open(source, dtype)
+    account, opened = _open(source, dtype, attention=attention)
     assert opened is not None
     if source.kind == "gguf":
         _name_ends(opened, source)
@@ -260,12 +268,13 @@ def _tell(source: ModelSource, account: Account, *, aloud: bool = True) -> str:
 
 
 def _open(
-    source: ModelSource, dtype: torch.dtype, *, names_only: bool = False
+    source: ModelSource, dtype: torch.dtype, *, names_only: bool = False, attention: str | None = None
 ) -> tuple[Account, PreTrainedModel | None]:
     """The account of a local model's files, and the model as transformers reads them, without `names_only`."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GgufConfig
 
     where, extra = _location(source)
+    extra |= {"attn_implementation": attention} if attention else {}
     by_name: Account | None = None
     method = packing(source.path).get("quant_method") if source.kind == "directory" else None
     if source.kind == "directory" and source.path:
@@ -280,18 +289,18 @@ def _open(
         require_compressed_tensors(source.spec)
         assert source.path is not None
         kind = load_config(source).get_text_config().model_type
-        with _quietly(), _explained(source, "model"):
+        with quietly(), _explained(source, "model"):
             require_fitting(packing(source.path), weight_files(source.path), kind, source.spec)
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     elif method and source.path:
-        with _quietly():
+        with quietly():
             require_openable(source.path)
     if by_name and (names_only or by_name.missing or by_name.unread):
         by_name.require_whole(source.spec, _told_by(source))
         return by_name, None
     exactly = exact_products() if method == "compressed-tensors" else nullcontext()
     model: PreTrainedModel | None = None
-    with _quietly(), parsed_once(), _explained(source, "model"), exactly, accounted(names_only=names_only) as account:
+    with quietly(), parsed_once(), _explained(source, "model"), exactly, accounted(names_only=names_only) as account:
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 where,
@@ -322,7 +331,7 @@ def _account_of_gguf(source: ModelSource, config: PreTrainedConfig) -> Account |
         architecture = str(reader.fields["general.architecture"].contents())
         if is_gguf_arch_supported(architecture):
             return None
-        with _quietly(), _explained(source, "model"):
+        with quietly(), _explained(source, "model"):
             names = [t.name for t in reader.tensors if t.name != FACTORS]  # which is in the configuration
             return account_of_gguf(architecture, names, skeleton(source, config))
 
@@ -376,7 +385,7 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path, *, max_sh
         directory: an empty one.
         max_shard_size: of one file of weights, such as 5GB; by default transformers' own limit.
     """
-    with _quietly():
+    with quietly():
         if adapters.is_adapted(model):
             adapters.save_adapter(model, directory)
         else:
@@ -391,7 +400,7 @@ def skeleton(source: ModelSource, config: PreTrainedConfig) -> CausalLM:
     """The model of `config`, which is the source's, without weights: names and shapes, nothing allocated."""
     from transformers import AutoModelForCausalLM
 
-    with _quietly(), _explained(source, "model"), torch.device("meta"):
+    with quietly(), _explained(source, "model"), torch.device("meta"):
         model: CausalLM = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     return model
 

@@ -77,7 +77,8 @@ class Run:
     def read(self, source: ModelSource, dtype: torch.dtype = torch.float32) -> CausalLM:
         """Load a model onto the device."""
         with stage(f"loading {source.spec}"):
-            return load_model(source, dtype=dtype, device=self.device)
+            attention = self.plan.config.attn_implementation
+            return load_model(source, dtype=dtype, device=self.device, attention=attention)
 
     def parts(self, model: CausalLM) -> Scorer:
         """A model as body and head over the shared ids."""

@@ -19,6 +19,7 @@ from remend.files.atomic import read_json
 from remend.files.run_directory import occupied
 from remend.models.activations.walkable import seen_of_skeleton
 from remend.models.adapters import check_targets, unmergeable, untouched_experts
+from remend.models.attention import attention_problem
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import ModelSource, fetch_model, find_model, origin_note
 from remend.models.layers import count_parameters
@@ -115,6 +116,9 @@ def _plan(
         with say.collecting():
             told = check_weights(files) if files else []
             say.warnings += [text for text in told if text not in say.warnings]
+            how = config.attn_implementation
+            problem = attention_problem(files.base or files, how) if files and how else None
+            say.problems += [problem] if problem and problem not in say.problems else []
     if student:
         shared, unknown = _shared(student, teachers, streams, say)
         _check_tokens(student, shared, say)

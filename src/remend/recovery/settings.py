@@ -186,7 +186,10 @@ class RecoverConfig(Settings):
             *("repair", "repair_samples", "train_embeddings", "as_dense", "layer_map", "lora", "merge"),
         ),
         "Measuring": ("eval_every", "diagnose_every", "select", "patience", "report_to"),
-        "Running": ("save_every", "keep_checkpoints", "save_dtype", "max_shard_size", "dtype", "device", "seed"),
+        "Running": (
+            *("save_every", "keep_checkpoints", "save_dtype", "max_shard_size", "dtype", "attn_implementation"),
+            *("device", "seed"),
+        ),
     }
 
     student: str = Field(
@@ -338,6 +341,12 @@ class RecoverConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="of the arithmetic; auto: bfloat16 where the hardware has it. Trained weights are float32",
+    )
+    attn_implementation: str | None = Field(
+        None,
+        min_length=1,
+        description="how student and teacher compute attention: eager, sdpa, flex_attention, or what else transformers "
+        "has; by default its own choice, mostly sdpa",
     )
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
