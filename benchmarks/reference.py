@@ -31,6 +31,13 @@ PARTS: Mapping[str, tuple[type[BaseModel], str]] = {
 }
 
 
+SAME = {"lora.r": "lora.rank", "lora.lora_alpha": "lora.alpha", "lora.target_modules": "lora.targets"} | {
+    "lora.lora_dropout": "lora.dropout",
+    "bf16: true": "dtype: bfloat16",
+}
+"""Other names inside a key, and of a key with its value."""
+
+
 def cell(text: str) -> str:
     """Text for a cell of a table: one line, with nothing that Markdown or HTML would take for its own."""
     line = " ".join(text.split())
@@ -97,7 +104,12 @@ def recipe() -> str:
     for key, (model, meaning) in PARTS.items():
         lines += [f"## Inside `{key}`", "", meaning, "", *fields(model, list(model.model_fields))]
     lines += ["## Other names", "", "Names that other tools use are understood:", ""]
-    lines += table(["you write", "it is"], [[f"`{a}`", f"`{b}`"] for a, b in RecoverConfig.aliases.items()])
+    lines += table(["you write", "it is"], [[f"`{a}`", f"`{b}`"] for a, b in {**RecoverConfig.aliases, **SAME}.items()])
+    lines += [
+        "Keys of other tools that are none here, with what to do instead; a recipe that has one is told so:",
+        "",
+    ]
+    lines += table(["you write", "do this"], [[f"`{a}`", cell(b)] for a, b in RecoverConfig.hints.items()])
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -206,8 +206,9 @@ def test_every_key_of_a_recipe_has_an_option_and_a_heading() -> None:
 
 
 def test_a_key_by_two_names_is_refused(run: Any, recipe_file: Path) -> None:
-    code, _, err = run("check", recipe_file, "max_steps=3")
+    code, _, err = run("check", recipe_file, "max_steps=3", "steps=3")
     assert (code, "max_steps is another name of steps, and both are given" in err) == (2, True)
+    assert run("check", recipe_file, "max_steps=3")[0] == 0  # over the recipe's
 
 
 def test_an_interrupted_run_says_how_it_goes_on(
@@ -260,3 +261,15 @@ def test_verbose_shows_where_an_error_came_from(
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.endswith("error: no more\n")
+
+
+def test_options_of_other_tools_are_told_what_to_do_instead(run: Any, recipe: dict[str, Any]) -> None:
+    words = [f"{key}={value}" for key, value in recipe.items()]
+    for option, part in (("--fp16", "float16 is for inference alone"), ("--push-to-hub", "remend push RUN ORG/NAME")):
+        code, _, err = run("check", *words, option, "true")
+        assert code == 2
+        assert part in err
+    words = [word for word in words if not word.startswith("dtype")]
+    code, _, err = run("check", *words, "--dtype", "float16")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "needs loss scaling" in err

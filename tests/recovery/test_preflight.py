@@ -247,3 +247,21 @@ def test_a_repair_that_does_nothing_is_said(
     without = plan_of(values, repair=False)
     assert not any("not repaired" in note for note in without.notes)
     assert not without.repairs
+
+
+def test_a_gpu_that_emulates_bfloat16_gets_float32_and_is_told(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("remend.recovery.preflight.choose_device", lambda name: torch.device("cuda"))
+    native = {"told": False}
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or native["told"]
+    )
+    plan = plan_of(recipe, dtype="auto")
+    assert plan.dtype == torch.float32
+    assert plan.chosen[-1] == "dtype float32: this GPU has no bfloat16 of its own, and emulates it"
+    assert "dtype: auto takes float32" in "\n".join(found(recipe, dtype="bfloat16").warnings)
+    native["told"] = True
+    plan = plan_of(recipe, dtype="auto")
+    assert (plan.dtype, len(plan.chosen)) == (torch.bfloat16, 1)
+    assert found(recipe, dtype="bfloat16").warnings == []

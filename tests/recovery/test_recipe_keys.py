@@ -107,6 +107,49 @@ def test_bad_values_name_key_and_value(key: str, values: list[object]) -> None:
         assert message(**{key: value}).startswith(f'r.yaml: "{key}" is '), value
 
 
+def test_names_of_other_tools_that_mean_the_same() -> None:
+    other = {"num_train_epochs": 2, "save_steps": 4, "save_total_limit": 3, "eval_steps": 5, "bf16": True}
+    made = build(
+        RecoverConfig, {"model_name_or_path": "s", "teacher_model_name_or_path": "t", "output_dir": "o", **other}, "r"
+    )
+    assert (made.student, made.teacher, made.out) == ("s", "t", "o")
+    assert (made.epochs, made.save_every, made.keep_checkpoints, made.eval_every, made.dtype) == (
+        2,
+        4,
+        3,
+        5,
+        "bfloat16",
+    )
+    stream = config(streams={"a": {"max_completion_length": 9}}).streams
+    assert stream is not None
+    assert stream["a"].max_new_tokens == 9
+    assert "bf16: true is dtype: bfloat16, and dtype: float32 is given too" in message(bf16=True, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("fp16", True, '"fp16" is no key here: float16 is for inference alone: training in it needs loss scaling'),
+        ("fp16", True, "float32 where the GPU has no bfloat16 (auto chooses); save_dtype: float16 writes"),
+        ("bf16", False, "false is dtype: float32; auto"),
+        ("push_to_hub", True, '"push_to_hub" is no key here: a finished run is uploaded by remend push RUN ORG/NAME'),
+        ("fsdp", "full_shard", "accelerate launch; a model is not sharded over them yet"),
+        ("deepspeed", "ds.json", "accelerate launch"),
+        ("logging_steps", 10, "every step is a row of metrics.jsonl"),
+        ("max_length", 512, "a prompt has at most max_prompt_tokens, an answer max_new_tokens"),
+        ("lora_r", 8, "lora.r=16"),
+        ("dtype", "float16", "\"dtype\" is 'float16': float16 is for inference alone"),
+    ],
+)
+def test_keys_of_other_tools_are_told_what_to_do_instead(key: str, value: object, part: str) -> None:
+    assert part in message(**{key: value})
+
+
+def test_no_hint_is_a_key() -> None:
+    assert not RecoverConfig.hints.keys() & {*RecoverConfig.model_fields, *RecoverConfig.aliases}
+    assert set(RecoverConfig.aliases.values()) <= set(RecoverConfig.model_fields)
+
+
 def test_numbers_as_people_write_them() -> None:
     # YAML 1.1 reads 1e-4 as a string
     made = config(**parse_overrides(["learning_rate=1e-4", "beta=1", "temperature=0.7"]))

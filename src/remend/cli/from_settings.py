@@ -95,13 +95,15 @@ def recipe_options(model: type[Settings]) -> list[Option]:
     """An option for every key of a recipe, by the headings of `model.groups`; values are read as a recipe's are.
 
     None stands for what the command line does not name: the recipe has it, or the model's default holds, which the help
-    tells. A key's other names work too and are not shown. Settings inside settings have options of their own.
+    tells. A key's other names are understood and not shown. Settings inside settings have options of their own.
     """
     options: list[Option] = []
     for heading, fields in model.groups.items():
         for name in fields:
             options += _recipe_option((name,), model.model_fields[name], heading)
-    return options + [_other_name((other,)) for other in model.aliases]
+    known = {option.parameter.name for option in options}
+    # keys that are none are read too, so that the settings say what to do instead
+    return options + [_other_name((other,)) for other in (*model.aliases, *model.hints) if other not in known]
 
 
 def _recipe_option(path: tuple[str, ...], field: FieldInfo, heading: str) -> Iterator[Option]:

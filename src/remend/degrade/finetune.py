@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.degrade.kinds import DEGRADATIONS, DegradeSettings, degrade
 from remend.errors import InputError
-from remend.files.settings import Number, takes
+from remend.files.settings import Arithmetic, Number, takes
 from remend.models.lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ class Finetune(DegradeSettings):
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step, of batch_size rows each")
     max_tokens: int = Field(1024, ge=1, description="longer rows are dropped, never cut")
     lora: LoraConfig | None = Field(None, description="train an adapter and fold it in")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the arithmetic: auto, float32, bfloat16"
-    )
+    dtype: Arithmetic = Field("auto", description="of the arithmetic: auto, float32, bfloat16")
 
     @property
     def rate(self) -> float:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -27,6 +27,22 @@ def as_number(value: object) -> object:
 
 
 Number = Annotated[float, BeforeValidator(as_number)]
+
+
+def _no_float16(value: object) -> object:
+    if value in ("float16", "fp16", "half"):
+        raise ValueError(NO_FLOAT16)
+    return value
+
+
+NO_FLOAT16 = (
+    "float16 is for inference alone: training in it needs loss scaling, which remend does not bring. Use bfloat16, or "
+    "float32 where the GPU has no bfloat16 (auto chooses)"
+)
+
+
+Arithmetic = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_no_float16)]
+"""The dtype of a training's arithmetic."""
 
 
 def shard_size(value: object) -> str:
@@ -54,7 +70,8 @@ class Settings(BaseModel):
 
     gone: keys that used to exist. A directory written by an older version names every key of its time, so one that
         has its old default is left out without a word. Any other value is refused with the reason.
-    aliases: other names of keys, as other tools have them.
+    aliases: other names of keys, as other tools have them, where they mean exactly the same.
+    hints: keys that other tools have and that are none here, with what is to be done instead.
     groups: the keys by heading, as help texts show them.
     """
 
@@ -62,6 +79,7 @@ class Settings(BaseModel):
 
     gone: ClassVar[Mapping[str, Gone]] = {}
     aliases: ClassVar[Mapping[str, str]] = {}
+    hints: ClassVar[Mapping[str, str]] = {}
     groups: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     @model_validator(mode="before")
@@ -182,6 +200,8 @@ def _explain(model: type[Settings], item: Any) -> str:
                 return f'"{key}" is gone {gone.why}'
             had = ", ".join(map(str, (gone.default, *gone.others)))
             return f'"{key}" is {item["input"]!r}: it used to be one of {had}, and the key is gone; leave it out'
+        if last in settings.hints:
+            return f'"{key}" is no key here: {settings.hints[last]}'
         known = list(settings.model_fields)
         return f'unknown key "{key}".{did_you_mean(last, known)} Known: {", ".join(known)}'
     if item["type"] == "missing":

@@ -63,11 +63,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        fast = device.type == "cpu" and _cpu_multiplies_bfloat16()
-    return torch.bfloat16 if fast else torch.float32
+    has = {"cuda": gpu_has_bfloat16, "cpu": _cpu_multiplies_bfloat16}.get(device.type, lambda: False)
+    return torch.bfloat16 if has() else torch.float32
+
+
+def gpu_has_bfloat16() -> bool:
+    """Whether the GPU multiplies in bfloat16. Those before Ampere (T4, V100) emulate it, slower than float32."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -95,7 +95,10 @@ class Plan:
     @property
     def chosen(self) -> list[str]:
         """What was settled here and not by the user, a line each."""
-        return [*([self.epochs.line()] if self.epochs else []), self.rate.line()]
+        lines = [*([self.epochs.line()] if self.epochs else []), self.rate.line()]
+        if self.config.dtype == "auto" and self.device.type == "cuda" and self.dtype == torch.float32:
+            lines.append("dtype float32: this GPU has no bfloat16 of its own, and emulates it")
+        return lines
 
     @property
     def learning_rate(self) -> float:

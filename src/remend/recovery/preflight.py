@@ -20,7 +20,7 @@ from remend.files.run_directory import occupied
 from remend.models.activations.walkable import seen_of_skeleton
 from remend.models.adapters import check_targets, unmergeable, untouched_experts
 from remend.models.attention import attention_problem
-from remend.models.device import choose_device, choose_dtype
+from remend.models.device import choose_device, choose_dtype, gpu_has_bfloat16
 from remend.models.find import ModelSource, fetch_model, find_model, origin_note
 from remend.models.layers import count_parameters
 from remend.models.load import check_weights, load_config, load_tokenizer, skeleton
@@ -70,6 +70,8 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
     with say.collecting():
         device = choose_device(config.device)
     _check_settings(config, say)
+    if config.dtype == "bfloat16" and device.type == "cuda" and not gpu_has_bfloat16():
+        say.warnings.append("this GPU has no bfloat16 of its own, and emulates it; dtype: auto takes float32")
     streams, reference = _streams(config, say)
     if config.epochs is None:
         _check_length(config, streams, say)

@@ -19,8 +19,9 @@ from pydantic import (
 )
 
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
+from remend.errors import InputError
 from remend.files.run_directory import steps_a_checkpoint, updates_a_round
-from remend.files.settings import Gone, Number, Settings, as_number, build, shard_size
+from remend.files.settings import NO_FLOAT16, Arithmetic, Gone, Number, Settings, as_number, build, shard_size
 from remend.models.lora import LoraConfig
 
 OptionalNumber = Annotated[float | None, BeforeValidator(as_number)]
@@ -122,6 +123,8 @@ def _only_loss(loss: LossConfig | None, info: ValidationInfo) -> LossConfig | No
 class StreamConfig(Settings):
     """One source of training signal. What is not given is the recipe's own."""
 
+    aliases: ClassVar[Mapping[str, str]] = {"max_completion_length": "max_new_tokens"}
+
     data: str | None = Field(
         None, min_length=1, description="prompts, as in the recipe; self: the reference writes them"
     )
@@ -164,11 +167,47 @@ class RecoverConfig(Settings):
 
     aliases: ClassVar[Mapping[str, str]] = {
         "reference": "teacher",
+        "model_name_or_path": "student",
+        "teacher_model_name_or_path": "teacher",
+        "teacher_model": "teacher",
         "output_dir": "out",
         "per_device_train_batch_size": "batch_size",
         "gradient_accumulation_steps": "gradient_accumulation",
         "max_steps": "steps",
         "num_train_epochs": "epochs",
+        "save_steps": "save_every",
+        "save_total_limit": "keep_checkpoints",
+        "eval_steps": "eval_every",
+        "max_completion_length": "max_new_tokens",
+    }
+    hints: ClassVar[Mapping[str, str]] = {
+        "fp16": f"{NO_FLOAT16}; save_dtype: float16 writes a trained model for inference in it",
+        "bf16": "true is dtype: bfloat16, and false is dtype: float32; auto, the default, chooses by the hardware",
+        "torch_dtype": "dtype is of the arithmetic, save_dtype of the saved model; trained weights are float32",
+        "logging_steps": "every step is a row of metrics.jsonl; remend report --watch RUN shows them on the way",
+        "max_length": "a prompt has at most max_prompt_tokens, an answer max_new_tokens",
+        "max_seq_length": "a prompt has at most max_prompt_tokens, an answer max_new_tokens",
+        "max_prompt_length": "max_prompt_tokens is the limit; longer prompts are dropped, and never cut",
+        "push_to_hub": "a finished run is uploaded by remend push RUN ORG/NAME, and never without being asked",
+        "hub_model_id": "a finished run is uploaded by remend push RUN ORG/NAME",
+        "deepspeed": "several GPUs share a step with accelerate launch; a model is not sharded over them yet",
+        "fsdp": "several GPUs share a step with accelerate launch; a model is not sharded over them yet",
+        "resume_from_checkpoint": "remend recover --resume RUN goes on from the last checkpoint",
+        "warmup_ratio": "warmup_steps is a number of steps",
+        "lr_scheduler_type": "the rate warms up for warmup_steps, then a cosine takes it to final_learning_rate",
+        "optim": "the optimizer is AdamW",
+        "per_device_eval_batch_size": "measuring chooses its own batches",
+        "use_peft": "lora: {rank: 16} trains an adapter",
+        "lora_r": "adapters are lora: {rank: 16, alpha: 32}, or lora.r=16",
+        "lora_alpha": "adapters are lora: {rank: 16, alpha: 32}, or lora.alpha=32",
+        "lora_dropout": "adapters are lora: {rank: 16, dropout: 0.05}, or lora.dropout=0.05",
+        "lora_target_modules": "adapters are lora: {rank: 16, targets: [q_proj, v_proj]}, or lora.targets",
+        "load_in_4bit": "give a student that is stored in few bits: its format is found in its files, and kept",
+        "lmbda": "policy of a stream is the share of completions that the student samples",
+        "dataset_name": "data is a file, a folder, or a hub id, org/name[/configuration][@revision][:split]",
+        "dataset_config": "it is part of data: org/name/configuration[@revision][:split]",
+        "dataset_text_field": "columns: {text: FIELD} names the column",
+        "num_generations": "each prompt is answered once a step; epochs or steps say how often it comes again",
     }
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "Models": ("student", "teacher", "out", "trust_remote_code"),
@@ -338,7 +377,7 @@ class RecoverConfig(Settings):
         2, ge=1, description="a checkpoint holds weights and both AdamW moments: 12 bytes a parameter"
     )
 
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Arithmetic = Field(
         "auto",
         description="of the arithmetic; auto: bfloat16 where the hardware has it. Trained weights are float32",
     )
@@ -362,6 +401,20 @@ class RecoverConfig(Settings):
     trust_remote_code: bool = Field(
         False, description="let a model directory run its own Python. Off unless you say so"
     )
+
+    @classmethod
+    def own_names(cls, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+        """See Settings; bf16: true, as transformers has it, is dtype: bfloat16."""
+        named = super().own_names(values, origin)
+        if named.get("bf16") is not True:
+            return named
+        del named["bf16"]
+        if named.get("dtype", "bfloat16") != "bfloat16":
+            where = f"{origin}: " if origin else ""
+            raise InputError(
+                f"{where}bf16: true is dtype: bfloat16, and dtype: {named['dtype']} is given too; leave one of them out"
+            )
+        return {**named, "dtype": "bfloat16"}
 
     @classmethod
     def missing(cls, values: Mapping[str, object]) -> list[str]:
