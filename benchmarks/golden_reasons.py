@@ -57,6 +57,7 @@ RULES = "a GGUF header names the rules of the tokenizer, which is built by them"
 PAGES = "pages and cards were drawn anew; the files that they show are compared"
 PROGRESS = "progress counts phases, in other words, and a run ends with what to do next"
 WORST = "a run keeps its worst held-out prompts token by token"
+FEW_HELD_OUT = "few held-out prompts are a warning"
 EXPLAINED = [
     Explained(PAGES, r".*", file=r".*\b(report\.(md|html|json)|README\.md)"),
     Explained(PROGRESS, r"line \d+", file=r"logs/(\w+-(killed|resumed)|\d+-(study|compare|diagnose|track))\.txt"),
@@ -68,6 +69,9 @@ EXPLAINED = [
     ),
     Explained(WORST, r"", "there", r".*\bworst\.jsonl"),
     Explained("each step notes the memory", r"\[\d+\]\.rss_mib", r"\d+", r".*\btiming\.jsonl"),
+    Explained("each phase is timed", r"(\[\d+\])(\..*)?", file=r".*\btiming\.jsonl"),
+    Explained(FEW_HELD_OUT, r"(.*\.)?warnings(\[\d+\])?", r".*held out to measure the recovery.*"),
+    Explained(FEW_HELD_OUT, r".*line \d+", r".*held out to measure the recovery.*"),
     Explained("the page names what fits", r"exports", file=r".*\bsummary\.json"),
     Explained("the page says which stream keeps the task", r"streams\.\w+\.teacher", file=r".*\bsummary\.json"),
     Explained("a table says how many prompts were held out", r"rows\[\d+\]\.held_out_prompts", r"\d+"),

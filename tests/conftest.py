@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import strangers
 from helpers.tiny import build_model, build_tokenizer, prompts, put_on_grid, small_recipe
+
+# no test, nor any process that it starts, reads or writes the user's cache
+os.environ["REMEND_CACHE"] = tempfile.mkdtemp(prefix="remend-cache-")
+atexit.register(shutil.rmtree, os.environ["REMEND_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

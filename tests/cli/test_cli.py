@@ -42,6 +42,55 @@ def test_check_prints_what_would_run(run: Any, recipe_file: Path) -> None:
     assert "ok: 34 training and 6 held-out prompts, 0.1M parameters, 320 shared token ids; held to int3-g64-asym" in out
 
 
+def test_check_answers_what_one_asks_before_paying(
+    run: Any, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run("check", recipe_file)
+    assert code == 0
+    for part in (
+        "Held: int3-g64-asym. Training keeps the student on it.",
+        "3 of 34 training prompts, as the model will read them:",
+        "   <|im_start|>user",
+        "→ the student's answer follows, up to 8 tokens; all of it is trained on",
+        "A step trains on 4 answers, at most 32 tokens",
+        "128 in 4 steps",
+        "loading",
+        "measuring",
+        "in all",
+        "Times: no run was recorded on this machine; a guess",
+        "Memory of training: program",
+        "model/",
+        "checkpoints/",
+        "learning rate 1e-3: as given",
+    ):
+        assert part in out, (part, out)
+    long = ("ok: ", "warning: ", "learning rate", "Written to")  # with paths in them, which are not cut
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(long))
+
+
+def test_check_can_measure(run: Any, recipe_file: Path) -> None:
+    code, out, err = run("check", recipe_file, "--measure")
+    assert (code, "Times: a step that was timed now." in out) == (0, True), err
+    code, _, err = run("check", recipe_file, "--measure", "--no-files")
+    assert (code, "--measure loads the models, and --no-files looks at none" in err) == (2, True)
+
+
+def test_check_warns_of_memory(run: Any, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remend.recovery.forecast.free_bytes", lambda device: 10**6)
+    code, _, err = run("check", recipe_file)
+    assert (code, "of memory, and below 1 MiB are free. A smaller batch_size" in err) == (0, True)
+
+
+def test_problems_of_settings_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom remend import cli\nsys.argv = ['remend', 'check', '--student', 'a', '--teacher', 'b', "
+        "'--data', 'c', 'stepz=3']\ntry: cli.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), 'unknown key "stepz"' in done.stderr) == ("False", True)
+
+
 def test_recover_from_a_recipe_with_overrides(run: Any, recipe_file: Path, tmp_path: Path) -> None:
     code, out, err = run("recover", recipe_file, "steps=2", "beta=0.5", f"out={tmp_path / 'other'}")
     assert (code, "Traceback" in err) == (0, False)
@@ -217,7 +266,7 @@ def test_an_interrupted_run_says_how_it_goes_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("remend.recovery.job.carry_out", interrupted)
+    monkeypatch.setattr("remend.recovery.run.carry_out", interrupted)
     code, _, err = run("recover", recipe_file)
     assert (code, f"interrupted; go on with: remend recover --resume {recipe['out']}" in err) == (130, True)
 

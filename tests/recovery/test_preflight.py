@@ -38,7 +38,12 @@ def write_rows(path: Path, rows: list[Any]) -> str:
 
 def test_good_recipe_has_no_findings(recipe: dict[str, Any]) -> None:
     result = check(**recipe)
-    assert (result.problems, result.warnings) == ([], [])
+    assert result.problems == []
+    assert result.warnings == [
+        "6 prompts are held out to measure the recovery: an interval over fewer than 16 says little. Give more "
+        "prompts, a larger held_out, or eval_data"
+    ]
+    assert found(recipe, held_out=16).warnings == []
     plan = plan_of(recipe)
     assert (len(plan.prompts.main.train), len(plan.prompts.main.held_out)) == (34, 6)
     assert plan.constraint == "int3-g64-asym"
@@ -190,7 +195,7 @@ def test_beta_close_to_an_end_warns(recipe: dict[str, Any]) -> None:
     assert "close to 0 but is no forward KL" in found(recipe, beta=0.01).warnings[0]
     assert "close to 1 but is no reverse KL" in found(recipe, beta=0.99).warnings[0]
     assert "close to 1 but is no reverse KL" in found(recipe, loss={"name": "jsd", "beta": 0.99}).warnings[0]
-    between = found(recipe, beta=0.5)
+    between = found(recipe, beta=0.5, held_out=16)
     assert between.warnings == []
     assert between.verdict().endswith("; loss generalised JSD, beta 0.5")
     assert "loss" not in found(recipe).verdict()
@@ -264,4 +269,41 @@ def test_a_gpu_that_emulates_bfloat16_gets_float32_and_is_told(
     native["told"] = True
     plan = plan_of(recipe, dtype="auto")
     assert (plan.dtype, len(plan.chosen)) == (torch.bfloat16, 1)
-    assert found(recipe, dtype="bfloat16").warnings == []
+    assert found(recipe, dtype="bfloat16", held_out=16).warnings == []
+
+
+def test_a_place_that_cannot_be_written(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (problem,) = found(recipe, out=str(tmp_path / "file" / "run")).problems
+    assert f"can't be written: {tmp_path / 'file'} is a file" in problem
+    (problem,) = found(recipe, out="/sys/run").problems
+    assert problem.startswith("out /sys/run can't be written to /sys: ")
+    assert problem.endswith("name a directory that you may write to")
+
+
+def test_a_place_inside_a_model(recipe: dict[str, Any]) -> None:
+    for key, what in (("student", "the student"), ("teacher", f"teacher {recipe['teacher']}")):
+        (problem,) = found(recipe, out=f"{recipe[key]}/runs/one").problems
+        assert f"lies inside the own directory of {what}" in problem
+    assert found(recipe, out=f"{recipe['student']}-runs/one").problems == []
+
+
+def test_a_directory_with_the_name_of_a_view(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(recipe["teacher"], "base")
+    shutil.copytree(recipe["teacher"], "ema")
+    assert "The directory base is written ./base" in "\n".join(found(recipe, teacher="base").problems)
+    assert "The directory ema is written ./ema" in "\n".join(found(recipe, teacher="ema").problems)
+    for given in ("./base", Path("base"), Path("ema")):
+        assert found(recipe, teacher=given).problems == []
+    assert plan_of(recipe, teacher=Path("base")).reference == "./base"
+
+
+def test_a_path_is_no_id_of_the_hub(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given in (Path("smollm2"), Path("org") / "model"):
+        assert "does not exist: no such directory" in found(recipe, student=given).problems[0]
+    streams = {"a": {"teacher": Path("ema")}}
+    assert any("./ema does not exist" in problem for problem in found(recipe, streams=streams).problems)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 import remend
 from remend.cli.from_settings import FIXED, MODEL, Values, command, options_of, parameter, recipe_options
 from remend.cli.show import print_line, show, show_cache
+from remend.cli.show_check import show_check
 from remend.errors import InputError
 from remend.files.run_directory import RunDirectory
 from remend.recovery.settings import RecoverConfig
@@ -61,6 +61,12 @@ RESUME = parameter(
     None,
 )
 FILES = parameter("files", bool, typer.Option(help="Also look at the files that the recipe names."), True)
+MEASURE = parameter(
+    "measure",
+    bool,
+    typer.Option("--measure", help="Load the models and time a step of them, for a better estimate of the time."),
+    False,
+)
 
 
 def _recover(fixed: Values, given: Values) -> None:
@@ -70,16 +76,9 @@ def _recover(fixed: Values, given: Values) -> None:
 
 def _check(fixed: Values, given: Values) -> None:
     recipe, overrides = _arguments(fixed, given)
-    result = remend.check(recipe, files=fixed["files"], **overrides)
-    console = Console(highlight=False, soft_wrap=True)
-    for warning in result.warnings:
-        console.print("warning:", warning, markup=False)
-    result.raise_problems()
-    for note in result.notes:
-        console.print("note:", note, markup=False)
-    console.print(result.verdict(), markup=False)
-    for line in result.plan.chosen if result.plan else ():
-        console.print(line, markup=False)
+    if fixed["measure"] and not fixed["files"]:
+        raise InputError("--measure loads the models, and --no-files looks at none; leave one out")
+    show_check(remend.check(recipe, files=fixed["files"], **overrides), measure=fixed["measure"])
 
 
 def export(
@@ -166,7 +165,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(demo)
     app.command("recover")(command((WORDS, AS, RESUME), options, _recover, about))
     about = "Check a recipe without training: every problem and warning at once."
-    app.command("check")(command((WORDS, AS, FILES), options, _check, about))
+    app.command("check")(command((WORDS, AS, FILES, MEASURE), options, _check, about))
     for verb in (export, push, prompts):
         app.command()(verb)
     about = "Store a teacher's completions and its top-k scores of them, for where it does not fit beside the student."

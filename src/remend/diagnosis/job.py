@@ -19,10 +19,11 @@ from remend.data.examples import data_hash
 from remend.data.given import as_files, rows_from_python, write_rows
 from remend.diagnosis import layers, severity, subjects
 from remend.diagnosis.examination import Examination, examination
-from remend.diagnosis.reference import Conditions, ReferenceAnswers, cache_root, key_of, reference_answers
+from remend.diagnosis.reference import Conditions, ReferenceAnswers, key_of, reference_answers
 from remend.diagnosis.settings import DiagnoseSettings
 from remend.diagnosis.student import Examined, measure
 from remend.files.atomic import JsonObject, write_json
+from remend.files.cache import cache_root
 from remend.files.environment import environment
 from remend.files.settings import build, takes
 from remend.maths.gap import bootstrap_gap_closed

@@ -85,12 +85,6 @@ class ReferenceAnswers:
         return states_ND
 
 
-def cache_root() -> Path:
-    """Where they are kept: REMEND_CACHE, or the user's cache directory."""
-    named = os.environ.get("REMEND_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remend"
-
-
 def key_of(hashes: Mapping[str, str], prompts: Sequence[Encoded], conditions: Conditions) -> str:
     """The folder's name: settled by everything that the answers and rows depend on."""
     parts = {"version": VERSION, "files": dict(hashes), "prompts": [p.tokens for p in prompts], **vars(conditions)}

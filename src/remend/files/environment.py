@@ -46,7 +46,7 @@ def environment() -> dict[str, Any]:
             versions[name] = None
     hardware: dict[str, Any] = {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": psutil.cpu_count(logical=True),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -62,7 +62,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     import platform
 
     try:

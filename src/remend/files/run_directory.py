@@ -4,7 +4,8 @@ recipe.yaml      the resolved settings
 manifest.json    versions, seeds, git commit, hashes of models and data, command line, hardware, warnings
 metrics.jsonl    one row a training step (`step`, `loss`, `tokens`, …), evaluation rows between; the same on every rerun
 timing.jsonl     seconds and memory of each step, apart from the metrics since they differ on every rerun; at step 0,
-                 with `stage`, those of what came before: prompts, repair, gate, pool
+                 with `stage`, those of what came before: prompts, repair, gate, pool; with `phase`, those of a whole
+                 phase, written at the end of a run that was not interrupted
 baseline.json    the degraded student's measurement;  reference.jsonl the reference's held-out completions
 repair.json      KL after one-shot repair, on fitted text too, and whether kept;  held_out_repaired.jsonl by prompt
 track.jsonl      with diagnose_every: KL, agreement and each layer's CKA at the start, on the way and at the end
@@ -146,9 +147,18 @@ class RunDirectory:
         same = [r for r in self.rows(TIMING) if (r.get("stage"), r.get("stream")) != (stage, stream)]
         write_text(self.path / TIMING, "".join(map(json_line, [*same, row])))
 
+    def note_phases(self, seconds: Mapping[str, float]) -> None:
+        """Into timing.jsonl, at step 0: what each phase of the run took."""
+        for phase, spent in seconds.items():
+            self.append(TIMING, {"step": 0, "phase": phase, "seconds": round(spent, 4)})
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds of each phase, from timing.jsonl, in order; empty for a run that was interrupted, or is older."""
+        return {row["phase"]: row["seconds"] for row in self.rows(TIMING) if "phase" in row}
+
     def step_seconds(self) -> dict[int, float]:
         """Seconds of each training step, from timing.jsonl."""
-        return {row["step"]: row["seconds"] for row in self.rows(TIMING) if "stage" not in row}
+        return {row["step"]: row["seconds"] for row in self.rows(TIMING) if row["step"]}
 
     def setup_seconds(self, stage: str) -> float:
         """Seconds of a stage before the first step, 0 where there was none."""

@@ -5,6 +5,7 @@ Weights are read from safetensors or GGUF only: nothing is unpickled.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -109,7 +110,24 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
 
 
 def _config(source: ModelSource) -> tuple[PreTrainedConfig, bool]:
-    """The configuration, and whether numbers of a GGUF file's header had to be put into it."""
+    """The configuration, and whether numbers of a GGUF file's header had to be put into it.
+
+    That of a GGUF file is read once a process: transformers goes through the vocabulary for it, which takes seconds.
+    """
+    if source.kind != "gguf" or source.path is None:
+        return _read_config(source)
+    status = source.path.stat()
+    kept = (status.st_mtime_ns, status.st_size, source)
+    if kept not in _CONFIGS:
+        _CONFIGS[kept] = _read_config(source)
+    config, changed = _CONFIGS[kept]
+    return copy.deepcopy(config), changed
+
+
+_CONFIGS: dict[tuple[int, int, ModelSource], tuple[PreTrainedConfig, bool]] = {}
+
+
+def _read_config(source: ModelSource) -> tuple[PreTrainedConfig, bool]:
     import gguf
     from transformers import AutoConfig
 

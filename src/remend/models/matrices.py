@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from remend.models.protocols import CausalLM
 
@@ -183,6 +182,8 @@ def by_key(model: CausalLM) -> dict[str, Matrix]:
 
 
 def _matrices(name: str, module: nn.Module, own: str, parameter: Tensor) -> Iterator[Matrix]:
+    from transformers.pytorch_utils import Conv1D  # late: it takes seconds to import
+
     full, stack = f"{name}.{own}" if name else own, _stack_of(module)
     if own == "weight" and isinstance(module, nn.Linear):
         yield Matrix(name, module, full)

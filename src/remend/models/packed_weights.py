@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
 
 
 _PACKED = re.compile(r"weight_(packed|scale|shape|zero_point|global_scale|g_idx)")
@@ -269,6 +269,8 @@ def unpacked(model: PreTrainedModel) -> PreTrainedModel:
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             if state is not None:
                 state.dtype = torch.float32
+        from transformers.pytorch_utils import Conv1D
+
         turned = [n for n, m in model.named_modules() if issubclass(getattr(m, "source_cls", nn.Module), Conv1D)]
         model = model.dequantize()
         for name in turned:
@@ -285,6 +287,8 @@ def unpacked(model: PreTrainedModel) -> PreTrainedModel:
 
 def _conv1d(linear: nn.Module) -> Conv1D:
     """GPT-2's own layer, in whose place bitsandbytes put a Linear: without it config.json would not fit the weights."""
+    from transformers.pytorch_utils import Conv1D
+
     weight_OI, bias_O = linear.get_parameter("weight"), linear.get_parameter("bias")
     layer = Conv1D(*weight_OI.shape)
     layer.weight, layer.bias = nn.Parameter(weight_OI.detach().T.contiguous()), bias_O

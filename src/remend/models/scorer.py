@@ -17,7 +17,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from remend.errors import InputError
 from remend.maths.losses import Head
@@ -148,6 +147,8 @@ class Scorer:
 
     @contextmanager
     def _recomputed(self) -> Iterator[None]:
+        from transformers.modeling_layers import GradientCheckpointingLayer  # late: it takes seconds to import
+
         # transformers' layers recompute only in training mode. The mode is set on these layers alone, and for this pass
         # alone: dropout stays off, and sampling keeps its cache.
         layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -1,8 +1,12 @@
-"""Sizes that a configuration names, whatever shape it gives them."""
+"""Sizes that a configuration names, whatever shape it gives them; and how large a model is."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from remend.models.matrices import matrices
+from remend.models.protocols import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -21,3 +25,53 @@ def window(config: PreTrainedConfig) -> int:
     """Tokens that the nearest-sighted layers see, as far as the configuration names such a window; else 0."""
     named = [largest(config, name) for name in _WINDOWS]
     return min((size for size in named if size > 0), default=0)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is, as far as work and memory depend on it.
+
+    parameters: all, tied ones once; embeddings: those of the input's and the output's, tied ones once.
+    matrices: numbers in the decoder's matrices; active: those that one token meets, which of experts are a share.
+    vocabulary, width, layers: rows of the head, columns of it, and blocks.
+    cached: numbers that the key-value cache keeps of a token.
+    grams: Σ I² over the matrices [O, I], and fits: Σ I³ + O · I², what a closed-form solution multiplies.
+    """
+
+    parameters: int
+    embeddings: int
+    matrices: int
+    active: int
+    vocabulary: int
+    width: int
+    layers: int
+    cached: int
+    grams: int
+    fits: int
+
+
+def size_of(model: CausalLM, config: PreTrainedConfig) -> Size:
+    """The size of a model, or of its skeleton, with its configuration."""
+    text = config.get_text_config()
+    shapes = [(matrix.expert is not None, *matrix.weight_OI.shape) for matrix in matrices(model).values()]
+    whole = sum(o * i for _, o, i in shapes)
+    experts = sum(o * i for routed, o, i in shapes if routed)
+    counts = [largest(text, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    share = min(1.0, largest(text, "num_experts_per_tok") / max(counts)) if max(counts) else 1.0
+    width, layers = largest(text, "hidden_size"), largest(text, "num_hidden_layers")
+    heads = largest(text, "num_attention_heads")
+    head = largest(text, "head_dim") or (width // heads if heads else 0)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(end.weight): end.weight.numel() for end in ends if end is not None}
+    return Size(
+        parameters=sum(p.numel() for p in model.parameters()),
+        embeddings=sum(tables.values()),
+        matrices=whole,
+        active=whole - experts + int(experts * share),
+        vocabulary=text.vocab_size,
+        width=width,
+        layers=layers,
+        cached=2 * layers * (largest(text, "num_key_value_heads") or heads) * head,
+        grams=sum(i * i for _, _, i in shapes),
+        fits=sum(i**3 + o * i * i for _, o, i in shapes),
+    )

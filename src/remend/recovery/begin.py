@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from remend.console import stage
 from remend.data.given import write_rows
@@ -29,6 +27,9 @@ from remend.recovery.prompts import Prompts
 from remend.recovery.segments import note_segments
 from remend.training.teachers import Teacher, at_work
 from remend.training.teachers.teacher import Workplace
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,9 @@ def begin(plan: Plan, directory: RunDirectory | None) -> Run:
     Raises:
         InputError: the run's inputs have changed since it began.
     """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
     config = plan.config
     accelerator = Accelerator(
         cpu=plan.device.type == "cpu",

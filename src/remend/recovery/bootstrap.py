@@ -10,10 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING, Any
 
 from remend.console import console
 from remend.data import tasks
@@ -28,6 +25,9 @@ from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import Stream, reference_of
 from remend.training.measure import PromptSums, negative_log_likelihoods, pool, repetition
 from remend.training.teachers import Teacher
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 GATE = "gate.jsonl"
 
@@ -177,6 +177,8 @@ class Gate:
             return False
         opens = [self._decide(done)] if self.accelerator.is_main_process else [False]
         if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
             broadcast_object_list(opens)
         self.decided.append((done, opens[0]))
         return opens[0]

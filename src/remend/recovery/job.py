@@ -11,7 +11,7 @@ from contextlib import chdir, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from remend.console import console, stage, warn
 from remend.data.given import as_files, rows_from_python
@@ -20,14 +20,11 @@ from remend.files.atomic import read_json
 from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory, planned_steps
 from remend.files.settings import build, merged, read_yaml, takes
 from remend.plugins import asked_for, import_modules, not_imported
-from remend.recovery.epochs import as_counted
-from remend.recovery.plan import Checked, Plan
-from remend.recovery.preflight import preflight
-from remend.recovery.run import carry_out
 from remend.recovery.segments import Segment, check_longer, segments_of
 from remend.recovery.settings import SELF, RecoverConfig
-from remend.recovery.tracking import track_run
-from remend.training.teachers import named
+
+if TYPE_CHECKING:
+    from remend.recovery.plan import Checked, Plan
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,32 @@ def settings(recipe: str | Path | None = None, overrides: Mapping[str, Any] | No
     origin = f"recipe {recipe}" if recipe is not None else "settings"
     base = read_yaml(recipe) if recipe is not None else {}
     # by one name each, so that what is given over a recipe takes the place of what it has by another name
-    values = _chosen(
-        merged(RecoverConfig.own_names(base, origin), RecoverConfig.own_names(overrides or {}, "settings"))
-    )
+    given = merged(RecoverConfig.own_names(base, origin), RecoverConfig.own_names(overrides or {}, "settings"))
+    values = _chosen(_paths_kept(given))
     folder = Path(values.get("out") or ".") / "data"
     return build(RecoverConfig, as_files(values, lambda name: folder / f"{name}.jsonl"), origin)
+
+
+def _paths_kept(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with models that Python gives as a Path named so that they are no hub's id, and no word.
+
+    A text may be either: "base" is the student without its adapter, and Path("base") is the directory.
+    """
+
+    def kept(level: Mapping[str, Any]) -> dict[str, Any]:
+        models = {key: level[key] for key in ("student", "teacher") if isinstance(level.get(key), os.PathLike)}
+        return {**level, **{key: _as_path(os.fspath(value)) for key, value in models.items()}}
+
+    values, streams = kept(values), values.get("streams")
+    if isinstance(streams, Mapping):
+        values["streams"] = {name: kept(s) if isinstance(s, Mapping) else s for name, s in streams.items()}
+    return values
+
+
+def _as_path(text: str) -> str:
+    """A path that nothing takes for anything else: what has no directory in it, or is not there, starts with ./."""
+    told = Path(text).is_absolute() or text.startswith(".") or (os.sep in text and Path(text).exists())
+    return text if told else f".{os.sep}{text}"
 
 
 def _chosen(values: dict[str, Any]) -> dict[str, Any]:
@@ -70,10 +88,16 @@ def _chosen(values: dict[str, Any]) -> dict[str, Any]:
         values = {**values, "out": f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{name}"}
         console.print(f"out: {values['out']}", markup=False)
     without = values.get("data") is None and not values.get("streams") and teacher is not None
-    if without and not named(str(teacher)).brings_prompts:
+    if without and not _brings_prompts(str(teacher)):
         values = {**values, "data": SELF}
         console.print("data: self (the teacher writes the prompts)", markup=False)
     return values
+
+
+def _brings_prompts(teacher: str) -> bool:
+    from remend.training.teachers import named  # late, as all that waits for torch: settings are looked at before
+
+    return named(teacher).brings_prompts
 
 
 def _mention_imports(recipe: Path) -> None:
@@ -88,7 +112,10 @@ def _mention_imports(recipe: Path) -> None:
 def check(recipe: str | Path | None = None, *, files: bool = True, **overrides: Any) -> Checked:
     """Check a recovery without training; see `preflight`. Problems are in the result, not raised."""
     with rows_from_python():
-        return preflight(settings(recipe, overrides), files=files)
+        config = settings(recipe, overrides)
+        from remend.recovery.preflight import preflight
+
+        return preflight(config, files=files)
 
 
 @takes(RecoverConfig, over_recipe=True)
@@ -160,6 +187,8 @@ def run_recovery(
         steps: more than the run to continue has planned so far: it goes on to these.
     """
     began = time.monotonic() if began is None else began
+    from remend.recovery.run import carry_out
+
     with stage("checking the recipe"):
         plan = _plan(config, resuming=directory is not None)
         if directory:
@@ -187,6 +216,8 @@ def _longer(plan: Plan, directory: RunDirectory, steps: int | None) -> Plan:
 
 def _plan(config: RecoverConfig, *, resuming: bool) -> Plan:
     """The plan of a recipe. Raises CheckError with all problems."""
+    from remend.recovery.preflight import preflight
+
     result = preflight(config, resuming=resuming)
     result.raise_problems()
     assert result.plan is not None
@@ -207,6 +238,8 @@ def track(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         CheckError, InputError, FileError: no run, its inputs have changed, a reference without layers.
     """
+    from remend.recovery.tracking import track_run
+
     with _where_it_began(Path(path)) as place:
         directory = RunDirectory.open(place)
         import_again(directory)
@@ -227,6 +260,8 @@ def _reopen(
     manifest = read_json(path / MANIFEST)["recipe"]
     recorded = build(RecoverConfig, manifest, f"recipe in {path / MANIFEST}")  # keys that are newer have their defaults
     given = _given_again(recorded, recipe, overrides) if recipe or overrides else config
+    from remend.recovery.epochs import as_counted
+
     given = as_counted(given, read_json(path / MANIFEST).get("epochs"))
     told = RecoverConfig.own_names(overrides, "settings").get("steps") is not None
     asked = given.steps if told or given.steps != recorded.steps else None

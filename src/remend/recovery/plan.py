@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from remend.data.examples import Example
+from remend.data.templates import encode
 from remend.errors import CheckError
 from remend.maths.losses import of_beta
 from remend.models.find import ModelSource
 from remend.models.protocols import Tokenizer
+from remend.models.sizes import Size
 from remend.recovery.epochs import Epochs
 from remend.recovery.prompts import Prompts
 from remend.recovery.rates import ADAPTER, WEIGHTS, Rate, rate_for
@@ -26,7 +29,8 @@ class Plan:
     """Everything that is known before anything is loaded or written.
 
     config: the recipe; its epochs are steps by now, and `epochs` says how they were counted.
-    student: its files; `tokenizer` its own, `parameters` how many it has.
+    student: its files; `tokenizer` its own; `size`: how large it is; `activation`: bytes that a backward pass keeps of
+        a token of it. reference_size: of the reference, where that is loaded beside it.
     shared: token ids, from 0, that mean the same to the student and to every teacher.
     device, dtype: where and in what the arithmetic runs.
     facts: of the student: what its files say that it is held to.
@@ -42,7 +46,9 @@ class Plan:
     student: ModelSource
     tokenizer: Tokenizer
     shared: int
-    parameters: int
+    size: Size
+    reference_size: Size | None
+    activation: int
     device: torch.device
     dtype: torch.dtype
     facts: StudentFacts
@@ -72,6 +78,16 @@ class Plan:
             config.max_grad_norm,
             self.ends[1:],
         )
+
+    @property
+    def parameters(self) -> int:
+        """How many the student has."""
+        return self.size.parameters
+
+    @property
+    def template(self) -> tuple[int, ...]:
+        """The tokens that its chat template writes around an empty prompt."""
+        return encode(self.tokenizer, Example("", " ", {})).tokens
 
     @property
     def phases(self) -> list[str]:

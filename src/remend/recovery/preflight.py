@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,23 +21,27 @@ from remend.models.adapters import check_targets, unmergeable, untouched_experts
 from remend.models.attention import attention_problem
 from remend.models.device import choose_device, choose_dtype, gpu_has_bfloat16
 from remend.models.find import ModelSource, fetch_model, find_model, origin_note
-from remend.models.layers import count_parameters
 from remend.models.load import check_weights, load_config, load_tokenizer, skeleton
-from remend.models.protocols import Tokenizer
+from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.room import Room, room_of
+from remend.models.sizes import Size, size_of
 from remend.models.vocabulary import ending_problem, unreadable
 from remend.recovery import alignment
 from remend.recovery.epochs import in_steps
 from remend.recovery.findings import Findings
+from remend.recovery.forecast import disk_at_most, free_disk, streams_of
+from remend.recovery.memory import activation_bytes
+from remend.recovery.place import inside, unwritable
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.prompts import Prompts, StreamData, kept_apart, load_stream
 from remend.recovery.repair import TOKENS as REPAIR_TOKENS
 from remend.recovery.rules import notes_of_length, problems, problems_of_length, warnings, warnings_of_length
 from remend.recovery.settings import SELF, RecoverConfig
 from remend.recovery.streams import Stream, reference_of, resolve, rows_of
+from remend.report.recovery import FEW
 from remend.training.constraints import CONSTRAINTS, StudentFacts, kind_of
 from remend.training.constraints.fitting import shapes
-from remend.training.teachers import NamedTeacher, named
+from remend.training.teachers import NamedTeacher, as_directory, named
 
 SELF_WRITTEN = Example("that the reference writes", "text", {})
 """Stands for the prompts that are not there yet."""
@@ -52,7 +55,8 @@ class Student:
     tokenizer: Tokenizer
     room: Room
     eos: set[int]
-    parameters: int
+    size: Size
+    activation: int
     layers: int
     matrices: Mapping[str, torch.Size]
 
@@ -64,7 +68,7 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
     settings name is looked at.
     """
     say = Findings()
-    if files and not resuming and (problem := occupied(Path(config.out), inputs=True)):
+    if files and not resuming and (problem := occupied(Path(config.out), inputs=True) or unwritable(config.out)):
         say.problems.append(problem)
     device = torch.device("cpu")
     with say.collecting():
@@ -75,7 +79,7 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
     streams, reference = _streams(config, say)
     if config.epochs is None:
         _check_length(config, streams, say)
-    plan = _plan(config, device, streams, reference, say) if files and reference else None
+    plan = _plan(config, device, streams, reference, say, resuming=resuming) if files and reference else None
     return Checked(plan if not say.problems else None, say.problems, say.warnings, say.notes)
 
 
@@ -102,13 +106,20 @@ def _check_length(config: RecoverConfig, streams: Sequence[Stream], say: Finding
 
 
 def _plan(
-    config: RecoverConfig, device: torch.device, streams: Sequence[Stream], reference: str, say: Findings
+    config: RecoverConfig,
+    device: torch.device,
+    streams: Sequence[Stream],
+    reference: str,
+    say: Findings,
+    *,
+    resuming: bool,
 ) -> Plan | None:
     """The plan, after a look at all files; None where the student can't be told. Problems go to `say`."""
     source = None
     with say.collecting():
         source = fetch_model(find_model(config.student, trust_remote_code=config.trust_remote_code), weights=False)
     teachers = _opened_teachers(config, [reference, *(s.teacher.name for s in streams)], say)
+    say.problems += [] if resuming else inside(config.out, _directories(source, teachers))
     student, facts, shared, unknown = None, None, 0, dict[str, frozenset[int]]()
     if source:
         student = _student(config, source, say)
@@ -159,14 +170,15 @@ def _plan(
     config, epochs = in_steps(config, data)
     if epochs:
         _check_length(config, streams, say)
-    _check_disk(config, student, data, say)
-    return Plan(
+    plan = Plan(
         config=config,
         epochs=epochs,
         student=student.source,
         tokenizer=student.tokenizer,
         shared=shared,
-        parameters=student.parameters,
+        size=student.size,
+        reference_size=_size(healthy),
+        activation=student.activation,
         device=device,
         dtype=choose_dtype(config.dtype, device),
         facts=facts,
@@ -177,6 +189,23 @@ def _plan(
         warnings=tuple(say.warnings),
         notes=tuple(say.notes),
     )
+    _check_disk(plan, say)
+    _check_held_out(plan, say)
+    return replace(plan, warnings=tuple(say.warnings))
+
+
+def _size(teacher: NamedTeacher) -> Size | None:
+    """Of a teacher that is loaded beside the student; None for a view of the student, and for stored answers."""
+    if teacher.source is None:
+        return None
+    settings = load_config(teacher.source)
+    return size_of(skeleton(teacher.source, settings), settings)
+
+
+def _directories(student: ModelSource | None, teachers: Mapping[str, NamedTeacher]) -> dict[str, Path | None]:
+    """Where the models lie, by what they are to the run; those of the hub's cache are nobody's own."""
+    sources = {"the student": student, **{f"teacher {name}": teacher.source for name, teacher in teachers.items()}}
+    return {what: source.path for what, source in sources.items() if source and not source.repo}
 
 
 def _opened_teachers(config: RecoverConfig, names: Sequence[str], say: Findings) -> dict[str, NamedTeacher]:
@@ -190,16 +219,21 @@ def _opened_teachers(config: RecoverConfig, names: Sequence[str], say: Findings)
 
 
 def _check_settings(config: RecoverConfig, say: Findings) -> None:
+    if config.report_to is not None:
+        _check_tracker(config.report_to, say)
+    if config.eval_data and config.held_out is not None:
+        say.warnings.append("held_out has no effect, since eval_data is given")
+
+
+def _check_tracker(name: str, say: Findings) -> None:
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
-    name, known = config.report_to, [str(kind) for kind in LoggerType.list() if kind != "all"]
-    if name is not None and name not in known:
+    known = [str(kind) for kind in LoggerType.list() if kind != "all"]
+    if name not in known:
         say.problems.append(f'unknown report_to "{name}"; known: {", ".join(known)}.{did_you_mean(name, known)}')
-    elif name is not None and name not in map(str, get_available_trackers()):
+    elif name not in map(str, get_available_trackers()):
         say.problems.append(f"report_to {name} needs the package of that tracker, which is not installed")
-    if config.eval_data and config.held_out is not None:
-        say.warnings.append("held_out has no effect, since eval_data is given")
 
 
 def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Student | None:
@@ -225,9 +259,8 @@ def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Stude
                 f"layer_map {given} must name, rising from 0, one of the teacher's layers for each of the student's "
                 f"{layers}"
             )
-        return Student(
-            source, tokenizer, room_of(model, settings), ends, count_parameters(model), layers, shapes(model)
-        )
+        size, kept = size_of(model, settings), activation_bytes(text, 1, 1)
+        return Student(source, tokenizer, room_of(model, settings), ends, size, kept, layers, shapes(model))
     return None
 
 
@@ -243,7 +276,10 @@ def _check_adapter(
         say.problems.append(f"student {config.student} is an adapter, which is trained as it is; leave lora out")
     adapted = bool(config.lora) or source.kind == "adapter"
     if not adapted and any(t.moving and t.healthy for t in teachers.values()):
-        say.problems.append("teacher base is the student without its adapter, and there is none; set lora, or name one")
+        say.problems.append(
+            "teacher base is the student without its adapter, and there is none; set lora, or name one"
+            + as_directory("base")
+        )
     constraint = kind_of(facts).describe(facts) if facts else "none"
     if config.save_dtype and adapted and not config.merge:
         say.warnings.append("save_dtype has no effect, since an adapter is saved, in float32")
@@ -307,9 +343,17 @@ def _fit_to_reference(
     say.notes.extend([f"the student is not repaired before training: {why}"] if why else [])
     if why is None:
         sources = [student.source, *([reference.source] if reference.source else [])]
-        unlike = (seen_of_skeleton(skeleton(source, load_config(source))) for source in sources)
-        say.problems += dict.fromkeys(text for text in unlike if text)
+        models = [skeleton(source, load_config(source)) for source in sources]
+        if _alike(*models):
+            models = models[:1]
+        say.problems += dict.fromkeys(text for model in models if (text := seen_of_skeleton(model)))
     return why is None, facts
+
+
+def _alike(first: CausalLM, *others: CausalLM) -> bool:
+    """Whether models are of one class with the same shapes, so that what shapes tell of one they tell of all."""
+    of = [(type(m), {name: weight.shape for name, weight in m.named_parameters()}) for m in (first, *others)]
+    return all(one == of[0] for one in of)
 
 
 def _with_fitting_layers(
@@ -390,23 +434,23 @@ def _check_tokens(student: Student, shared: int, say: Findings) -> None:
         )
 
 
-def _check_disk(config: RecoverConfig, student: Student, streams: Sequence[StreamData], say: Findings) -> None:
-    every = config.steps_a_checkpoint
-    saved = min(config.keep_checkpoints + 1, -(-config.steps // every)) if every else 0  # one is saved at the end
-    # an adapter's checkpoints hold the adapter alone, a hundredth of the model or so; some teachers add their average
-    each = 12 + 4 * any(s.stream.teacher.saved for s in streams)
-    adapted = config.lora or student.source.kind == "adapter"
-    trained = student.parameters // 50 if adapted else student.parameters
-    best = 4 * trained if config.selects == "best" else 0
-    need = trained * each * saved + best + 4 * student.parameters
-    target = Path(config.out)
-    while not target.exists():
-        target = target.parent
-    free = shutil.disk_usage(target).free
-    if need > free:
+def _check_disk(plan: Plan, say: Findings) -> None:
+    config, needed = plan.config, disk_at_most(plan)
+    free = free_disk(config.out)
+    if needed.total > free:
         say.problems.append(
-            f"out {config.out}: the run writes up to {need / 2**30:.1f} GiB (model and {saved} "
-            f"checkpoints of {each} bytes a trained "
-            f"parameter) and {free / 2**30:.1f} GiB are free; lower keep_checkpoints, raise save_every, "
-            "or name another disk"
+            f"out {config.out}: the run writes up to {needed.total / 2**30:.1f} GiB (model and {needed.checkpoints} "
+            f"checkpoints of {needed.checkpoint / 2**30:.1f} GiB) and {free / 2**30:.1f} GiB are free; lower "
+            "keep_checkpoints, raise save_every, or name another disk"
+        )
+
+
+def _check_held_out(plan: Plan, say: Findings) -> None:
+    """Warn where the measurement will say little."""
+    count = streams_of(plan)[0].held_out
+    if 0 < count < FEW:
+        be = "prompt is held out" if count == 1 else "prompts are held out"
+        say.warnings.append(
+            f"{count} {be} to measure the recovery: an interval over fewer than {FEW} says little. Give more prompts, "
+            "a larger held_out, or eval_data"
         )

@@ -14,6 +14,8 @@ from remend.models.protocols import CausalLM
 from remend.models.sampling.answers import write_answers
 from remend.recovery.begin import Run, begin, create, load
 from remend.recovery.bootstrap import gate_of
+from remend.recovery.clock import Clock
+from remend.recovery.forecast import note_phases
 from remend.recovery.hold import hold
 from remend.recovery.judge import gate_verdict, side_judge_of
 from remend.recovery.past import past_of
@@ -47,21 +49,25 @@ def carry_out(plan: Plan, directory: RunDirectory | None, began: float) -> RunDi
         directory: a run to continue; None starts one.
         began: time.monotonic() when the user's command began, for `seconds`.
     """
-    run = begin(plan, directory)
+    run, clock = begin(plan, directory), Clock(began)
     with phases(plan.phases):
-        observer, outcome = train_and_save(run, new=directory is None)  # the trained student goes with its frame
+        # the trained student goes with its frame
+        observer, outcome = train_and_save(run, clock, new=directory is None)
         if observer:
             phase("measuring")
+            clock.enter("measuring")
             run, judge, degraded = observer.judge.run, observer.judge, observer.degraded
             saved = reopened(run, judge.reference)
             recovered = judge.recovered(saved, degraded)
             observer.note(saved, outcome["selected"]["step"], "recovered", recovered.on_reference)
             finish(run, degraded, recovered, outcome, began)
+            if directory is None:
+                note_phases(run, clock.stop())
     run.wait()
     return run.directory
 
 
-def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]:
+def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | None, JsonObject]:
     """Measure the student, repair it, train it under its constraint and save it; and what the summary says of that."""
     plan, config = run.plan, run.plan.config
     phase("loading")
@@ -72,14 +78,17 @@ def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]
         check_repair(run, student, reference)
     if new:
         create(run)
+    clock.enter("prompts")
     run = replace(run, prompts=all_prompts(run, reference))
     past = past_of(run)
 
     phase("baseline")
+    clock.enter("baseline")
     observer = observer_of(run, reference, student, past.degraded)
     run.wait()
 
     phase("repair")
+    clock.enter("repair")
     initial = initial_weights(run, student)
     # a checkpoint holds what came of repair, so a resumed run need not do it again
     repaired = past.repaired if run.resumed else repair_if_it_helps(run, student, reference, observer)
@@ -90,6 +99,7 @@ def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]
     del repaired  # its masters are as large as the model, and the constraint has its own
 
     phase("training")
+    clock.enter("training")
     parts = trained_parts(run, student)
     sources = build_sources(run, parts, teachers, initial)
     side = side_judge_of(run, sources, parts) if observer else None
@@ -104,6 +114,7 @@ def train_and_save(run: Run, *, new: bool) -> tuple[Observer | None, JsonObject]
     selected = selection.restore() if observer else None
     after = side.measure() if side else {}
 
+    clock.enter("saving")
     saved = save(run, student, constraint) if observer else {}
     return observer, {
         "saved": saved,

@@ -14,7 +14,7 @@ from remend.errors import InputError
 from remend.files.settings import build
 from remend.maths.losses import Loss, choose, of_beta
 from remend.recovery.settings import RecoverConfig, StreamConfig
-from remend.training.teachers import NamedTeacher, named
+from remend.training.teachers import NamedTeacher, as_directory, named
 
 RECOVER = "recover"
 """Name of the stream of a recipe without streams."""
@@ -80,7 +80,7 @@ def reference_of(config: RecoverConfig) -> str:
         raise InputError(
             f"teacher {config.teacher} is a view of the student, which is damaged, and recovery is measured against a "
             "healthy model: name that (or base, where the student is an adapter), and give "
-            f"teacher: {config.teacher} to a stream"
+            f"teacher: {config.teacher} to a stream{as_directory(config.teacher)}"
         )
     if config.teacher:
         return config.teacher

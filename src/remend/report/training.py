@@ -105,7 +105,7 @@ def _course(trained: Rows, names: Sequence[str]) -> list[Lines]:
 
 
 def _memory(files: RunDirectory) -> list[Lines]:
-    rows = [row for row in files.rows(TIMING) if "stage" not in row]
+    rows = [row for row in files.rows(TIMING) if row["step"]]
     lines = [
         Series(label, style(i), thinned(points))
         for i, (label, key) in enumerate((("memory of the process", "rss_mib"), ("GPU memory, peak", "gpu_mib")))

@@ -16,16 +16,18 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from remend.errors import InputError, TrainingError
 from remend.files.environment import memory_mib
 from remend.files.run_directory import METRICS, TIMING, Checkpoint, RunDirectory
 from remend.training.constraints import Constraint
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 M = TypeVar("M")
 """A micro-batch: whatever the objective cuts a step into."""

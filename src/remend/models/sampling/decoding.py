@@ -17,13 +17,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from remend.console import warn
 from remend.errors import InputError
 from remend.models.causal import exact_arithmetic, require_causal
 from remend.models.protocols import CausalLM
-from remend.models.sampling.kv_cache import decoding_cache
 from remend.models.sizes import window
 
 NEAR = 1e-2
@@ -59,6 +57,8 @@ class Cached:
     """Decoding with the model's cache; rows are padded on the left."""
 
     def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
+        from remend.models.sampling.kv_cache import decoding_cache  # late: it waits for transformers
+
         width = max(map(len, prompts))
         self._model = model
         self._tokens_BT = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
@@ -85,6 +85,8 @@ class Cached:
 
     def extend(self, tokens_B: Tensor, keep: Tensor | None) -> None:
         """See Decoding."""
+        from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
         self._tokens_BT = tokens_B.unsqueeze(1)
         if keep is not None:
             self._tokens_BT = self._tokens_BT[keep]

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -190,6 +191,11 @@ def at_work(teacher: NamedTeacher, workplace: Workplace) -> Teacher:
             "layers can be looked at, and it brings none; let no_layers say why"
         )
     return loaded
+
+
+def as_directory(name: str) -> str:
+    """Where a teacher's one word is a directory's name too, how that one is written: a sentence, else ''."""
+    return f". The directory {name} is written ./{name}" if named(name).word == name and Path(name).is_dir() else ""
 
 
 def named(name: str) -> NamedTeacher:

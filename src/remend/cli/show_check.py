@@ -1,0 +1,193 @@
+"""What `remend check` prints of a recipe without problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from remend.console import duration, warn
+
+if TYPE_CHECKING:
+    from remend.recovery.forecast import Forecast
+    from remend.recovery.plan import Checked, Plan
+    from remend.recovery.preview import Piece, ShownPrompt, StreamPreview
+
+OPEN, CLOSE = "⟦", "⟧"
+"""Around tokens that are trained on: colours are not everywhere."""
+
+INDENT = 3
+
+
+def show_check(result: Checked, *, measure: bool = False) -> None:
+    """Warnings and notes, what is held, some prompts as the model reads them, figures, and one line that says ok.
+
+    `measure` loads the models for the figures.
+    """
+    told, console = Console(highlight=False, soft_wrap=True), Console(highlight=False)
+    for warning in result.warnings:
+        told.print("warning:", warning, markup=False)
+    result.raise_problems()
+    for note in result.notes:
+        told.print("note:", note, markup=False)
+    if result.plan:
+        _show_plan(console, result.plan)
+        _show_figures(console, result.plan, measure)
+    told.print(result.verdict(), markup=False)
+    if result.plan:
+        for line in result.plan.chosen:
+            told.print(line, markup=False)
+
+
+def _show_plan(console: Console, plan: Plan) -> None:
+    from remend.recovery.preview import previews
+
+    console.print(_held(plan), markup=False)
+    for preview in previews(plan):
+        console.print()
+        _show_stream(console, preview, alone=len(plan.prompts.streams) == 1)
+    console.print()
+
+
+def _held(plan: Plan) -> str:
+    if plan.facts.adapted:
+        return "Held: all weights of the student; an adapter beside them is trained."
+    if plan.constraint == "none":
+        return "Held: nothing; all weights of the student are trained freely."
+    return f"Held: {plan.constraint}. Training keeps the student on it."
+
+
+def _show_stream(console: Console, preview: StreamPreview, *, alone: bool) -> None:
+    of = "" if alone else f" of stream {preview.name}"
+    if preview.prompts is None:
+        console.print(f"The reference writes the prompts{of} when the run begins. The model will read them so:")
+    else:
+        count = len(preview.shown)
+        few = "1 of" if count == 1 else f"{count} of"
+        console.print(f"{few} {preview.prompts} training prompts{of}, as the model will read them:", markup=False)
+    for number, prompt in enumerate(preview.shown, start=1):
+        _show_prompt(console, prompt, number if preview.prompts is not None else None)
+
+
+def _show_prompt(console: Console, prompt: ShownPrompt, number: int | None) -> None:
+    if number is not None:
+        console.print(f"{number}. row {prompt.id}, {_tokens(prompt.tokens)}", markup=False)
+    _show_text(console, prompt.pieces)
+    if prompt.answer:
+        _show_line(console, Text(f"→ {prompt.answer}", style="green"))
+    if any(piece.trained for piece in prompt.pieces):
+        _show_line(console, Text(f"→ what stands between {OPEN} and {CLOSE} is trained on", style="green"))
+    if prompt.teacher:
+        _show_line(console, Text("→ the teacher reads this in its place:", style="green"))
+        _show_text(console, prompt.teacher)
+
+
+def _show_text(console: Console, pieces: Sequence[Piece]) -> None:
+    text, inside = Text(), False
+    for piece in pieces:
+        if piece.trained != inside:
+            text.append(OPEN if piece.trained else CLOSE, style="green")
+            inside = piece.trained
+        if piece.left_out:
+            text.append(f"\n… {_tokens(piece.left_out)} …\n", style="dim")
+        else:
+            text.append(piece.text, style="bold green" if piece.trained else "")
+    if inside:
+        text.append(CLOSE, style="green")
+    text.rstrip()
+    _show_line(console, text)
+
+
+def _show_line(console: Console, text: Text) -> None:
+    console.print(Padding(text, (0, 0, 0, INDENT), expand=False))
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
+
+
+def _show_figures(console: Console, plan: Plan, measure: bool) -> None:
+    from remend.recovery.forecast import forecast
+
+    costs = None
+    if measure:
+        from remend.recovery.measured import measured_costs
+
+        costs = measured_costs(plan)
+    found = forecast(plan, costs, "a step that was timed now" if measure else "")
+    console.print(_training(plan, found), markup=False)
+    console.print(_by_phase(found))
+    console.print(f"Times: {found.source}.", markup=False)
+    parts = ", ".join(f"{name} {size_in_words(size)}" for name, size in found.memory.parts.items())
+    console.print(f"Memory of training: {parts}.", markup=False)
+    if found.memory.peak > found.free:
+        warn(
+            f"the run may need {size_in_words(found.memory.peak)} of memory, and {size_in_words(found.free)} are free. "
+            "A smaller batch_size with more gradient_accumulation, gradient_checkpointing: true or an adapter (lora) "
+            "needs less"
+        )
+    console.print()
+    _show_files(console, plan, found)
+    console.print()
+
+
+def _training(plan: Plan, found: Forecast) -> str:
+    """How many tokens are trained on, and what is measured on the way."""
+    tokens, config = found.tokens, plan.config
+    total = f"{tokens.total:,} in {config.steps} steps"
+    expected = ""
+    if found.answered is not None:
+        expected = f" By earlier runs it will be about {found.answered * tokens.total:,.0f}."
+    held_out, times = found.facts.streams[0].held_out, found.facts.evaluations
+    between = f", and {times} time{'s' if times > 1 else ''} between" if times else ""
+    return (
+        f"A step trains on {tokens.answers} answers, at most {tokens.step:,} tokens: {total}.{expected} The longest "
+        f"prompt has {tokens.longest} tokens with its answer. {held_out} held-out prompts measure the run before and "
+        f"after{between}."
+    )
+
+
+def _by_phase(found: Forecast) -> Table:
+    table = Table("phase", "time", "memory", box=box.SIMPLE_HEAD)
+    for phase, seconds in found.seconds.items():
+        table.add_row(phase, about(seconds), size_in_words(found.memory.phases[phase]))
+    free = f"{size_in_words(found.memory.peak)} at most; {size_in_words(found.free)} are free"
+    table.add_row("in all", about(sum(found.seconds.values())), free)
+    return table
+
+
+def _show_files(console: Console, plan: Plan, found: Forecast) -> None:
+    disk = found.disk
+    console.print(
+        f"Written to {plan.config.out}, up to {size_in_words(disk.total)} ({size_in_words(found.disk_free)} are free):",
+        markup=False,
+    )
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_row("  model/", f"{size_in_words(disk.model)}: the recovered model, with its card")
+    if disk.checkpoints:
+        every = plan.config.steps_a_checkpoint
+        each = f"at most {disk.checkpoints} of {size_in_words(disk.checkpoint)}, one every {every} steps"
+        table.add_row("  checkpoints/", each)
+    if disk.best:
+        table.add_row("  best/", f"{size_in_words(disk.best)}: the best weights so far")
+    table.add_row("  report.html", "the page to look at; report.md and report.json say the same")
+    table.add_row("  summary.json", "what was measured; metrics.jsonl has each step")
+    console.print(table)
+
+
+def about(seconds: float) -> str:
+    """A time that is no more exact than an estimate."""
+    if seconds < 1:
+        return "below 1 s"
+    step = 1 if seconds < 20 else 5 if seconds < 120 else 30 if seconds < 3600 else 300
+    return f"about {duration(round(seconds / step) * step)}"
+
+
+def size_in_words(size: int) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB" if size >= 2**20 else "below 1 MiB"
