@@ -183,14 +183,45 @@ def test_all_bad_rows_are_named_at_once_up_to_twenty(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"prompt": "x" * (i % 2)}) + "\n" for i in range(50)), encoding="utf-8")
     with pytest.raises(InputError) as raised:
         load_examples(str(path))
-    said = str(raised.value).splitlines()
-    assert said[:2] == [f"{path}:1: the prompt is empty", f"{path}:3: the prompt is empty"]
+    odd = ", ".join(map(str, range(3, 40, 2)))
+    assert str(raised.value) == f"{path}:1, {odd} and 5 more rows: the prompt is empty"
+    path.write_text(
+        "".join(json.dumps({"prompt": "", f"key{i}": i} if i % 2 else {f"key{i}": i}) + "\n" for i in range(50))
+    )
+    with pytest.raises(InputError) as raised:
+        load_examples(str(path))
+    said = str(raised.value).splitlines()  # each row of even number lacks something else
     assert len(said) == 21
-    assert said[-1] == "… and 5 more rows"
+    assert said[0].startswith(f'{path}:1: the row has no "prompt" (it has: key0)')
+    assert said[1].startswith(f"{path}:2, 4, 6, ")
+    assert said[-1] == "… and 6 more rows"
     path.write_text('{"prompt": "a"}\n{\n{"prompt": "b"}\n[\n', encoding="utf-8")
     with pytest.raises(InputError) as raised:
         load_examples(str(path))
     assert [line.partition(": ")[0] for line in str(raised.value).splitlines()] == [f"{path}:2", f"{path}:4"]
+
+
+def test_rows_that_lack_the_same_share_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{"prompt": "a"}, {"prompt": ""}, {"prompt": " "}, {"prompt": "b"}, {"prompt": ""}]))
+    with pytest.raises(InputError) as raised:
+        load_examples(str(path))
+    assert str(raised.value) == f"{path}, 2, 3 and 5: the prompt is empty"
+
+
+def test_a_plain_text_is_told_what_it_could_be(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("Say hello.\nSay goodbye.\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"prompts\.txt is plain text.*CSV file with the header prompt, or JSON lines"):
+        load_examples(str(path))
+    path.write_text('{"prompt": "a"}\n', encoding="utf-8")
+    assert len(load_examples(str(path))) == 1
+
+
+def test_a_folder_is_read_without_progress_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n', encoding="utf-8")
+    assert len(load_examples(str(tmp_path))) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_text_is_continued_without_a_chat_template(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

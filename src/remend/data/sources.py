@@ -7,7 +7,8 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,10 +63,26 @@ class Problems:
     lines: list[str]
 
     def raise_all(self) -> None:
-        """Raise one InputError for them, at most SHOWN by name."""
-        if self.lines:
-            more = len(self.lines) - SHOWN
-            raise InputError("\n".join(self.lines[:SHOWN]) + (f"\n… and {more} more rows" if more > 0 else ""))
+        """Raise one InputError for them: a line for each reason, at most SHOWN, with SHOWN places each at most."""
+        if not self.lines:
+            return
+        reasons: dict[str, list[str]] = {}
+        for line in self.lines:
+            place, _, reason = line.partition(": ")
+            reasons.setdefault(reason, []).append(place)
+        said = [_placed(places, reason) for reason, places in reasons.items()]
+        more = sum(len(places) for places in list(reasons.values())[SHOWN:])
+        raise InputError("\n".join(said[:SHOWN]) + (f"\n… and {more} more rows" if more else ""))
+
+
+def _placed(places: Sequence[str], reason: str) -> str:
+    """'p.csv:2: …', or of several rows that lack the same 'p.csv:2, 3 and 5: …'."""
+    first, *others = places
+    shown = [re.split(r"[:,\[]\s*", place)[-1].rstrip("]") for place in others[: SHOWN - 1]]
+    hidden = len(others) - len(shown)
+    if hidden:
+        return f"{first}, {', '.join(shown)} and {hidden} more rows: {reason}"
+    return f"{', '.join([first, *shown[:-1]])} and {shown[-1]}: {reason}" if shown else f"{first}: {reason}"
 
 
 def read_rows(source: str, columns: Columns | None = None) -> list[Placed]:
@@ -118,6 +135,11 @@ def _read(source: str) -> list[Placed]:
     match = _HUB.fullmatch(source)
     if path.exists() or not match or _kind(path) in READERS:
         reader = READERS.get(_kind(path))
+        if reader is None and path.is_file() and _kind(path) in PLAIN and not _opened(path).lstrip().startswith("{"):
+            raise InputError(
+                f"data file {path} is plain text, and nothing says where a prompt ends; give a CSV file with the "
+                'header prompt, or JSON lines: {"prompt": "…"}, or {"text": "…"} for text that is to be continued'
+            )
         if reader is None and path.exists() and path.suffix in OTHERS:
             raise InputError(f"data file {path}: {OTHERS[path.suffix]}. What is read: {ALLOWED}")
         return (reader or read_lines)(path)
@@ -242,6 +264,8 @@ READERS: dict[str, Callable[[Path], list[Placed]]] = {
 }
 """Readers by suffix; a file of another name is taken for JSON lines."""
 
+PLAIN = (".txt", ".text", ".md")
+
 OTHERS = {".zip": "unpack it first", ".xz": "unpack it first", ".zst": "unpack it first", ".xlsx": "save it as CSV"}
 """What can't be JSON lines, by suffix."""
 
@@ -254,7 +278,8 @@ def _folder(path: Path, split: str | None) -> list[Placed]:
     if not saved and not any(_kind(p) in READERS for p in path.rglob("*") if p.is_file() and p.name != "state.json"):
         raise FileError(f"data {path} is a folder without data files. What is read: {ALLOWED}")
     try:
-        data = load_from_disk(str(path)) if saved else load_dataset(str(path))
+        with _without_bars():
+            data = load_from_disk(str(path)) if saved else load_dataset(str(path))
     except Exception as error:  # as above
         raise FileError(f"data folder {path} can't be read: {_short(error)}") from None
     if not isinstance(data, DatasetDict):
@@ -273,7 +298,7 @@ def _hub(source: str, match: re.Match[str]) -> list[Placed]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(
+        rows = load_dataset(  # its bars stay: a data set may take minutes to come
             match["name"], match["configuration"], revision=match["revision"], split=match["split"] or "train"
         )
     except Exception as error:  # as above
@@ -282,6 +307,20 @@ def _hub(source: str, match: re.Match[str]) -> list[Placed]:
             f"Run with a network, or give other data. What is read: {ALLOWED}"
         ) from None
     return _numbered(source, rows)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of datasets inside: what lies on the disk is read at once."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    before = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            enable_progress_bar()
 
 
 def _numbered(source: str, rows: Any) -> list[Placed]:
