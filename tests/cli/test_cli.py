@@ -314,11 +314,33 @@ def test_verbose_shows_where_an_error_came_from(
 
 def test_options_of_other_tools_are_told_what_to_do_instead(run: Any, recipe: dict[str, Any]) -> None:
     words = [f"{key}={value}" for key, value in recipe.items()]
-    for option, part in (("--fp16", "float16 is for inference alone"), ("--push-to-hub", "remend push RUN ORG/NAME")):
-        code, _, err = run("check", *words, option, "true")
-        assert code == 2
+    for option, part in (
+        (["--fp16"], "--fp16 is no option here: float16 is for inference alone"),
+        (["fp16=true"], '"fp16" is no key here: float16 is for inference alone'),
+        (["--push-to-hub", "true"], "remend push RUN ORG/NAME"),
+        (["--dry-run"], "remend check says what a run would do"),
+    ):
+        code, _, err = run("check", *words, *option)
+        assert (code, err.count("\n")) == (2, 1)
         assert part in err
+    code, _, err = run("eval", "m", "--tasks", "hellaswag", "--batch_size", "auto")
+    assert (code, err) == (2, "error: --tasks is no option here: it is task here: --task lm-eval:hellaswag,ifeval\n")
+    code, _, err = run("check", *words, "--nope", "1")
+    assert "--torch-dtype" not in err  # what is no option is not suggested
     words = [word for word in words if not word.startswith("dtype")]
     code, _, err = run("check", *words, "--dtype", "float16")
     assert (code, err.count("\n")) == (2, 1)
     assert "needs loss scaling" in err
+
+
+def test_options_are_understood_with_underscores(run: Any, recipe_file: Path) -> None:
+    code, _, err = run("check", recipe_file, "--batch_size", "0", "--max_new_tokens=0")
+    assert code == 2
+    assert '"batch_size" is 0' in err
+    assert '"max_new_tokens" is 0' in err
+
+
+def test_the_recipe_may_be_an_option(run: Any, recipe_file: Path) -> None:
+    assert run("check", "--config", recipe_file)[0] == 0
+    code, _, err = run("check", recipe_file, "--config", recipe_file)
+    assert (code, "two recipes are given" in err) == (2, True)

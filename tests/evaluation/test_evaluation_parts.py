@@ -327,6 +327,12 @@ def test_a_local_task_runs_without_a_network(
         assert item["answer"] == pytest.approx(slow, abs=1e-3)
         assert item["correct"] == float(slow.index(max(slow)) == row["gold"])
     assert evaluate(str(reference_dir), ["lm-eval:rain"], out, include=str(folder), device="cpu") == found
+    mine = {"include": str(folder), "device": "cpu"}
+    shown = evaluate(str(reference_dir), ["lm-eval:rain"], tmp_path / "shown.json", num_fewshot=2, **mine)
+    assert (shown["data"]["lm-eval"]["num_fewshot"], "num_fewshot" in found["data"]["lm-eval"]) == (2, False)
+    assert shown["results"][0]["items"][0]["answer"] != found["results"][0]["items"][0]["answer"]
+    with pytest.raises(CheckError, match="num_fewshot concern lm-eval: tasks, and none is given"):
+        evaluate(str(reference_dir), ["general"], tmp_path / "s.json", num_fewshot=2)
     with pytest.raises(CheckError, match="unknown task"):
         evaluate(str(reference_dir), ["lm-eval:snow"], tmp_path / "s.json", include=str(folder), device="cpu")
 

@@ -18,7 +18,9 @@ from remend.cli import degrading, listing, measuring, recovering
 from remend.cli.show import print_line
 from remend.console import console
 from remend.errors import InputError, RemendError
+from remend.evaluation.settings import EvaluateSettings
 from remend.plugins import import_installed, import_modules
+from remend.recovery.settings import RecoverConfig
 
 STORY: Mapping[str, Sequence[str]] = {
     "Start here": ("demo", "recipes", "tasks"),
@@ -105,7 +107,7 @@ def taken_out(words: Sequence[str]) -> Anywhere:
     """Split off the options that may stand anywhere before a --.
 
     What a module registers must be known before the other words are parsed. A key inside another, --lora.r 8, is the
-    word lora.r=8. Raises InputError for an --import alone.
+    word lora.r=8. Raises InputError for an --import alone, and for an option of another tool, with what to do instead.
     """
     read, keys = Anywhere(), list[str]()
     left = iter(words)
@@ -124,11 +126,26 @@ def taken_out(words: Sequence[str]) -> Anywhere:
             read.modules.append(module)
         elif name.startswith("--") and "." in name:
             keys.append(f"{name[2:].replace('-', '_')}={value if equals else next(left, '')}")
+        elif hint := _hint(read.words[:1], name):
+            raise InputError(f"{name} is no option here: {hint}")
         else:
-            read.words.append(word)
+            dashed = name.startswith("--")  # --batch_size is --batch-size, as other tools have it
+            read.words.append(f"{name.replace('_', '-')}{equals}{value}" if dashed else word)
     end = read.words.index("--") if "--" in read.words else len(read.words)
     read.words[end:end] = keys  # a recipe stands before them
     return read
+
+
+HINTS: Mapping[str, Mapping[str, str]] = {
+    "recover": RecoverConfig.hints,
+    "check": RecoverConfig.hints,
+    "eval": EvaluateSettings.hints,
+}
+"""Keys of other tools, by the verb whose options they might be."""
+
+
+def _hint(verb: Sequence[str], name: str) -> str | None:
+    return HINTS.get("".join(verb), {}).get(name[2:].replace("-", "_")) if name.startswith("--") else None
 
 
 def main() -> None:

@@ -101,9 +101,7 @@ def recipe_options(model: type[Settings]) -> list[Option]:
     for heading, fields in model.groups.items():
         for name in fields:
             options += _recipe_option((name,), model.model_fields[name], heading)
-    known = {option.parameter.name for option in options}
-    # keys that are none are read too, so that the settings say what to do instead
-    return options + [_other_name((other,)) for other in (*model.aliases, *model.hints) if other not in known]
+    return options + [_other_name((other,)) for other in model.aliases]
 
 
 def _recipe_option(path: tuple[str, ...], field: FieldInfo, heading: str) -> Iterator[Option]:

@@ -52,6 +52,9 @@ WORDS = parameter(
     None,
 )
 AS = parameter("as_", str | None, typer.Option("--as", help="dense: the same as --as-dense.", metavar="dense"), None)
+CONFIG = parameter(
+    "config", str | None, typer.Option(help="The recipe file, as an option.", metavar="RECIPE.yaml"), None
+)
 RESUME = parameter(
     "resume",
     str | None,
@@ -152,6 +155,9 @@ def _arguments(fixed: Values, given: Values) -> tuple[Path | None, Values]:
         raise InputError(f'--as is "{fixed["as_"]}"; allowed is dense')
     words = list(fixed["words"] or [])
     recipe = Path(words.pop(0)) if words and "=" not in words[0] else None
+    if recipe and fixed["config"]:
+        raise InputError(f"two recipes are given, {recipe} and --config {fixed['config']}; leave one out")
+    recipe = Path(fixed["config"]) if fixed["config"] else recipe
     overrides = parse_overrides(words)
     if twice := sorted(overrides.keys() & given.keys()):
         raise InputError(f"{twice[0]} is given as --{twice[0].replace('_', '-')} and as {twice[0]}=…; leave one out")
@@ -163,9 +169,9 @@ def add_to(app: typer.Typer) -> None:
     options = recipe_options(RecoverConfig)
     about = "Recover a degraded student: by a recipe, or with --student and --teacher alone."
     app.command()(demo)
-    app.command("recover")(command((WORDS, AS, RESUME), options, _recover, about))
+    app.command("recover")(command((WORDS, CONFIG, AS, RESUME), options, _recover, about))
     about = "Check a recipe without training: every problem and warning at once."
-    app.command("check")(command((WORDS, AS, FILES, MEASURE), options, _check, about))
+    app.command("check")(command((WORDS, CONFIG, AS, FILES, MEASURE), options, _check, about))
     for verb in (export, push, prompts):
         app.command()(verb)
     about = "Store a teacher's completions and its top-k scores of them, for where it does not fit beside the student."

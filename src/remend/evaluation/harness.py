@@ -52,10 +52,15 @@ METRICS = {
 class Tasks:
     """The harness with its own tasks and those of a folder with task files (YAML).
 
+    Args:
+        include: the folder.
+        num_fewshot: examples before each row; None is as many as a task names.
+
     Raises FileError when the package is not installed.
     """
 
-    def __init__(self, include: Path | None = None) -> None:
+    def __init__(self, include: Path | None = None, *, num_fewshot: int | None = None) -> None:
+        self._shots = num_fewshot
         digest = {"include_sha256": _digest(include)} if include else {}
         try:
             with stage("loading lm-evaluation-harness"):
@@ -66,8 +71,9 @@ class Tasks:
                 f"{LM_EVAL} tasks need the package lm-eval, which is not installed or not complete ({error}). "
                 "Install it with: pip install 'remend[eval]' (or pip install lm-eval)"
             ) from None
-        self.about = {"version": importlib.metadata.version("lm_eval"), **digest}
-        """The package's version, and the hash of the folder's files."""
+        shots = {} if num_fewshot is None else {"num_fewshot": num_fewshot}
+        self.about = {"version": importlib.metadata.version("lm_eval"), **digest, **shots}
+        """The package's version, the hash of the folder's files, and the examples where they were asked for."""
 
     def check(self, names: Sequence[str], *, allow_code: bool) -> None:
         """Raises CheckError with all unknown names, and those that run code where that is not allowed."""
@@ -115,6 +121,7 @@ class Tasks:
                     model=wrapped(pretrained=model, tokenizer=tokenizer, batch_size=rows),
                     tasks=[short],
                     task_manager=self._manager,
+                    num_fewshot=self._shots,
                     limit=limit,
                     bootstrap_iters=0,
                     log_samples=True,

@@ -123,7 +123,8 @@ def _package(plan: Plan) -> harness.Tasks | None:
     """lm-evaluation-harness, where tasks of it are asked for; it knows them all."""
     if not plan.harness:
         return None
-    package = harness.Tasks(Path(plan.settings.include) if plan.settings.include else None)
+    include = Path(plan.settings.include) if plan.settings.include else None
+    package = harness.Tasks(include, num_fewshot=plan.settings.num_fewshot)
     package.check(plan.harness, allow_code=plan.settings.allow_code)
     return package
 

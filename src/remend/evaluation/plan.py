@@ -146,8 +146,10 @@ def _setting_problems(names: Sequence[str], settings: EvaluateSettings) -> Itera
     if any(name.startswith(LM_EVAL) for name in names):
         if settings.engine != "hf" or settings.how != "generate" or settings.samples != 1:
             yield f"{LM_EVAL} tasks run with engine hf, how: generate and samples 1; evaluate them apart"
-    elif settings.include or settings.allow_code:
-        yield f"include and allow_code concern {LM_EVAL} tasks, and none is given; leave them out"
+    elif settings.include or settings.allow_code or settings.num_fewshot is not None:
+        yield f"include, allow_code and num_fewshot concern {LM_EVAL} tasks, and none is given; leave them out"
+    if (settings.num_fewshot or 0) < 0:
+        yield f"num_fewshot is {settings.num_fewshot}; allowed is 0 or more"
 
 
 def _data_by_task(data: str | Mapping[str, str] | None, own: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -26,6 +27,17 @@ class EvaluateSettings(Settings):
     `dtype` auto is float32 on a CPU, and bfloat16 on a GPU where that is fast.
     """
 
+    hints: ClassVar[Mapping[str, str]] = {
+        "batch_size": "batches are as large as memory allows, in other words auto; batch_rows limits them",
+        "log_samples": "every answer is kept with its grade in the results file, without being asked",
+        "include_path": "it is include here: --include DIRECTORY",
+        "confirm_run_unsafe_code": "it is allow_code here: --allow-code",
+        "output_path": "out names the results file",
+        "model_args": "the model is named by its directory, GGUF file or hub id alone; dtype and device are options",
+        "tasks": "it is task here: --task lm-eval:hellaswag,ifeval",
+        "apply_chat_template": "the chat template is used where a task is one of chat, and the results say so",
+    }
+
     data: str | dict[str, str] | None = Field(
         None, description="rows: JSON lines or a datasets id; by task where there are several"
     )
@@ -43,6 +55,7 @@ class EvaluateSettings(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     dtype: str = Field("auto", description="auto, float32, bfloat16")
     include: str | None = Field(None, description="a directory with lm-eval task files (YAML) of your own")
+    num_fewshot: int | None = Field(None, description="examples before a row of an lm-eval task; by default its own")
     allow_code: bool = Field(False, description="let lm-eval tasks run code that the model writes (humaneval)")
     trust_remote_code: bool = Field(False, description="let a model directory run its own Python")
 

@@ -207,6 +207,8 @@ class RecoverConfig(Settings):
         "dataset_name": "data is a file, a folder, or a hub id, org/name[/configuration][@revision][:split]",
         "dataset_config": "it is part of data: org/name/configuration[@revision][:split]",
         "dataset_text_field": "columns: {text: FIELD} names the column",
+        "dry_run": "remend check says what a run would do, and trains nothing",
+        "type": "the shape of rows (chat messages, ShareGPT, Alpaca, …) is recognised; columns maps other names",
         "num_generations": "each prompt is answered once a step; epochs or steps say how often it comes again",
     }
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
