@@ -69,8 +69,8 @@ def test_what_depends_on_the_steps_is_asked_once_they_are_known(recipe: dict[str
     assert check(**{**values, "select": "best", "eval_every": 10}).problems == [
         "select: best would never look: eval_every 10 is above steps 9"
     ]
-    (warning,) = check(**{**values, "warmup_steps": 20}).warnings
-    assert warning.startswith("warmup_steps 20 is above steps 9")
+    said = check(**{**values, "warmup_steps": 20}).warnings
+    assert any(warning.startswith("warmup_steps 20 is above steps 9") for warning in said)
     assert check(files=False, **{**values, "select": "best", "eval_every": 10}).problems == []
 
 
