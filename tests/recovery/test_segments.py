@@ -151,6 +151,9 @@ def test_runs_without_a_schedule_or_checkpoints_are_refused(recipe: dict[str, An
     done = recover(**{**recipe, "steps": 0})
     with pytest.raises(InputError, match="begun with steps: 0, so it has no schedule"):
         recover(resume=done.out, steps=4)
+    done = recover(**{**recipe, "steps": 1, "final_learning_rate": 0, "out": str(tmp_path / "ends")})
+    with pytest.raises(InputError, match=r"ends at learning rate 0 \(final_learning_rate\)"):
+        recover(resume=done.out, steps=4)
     done = recover(**{**recipe, "steps": 1, "save_every": 0, "out": str(tmp_path / "other")})
     with pytest.raises(InputError, match=r"is not there \(save_every: 0 wrote none\)"):
         recover(resume=done.out, steps=4)
@@ -170,7 +173,7 @@ def test_by_the_command_line_and_by_a_recipe_with_more(
     copy = shutil.copytree(five.out, tmp_path / "copy")
     code, _, err = run("recover", "--resume", copy, "--steps", 6)
     assert code == 0, err
-    assert "1 more steps, to 6, at learning rate 0.0001, the schedule's last" in err
+    assert "1 more steps, to 6, at learning rate 0.0001, where the schedule ends" in err
     (tmp_path / "more.yaml").write_text(yaml.safe_dump({**five_recipe, "steps": 7}))
     code, _, err = run("recover", tmp_path / "more.yaml", "--resume", copy)
     assert code == 0, err
@@ -193,4 +196,4 @@ def test_when_checkpoints_are_due() -> None:
     assert [step for step in range(1, 11) if optimization.saves_at(step, 2)] == [2, 4, 5, 7, 9, 10]
     assert not any(optimization.saves_at(step, 0) for step in range(1, 11))
     assert optimization.rate_at(5) == optimization.rate_at(9) == pytest.approx(0.1)
-    assert Optimization(1, 1.0, 5, ends=(3,)).rate_at(3) == 0.2  # a warm-up that did not end stays where it was
+    assert Optimization(1, 1.0, 5, ends=(3,)).rate_at(3) == 0.1  # also where the warm-up was not over

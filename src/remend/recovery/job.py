@@ -126,7 +126,7 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
         recipe: a YAML file with the keys of RecoverConfig.
         resume: the directory of an interrupted run; goes on exactly where its last checkpoint was. Relative paths of
             its recipe are those of the directory in which it began, whichever the present one is. With more `steps`
-            than it has planned, also a finished run goes on, at its schedule's last learning rate.
+            than it has planned, also a finished run goes on, at the learning rate where its schedule ends.
         **overrides: keys of RecoverConfig, e.g. student=…, teacher=…, data=…, out=…, steps=20. Rows may stand in the
             place of `data` and `eval_data`, also a stream's: a list of mappings, or a split of `datasets`. They are
             written into `out`/data.
@@ -210,7 +210,7 @@ def _longer(plan: Plan, directory: RunDirectory, steps: int | None) -> Plan:
     plan = replace(plan, segments=segments_of(directory))
     if steps is None:
         return plan
-    rate = plan.optimization.rate_at(plan.config.steps)
+    rate = plan.optimization.rate_at(steps)
     return replace(plan, segments=(*plan.segments, Segment.now(plan.ends[-1], steps, rate)))
 
 

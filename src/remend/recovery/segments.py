@@ -1,6 +1,6 @@
 """A run that goes on for more steps than its recipe says: `remend recover --resume RUN steps=80`.
 
-The first segment is the recipe's, with its schedule. Each further one goes on at the schedule's last rate, so that no
+The first segment is the recipe's, with its schedule. Each further one goes on at the rate where that ends, so that no
 step of those before would have been another. The manifest lists them; recipe.yaml stays what the run began with.
 """
 
@@ -43,7 +43,7 @@ class Segment:
     def line(self) -> str:
         """What is printed of it."""
         more = self.steps - self.after
-        return f"{more} more steps, to {self.steps}, at learning rate {self.learning_rate:.3g}, the schedule's last"
+        return f"{more} more steps, to {self.steps}, at learning rate {self.learning_rate:.3g}, where the schedule ends"
 
 
 def segments_of(directory: RunDirectory) -> tuple[Segment, ...]:
@@ -65,6 +65,11 @@ def check_longer(directory: RunDirectory, steps: int) -> None:
         raise InputError(
             f"{path} was begun with steps: 0, so it has no schedule to go on from; start a new run with steps: {steps} "
             "and another out"
+        )
+    if not manifest["recipe"]["final_learning_rate"]:
+        raise InputError(
+            f"the schedule of {path} ends at learning rate 0 (final_learning_rate), at which more steps would change "
+            f"nothing. Start a new run from its model: --student {path / 'model'}"
         )
     if not directory.complete:
         return

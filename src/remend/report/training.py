@@ -75,7 +75,7 @@ COURSE = (
 
 def _longer(segment: JsonRow) -> str:
     return (
-        f" The steps after {segment['from']} were added later, and have the schedule's last rate, "
+        f" The steps after {segment['from']} were added later, and have the rate at which the schedule ends, "
         f"{segment['learning_rate']:.3g}."
     )
 

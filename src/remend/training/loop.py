@@ -85,7 +85,7 @@ class Follower(Protocol):
 class Optimization:
     """AdamW for `steps` steps. Its rate warms up on a line to `peak`, then a cosine takes it to `final` · peak.
 
-    ends: steps at which further segments end, whose rate is that of step `steps`.
+    ends: steps at which further segments end, whose rate is `final` · peak.
     weight_decay: of matrices; vectors have none.
     max_grad_norm: the limit of the gradients' norm, over all of them.
     """
@@ -111,7 +111,8 @@ class Optimization:
 
     def rate_at(self, step: int) -> float:
         """Learning rate of step `step`, counted from 1."""
-        step = min(step, self.steps)
+        if step > self.steps:
+            return self.peak * self.final
         if step <= self.warmup:
             return self.peak * step / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
