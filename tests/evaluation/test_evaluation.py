@@ -324,7 +324,7 @@ BAD: list[tuple[list[str], dict[str, Any], str]] = [
     (["general"], {"seed": -1}, "seed is -1; allowed is 0 or more"),
     (["science-short"], {"how": "choices", "grader": "paper", "samples": 2}, "grader, samples: without effect"),
     (["science-short"], {"how": "choices", "engine": "vllm"}, "choices runs with engine hf only"),
-    (["general"], {"include": "."}, "include and allow_code concern lm-eval: tasks, and none is given"),
+    (["general"], {"include": "."}, "include, allow_code and num_fewshot concern lm-eval: tasks, and none is given"),
     (["lm-eval:x"], {"include": "nowhere"}, "include nowhere is no directory"),
     (["lm-eval:"], {}, "needs a name after it"),
     (["general"], {"sample": 2}, 'unknown key "sample". Did you mean "samples"'),

@@ -87,3 +87,6 @@ def test_a_run_of_epochs(recipe: dict[str, Any], tmp_path: Path, capsys: pytest.
     torn = torn_copy(result.out, tmp_path / "torn", RunDirectory(result.out).checkpoints()[0].step)
     assert recover(tmp_path / "recipe.yaml", resume=torn).metrics == result.metrics
     assert recover(resume=torn, epochs=0.5).summary["steps"] == 5
+    longer = recover(resume=torn, epochs=1)
+    assert longer.metrics[:5] == result.metrics
+    assert ([s["steps"] for s in longer.summary["segments"]], longer.summary["steps"]) == ([9], 9)

@@ -273,7 +273,16 @@ def test_an_adapter_with_dropout_is_resumed_exactly(recipe: dict[str, Any], tmp_
     assert whole.summary["degraded"] == plain.summary["degraded"]
 
 
-@pytest.mark.parametrize("words", ["--lora.r 8 RECIPE", "RECIPE lora.r=8", "RECIPE --lora-r 8", "RECIPE --lora.rank=8"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--lora.r 8 RECIPE",
+        "RECIPE lora.r=8",
+        "RECIPE --lora-r 8",
+        "RECIPE --lora.rank=8",
+        "RECIPE --lora-rank 8 --lora-alpha 6 --lora-dropout 0",
+    ],
+)
 def test_a_rank_by_any_name_over_the_recipes(recipe: dict[str, Any], run: Any, tmp_path: Path, words: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump({**recipe, "lora": {"r": 4, "lora_alpha": 6}, "steps": 0}))

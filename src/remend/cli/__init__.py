@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import remend
 from remend.cli import degrading, listing, measuring, recovering
+from remend.cli.from_settings import recipe_options
 from remend.cli.show import print_line
 from remend.console import console
 from remend.errors import InputError, RemendError
@@ -145,7 +146,11 @@ HINTS: Mapping[str, Mapping[str, str]] = {
 
 
 def _hint(verb: Sequence[str], name: str) -> str | None:
-    return HINTS.get("".join(verb), {}).get(name[2:].replace("-", "_")) if name.startswith("--") else None
+    """What to do in place of an option of another tool; None for one that is an option here, as --lora-alpha is."""
+    key = name.removeprefix("--").replace("-", "_")
+    hint = HINTS.get("".join(verb), {}).get(key) if name.startswith("--") else None
+    known = hint and any(option.parameter.name == key for option in recipe_options(RecoverConfig))
+    return None if known else hint
 
 
 def main() -> None:
