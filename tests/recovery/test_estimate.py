@@ -131,11 +131,11 @@ def test_sampling_and_scoring_by_hand() -> None:
 def test_phases_and_what_they_hold() -> None:
     work = work_by_phase(FACTS)
     assert list(work) == ["loading", "baseline", "training", "saving", "measuring"]
-    assert work["loading"] == {"start": 1.0, "load": 4_000_000}
+    assert work["loading"] == {"start": 1.0, "load": 4.0}
     once = scoring(SMALL, 16, 20, 10)
-    assert work["baseline"]["forward"] == pytest.approx(4 * once)
+    assert work["baseline"]["judge"] == pytest.approx(4 * once)
     answers = 2 * decoding(SMALL, 16, 10, 20, "cpu") + decoding(SMALL, 4, 10, 20, "cpu")
-    assert work["baseline"]["decode"] == pytest.approx(answers)
+    assert work["baseline"]["answer"] == pytest.approx(answers)
     step = scoring(SMALL, 8, 20, 10)
     assert work["training"]["decode"] == pytest.approx(3 * decoding(SMALL, 16, 10, 20, "cpu"))  # two steps a round
     assert work["training"]["forward"] == pytest.approx(6 * 2 * step)
@@ -152,10 +152,10 @@ def test_what_adds_work() -> None:
         return work_by_phase(replace(FACTS, **changes))["training"]
 
     plain, step = training(), scoring(SMALL, 8, 20, 10)
-    assert training(evaluations=2)["forward"] - plain["forward"] == pytest.approx(2 * scoring(SMALL, 16, 20, 10))
+    assert training(evaluations=2)["judge"] - plain["judge"] == pytest.approx(2 * scoring(SMALL, 16, 20, 10))
     assert training(recomputes=True)["backward"] == pytest.approx(6 * 3 * step)
     off = training(streams=[replace(STREAM, on_policy=0.0, pool=24)])
-    assert off["decode"] == pytest.approx(decoding(SMALL, 24, 10, 20, "cpu"))
+    assert off["answer"] == pytest.approx(decoding(SMALL, 24, 10, 20, "cpu"))
     stored = training(reference=None, streams=[replace(STREAM, on_policy=0.0, scored=False)])
     assert (stored["decode"], stored["forward"]) == (0, pytest.approx(6 * step))
     assert list(work_by_phase(replace(FACTS, written=64, repair=24)))[1:4] == ["prompts", "baseline", "repair"]
@@ -178,7 +178,7 @@ def test_memory_by_kind() -> None:
         "gradients": 6_000_000,
         "moments": 12_000_000,
         "activations": 8 * 40 * 3_000,
-        "logits, a chunk at a time": CHUNKS * 4 * 800 * 5_000,
+        "a chunk of logits": CHUNKS * 4 * 800 * 5_000,
     }
     assert memory.phases["loading"] == PROGRAM + 16_000_000
     assert memory.phases["training"] == memory.peak == sum(memory.parts.values())

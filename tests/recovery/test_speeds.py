@@ -34,7 +34,7 @@ def test_runs_are_kept_and_read_again(cache: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[", "[]", "{}", '{"version": 1}', '{"version": 1, "runs": [3]}', '{"version": 1, "runs": [{"machine": {}}]}'],
+    ["", "[", "[]", "{}", '{"version": 2}', '{"version": 2, "runs": [3]}', '{"version": 2, "runs": [{"machine": {}}]}'],
 )
 def test_a_damaged_file_is_ignored_with_a_warning(cache: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     cache.parent.mkdir()

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -104,7 +103,9 @@ def _show_text(console: Console, pieces: Sequence[Piece]) -> None:
 
 
 def _show_line(console: Console, text: Text) -> None:
-    console.print(Padding(text, (0, 0, 0, INDENT), expand=False))
+    for line in text.wrap(console, console.width - INDENT):
+        line.rstrip()
+        console.print(Text(" " * INDENT).append_text(line))
 
 
 def _tokens(count: int) -> str:

@@ -302,7 +302,8 @@ def _open(
         extra["quantization_config"] = GgufConfig(dequantize=True)
         config, changed = _config(source)
         by_name = _account_of_gguf(source, config)
-        extra |= {"config": config} if changed else {}
+        # for names alone the configuration need not be read once more, which takes a second
+        extra |= {"config": config} if changed or names_only else {}
     elif method == "compressed-tensors":
         require_compressed_tensors(source.spec)
         assert source.path is not None

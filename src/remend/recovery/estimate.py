@@ -16,10 +16,12 @@ Work = Mapping[str, float]
 """Units by kind of work."""
 
 KINDS = {
-    "start": "one command: files hashed, settings and prompts checked",
-    "load": "parameters read from files",
+    "start": "the checks of one command",
+    "load": "parameters read from files, which are hashed too, 10⁶",
     "decode": "multiplications of sampling, 10⁹ (those that reading the weights costs as well are among them)",
+    "answer": "the same in float32, in which held-out prompts are answered",
     "forward": "multiplications of scoring, 10⁹",
+    "judge": "the same in float32, in which held-out answers are measured",
     "backward": "multiplications of a backward pass, 10⁹",
     "update": "parameters that AdamW moves, 10⁶",
     "walk": "multiplications over calibration text, 10⁹: passes of blocks, and sums of their inputs' products",
@@ -30,21 +32,27 @@ KINDS = {
 """What a unit is."""
 
 COST: Work = {
-    "start": 4.0,
-    "load": 2.0e-8,
-    "decode": 0.02,
-    "forward": 0.02,
-    "backward": 0.02,
-    "update": 0.002,
-    "walk": 0.02,
-    "solve": 0.02,
+    "start": 5.0,
+    "load": 0.032,
+    "decode": 0.011,
+    "answer": 0.011,
+    "forward": 0.008,
+    "judge": 0.008,
+    "backward": 0.015,
+    "update": 0.001,
+    "walk": 0.0045,
+    "solve": 0.12,
     "save": 0.002,
     "report": 1.0,
 }
-"""Seconds of a unit where a core pair multiplies NOMINAL numbers a second."""
+"""Seconds of a unit in float32 where large matrices multiply at NOMINAL: `measured_costs` of SmolLM2, one thread of
+an AMD EPYC."""
 
 NOMINAL = 1e11
-"""Multiplications (with their additions) in a second of the machine that COST is of, in a product of large matrices."""
+"""Multiplications, each with its addition, in a second."""
+
+BFLOAT16 = 1.9
+"""In bfloat16 the work of a model takes so much longer than its products would, since other things don't get faster."""
 
 BATCH = 64
 """Rows that are sampled together at most."""
@@ -191,18 +199,18 @@ def work_by_phase(facts: Facts, answered: float = 1.0) -> dict[str, dict[str, fl
     """The work of each phase, in order; `answered` is how long answers are as a share of what they may be."""
     main = facts.streams[0]
     loaded = facts.student.parameters + (facts.reference.parameters if facts.reference else 0)
-    phases: dict[str, dict[str, float]] = {"loading": {"start": 1.0, "load": float(loaded)}}
+    phases: dict[str, dict[str, float]] = {"loading": {"start": 1.0, "load": loaded / 1e6}}
     if facts.written:
         tries = math.ceil(facts.written / WRITTEN_SHARE)
-        phases["prompts"] = {"decode": decoding(_healthy(facts), tries, WRITTEN_TOKENS, 24, facts.device)}
+        phases["prompts"] = {"answer": decoding(_healthy(facts), tries, WRITTEN_TOKENS, 24, facts.device)}
     answers = decoding(_healthy(facts), main.held_out, main.answer, main.prompt, facts.device)
-    phases["baseline"] = _summed({"decode": answers}, _measured(facts, answered))
+    phases["baseline"] = _summed({"answer": answers}, _measured(facts, answered))
     if facts.repair:
         phases["repair"] = _repair(facts, answered)
     phases["training"] = _training(facts, answered)
     phases["saving"] = {"save": facts.saved_itemsize * facts.student.parameters / 1e6}
     worst = 4 * scoring(facts.student, min(WORST, main.held_out), main.prompt, main.answer * answered)
-    again = {"load": float(facts.student.parameters), "forward": worst, "report": 1.0}
+    again = {"load": facts.student.parameters / 1e6, "judge": worst, "report": 1.0}
     phases["measuring"] = _summed(again, _measured(facts, answered))
     return phases
 
@@ -213,6 +221,8 @@ def _training(facts: Facts, answered: float) -> dict[str, float]:
     work = {
         "decode": 0.0,
         "forward": 0.0,
+        "judge": 0.0,
+        "answer": 0.0,
         "backward": 0.0,
         "update": steps * facts.trained / 1e6,
         "save": facts.checkpoints * disk_of(facts).checkpoint / 1e6,
@@ -220,13 +230,13 @@ def _training(facts: Facts, answered: float) -> dict[str, float]:
     for stream in facts.streams:
         rows = round(stream.rows * stream.on_policy * facts.updates)
         work["decode"] += rounds * decoding(student, rows, stream.answer, stream.prompt, facts.device)
-        work["decode"] += decoding(_healthy(facts), stream.pool, stream.answer, stream.shown, facts.device)
+        work["answer"] += decoding(_healthy(facts), stream.pool, stream.answer, stream.shown, facts.device)
         answer = stream.answer * answered
         ours = scoring(student, stream.rows, stream.prompt, answer)
         theirs = scoring(facts.reference or student, stream.rows, stream.shown, answer) if stream.scored else 0.0
         work["forward"] += steps * (ours + theirs)
         work["backward"] += steps * ours * (3 if facts.recomputes else 2)
-        work["forward"] += facts.evaluations * scoring(student, stream.held_out, stream.prompt, answer)
+        work["judge"] += facts.evaluations * scoring(student, stream.held_out, stream.prompt, answer)
     return work
 
 
@@ -243,7 +253,7 @@ def _measured(facts: Facts, answered: float) -> dict[str, float]:
     theirs = scoring(_healthy(facts), main.held_out, main.prompt, main.answer * answered)
     own = decoding(student, main.held_out, main.answer, main.prompt, facts.device)
     shown = decoding(student, min(SAMPLES_SHOWN, main.held_out), main.answer, main.prompt, facts.device)
-    return {"decode": own + shown, "forward": 2 * (once + theirs)}
+    return {"answer": own + shown, "judge": 2 * (once + theirs)}
 
 
 def _repair(facts: Facts, answered: float) -> dict[str, float]:
@@ -251,7 +261,7 @@ def _repair(facts: Facts, answered: float) -> dict[str, float]:
     tokens = min(facts.repair_rows, facts.repair * (main.prompt + facts.repair_answer * answered))
     return {
         "decode": decoding(reference, facts.repair, facts.repair_answer, main.prompt, facts.device),
-        "forward": scoring(student, main.held_out + FITTED, main.prompt, main.answer * answered)
+        "judge": scoring(student, main.held_out + FITTED, main.prompt, main.answer * answered)
         + scoring(reference, FITTED, main.prompt, facts.repair_answer * answered),
         "walk": walking(student, reference, tokens),
         "solve": solving(student),
@@ -330,7 +340,7 @@ def memory_of(facts: Facts) -> Memory:
     rows = min(BATCH, sum(s.rows for s in facts.streams) * facts.updates)
     sampling = rows * longest * student.cached * facts.itemsize + _laid_out(facts, student)
     parts["activations"] = kept
-    parts["logits, a chunk at a time"] = logits
+    parts["a chunk of logits"] = logits
     training = sum(parts.values())
     measured = sum(read.values()) + max(sampling, logits)
     phases = {"loading": sum(read.values()), "baseline": measured}

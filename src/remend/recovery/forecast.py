@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from remend.data.examples import held_out_count
 from remend.files.atomic import JsonObject
 from remend.files.run_directory import METRICS
@@ -14,6 +16,7 @@ from remend.models.device import chunk_rows, free_bytes
 from remend.recovery.begin import Run
 from remend.recovery.bootstrap import bootstrap_budget
 from remend.recovery.estimate import (
+    BFLOAT16,
     COST,
     WRITTEN_TOKENS,
     Disk,
@@ -40,8 +43,8 @@ from remend.recovery.streams import SELF_PROMPTS, rows_of
 from remend.training.constraints import kind_of
 from remend.training.teachers import NamedTeacher
 
-FILES = ("start", "load", "save", "report")
-"""Kinds of work that are not bound by products."""
+IN_DTYPE = ("decode", "forward", "backward", "walk")
+"""Kinds of work that are done in the arithmetic's dtype; the others are in float32, or no products."""
 
 ADAPTER_SHARE = 50
 """An adapter has a part of the model's parameters, one in so many or so."""
@@ -90,11 +93,7 @@ def forecast(plan: Plan, costs: Mapping[str, float] | None = None, source: str =
         seconds = {phase: seconds_of(units) * factors.get(phase, factors.get("", 1.0)) for phase, units in work.items()}
         source = f"what {'a run' if len(runs) == 1 else f'{len(runs)} runs'} on this machine took"
     else:
-        factor = guessed_factor(plan.device, plan.dtype)
-        # what is read, written and checked is not bound by products
-        guessed = {
-            kind: cost * (1 if kind in ("start", "load", "save", "report") else factor) for kind, cost in COST.items()
-        }
+        guessed = guessed_costs(plan)
         seconds = {phase: seconds_of(units, guessed) for phase, units in work.items()}
         source = "no run was recorded on this machine; a guess from how fast it multiplies"
     return Forecast(
@@ -108,6 +107,14 @@ def forecast(plan: Plan, costs: Mapping[str, float] | None = None, source: str =
         free_disk(plan.config.out),
         source,
     )
+
+
+def guessed_costs(plan: Plan) -> dict[str, float]:
+    """Seconds of a unit of each kind of work, by how fast this machine multiplies."""
+    plain = guessed_factor(plan.device, torch.float32)
+    own = plain if plan.dtype == torch.float32 else BFLOAT16 * guessed_factor(plan.device, plan.dtype)
+    costs = {kind: cost * (own if kind in IN_DTYPE else plain) for kind, cost in COST.items()}
+    return {**costs, "start": plan.checked_in, "save": COST["save"]}
 
 
 def note_phases(run: Run, seconds: Mapping[str, float]) -> None:

@@ -44,10 +44,13 @@ from remend.training.teachers import Teacher
 BLOCKS = 2
 """Blocks of a student that are repaired, for the speed of repair."""
 
-FEW, MORE = 4, 48
+FEW, MORE = 4, 32
 """Answers that they are repaired on, in two tries: what takes longer in the second grows with the text."""
 
 T = TypeVar("T")
+
+SHORT = 8
+"""Tokens of the answers that are sampled in float32."""
 
 WRITTEN = 64 * 2**20
 """Bytes that are written to learn how fast the disk is."""
@@ -55,7 +58,7 @@ WRITTEN = 64 * 2**20
 
 def measured_costs(plan: Plan) -> dict[str, float]:
     """Seconds of a unit of each kind of work, see `estimate.KINDS`, on this machine with this plan's models."""
-    costs = dict(COST)
+    costs = {**COST, "start": plan.checked_in}
     with tempfile.TemporaryDirectory() as place:
         run = Run(plan, RunDirectory(Path(place)), Accelerator(cpu=plan.device.type == "cpu"), None, _prompts(plan))
         with stage("measuring: loading the models"):
@@ -65,7 +68,7 @@ def measured_costs(plan: Plan) -> dict[str, float]:
             for source in files:
                 hash_files(source)
             loaded = plan.parameters + (plan.reference_size.parameters if plan.reference_size else 0)
-            costs["load"] = (time.perf_counter() - began) / loaded
+            costs["load"] = (time.perf_counter() - began) / (loaded / 1e6)
         reference = teachers[plan.reference]
         constraint = hold(run, student, reference, Repaired())
         answers = _step(run, student, teachers, constraint, costs)
@@ -103,9 +106,9 @@ def _step(
         run, parts, [replace(s, stream=replace(s.stream, on_policy=1.0)) for s in sampled], gate
     )
     with stage("measuring: one step"):
-        distillation.rounds.sample(1, on_policy=True)  # the first answers are slower: what is compiled, and tried out
-        distillation.rounds.take(1)
-        distillation.rounds = replace(distillation.rounds)
+        first = [prompt for _, prompt in sampled[0].order.take(0, 1)] if sampled[0].order else []
+        with distillation.precision:  # the first answer of a model takes longer: it is tried out
+            distillation.rounds.sampler(first, max_new_tokens=2, temperature=1.0, seeds=[0])
         prepared, seconds = _timed(lambda: distillation.prepare(1), plan.device)
         works, worked = {work.name: work for work in facts.streams}, 0.0
         for source in sampled:
@@ -127,14 +130,21 @@ def _step(
             for total, count in output.sums.values():
                 run.accelerator.backward(total / count)
 
-        _, first = _timed(score, plan.device)
         theirs = scoring(facts.reference or facts.student, len(rollouts), asked, tokens)
-        _, scored = _timed(score, plan.device)
-        costs["forward"] = min(first, scored) / theirs
         learn()
+        _, scored = _timed(score, plan.device)
+        costs["forward"] = scored / theirs
         _, learned = _timed(learn, plan.device)
         backward = ours * (3 if facts.recomputes else 2)
         costs["backward"] = max(learned - costs["forward"] * (ours + theirs), 0.1 * learned) / backward
+        costs |= {"answer": costs["decode"], "judge": costs["forward"]}
+        if plan.dtype != torch.float32:
+            prompts = [prompt for _, prompt in source.order.take(0, len(rollouts))] if source.order else []
+            sampler, seeds = distillation.rounds.sampler, list(range(len(prompts)))
+            _, spent = _timed(lambda: sampler(prompts, max_new_tokens=SHORT, temperature=1.0, seeds=seeds), plan.device)
+            costs["answer"] = spent / decoding(facts.student, len(prompts), SHORT, asked, facts.device)
+            _, spent = _timed(lambda: source.teacher.score(rollouts), plan.device)
+            costs["judge"] = spent / theirs
         costs["update"] = _update(constraint, plan.device) / (facts.trained / 1e6)
     return rollouts
 

@@ -38,6 +38,7 @@ class Plan:
     reference: the name of the healthy teacher that everything is measured against.
     teachers: by name, with their files found.
     prompts: of all streams; a stream whose prompts the reference is to write has none yet.
+    checked_in: seconds that the checks took.
     segments: that were added to a run beyond the recipe's steps.
     """
 
@@ -58,6 +59,7 @@ class Plan:
     prompts: Prompts
     warnings: Sequence[str]
     notes: Sequence[str]
+    checked_in: float = 0.0
     segments: tuple[Segment, ...] = ()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
     No model is loaded: the student's files are read only to see what it is held to. Without `files`, nothing that the
     settings name is looked at.
     """
-    say = Findings()
+    say, began = Findings(), time.monotonic()
     if files and not resuming and (problem := occupied(Path(config.out), inputs=True) or unwritable(config.out)):
         say.problems.append(problem)
     device = torch.device("cpu")
@@ -80,6 +81,8 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
     if config.epochs is None:
         _check_length(config, streams, say)
     plan = _plan(config, device, streams, reference, say, resuming=resuming) if files and reference else None
+    if plan:
+        plan = replace(plan, checked_in=time.monotonic() - began)
     return Checked(plan if not say.problems else None, say.problems, say.warnings, say.notes)
 
 

@@ -20,7 +20,7 @@ from remend.files.cache import cache_root
 from remend.files.environment import processor
 from remend.recovery.estimate import NOMINAL
 
-FILE, VERSION, KEPT = "rates.json", 1, 100
+FILE, VERSION, KEPT = "rates.json", 2, 100
 
 GUESSING = 0.2
 """Seconds of products by which a machine without a record is judged."""
@@ -127,7 +127,7 @@ def factors_of(runs: Sequence[RecordedRun]) -> dict[str, float]:
 
 @torch.no_grad()
 def guessed_factor(device: torch.device, dtype: torch.dtype) -> float:
-    """How much slower than COST's machine this one multiplies, by products of GUESSING seconds."""
+    """How much longer than NOMINAL this machine takes for products, tried for GUESSING seconds."""
     size = 4096 if device.type == "cuda" else 768
     one = torch.ones(size, size, device=device, dtype=dtype)
     count, _ = 0, one @ one
