@@ -2,7 +2,8 @@
 
     python benchmarks/estimates.py --out DIR [--steps 8] [--answers 48] [--held-out 16] [--max-new-tokens 48]
 
-The recipes: a 4-bit grid with repair, a 2:4 mask with repair, and a dense student (the first one, held to nothing).
+The recipes: a 4-bit grid with repair, a 2:4 mask with repair, and a dense student (the weights of the first, held
+to nothing).
 Each is estimated in a process of its own before it runs, from what the cache has by then (nothing before the first
 run, then the runs of the other recipes); from the measurement of --measure; and after its run. The cache is DIR's own.
 Printed: seconds by phase, real and estimated, with their ratios; real and estimated peak of memory.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +38,7 @@ def recipes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     named: dict[str, dict[str, Any]] = {
         "int4 grid": {"student": str(args.out / "int4")},
         "2:4 mask": {"student": str(args.out / "mask")},
-        "dense": {"student": str(args.out / "int4"), "as_dense": True, "steps": args.steps + 2},
+        "dense": {"student": str(args.out / "plain"), "steps": args.steps + 2},
     }
     return {name: {**common, **own, "out": str(args.out / name.replace(" ", "-"))} for name, own in named.items()}
 
@@ -83,6 +85,8 @@ def prepared(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "int4").exists():
         remend("degrade", "quantize", "smollm2", "--format", "int4-g32-sym", "--no-probe", "--out", str(out / "int4"))
+    if not (out / "plain").exists():  # the same weights, without what says that they are on a grid
+        shutil.copytree(out / "int4", out / "plain", ignore=shutil.ignore_patterns("remend", "degradation.json"))
     if not (out / "mask").exists():
         remend("degrade", "prune", "smollm2", "--sparsity", "2:4", "--no-probe", "--out", str(out / "mask"))
     if not (out / "prompts.jsonl").exists():

@@ -178,7 +178,7 @@ def test_a_demonstration_beyond_the_positions_is_not_measured(recipe: dict[str, 
     streams = {"recover": {"data": recipe.pop("data"), "held_out": recipe.pop("held_out")}, "keep": keep}
     ours = {**recipe, "student": str(student), "teacher": model, "streams": streams, "eval_every": 2}
     finished = recover(**ours, demonstration_template="{prompt} {demonstration}")
-    assert finished.summary["warnings"] == []  # no prompt was too long
+    assert not any("dropped" in warning for warning in finished.summary["warnings"])  # no prompt was too long
     assert finished.model.is_dir()
 
 
