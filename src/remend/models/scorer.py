@@ -190,7 +190,9 @@ def scorer(
     if checkpointing:
         # a layer that is computed again draws what it drew before: torch keeps the generator's state for it
         again = {} if dropout is None else {"context_fn": lambda: (nullcontext(), adapters.dropping(model))}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False, **again})
+        # until transformers 5.22 it had only the name that 6 will take away
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, **again})
     result = Scorer(model, min(shared or vocabulary, vocabulary), scale, softcap, checkpointing, dropout=dropout)
     result = _verified(result)
     return replace(result, prefixes=not result.transformed and _shares_prefixes(result))
