@@ -8,7 +8,7 @@
 # make golden-figures    keep the figures of this machine for tests/test_golden.py, after a change that is meant
 # make zoo       every verb on every model of the zoo, checked with transformers alone; rewrites docs/measurements/zoo.md
 # make count     how large is the code, and how much of what was to leave is left
-# make oldest    the fast tests with every dependency at the lower bound that pyproject.toml names; adds a row
+# make test-oldest    the fast tests with every dependency at the lower bound that pyproject.toml names; adds a row
 # make docs      write the reference from the code and build the site in build/site; a dead link is an error
 # make docs-commands  run the commands of the README and of docs on a tiny model; adds a row
 # make test-engines    vLLM opens what remend writes and answers as transformers does; makes .venv-engines, adds a row
@@ -32,7 +32,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SAMPLE := tests/slow/test_slow.py tests/models tests/data tests/recovery/test_self_prompts.py
 RECORD = $(BIN)/python benchmarks/record.py
 
-.PHONY: help demo test fast sample slow check golden golden-figures zoo count oldest docs docs-commands benchmarks-short test-engines runs clean
+.PHONY: help demo test fast sample slow check golden golden-figures zoo count test-oldest docs docs-commands benchmarks-short test-engines runs clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -79,8 +79,8 @@ zoo: .venv/ready-dev
 count: .venv/ready-dev
 	$(BIN)/python benchmarks/count.py --old $(OLD)
 
-oldest: .venv/ready-dev
-	$(RECORD) oldest -- $(BIN)/python benchmarks/oldest.py $(PIP_ARGS) -- -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+test-oldest: .venv/ready-dev
+	$(RECORD) test-oldest -- $(BIN)/python benchmarks/oldest.py $(PIP_ARGS) -- -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 .venv/ready-docs: .venv/ready-dev
 	$(PIP) -e '.[docs]'

@@ -1,6 +1,6 @@
 """Do the fast tests pass with the oldest releases that pyproject.toml allows?
 
-    python benchmarks/oldest.py [pip's own options] [-- pytest's own options]          (make oldest)
+    python benchmarks/oldest.py [pip's own options] [-- pytest's own options]          (make test-oldest)
 
 Makes an environment that is gone afterwards, with every dependency of remend[dev] at its lower bound, and runs the fast
 tests there. What those dependencies need in turn is as new as they allow. A bound that can't be installed, or that a
