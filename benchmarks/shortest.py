@@ -47,7 +47,7 @@ PARTS = {
     "golden": "make golden",
     "golden_reasons": "is a part of golden",
     "count": "make count",
-    "oldest": "make oldest",
+    "oldest": "make test-oldest",
     "docs_commands": "make docs-commands",
     "engines": "make test-engines",
     "engine_answers": "is run by engines, in vLLM's environment",
