@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ class LlamaCpp:
         params.n_threads_http = 1
         params.verbosity = -1
         self.server = xllamacpp.Server(params)
+        # a server that is taken down soon after its start now and then waits for itself for ever, so none ever is
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.server))
 
     def ask(self, where: str, **content: Any) -> dict[str, Any]:
         """One request to the server, e.g. to 'tokenize'."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 import urllib.request
 from pathlib import Path
@@ -76,6 +77,7 @@ def llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
     params.n_ctx, params.n_parallel, params.warmup, params.fit_params, params.verbosity = 256, 1, False, False, -1
     try:
         server = xllamacpp.Server(params)
+        _alive.append(server)
 
         def ask(what: str, **content: Any) -> Any:
             headers = {"Content-Type": "application/json"}
@@ -92,6 +94,10 @@ def llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
         return {**result, "error": _said(error)}
 
 
+_alive: list[Any] = []
+"""Servers that are not taken down."""
+
+
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
@@ -101,3 +107,4 @@ if __name__ == "__main__":
     reader, asked, result = sys.argv[1:]
     answer = {"transformers": transformers, "llama.cpp": llama_cpp}[reader](json.loads(Path(asked).read_text("utf-8")))
     Path(result).write_text(json.dumps(answer), encoding="utf-8")
+    os._exit(0)  # llama.cpp's server, taken down soon after its start, now and then waits for itself for ever
