@@ -57,6 +57,7 @@ RULES = "a GGUF header names the rules of the tokenizer, which is built by them"
 PAGES = "pages and cards were drawn anew; the files that they show are compared"
 PROGRESS = "progress counts phases, in other words, and a run ends with what to do next"
 WORST = "a run keeps its worst held-out prompts token by token"
+HASHED = "what is written is hashed"
 FEW_HELD_OUT = "few held-out prompts are a warning"
 EXPLAINED = [
     Explained(PAGES, r".*", file=r".*\b(report\.(md|html|json)|README\.md)"),
@@ -77,6 +78,11 @@ EXPLAINED = [
     Explained("a table says how many prompts were held out", r"rows\[\d+\]\.held_out_prompts", r"\d+"),
     Explained("a diagnosis says it in other words", r"(.*\.)?sentences\[\d+\]\.text", file=r".*diagnosis\.json"),
     Explained("a run says in what it saved the model", r"(.*\.)?saved(\..*)?"),
+    Explained(HASHED, r"files(\..*)?", file=r".*(degradation|export|state|summary)\.json"),
+    Explained(HASHED, r".*line \d+", rf"\s*{QUOTE}files{QUOTE}: .*|\s*{QUOTE}[\w./-]+{QUOTE}: {QUOTE}[0-9a-f]{{64}}.*"),
+    Explained("one process writes a run", r"", "there", r".*\.remend-lock"),
+    Explained("a manifest names the device", r"(.*\.)?device", r"cpu|cuda", r".*(manifest|report)\.json"),
+    Explained("an adapter's file has one order", r"", file=r".*adapter_model\.safetensors"),
     Explained(
         "a run says in what it saved the model", r".*line \d+", r"(the model is saved in .*|.*(saved|why|dtype).*)"
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,29 @@ def test_a_default_run_that_was_interrupted_late_goes_on_from_anywhere(
     assert Path.cwd() == tmp_path
     assert_equal_runs(replace(whole, out=tmp_path / "whole", model=tmp_path / "whole/model"), other)
     assert f"cd {place}\nremend recover {tmp_path}/torn/recipe.yaml" in (tmp_path / "torn/report.md").read_text()
+
+
+def test_a_moved_project_goes_on(
+    repaired_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    for key in ("student", "teacher"):
+        shutil.copytree(repaired_recipe[key], project / key)
+    shutil.copy(repaired_recipe["data"], project / "prompts.jsonl")
+    monkeypatch.chdir(project)
+    inside = {"student": "student", "teacher": "teacher", "data": "prompts.jsonl", "out": "runs/one"}
+    quick = {"repair": False, "bootstrap": "off", "diagnose_every": 0, "steps": 4}
+    whole = recover(**{**repaired_recipe, **quick, **inside})
+    torn_copy(project / "runs/one", project / "runs/torn", 2)
+    shutil.rmtree(project / "runs/one")
+    (project / "runs/torn").rename(project / "runs/one")
+    monkeypatch.chdir(tmp_path)
+    project.rename(tmp_path / "elsewhere")
+    metrics = whole.metrics
+    again = recover(resume="elsewhere/runs/one")
+    assert again.metrics == metrics
+    assert f"working in {tmp_path}/elsewhere, since the run" in capsys.readouterr().err
 
 
 def test_only_the_adapter_is_in_its_checkpoints(adapter_run: RecoverResult) -> None:

@@ -22,6 +22,7 @@ from remend.errors import InputError, RemendError
 from remend.evaluation.settings import EvaluateSettings
 from remend.plugins import import_installed, import_modules
 from remend.recovery.settings import RecoverConfig
+from remend.training.stopping import code_of, ending_on_signals
 
 STORY: Mapping[str, Sequence[str]] = {
     "Start here": ("demo", "recipes", "tasks"),
@@ -153,6 +154,15 @@ def _hint(verb: Sequence[str], name: str) -> str | None:
     return None if known else hint
 
 
+def _run(words: Sequence[str]) -> None:
+    """Carry out the line. A signal ends it, with exit code 130 after Ctrl-C and 143 after SIGTERM."""
+    with ending_on_signals():
+        try:
+            build_app()(args=words)
+        except SystemExit as ended:  # typer makes 130 of every KeyboardInterrupt
+            raise SystemExit(code_of(ended) or ended.code) from None
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit code 2."""
     read = Anywhere()
@@ -164,7 +174,7 @@ def main() -> None:
             os.environ["TRANSFORMERS_VERBOSITY"] = "info"  # it has a setting of its own
         import_installed()
         import_modules(read.modules)
-        build_app()(args=read.words)
+        _run(read.words)
     except RemendError as error:
         if read.verbose:
             traceback.print_exc()

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from remend.compression.containers import (
-    RECORD,
     Recognised,
     container_of,
     held_as_dense,
@@ -24,6 +23,7 @@ from remend.compression.containers.dense import PLAIN
 from remend.files.atomic import JsonObject
 from remend.models.find import ModelSource, fetch_model, find_model, require_readable
 from remend.models.packed_weights import require_openable
+from remend.models.written import RECORD
 
 __all__ = ["PLAIN", "RECORD", "Recognised", "recognise", "record_to_keep", "was_pruned"]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from remend.compression.recognise import RECORD, recognise
+from remend.compression.recognise import recognise
 from remend.console import stage
 from remend.errors import InputError
 from remend.files.atomic import read_json
@@ -21,6 +21,7 @@ from remend.models.load import load_config, load_tokenizer, skeleton
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.room import Room, room_of
 from remend.models.vocabulary import compare_vocabularies, cutting_warnings, template_warnings, unknown_ids
+from remend.models.written import RECORD
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from remend.compression.containers import CONTAINERS, RECORD, Container, Measured, read_record
+from remend.compression.containers import CONTAINERS, Container, Measured, read_record
 from remend.compression.recognise import recognise
 from remend.console import stage
 from remend.errors import InputError, did_you_mean
@@ -24,10 +24,9 @@ from remend.files.settings import shard_size
 from remend.models.adapters import is_adapter
 from remend.models.find import ModelSource, fetch_model, find_model
 from remend.models.load import load_model, load_tokenizer
+from remend.models.written import EXPORT_FILE, FILES, RECORD, hashes_of
 
 __all__ = ["CONTAINERS", "export", "verify"]
-
-EXPORT_FILE = "export.json"
 
 
 def export(
@@ -81,6 +80,7 @@ def export(
             "matrices_on_grid": len(measured.stored.matrices) if measured.stored else 0,
             "bytes": sum(f.stat().st_size for f in target.iterdir() if f.suffix in {".safetensors", ".gguf"}),
             "check": check,
+            FILES: hashes_of(target),
         }
         write_json(target / EXPORT_FILE, result)
     return result

@@ -1,8 +1,13 @@
-"""Write files atomically: each to a temporary name first and then renamed. The system's errors become one message."""
+"""Write files so that neither a kill nor a power cut leaves half of one.
+
+Each is written under a temporary name, flushed to the disk, and renamed; then the directory is flushed that holds the
+name. Only what is durable replaces what stood there. The system's errors become one message.
+"""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -15,12 +20,21 @@ from typing import Any
 from safetensors import SafetensorError
 
 from remend.errors import FileError
+from remend.files.lock import LOCK, take
 
 JsonObject = dict[str, Any]
 """An object of a JSON file, by its keys."""
 
 JsonRow = Mapping[str, Any]
 """The same where it is only read."""
+
+TEMPORARY = ".remend-tmp-"
+"""How every name begins that is not final yet. Nothing else is ever removed as a leftover."""
+OLD = f"{TEMPORARY}old-"
+"""Of a directory that holds what is being replaced."""
+
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -48,21 +62,34 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def flush(path: Path) -> None:
+    """Have the system write a file's content, or a directory's names, to the disk. Durable once it returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EBADF}:  # a file system without it
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically: temporary name, flush to disk, rename."""
+    """Write a small file atomically and durably."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
-            Path(name).chmod(0o644)
+            Path(name).chmod(0o666 & ~_UMASK)
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+        flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -79,29 +106,131 @@ def read_json(path: Path) -> Any:
     """Read JSON. Raises FileError that names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `target` when the block ends well, and vanishes when it does not."""
+    """A temporary directory that becomes `target` when the block ends well, and vanishes when it does not.
+
+    A directory that stands there is replaced once the new one is durable. Links are followed. Where the place can't be
+    replaced, since something is mounted on it, it must be empty, and the files are moved into it one by one,
+    config.json last. What a killed process left of an earlier try is removed.
+    """
+    target = target.resolve() if target.is_symlink() else target
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        try:
-            temporary.chmod(0o755)
-            yield temporary
-            for file in temporary.rglob("*"):  # some writers create files that only their owner can read
-                if file.is_file():
-                    file.chmod(0o644)
-            if target.exists():
-                old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".old-{target.name}."))
-                target.replace(old / "x")
-                temporary.replace(target)
-                shutil.rmtree(old)
-            else:
-                temporary.replace(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        fixed = target.is_dir() and not _replaceable(target)
+        place = target if fixed else target.parent
+        place.mkdir(parents=True, exist_ok=True)
+        remove_temporary(place, target.name)
+        temporary = Path(tempfile.mkdtemp(dir=place, prefix=f"{TEMPORARY}{_short(target.name)}-"))
+        with _held(temporary):
+            try:
+                temporary.chmod(0o777 & ~_UMASK)
+                yield temporary
+                _make_durable(temporary)
+                if fixed:
+                    for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+                        path.rename(target / path.name)
+                    temporary.rmdir()
+                else:
+                    _put(temporary, target)
+                flush(place)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+
+
+def _replaceable(directory: Path) -> bool:
+    return not os.path.ismount(directory) and os.access(directory.parent, os.W_OK)
+
+
+def _short(name: str) -> str:
+    return name[:60]  # a name has 255 bytes at most, and a letter up to four
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Rename it; what stood there is removed only once the new name is on the disk."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{OLD}{_short(target.name)}-"))
+    target.rename(aside / target.name)
+    temporary.rename(target)
+    flush(target.parent)
+    shutil.rmtree(aside)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that a kill leaves it whole or under a temporary name; of a link only the link."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY}gone-"))
+    path.rename(temporary / "gone")
+    shutil.rmtree(temporary)
+
+
+def put_aside(path: Path) -> Path:
+    """Give a file or directory a name beside its own that is free, and return that."""
+    names = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    return aside
+
+
+def visible(directory: Path) -> list[Path]:
+    """What lies in a directory, but for temporary names and the lock."""
+    return [path for path in directory.iterdir() if not path.name.startswith((TEMPORARY, LOCK))]
+
+
+def _make_durable(directory: Path) -> None:
+    """Flush every file and directory; some writers create files that only their owner can read."""
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~_UMASK)
+            flush(path)
+        elif path.is_dir():
+            flush(path)
+    flush(directory)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Hold a lock on a temporary directory, which says that its maker lives."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        take(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _abandoned(directory: Path) -> bool:
+    """Whether the process that made a temporary directory is gone; where locks are not known, that can't be told."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        return take(descriptor) is True
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporary(place: Path, name: str | None = None) -> None:
+    """Remove what processes that are gone left under temporary names in a directory.
+
+    What one had moved aside, and not replaced yet, is put back.
+
+    Args:
+        place: the directory.
+        name: only what was to become this; without it also files, so no other process may be at work there.
+    """
+    begins = (TEMPORARY,) if name is None else (f"{TEMPORARY}{_short(name)}-", f"{OLD}{_short(name)}-")
+    for path in [path for path in place.iterdir() if path.name.startswith(begins)] if place.is_dir() else []:
+        if path.is_symlink() or path.is_file():
+            path.unlink(missing_ok=True)
+        elif path.is_dir() and _abandoned(path):
+            for aside in path.iterdir() if path.name.startswith(OLD) else ():
+                if not (place / aside.name).exists():
+                    aside.rename(place / aside.name)
+            shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,18 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         **({"imports": list(asked_for)} if asked_for else {}),
     }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What may move a figure between two manifests, as 'torch 2.12.0 to 2.13.0'; what either lacks is left out."""
+    found = []
+    for part in ("versions", "hardware"):
+        old, new = before.get(part) or {}, now.get(part) or {}
+        names = [n for n in old if n in new] if part == "versions" else ["processor", "threads", "gpus"]
+        found += [f"{n} {old[n]} to {new[n]}" for n in names if n in old and n in new and old[n] != new[n]]
+    return found + [
+        f"{n} {before[n]} to {now[n]}" for n in ("dtype", "device") if n in before and n in now and before[n] != now[n]
+    ]
 
 
 def processor() -> str:

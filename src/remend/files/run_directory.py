@@ -19,7 +19,7 @@ summary.json     what was measured;  report.html, report.md, report.json  the sa
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +27,28 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from remend.console import warn
 from remend.errors import FileError, InputError
-from remend.files.atomic import JsonObject, JsonRow, json_line, new_directory, read_json, write_text, writing
+from remend.files.atomic import (
+    TEMPORARY,
+    JsonObject,
+    JsonRow,
+    json_line,
+    new_directory,
+    read_json,
+    remove_directory,
+    remove_temporary,
+    visible,
+    write_text,
+    writing,
+)
+from remend.files.hashes import damaged, hash_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
+"""A folder of another name beside the checkpoints is the user's own."""
 
 INPUTS = "inputs"
 """A run's directory may hold this folder before the run begins: what a flow made for it."""
@@ -49,11 +66,15 @@ TRACK = "track.jsonl"
 TIMING = "timing.jsonl"
 
 
-NEXT = ".next"
+NEXT = f"{TEMPORARY}next"
 """Where a run that goes on for more steps keeps its new results until they are whole."""
 
 
 WORST = "worst.jsonl"
+
+
+STATE = "state.json"
+"""In a checkpoint, written last: its step, and SHA-256 of its other files."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,22 @@ class Checkpoint:
 
     step: int
     path: Path
+
+    def damage(self) -> str | None:
+        """What is wrong with its files, or None. Those of versions without hashes are only known to be there."""
+        try:
+            state = read_json(self.path / STATE)
+        except FileError:
+            return f"{STATE} can't be read"
+        if not isinstance(state, dict) or state.get("step") != self.step:
+            return f"{STATE} is of another step"
+        found = damaged(self.path, state.get("files", {}))
+        return f"{' and '.join(found)} changed or can't be read since it was written" if found else None
+
+    @property
+    def hashed(self) -> bool:
+        """Whether damage would be found."""
+        return "files" in read_json(self.path / STATE)
 
     def masters(self) -> dict[str, Tensor]:
         """Masters by parameter name."""
@@ -184,24 +221,33 @@ class RunDirectory:
         with new_directory(target) as directory:
             for name, tensors in (("masters", masters), ("optimizer", optimizer), ("follower", follower or {})):
                 save_file({k: t.detach().contiguous() for k, t in tensors.items()}, directory / f"{name}.safetensors")
-            (directory / "state.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+            state = {"step": step, "files": hash_directory(directory)}
+            (directory / STATE).write_text(json.dumps(state), encoding="utf-8")
         for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old.path)
+            remove_directory(old.path)
         return Checkpoint(step, target)
 
     def remove_leftovers(self) -> None:
-        """Remove temporary files and directories that a killed process left behind."""
-        for folder, names in ((self.path, ".*"), (self.path / "checkpoints", ".step-*")):
-            for path in folder.glob(names):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+        """Remove temporary files and directories that a killed process left behind; only what has a name of theirs."""
+        for folder in (self.path, self.path / "checkpoints"):
+            remove_temporary(folder)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Complete checkpoints, oldest first."""
-        found = sorted((self.path / "checkpoints").glob("step-*"))
-        return [Checkpoint(int(p.name.removeprefix("step-")), p) for p in found if (p / "state.json").is_file()]
+        """The checkpoints that were written to their end, oldest first; their content is not looked at."""
+        found = (CHECKPOINT_NAME.fullmatch(path.name) for path in (self.path / "checkpoints").glob("step-*"))
+        named = (Checkpoint(int(match[1]), self.path / "checkpoints" / match[0]) for match in found if match)
+        return sorted((c for c in named if (c.path / STATE).is_file()), key=lambda checkpoint: checkpoint.step)
+
+    def whole_checkpoints(self) -> list[Checkpoint]:
+        """Those whose files are as they were written, oldest first; a warning names each other one."""
+        whole = []
+        for checkpoint in self.checkpoints():
+            damage = checkpoint.damage()
+            if damage is None:
+                whole.append(checkpoint)
+            else:
+                warn(f"the checkpoint {checkpoint.path} is damaged and left aside: {damage}")
+        return whole
 
 
 def planned_steps(manifest: JsonRow) -> int:
@@ -213,9 +259,9 @@ def planned_steps(manifest: JsonRow) -> int:
 def updates_a_round(recipe: JsonRow) -> int:
     """Steps that one round of sampling feeds: `updates_per_rollout`, or without it 2 where no round would be cut.
 
-    Rounds end where checkpoints are written and where bootstrap ends, so an odd number of steps to either means 1.
+    Rounds end where bootstrap ends, so an odd number of steps to there means 1.
     """
-    odd = (recipe.get("save_every") or 0) % 2 or (recipe.get("bootstrap_steps") or 0) % 2
+    odd = (recipe.get("bootstrap_steps") or 0) % 2
     given: int | None = recipe.get("updates_per_rollout")
     return given or (1 if odd or recipe["steps"] < 2 else 2)
 
@@ -239,6 +285,6 @@ def occupied(path: Path, *, inputs: bool = False) -> str | None:
         return f"out {path} is a file; name a new directory"
     if (path / MANIFEST).exists():
         return f"out {path} holds another run; name a new directory, or continue that run with --resume {path}"
-    if path.is_dir() and any(not (inputs and p.name == INPUTS) for p in path.iterdir()):
+    if path.is_dir() and any(not (inputs and p.name == INPUTS) for p in visible(path)):
         return f"out {path} is not empty; name a new directory"
     return None

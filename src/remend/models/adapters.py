@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from remend.errors import FileError, InputError
@@ -335,11 +335,19 @@ def save_adapter(model: CausalLM, directory: Path) -> None:
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(
+    content = save(
         {f"{_PREFIX}{name}": t.detach().cpu().contiguous() for name, t in tensors.items()},
-        directory / ADAPTER_WEIGHTS,
         metadata={"format": "pt", BASE_PRINT: base_print(model)},
     )
+    (directory / ADAPTER_WEIGHTS).write_bytes(_with_sorted_header(content))
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """A safetensors file whose metadata stands in one order; safetensors writes several entries in a random one."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), separators=(",", ":"), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from remend.models.packed_weights import (
     unpacked,
 )
 from remend.models.protocols import CausalLM, Tokenizer
+from remend.models.written import require_as_written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -199,6 +200,7 @@ def load_model(
         InputError: weights that are packed in a way that can't be opened.
     """
     source = fetch_model(source, weights=True)
+    _require_as_written(source)
     if source.base and source.path:
         model = load_model(source.base, dtype=dtype, device=device, attention=attention)
         adapters.load_adapter(model, source.path)
@@ -241,9 +243,15 @@ def check_weights(source: ModelSource) -> list[str]:
     source = source.base or source
     if source.path is None or (source.repo and not complete(source.path)):
         return []
+    _require_as_written(source)
     account, _ = _open(source, torch.float32, names_only=True)
     account.require_whole(source.spec, _told_by(source))
     return [_tell(source, account, aloud=False)] if account.left_out else []
+
+
+def _require_as_written(source: ModelSource) -> None:
+    if source.path and not source.repo:
+        require_as_written(source.path if source.path.is_dir() else source.path.parent)
 
 
 def _require_one_of_each(directory: Path, what: str) -> None:

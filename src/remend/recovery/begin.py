@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from remend.console import stage
+from remend.console import stage, warn
 from remend.data.given import write_rows
 from remend.errors import InputError
 from remend.files.atomic import read_json, write_json, write_text
-from remend.files.environment import environment
+from remend.files.environment import changes, environment
+from remend.files.lock import only_writer
 from remend.files.run_directory import MANIFEST, NEXT, RECIPE, SUMMARY, Checkpoint, RunDirectory
 from remend.models.device import mixed_precision
 from remend.models.find import ModelSource, hash_files
@@ -41,6 +43,7 @@ class Run:
     accelerator: the processes that share a step.
     resumed: the checkpoint that the run goes on from, or None.
     prompts: the plan's, and those that the reference wrote since.
+    held: what is let go when the run ends: its lock.
     """
 
     plan: Plan
@@ -48,6 +51,7 @@ class Run:
     accelerator: Accelerator
     resumed: Checkpoint | None
     prompts: Prompts
+    held: ExitStack = field(default_factory=ExitStack)
 
     @property
     def main(self) -> bool:
@@ -96,15 +100,16 @@ class Run:
         self.accelerator.wait_for_everyone()
 
 
-def begin(plan: Plan, directory: RunDirectory | None) -> Run:
+def begin(plan: Plan, directory: RunDirectory | None, held: ExitStack) -> Run:
     """Start the processes. Of a new run nothing is written before `create`.
 
     Args:
         plan: the run's.
         directory: a run to continue; None starts one.
+        held: what ends with the run.
 
     Raises:
-        InputError: the run's inputs have changed since it began.
+        InputError: the run's inputs have changed since it began, or another process is at work in it.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -118,14 +123,54 @@ def begin(plan: Plan, directory: RunDirectory | None) -> Run:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
     if accelerator.is_main_process and directory:
+        _lock(directory, held)
+        directory.remove_leftovers()
         _require_same_inputs(directory, _inputs(plan))
         recorded = read_json(directory.path / MANIFEST).get("tokens_sha256")
         require_same_tokens(recorded, plan.prompts.token_hash, directory)
         if plan.segments:
             note_segments(directory, plan.segments)
-    directory = directory or RunDirectory(Path(config.out))
+        _warn_of_changes(read_json(directory.path / MANIFEST), plan)
+    resumed = _newest(directory, accelerator) if directory else None
+    return Run(plan, directory or RunDirectory(Path(config.out)), accelerator, resumed, plan.prompts, held)
+
+
+def _lock(directory: RunDirectory, held: ExitStack) -> None:
+    if not held.enter_context(only_writer(directory.path, "run")):
+        warn(f"the file system of {directory.path} knows no locks; see to it that one process alone works there")
+
+
+def _warn_of_changes(manifest: Mapping[str, Any], plan: Plan) -> None:
+    """Say what may move a resumed run's figures: other versions, another machine, another dtype or device."""
+    now = {**environment(), **_arithmetic(plan)}
+    changed = changes(manifest, now)
+    if changed:
+        warn(
+            f"since the run began, {'; '.join(changed)} changed: its further steps may differ in the last digits "
+            "from those of a run that was not interrupted"
+        )
+
+
+def _arithmetic(plan: Plan) -> dict[str, str]:
+    return {"dtype": str(plan.dtype).removeprefix("torch."), "device": plan.device.type}
+
+
+def _newest(directory: RunDirectory, accelerator: Accelerator) -> Checkpoint | None:
+    """The newest checkpoint whose files are whole: the main process looks, and all take that one."""
+    chosen: list[int | None] = [None]
     saved = directory.checkpoints()
-    return Run(plan, directory, accelerator, saved[-1] if saved else None, plan.prompts)
+    if accelerator.is_main_process and saved:
+        whole = directory.whole_checkpoints()
+        chosen = [whole[-1].step if whole else None]
+        if whole and not whole[-1].hashed:
+            warn(f"{whole[-1].path} is of a version without hashes: damage to it would not be seen")
+        if not whole:
+            warn(f"no checkpoint of {directory.path} is whole; the run begins again at step 0")
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(chosen)
+    return next((checkpoint for checkpoint in saved if checkpoint.step == chosen[0]), None)
 
 
 def create(run: Run) -> None:
@@ -134,7 +179,9 @@ def create(run: Run) -> None:
     Creating the Accelerator has joined all processes, so none still looks whether `out` is free.
     """
     if run.main:
-        _create(run.plan, _inputs(run.plan))
+        directory = RunDirectory.create(run.directory.path)
+        _lock(directory, run.held)
+        _create(run.plan, _inputs(run.plan), directory)
     run.wait()
 
 
@@ -162,7 +209,7 @@ def _inputs(plan: Plan) -> dict[str, Any]:
     return {"models": hashes, "data": plan.prompts.hashes}
 
 
-def _create(plan: Plan, inputs: Mapping[str, Any]) -> None:
+def _create(plan: Plan, inputs: Mapping[str, Any], directory: RunDirectory) -> None:
     recipe, counts = plan.config.model_dump(), plan.prompts.counts()
     manifest = {
         "kind": "recover",
@@ -180,12 +227,11 @@ def _create(plan: Plan, inputs: Mapping[str, Any]) -> None:
         "dropped": plan.prompts.dropped,
         "shared_vocabulary": plan.shared,
         "constraint": plan.constraint,
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        **_arithmetic(plan),
         "warnings": list(plan.warnings),
         "notes": list(plan.notes),
         **environment(),
     }
-    directory = RunDirectory.create(Path(plan.config.out))
     write_rows(directory.path)
     write_text(directory.path / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     write_json(directory.path / MANIFEST, manifest)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from remend.console import phase as show_phase
+
 
 @dataclass
 class Clock:
@@ -18,13 +20,15 @@ class Clock:
     phase: str = "loading"
     _seconds: dict[str, float] = field(default_factory=dict)
 
-    def enter(self, phase: str) -> None:
-        """The next phase begins."""
+    def enter(self, phase: str, *, shown: bool = True) -> None:
+        """The next phase begins. Progress counts it where it is `shown`."""
+        if shown:
+            show_phase(phase)
         now = time.monotonic()
         self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + now - self.began
         self.began, self.phase = now, phase
 
     def stop(self) -> Mapping[str, float]:
         """The seconds of each phase, in order."""
-        self.enter("")
+        self.enter("", shown=False)
         return {phase: seconds for phase, seconds in self._seconds.items() if phase}

@@ -19,6 +19,7 @@ from remend.errors import InputError
 from remend.files.atomic import read_json
 from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory, planned_steps
 from remend.files.settings import build, merged, read_yaml, takes
+from remend.models.written import MODEL, require_as_written
 from remend.plugins import asked_for, import_modules, not_imported
 from remend.recovery.segments import Segment, check_longer, segments_of
 from remend.recovery.settings import SELF, RecoverConfig
@@ -144,31 +145,56 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
             return run_recovery(settings(recipe, overrides))
         with _where_it_began(Path(resume)) as path:
             config, directory, steps = _reopen(path, recipe, overrides)
-            directory.remove_leftovers()
-            if directory.complete and steps is None:
+            if directory.complete and steps is None and not _without_model(directory):
+                require_as_written(directory.path / MODEL)
                 console.print(f"{directory.path} is complete; nothing is left to do", markup=False)
                 return result_of(directory)
             return run_recovery(config, directory=directory, steps=steps)
+
+
+def _without_model(directory: RunDirectory) -> bool:
+    """Whether a complete run's model is gone; the run then counts as interrupted, and writes it from its checkpoint."""
+    if (directory.path / MODEL).is_dir() or not directory.checkpoints():
+        return False
+    warn(f"{directory.path / MODEL} is gone; it is written again from the last checkpoint")
+    (directory.path / SUMMARY).unlink()
+    return True
 
 
 @contextmanager
 def _where_it_began(path: Path) -> Iterator[Path]:
     """Work in the directory in which a run began, since its recipe's paths are relative to that; the run's own path.
 
-    Where that directory is gone, or the run is older than its record, the paths are taken from the present one.
+    A project that was moved, or is seen under another name, is found from where the run lies in it now. Where neither
+    has the student, or the run is older than its record, the paths are taken from the present directory. That the files
+    are the same ones is checked by their hashes.
     """
-    began = RunDirectory.open(path).began_in
+    directory = RunDirectory.open(path)
+    began, given = directory.began_in, read_yaml(directory.path / RECIPE)
     if began is None or began == Path.cwd():
         yield path
         return
-    if not began.is_dir():
+    places = [place for place in (began, _moved(path, given.get("out"))) if place and place.is_dir()]
+    student = str(given.get("student"))
+    place = next((place for place in places if (place / student).exists()), next(iter(places), None))
+    if place is None:
         warn(f"{path} was begun in {began}, which is not there; relative paths of its recipe start from {Path.cwd()}")
         yield path
         return
     path = path.absolute()
-    console.print(f"working in {began}, where the run began", markup=False, soft_wrap=True)
-    with chdir(began):
+    where = "where the run began" if place == began else f"since the run, which began in {began}, was moved"
+    console.print(f"working in {place}, {where}", markup=False, soft_wrap=True)
+    with chdir(place):
         yield path
+
+
+def _moved(path: Path, out: object) -> Path | None:
+    """The directory from which a run's present path is its recipe's `out`, where that is a relative one."""
+    steps = Path(str(out)).parts
+    here = path.resolve()
+    if not out or Path(str(out)).is_absolute() or ".." in steps or here.parts[-len(steps) :] != steps:
+        return None
+    return Path(*here.parts[: -len(steps)])
 
 
 def run_recovery(
@@ -200,9 +226,21 @@ def run_recovery(
     try:
         return result_of(carry_out(plan, directory, began))
     except KeyboardInterrupt:  # what runs the command line turns it into exit code 130, without a word
-        place = shlex.quote(str(directory.path if directory else config.out))
-        console.print(f"\ninterrupted; go on with: remend recover --resume {place}", markup=False, soft_wrap=True)
+        console.print(
+            f"\n{_how_to_go_on(Path(directory.path if directory else config.out))}", markup=False, soft_wrap=True
+        )
         raise
+
+
+def _how_to_go_on(path: Path) -> str:
+    """What to say of an interrupted run."""
+    if not (path / MANIFEST).is_file():
+        return "interrupted before anything was written; give the same command again"
+    saved = RunDirectory(path).checkpoints()
+    repeated = "what was done is saved" if (path / SUMMARY).is_file() else "everything so far is done again"
+    if saved and not (path / SUMMARY).is_file():
+        repeated = f"it is saved up to step {saved[-1].step}, and what came after that is done again"
+    return f"interrupted ({repeated}); go on with: remend recover --resume {shlex.quote(str(path))}"
 
 
 def _longer(plan: Plan, directory: RunDirectory, steps: int | None) -> Plan:
@@ -274,6 +312,9 @@ def _reopen(
                 f"the recipe of {path} changed since the run began ({named}); a resumed run keeps its recipe, but for "
                 "steps, which may be raised. Undo the change, or start a new run with another out."
             )
+    if "device" not in read_json(path / MANIFEST) and (config.save_every or 0) % 2:
+        # until version 0.2 an odd save_every cut rounds of sampling, and the run's trajectory goes on as it began
+        config = config.model_copy(update={"updates_per_rollout": config.updates_per_rollout or 1})
     if asked is None or asked == planned_steps(read_json(path / MANIFEST)):
         return config, directory, None
     check_longer(directory, asked)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from remend.compression.recognise import PLAIN, RECORD, recognise
+from remend.compression.recognise import PLAIN, recognise
 from remend.data.examples import Example
 from remend.data.templates import encode
 from remend.errors import InputError, did_you_mean
@@ -27,6 +27,7 @@ from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.room import Room, room_of
 from remend.models.sizes import Size, size_of
 from remend.models.vocabulary import ending_problem, unreadable
+from remend.models.written import RECORD
 from remend.recovery import alignment
 from remend.recovery.epochs import in_steps
 from remend.recovery.findings import Findings

@@ -27,11 +27,6 @@ def problems(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
         )
     if (config.select == "best" or config.patience) and not config.eval_every:
         yield "select: best and patience need evaluations; set eval_every, e.g. 10"
-    if (config.save_every or 0) % config.updates_a_round:
-        yield (
-            f"save_every {config.save_every} is no multiple of updates_per_rollout {config.updates_per_rollout}: a run "
-            "resumed inside a round would sample other rollouts. Choose a multiple"
-        )
     template = config.demonstration_template
     if template is not None and any(template.count(part) != 1 for part in ("{prompt}", "{demonstration}")):
         yield "demonstration_template must hold {prompt} and {demonstration}, each once"

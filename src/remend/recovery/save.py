@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from remend.compression.containers import formats_of
-from remend.compression.recognise import RECORD, record_to_keep
+from remend.compression.recognise import record_to_keep
 from remend.console import console, stage, warn
 from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.environment import peak_rss_mib
@@ -19,6 +19,7 @@ from remend.models.adapters import is_adapted, merge
 from remend.models.find import find_model
 from remend.models.load import inexact_in, save_model, stored_dtype
 from remend.models.protocols import CausalLM
+from remend.models.written import FILES, RECORD, hashes_of
 from remend.recovery.begin import Run
 from remend.recovery.card import write_model_card
 from remend.recovery.judge import HeldOut, summarize
@@ -33,7 +34,8 @@ def save(run: Run, student: CausalLM, constraint: Constraint) -> JsonObject:
     """Write the model as it was measured, with its constraint's file and its record of damage.
 
     Returns:
-        `dtype` of its weights, and `why`. In another dtype than float32 they are rounded in place.
+        `dtype` of its weights, `why`, and SHA-256 of its `files`. In another dtype than float32 weights are rounded in
+        place.
     """
     plan = run.plan
     with stage("saving the model"), new_directory(run.results / "model") as target:
@@ -47,9 +49,10 @@ def save(run: Run, student: CausalLM, constraint: Constraint) -> JsonObject:
         record = record_to_keep(plan.student, plan.facts.recognised)
         if record and not is_adapted(student):
             write_json(target / RECORD, record)
+        files = hashes_of(target)
     name = str(dtype).removeprefix("torch.")
     console.print(f"the model is saved in {name}: {why}", markup=False, soft_wrap=True)
-    return {"dtype": name, "why": why}
+    return {"dtype": name, "why": why, FILES: files}
 
 
 def _saved_in(plan: Plan, student: CausalLM) -> tuple[torch.dtype, str]:

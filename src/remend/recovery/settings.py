@@ -309,8 +309,8 @@ class RecoverConfig(Settings):
     updates_per_rollout: int | None = Field(
         None,
         ge=1,
-        description="steps that one round of sampling feeds, each completion once; by default 2 (1 where save_every "
-        "or bootstrap_steps is odd)",
+        description="steps that one round of sampling feeds, each completion once; by default 2 (1 where "
+        "bootstrap_steps is odd)",
     )
     ema: EmaConfig = Field(
         default_factory=lambda: build(EmaConfig, {}, "ema"),
@@ -373,7 +373,8 @@ class RecoverConfig(Settings):
     save_every: int | None = Field(
         None,
         ge=0,
-        description="checkpoint every n steps and at the end; 0: none; by default four times a run, at least every 50",
+        description="checkpoint every n steps, where a round of sampling ends, and at the end; 0: none; by default "
+        "four times a run, at least every 50",
     )
     keep_checkpoints: int = Field(
         2, ge=1, description="a checkpoint holds weights and both AdamW moments: 12 bytes a parameter"

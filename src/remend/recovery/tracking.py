@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,7 +150,12 @@ def track_run(plan: Plan, directory: RunDirectory) -> list[dict[str, Any]]:
 
     Raises InputError where the reference's layers can't be looked at.
     """
-    run = begin(plan, directory)
+    with ExitStack() as held:
+        return _tracked(begin(plan, directory, held))
+
+
+def _tracked(run: Run) -> list[dict[str, Any]]:
+    plan, directory = run.plan, run.directory
     student, teachers = load(run)
     reference = teachers[plan.reference]
     run = replace(run, prompts=all_prompts(run, reference))
@@ -160,7 +166,7 @@ def track_run(plan: Plan, directory: RunDirectory) -> list[dict[str, Any]]:
         raise InputError(f"the reference of this run is {kind} to compare with")
     parts = run.parts(student)
     tracker.note_once(student, 0, "degraded", judge.quick(parts))
-    saved = [c for c in directory.checkpoints() if not tracker.measured(c.step, "training")]
+    saved = [c for c in directory.whole_checkpoints() if not tracker.measured(c.step, "training")]
     if saved:
         constraint = hold(run, student, reference, Repaired())
         for checkpoint in saved:

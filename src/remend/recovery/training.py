@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from remend.console import stage
 from remend.data.order import derive_seed
+from remend.files.atomic import JsonObject
 from remend.models.device import free_bytes
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM
@@ -127,9 +128,14 @@ def _tracking_hook(run: Run, student: Scorer, judge: Judge, tracker: Tracker) ->
 
 
 def train_student(
-    run: Run, distillation: Distillation, constraint: Constraint, hooks: Sequence[Hook], selection: Selection
+    run: Run,
+    distillation: Distillation,
+    constraint: Constraint,
+    hooks: Sequence[Hook],
+    selection: Selection,
+    repair: JsonObject | None,
 ) -> int:
-    """The one loop over the step function; the number of steps done."""
+    """The one loop over the step function; the number of steps done. `repair`: what was said of one, which is saved."""
     config, plan = run.plan.config, run.plan
     objective = aligned(distillation, config, plan.facts.layer_map)
     if config.report_to:
@@ -155,7 +161,14 @@ def train_student(
             constraint,
             run.accelerator,
             plan.optimization,
-            Saving(run.directory, config.steps_a_checkpoint, config.keep_checkpoints, run.resumed),
+            Saving(
+                run.directory,
+                config.steps_a_checkpoint,
+                config.keep_checkpoints,
+                run.resumed,
+                config.updates_a_round,
+                first=bool(repair and repair["kept"] and config.steps_a_checkpoint),
+            ),
             watch=Watch([shown(hook) for hook in hooks], on_step, selection.stop),
             follower=objective,
         )

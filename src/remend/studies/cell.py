@@ -17,11 +17,12 @@ from typing import Any
 
 from pydantic import Field
 
+from remend.console import warn
 from remend.data.answers import ending
 from remend.data.examples import demonstration_of, load_examples
 from remend.errors import InputError
 from remend.evaluation.job import evaluate
-from remend.files.atomic import JsonObject, JsonRow, read_json, write_json
+from remend.files.atomic import JsonObject, JsonRow, put_aside, read_json, write_json
 from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDirectory
 from remend.files.settings import Settings, build, merged
 from remend.models.find import find_model
@@ -111,7 +112,7 @@ def grade_reference(model: str, folder: str, grading: list[JsonObject], inputs: 
 class CellSettings(Settings):
     """A cell to be run to its end, from where it is."""
 
-    place: str = Field(description="the cell's directory; what it holds of other inputs is removed")
+    place: str = Field(description="the cell's directory; one of other inputs is moved aside")
     recipe: JsonObject = Field(
         description="of the recovery, but for steps, out and the labels' teacher, which are worked out here"
     )
@@ -140,7 +141,7 @@ def run_cell(**settings: Any) -> None:
     path, began = Path(cell.place), time.monotonic()
     state = state_of(path, cell.inputs)
     if state == "stale":
-        shutil.rmtree(path)
+        warn(f"{path} was made of other inputs and is moved to {put_aside(path)}; remove that when you need it no more")
     (path / OUTCOME).unlink(missing_ok=True)
     write_json(inputs_file(path), cell.inputs)
     if not (path / SUMMARY).is_file():

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from remend.console import warn
 from remend.data import tasks
 from remend.data.examples import DEMONSTRATION_KEYS, Example, bundled, choose, load_examples, split_held_out, without
 from remend.degrade.kinds import degrade
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, json_line, read_json, write_json, write_text
+from remend.files.atomic import JsonObject, json_line, put_aside, read_json, write_json, write_text
 from remend.models.find import find_model, hash_files
 from remend.studies import tiny_model
 from remend.studies.grid import Cell, Group, Study
@@ -188,13 +188,15 @@ def is_made(student: Path, inputs: Mapping[str, object]) -> bool:
 def make_student(
     model: str, out: str, kind: str, arguments: Mapping[str, object], inputs: Mapping[str, object]
 ) -> None:
-    """Make a degraded student, in the place of one that was made of other inputs.
+    """Make a degraded student; one that was made of other inputs is moved aside.
 
     Raises InputError and FileError as the degradation does.
     """
     target = Path(out)
     record_of(target).unlink(missing_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        aside = put_aside(target)
+        warn(f"{target} was made of other inputs and is moved to {aside}; remove that when you need it no more")
     degrade(kind, model, target, arguments)
     write_json(record_of(target), inputs)
 

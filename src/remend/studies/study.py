@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from remend.console import console
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, JsonRow, read_json, write_json, write_text
+from remend.files.lock import only_writer
 from remend.plugins import asked_for, not_imported
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import resolve
@@ -88,7 +89,13 @@ def study(
     if dry_run:
         return estimate(plan, out, cells, _finished(plan, out, cells))
     require_benchmarks(plan)
-    write_json(out / STUDY, {**_identity(plan), **({"imports": imports} if imports else {})})
+    out.mkdir(parents=True, exist_ok=True)
+    with only_writer(out, "study"):
+        write_json(out / STUDY, {**_identity(plan), **({"imports": imports} if imports else {})})
+        return _carried_out(plan, out, jobs, cells)
+
+
+def _carried_out(plan: Study, out: Path, jobs: int, cells: Sequence[Cell]) -> JsonObject:
     work = _Work(plan, out, jobs, make(plan, out))
     try:
         work.students(cells)

@@ -6,7 +6,9 @@ process: python -m remend.studies.work JOB.json FAILED.txt.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +22,12 @@ from remend.files.atomic import JsonRow, read_json, write_json, write_text
 from remend.plugins import asked_for, import_installed, import_modules
 from remend.studies.cell import grade_reference, run_cell
 from remend.studies.made import make_student
+from remend.training.stopping import Stopped, ending_on_signals
 
 JOBS: dict[str, Callable[..., None]] = {"degrade": make_student, "grade": grade_reference, "cell": run_cell}
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
 
 LAST_LINES = 3
 """Of a log, in the message of a process that ended without one."""
@@ -70,12 +76,15 @@ def run_jobs(out: Path, jobs: Sequence[Job], *, processes: int, shared: bool) ->
         return
     threads = max(1, (os.cpu_count() or 1) // processes)
     with ThreadPoolExecutor(processes) as pool:
-        waiting = {pool.submit(_apart, out, job, threads): job for job in jobs}
+        at_work: set[subprocess.Popen[bytes]] = set()
+        waiting = {pool.submit(_apart, out, job, threads, at_work): job for job in jobs}
         try:
             for future in as_completed(waiting):
                 yield waiting[future], _noted(out, waiting[future], future.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in list(at_work):
+                worker.terminate()  # a training saves first
             raise
 
 
@@ -87,14 +96,22 @@ def _here(job: Job) -> str | None:
     return None
 
 
-def _apart(out: Path, job: Job, threads: int) -> str | None:
+def _apart(out: Path, job: Job, threads: int, at_work: set[subprocess.Popen[bytes]]) -> str | None:
     given, log, failed = paths_of(out, job.name)
     failed.unlink(missing_ok=True)
     write_json(given, {"do": job.do, "arguments": dict(job.arguments), "imports": asked_for})
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     command = [sys.executable, "-m", "remend.studies.work", str(given), str(failed)]
     with log.open("w", encoding="utf-8") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+        # a session of its own: what Ctrl-C in a terminal reaches is the study, which ends its workers
+        worker = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        at_work.add(worker)
+        try:
+            code = worker.wait()
+        finally:
+            at_work.discard(worker)
     if code == 0:
         return None
     if failed.is_file():
@@ -114,14 +131,24 @@ def _noted(out: Path, job: Job, message: str | None) -> str | None:
     return message
 
 
+def _end_with_the_study() -> None:
+    """Let the kernel end this process when the study's dies, however it dies. Linux alone can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def main(words: Sequence[str]) -> int:
     """Do the job in a file; its failure goes into another."""
+    _end_with_the_study()
     given, failed = map(Path, words)
     job = read_json(given)
     try:
         import_installed()
         import_modules(job.get("imports", []))
-        JOBS[job["do"]](**job["arguments"])
+        with ending_on_signals():
+            JOBS[job["do"]](**job["arguments"])
+    except Stopped as stopped:
+        return stopped.code
     except Exception as error:
         write_text(failed, _explained(error) + "\n")
         if not isinstance(error, RemendError):

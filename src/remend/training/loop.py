@@ -25,6 +25,7 @@ from remend.errors import InputError, TrainingError
 from remend.files.environment import memory_mib
 from remend.files.run_directory import METRICS, TIMING, Checkpoint, RunDirectory
 from remend.training.constraints import Constraint
+from remend.training.stopping import Stopped, Wish, at_the_end_of_a_round
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -103,11 +104,24 @@ class Optimization:
         """The last step of all segments."""
         return self.ends[-1] if self.ends else self.steps
 
-    def saves_at(self, step: int, every: int) -> bool:
-        """Whether a checkpoint is due after a step: every so many of a segment, and at its end; never if 0."""
-        ends = (self.steps, *self.ends)
-        began = max((end for end in ends if end < step), default=0)
-        return bool(every) and ((step - began) % every == 0 or step in ends)
+    def ends_a_round(self, step: int, together: int) -> bool:
+        """Whether the steps that were sampled with this one are done; each segment begins with a new round."""
+        return (step - self._began(step)) % together == 0 or step in (self.steps, *self.ends)
+
+    def _began(self, step: int) -> int:
+        """The last step before a step's segment."""
+        return max((end for end in (self.steps, *self.ends) if end < step), default=0)
+
+    def saves_at(self, step: int, every: int, together: int = 1) -> bool:
+        """Whether a checkpoint is due after a step: every so many of a segment, and at its end; never if 0.
+
+        Of steps that are sampled `together` the last one's turn comes: a checkpoint cuts no round of sampling, so that
+        no trajectory depends on when it is written.
+        """
+        if not every or not self.ends_a_round(step, together):
+            return False
+        done = step - self._began(step)
+        return step in (self.steps, *self.ends) or done // every > (done - together) // every
 
     def rate_at(self, step: int) -> float:
         """Learning rate of step `step`, counted from 1."""
@@ -124,6 +138,8 @@ class Saving:
     """Where rows and checkpoints go, and where to go on.
 
     every, keep: a checkpoint every so many steps of a segment and after its last (0: none); the last `keep` stay.
+    together: steps that one round of sampling feeds.
+    first: a checkpoint before the first step too.
     resume: continue from this checkpoint; the trajectory is the uninterrupted one.
     """
 
@@ -131,6 +147,8 @@ class Saving:
     every: int
     keep: int
     resume: Checkpoint | None = None
+    together: int = 1
+    first: bool = False
 
 
 Hook = Callable[[int], Mapping[str, float] | None]
@@ -174,6 +192,7 @@ def train(
 
     Raises:
         TrainingError: loss or gradient is NaN or infinite; weights and files stay as the last good step left them.
+        Stopped: a signal came, and a checkpoint was saved after the last step.
     """
     watch, resume = watch or Watch(), saving.resume
     optimizer = _optimizer(constraint.masters(), optimization)
@@ -182,28 +201,34 @@ def train(
         _restore(resume, constraint, optimizer, follower)
         if _asked_to_stop(watch, accelerator, device):
             return start
-    for step in range(start + 1, optimization.last + 1):
-        began = time.perf_counter()
-        torch.manual_seed(step)  # whatever still draws from the global stream draws the same after a resume
-        rate = optimization.rate_at(step)
-        row, ids = _gradients(objective, accelerator, device, step, saving)
-        norm = _update(constraint, optimizer, rate, optimization.max_grad_norm, accelerator)
-        if not math.isfinite(norm):
-            raise TrainingError(_not_finite("gradient norm", norm, step, ids, saving))
-        if follower:
-            follower.updated(step)
-        seconds = time.perf_counter() - began
-        row |= {"learning_rate": rate, "grad_norm": norm}
-        _log(saving, accelerator, step, row)
-        if accelerator.is_main_process:
-            saving.run.append(TIMING, {"step": step, "seconds": round(seconds, 4), **memory_mib(device)})
-        watch.on_step({"step": step, **row, "seconds": seconds})
-        for hook in watch.hooks:
-            _log(saving, accelerator, step, hook(step) or {})
-        if optimization.saves_at(step, saving.every) and accelerator.is_main_process:
-            _save(saving, step, constraint, optimizer, follower)
-        if _asked_to_stop(watch, accelerator, device):
-            return step
+    elif saving.first and accelerator.is_main_process:
+        _save(saving, 0, constraint, optimizer, follower)
+    with at_the_end_of_a_round() as wish:
+        for step in range(start + 1, optimization.last + 1):
+            began = time.perf_counter()
+            torch.manual_seed(step)  # whatever still draws from the global stream draws the same after a resume
+            rate = optimization.rate_at(step)
+            row, ids = _gradients(objective, accelerator, device, step, saving)
+            norm = _update(constraint, optimizer, rate, optimization.max_grad_norm, accelerator)
+            if not math.isfinite(norm):
+                raise TrainingError(_not_finite("gradient norm", norm, step, ids, saving))
+            if follower:
+                follower.updated(step)
+            seconds = time.perf_counter() - began
+            row |= {"learning_rate": rate, "grad_norm": norm}
+            _log(saving, accelerator, step, row)
+            if accelerator.is_main_process:
+                saving.run.append(TIMING, {"step": step, "seconds": round(seconds, 4), **memory_mib(device)})
+            watch.on_step({"step": step, **row, "seconds": seconds})
+            for hook in watch.hooks:
+                _log(saving, accelerator, step, hook(step) or {})
+            ends = optimization.ends_a_round(step, saving.together) and _wished(wish, accelerator, device)
+            if (ends or optimization.saves_at(step, saving.every, saving.together)) and accelerator.is_main_process:
+                _save(saving, step, constraint, optimizer, follower)
+            if ends:
+                raise Stopped(ends)
+            if _asked_to_stop(watch, accelerator, device):
+                return step
     return optimization.last
 
 
@@ -226,6 +251,14 @@ def _asked_to_stop(watch: Watch, accelerator: Accelerator, device: torch.device)
     """What the main process says; all follow it."""
     said = torch.tensor([float(accelerator.is_main_process and watch.stop())], device=device)
     return bool(_over_processes(accelerator, said))
+
+
+def _wished(wish: Wish, accelerator: Accelerator, device: torch.device) -> int:
+    """The signal that one of the processes got, 0 for none; all of them end after the same step."""
+    if accelerator.num_processes == 1:
+        return wish.number
+    heard = accelerator.gather(torch.tensor([wish.number], device=device))
+    return int(cast(Tensor, heard).max())
 
 
 def _log(saving: Saving, accelerator: Accelerator, step: int, values: Mapping[str, float]) -> None:

@@ -16,6 +16,7 @@ from remend.files.atomic import JsonObject, read_json
 from remend.models.find import ModelSource, own_file
 from remend.models.packed_weights import packing
 from remend.models.protocols import CausalLM, Tokenizer
+from remend.models.written import FILES, RECORD
 from remend.registry import Registry, register_all
 
 
@@ -144,15 +145,14 @@ def held_as_dense(kind: str, source: ModelSource, reason: object, as_dense: bool
     ) from None
 
 
-RECORD = "degradation.json"
-"""What `remend degrade` wrote beside a student."""
-
-
 def read_record(directory: Path) -> JsonObject:
-    """The record in a model's directory; empty where there is none. Raises FileError for one that can't be read."""
+    """How the model in a directory was damaged; empty where that is not told. Raises FileError for an unreadable one.
+
+    The hashes of its files are left out: they belong to that directory alone.
+    """
     path = directory / RECORD
     content = read_json(path) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    return {key: value for key, value in content.items() if key != FILES} if isinstance(content, dict) else {}
 
 
 def set_to_zero(record: JsonObject) -> bool:

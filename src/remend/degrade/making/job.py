@@ -16,7 +16,6 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from remend.compression.recognise import RECORD
 from remend.console import stage, warn
 from remend.data.examples import Example, bundled, choose, data_hash, load_examples, without
 from remend.data.given import write_rows
@@ -38,6 +37,7 @@ from remend.models.room import room_of
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
+from remend.models.written import FILES, RECORD, hashes_of
 from remend.registry import Registry
 from remend.report.card import Card, left_out, named, part_of_damage, relation_of, ways_to_use
 from remend.training.measure import compare, pool
@@ -157,6 +157,7 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
         write_rows(out, target)
         if changed.files:
             changed.files(target)
+        record[FILES] = hashes_of(target)
         write_json(target / RECORD, record)
         _write_card(target, damage, changed.student, record)
     if settings.probe:  # after the saving: whatever fails here, the work is not lost

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from remend.compression.grids import Grid, decode, encode, off_borders, snap, within_cell
-from remend.compression.recognise import RECORD
 from remend.compression.solvers import gptq
 from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.errors import InputError
@@ -21,6 +20,7 @@ from remend.models.activations.walk import Sites
 from remend.models.find import OWN_FOLDER
 from remend.models.matrices import Matrix, by_key
 from remend.models.protocols import CausalLM
+from remend.models.written import RECORD
 from remend.training.constraints.fitting import anchored_gram, priors, targets
 from remend.training.constraints.kind import (
     REPAIRED_RATE,

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from remend.compression.recognise import RECORD, was_pruned
+from remend.compression.recognise import was_pruned
 from remend.compression.solvers import refit_kept
 from remend.errors import InputError
 from remend.models.activations.walk import Sites
 from remend.models.layers import kept_weights
 from remend.models.matrices import matrices
 from remend.models.protocols import CausalLM
+from remend.models.written import RECORD
 from remend.training.constraints.fitting import anchored_gram, priors, targets
 from remend.training.constraints.free import Free
 from remend.training.constraints.kind import (

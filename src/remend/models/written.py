@@ -1,0 +1,88 @@
+"""Is a model that remend wrote still what remend wrote?
+
+SHA-256 of its files stands in what is written beside it: degradation.json, export.json, or the summary of the run whose
+model it is. Files that are not recorded there (notes, a card) are no matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from remend.errors import FileError
+from remend.files.atomic import JsonObject, read_json
+from remend.files.hashes import hash_directory, hash_file
+from remend.files.run_directory import SUMMARY
+
+RECORD = "degradation.json"
+"""Beside a degraded model: how it was damaged."""
+EXPORT_FILE = "export.json"
+"""Beside an exported model: what was written, and how that was checked."""
+MODEL = "model"
+"""In a run: the recovered model."""
+FILES = "files"
+"""The key of the hashes, by name."""
+
+
+def hashes_of(directory: Path) -> dict[str, str]:
+    """SHA-256 of what lies in a model's directory, but for the cards and the records that it belongs into."""
+    found = hash_directory(directory)
+    return {n: digest for n, digest in found.items() if n not in (RECORD, EXPORT_FILE) and not n.endswith(".md")}
+
+
+def recorded(directory: Path) -> Mapping[str, str] | None:
+    """The hashes that were recorded when remend wrote a directory; None where there are none."""
+    summary = directory.parent / SUMMARY if directory.name == MODEL else None
+    if summary and summary.is_file():
+        saved: JsonObject = read_json(summary).get("saved") or {}
+        return saved.get(FILES)
+    for name in (EXPORT_FILE, RECORD):
+        if (directory / name).is_file():
+            record = read_json(directory / name)
+            if isinstance(record, dict) and isinstance(record.get(FILES), dict):
+                return dict(record[FILES])
+    return None
+
+
+def changed(directory: Path) -> list[str]:
+    """The names of files that are missing or have another content than was recorded."""
+    return [name for name, digest in (recorded(directory) or {}).items() if _digest(directory / name) != digest]
+
+
+def require_as_written(directory: Path) -> None:
+    """Raise FileError where a file of a model that remend wrote changed since then."""
+    names = changed(directory)
+    if not names:
+        return
+    of_run = directory.name == MODEL and (directory.parent / SUMMARY).is_file()
+    again = (
+        f"move {directory} aside and give remend recover --resume {directory.parent}, which writes it again from the "
+        "last checkpoint"
+        if of_run
+        else "copy it again, or make it again with the command that made it"
+    )
+    place = (
+        directory.parent / SUMMARY
+        if of_run
+        else next(directory / name for name in (EXPORT_FILE, RECORD) if (directory / name).is_file())
+    )
+    raise FileError(
+        f"{' and '.join(names[:5])} of {directory} changed or can't be read since remend wrote it: {again}. If you "
+        f'changed it yourself and mean it, remove "{FILES}" from {place}'
+    )
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        facts = path.stat()
+        return _hashed(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _hashed(path: str, size: int, changed_at: int, number: int) -> str:
+    """A command opens a model several times; size, time and inode only tell whether it must be read again."""
+    del size, changed_at, number
+    return hash_file(Path(path))

@@ -1,0 +1,159 @@
+"""What changed on the disk since it was written is told, and never taken silently."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import remend
+from helpers.recovering import assert_equal_runs, torn_copy
+from remend.errors import FileError, InputError
+from remend.files.lock import only_writer
+from remend.files.run_directory import MANIFEST, METRICS, SUMMARY, RunDirectory
+from remend.recovery.job import RecoverResult, recover
+
+
+def flip(path: Path, at: int = -5) -> None:
+    """Change one bit."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, zeroed, truncated, Path.unlink])
+@pytest.mark.parametrize("name", ["masters.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_left_aside_for_the_one_before(
+    repaired_run: RecoverResult,
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torn = torn_copy(repaired_run.out, tmp_path / "torn", 8)
+    steps = [checkpoint.step for checkpoint in RunDirectory(torn).checkpoints()]
+    assert len(steps) == 2
+    damage(torn / "checkpoints" / f"step-{steps[-1]:06d}" / name)
+    whole = RunDirectory(torn).whole_checkpoints()
+    assert [checkpoint.step for checkpoint in whole] == steps[:1]
+    told = "is damaged and left aside" in capsys.readouterr().err
+    assert told or (damage, name) == (Path.unlink, "state.json")  # without its last file it is no checkpoint
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_whole(repaired_run: RecoverResult, tmp_path: Path) -> None:
+    torn = torn_copy(repaired_run.out, tmp_path / "torn", 8)
+    last = RunDirectory(torn).checkpoints()[-1]
+    flip(last.path / "masters.safetensors")
+    assert_equal_runs(repaired_run, recover(resume=torn))
+
+
+def test_a_checkpoint_of_another_step_is_not_taken(repaired_run: RecoverResult, tmp_path: Path) -> None:
+    torn = torn_copy(repaired_run.out, tmp_path / "torn", 8)
+    first, last = RunDirectory(torn).checkpoints()
+    shutil.rmtree(last.path)
+    shutil.copytree(first.path, last.path)
+    assert [checkpoint.step for checkpoint in RunDirectory(torn).whole_checkpoints()] == [first.step]
+
+
+def test_steps_are_numbers_and_other_folders_the_user_s(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    for step in (999_998, 999_999, 1_000_000):
+        directory.save_checkpoint(step, {}, {}, keep=2)
+    shutil.copytree(tmp_path / "run/checkpoints/step-999999", tmp_path / "run/checkpoints/step-999999.bak")
+    assert [checkpoint.step for checkpoint in directory.checkpoints()] == [999_999, 1_000_000]
+    directory.save_checkpoint(1_000_001, {}, {}, keep=1)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-1000001", "step-999999.bak"]
+
+
+USES: dict[str, Callable[[Path, Path], Any]] = {
+    "resume": lambda run, out: recover(resume=run),
+    "export": lambda run, out: remend.export(run, out, format="dense"),
+    "export of the model": lambda run, out: remend.export(run / "model", out, format="dense"),
+    "prune": lambda run, out: remend.prune(str(run / "model"), out, probe=False),
+    "recover": lambda run, out: recover(student=str(run / "model"), teacher=str(run / "model"), out=str(out), steps=1),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_damaged_model_of_a_run_is_refused_by_name(grid_run: RecoverResult, tmp_path: Path, use: str) -> None:
+    run = shutil.copytree(grid_run.out, tmp_path / "run")
+    flip(run / "model" / "model.safetensors")
+    with pytest.raises(
+        (FileError, InputError), match=r"model\.safetensors of .* changed or can't be read since"
+    ) as told:
+        USES[use](run, tmp_path / "out")
+    assert "remend recover --resume" in str(told.value)
+
+
+def test_a_model_that_is_gone_is_written_again(grid_run: RecoverResult, tmp_path: Path) -> None:
+    run = shutil.copytree(grid_run.out, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    assert_equal_runs(grid_run, recover(resume=run))
+
+
+def test_degraded_and_exported_models_are_known_too(reference_dir: Path, tmp_path: Path) -> None:
+    remend.quantize(str(reference_dir), tmp_path / "q4", format="int4-g32-sym", probe=False)
+    remend.export(tmp_path / "q4", tmp_path / "packed", format="compressed-tensors")
+    for made in ("q4", "packed"):
+        copied = shutil.copytree(tmp_path / made, tmp_path / f"{made}-damaged")
+        flip(copied / "model.safetensors")
+        with pytest.raises(FileError, match="copy it again, or make it again"):
+            remend.export(copied, tmp_path / "out", format="dense")
+        record = next(copied / name for name in ("export.json", "degradation.json") if (copied / name).is_file())
+        record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "files"}))
+        if made == "packed":  # its owner says that it is meant
+            remend.export(copied, tmp_path / "out", format="dense")
+
+
+def test_two_at_once_are_not_let_in(grid_run: RecoverResult, tmp_path: Path) -> None:
+    torn = torn_copy(grid_run.out, tmp_path / "torn", 8)
+    rows = (torn / METRICS).read_bytes()
+    with only_writer(torn, "run"), pytest.raises(InputError, match="another process"):
+        recover(resume=torn)
+    assert (torn / METRICS).read_bytes() == rows
+
+
+def test_files_of_others_in_a_run_stay(grid_run: RecoverResult, tmp_path: Path) -> None:
+    torn = torn_copy(grid_run.out, tmp_path / "torn", 8)
+    (torn / ".git").mkdir()
+    (torn / ".git" / "config").touch()
+    (torn / ".env").touch()
+    (torn / ".remend-tmp-left").touch()
+    recover(resume=torn)
+    assert (torn / ".git" / "config").is_file()
+    assert (torn / ".env").is_file()
+    assert not (torn / ".remend-tmp-left").exists()
+
+
+def test_no_step_depends_on_when_checkpoints_are_written(repaired_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Two steps are sampled at once, and a checkpoint that is due between them waits for the second."""
+    quick = {**repaired_recipe, "repair": False, "bootstrap": "off", "updates_per_rollout": 2, "diagnose_every": 0}
+    one, other = (recover(**{**quick, "out": str(tmp_path / str(every)), "save_every": every}) for every in (0, 3))
+    assert RunDirectory(one.out).rows(METRICS) == RunDirectory(other.out).rows(METRICS)
+    assert all(checkpoint.step % 2 == 0 for checkpoint in RunDirectory(other.out).checkpoints())
+
+
+def test_a_machine_that_changed_is_told(
+    grid_run: RecoverResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = torn_copy(grid_run.out, tmp_path / "torn", 8)
+    manifest = json.loads((torn / MANIFEST).read_text())
+    manifest["versions"]["torch"], manifest["hardware"]["threads"] = "1.0.0", 64
+    (torn / MANIFEST).write_text(json.dumps(manifest))
+    recover(resume=torn)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "since the run began, torch 1.0.0 to" in told
+    assert "threads 64 to" in told
+    assert (torn / SUMMARY).is_file()
