@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.progress import Task as Bar
+from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+from remend.errors import printable
+
+
+class PlainConsole(Console):
+    """A console that takes no text for markup, and lets nothing through that would steer the terminal.
+
+    Names, ids and answers come from files and models: a `[` in them is a bracket, and an escape code is none.
+    """
+
+    def __init__(self, *, stderr: bool = False, soft_wrap: bool = False) -> None:
+        super().__init__(stderr=stderr, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """See rich: every text that is printed comes through here, before its colours are added."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(printable(part.text), part.style)
+
+
+console = PlainConsole(stderr=True)
 """What `--quiet` silences: progress and remarks."""
 
-_warnings = Console(stderr=True, highlight=False)
+_warnings = PlainConsole(stderr=True)
 _phases: list[str] = []
 """The phases of the command that is under way, and the one that it is in, as `phases` and `phase` set them."""
 _phase: list[str] = []
