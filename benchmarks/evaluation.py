@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from remend.files.atomic import read_json
+from remend.files.reading import read_object
 from remend.files.run_directory import occupied
 
 HOW = {"science": ("--how", "choices"), "tooluse": ()}
@@ -43,7 +43,7 @@ def main() -> None:
         limit = [] if options.limit is None else ["--limit", str(options.limit)]
         given = [options.model, "--task", task, "--data", str(getattr(options, task)), "--out", str(out)]
         subprocess.run([sys.executable, "-m", "remend", "eval", *given, *words, *limit], check=True)
-        whole, found = time.monotonic() - began, read_json(out)
+        whole, found = time.monotonic() - began, read_object(out)
         low, high = found["interval_95"]
         score = f"{found['score']:.1%} ({low:.1%} to {high:.1%})"
         lines.append(f"| {task} | {found['how']} | {found['n']} | {score} | {found['seconds']:.0f} | {whole:.0f} |")

@@ -38,7 +38,8 @@ from remend.data import tasks
 from remend.data.examples import load_examples
 from remend.data.order import Order
 from remend.data.templates import encode
-from remend.files.atomic import json_line, read_json, write_json, write_text
+from remend.files.atomic import json_line, write_json, write_text
+from remend.files.reading import read_object
 from remend.files.run_directory import METRICS, SUMMARY, RunDirectory
 from remend.maths.gap import bootstrap_gap_closed
 from remend.maths.paired import gap_closed, paired_bootstrap
@@ -290,7 +291,7 @@ def main() -> None:
     folder, path = arguments.out, arguments.out / "results.json"
     prepare(folder, arguments.task, arguments.rows, arguments.prompts)
     measure = Measure(folder, arguments.task, arguments.rows)
-    results: dict[str, Any] = read_json(path) if path.exists() else {}
+    results: dict[str, Any] = read_object(path) if path.exists() else {}
     other = next((n for n, r in results.items() if r["n"] != arguments.rows or "kl_sums" not in r), None)
     if other:
         sys.exit(f'{path} holds "{other}" of {results[other]["n"]} rows, made otherwise; give another --out')

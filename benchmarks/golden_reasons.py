@@ -58,6 +58,7 @@ PAGES = "pages and cards were drawn anew; the files that they show are compared"
 PROGRESS = "progress counts phases, in other words, and a run ends with what to do next"
 WORST = "a run keeps its worst held-out prompts token by token"
 HASHED = "what is written is hashed"
+NAMED = "what is published names a model by the last part of its path"
 FEW_HELD_OUT = "few held-out prompts are a warning"
 EXPLAINED = [
     Explained(PAGES, r".*", file=r".*\b(report\.(md|html|json)|README\.md)"),
@@ -78,6 +79,8 @@ EXPLAINED = [
     Explained("a table says how many prompts were held out", r"rows\[\d+\]\.held_out_prompts", r"\d+"),
     Explained("a diagnosis says it in other words", r"(.*\.)?sentences\[\d+\]\.text", file=r".*diagnosis\.json"),
     Explained("a run says in what it saved the model", r"(.*\.)?saved(\..*)?"),
+    Explained(HASHED, "prompts_sha256", file=r".*teacher-cache\.json"),
+    Explained(NAMED, r"reference\.model|source", file=r".*(degradation|export)\.json"),
     Explained(HASHED, r"files(\..*)?", file=r".*(degradation|export|state|summary)\.json"),
     Explained(HASHED, r".*line \d+", rf"\s*{QUOTE}files{QUOTE}: .*|\s*{QUOTE}[\w./-]+{QUOTE}: {QUOTE}[0-9a-f]{{64}}.*"),
     Explained("one process writes a run", r"", "there", r".*\.remend-lock"),

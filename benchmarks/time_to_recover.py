@@ -41,8 +41,9 @@ from typing import Any
 
 import torch
 
-from remend.files.atomic import new_directory, read_json, write_json
+from remend.files.atomic import new_directory, write_json
 from remend.files.environment import environment
+from remend.files.reading import read_object
 from remend.files.run_directory import METRICS, REPAIR, SUMMARY, RunDirectory
 from remend.models.find import find_model
 from remend.models.load import load_model, load_tokenizer, save_model
@@ -160,7 +161,7 @@ def run_line(line: Line, out: Path, terms: Terms) -> dict[str, Any]:
         )
     else:
         subprocess.run([sys.executable, str(TRL_SIDE), *trl_words(line, out, steps, terms)], check=True)
-    summary, around = read_json(place / SUMMARY), environment()
+    summary, around = read_object(place / SUMMARY), environment()
     about = {
         "steps": steps,
         "dtype": terms.dtype,
@@ -191,13 +192,13 @@ def setup(place: Path) -> dict[str, float]:
         if pools and before.is_file():
             spent["pool"] = max(0.0, max(p.stat().st_mtime for p in pools) - before.stat().st_mtime)
     if (place / REPAIR).is_file() and "repair" not in spent:
-        spent["repair"] = read_json(place / REPAIR)["seconds"]
+        spent["repair"] = read_object(place / REPAIR)["seconds"]
     return spent
 
 
 def curve(place: Path) -> list[tuple[float, float]]:
     """(seconds, KL) at every measurement, in order; 0 seconds is the degraded student."""
-    files, summary = RunDirectory(place), read_json(place / SUMMARY)
+    files, summary = RunDirectory(place), read_object(place / SUMMARY)
     before = setup(place)
     points = [(0.0, summary["degraded"]["kl"])]
     if "repair" in before:
@@ -235,7 +236,7 @@ def main() -> None:
     terms, tables = Terms(options.steps, options.dtype, options.device, options.at_once), options.table or list(TABLES)
     lines = [n for n in LINES if set(n.tables) & set(tables) and (not options.only or n.name in options.only)]
     path = options.out / "results.json"
-    results: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
+    results: dict[str, dict[str, Any]] = read_object(path) if path.is_file() else {}
     same_terms(results, lines, terms, options.out)
     waiting = [line for line in lines if line.name not in results]
     if waiting:

@@ -7,8 +7,11 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from remend import console as progress
+from remend.cli.show import print_line
 
 
 @pytest.fixture
@@ -49,3 +52,20 @@ def test_a_stage_outside_of_phases_has_no_number(screen: io.StringIO) -> None:
 )
 def test_durations_are_read_at_a_glance(seconds: float, text: str) -> None:
     assert progress.duration(seconds) == text
+
+
+def test_names_are_no_markup_and_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "[/b] [red]x\x1b[31m\x9b0m\u202e:smile: \ud800"
+    grid = Table("name[/b]")
+    grid.add_row(evil)
+    for thing in (evil, grid, Text(evil)):
+        progress.PlainConsole().print(thing, soft_wrap=True)
+    progress.warn(evil)
+    with progress.stage(evil):
+        pass
+    print_line(evil)
+    out, err = capsys.readouterr()
+    assert not set(out + err) & {"\x1b", "\x9b", "\u202e", "\ud800"}
+    assert out.count("[/b] [red]x?[31m?0m?:smile: ?") == 3
+    assert "│ [/b] [red]x?[31m?0m?:smile" in out
+    assert err.count("[/b] [red]x?[31m?0m?:smile: ?") == 2

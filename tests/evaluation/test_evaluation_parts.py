@@ -274,15 +274,23 @@ def test_without_the_package_the_line_that_installs_it_is_named(monkeypatch: pyt
 
 def test_unknown_names_and_code_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     manager = SimpleNamespace(all_tasks=["hellaswag", "humaneval"])
-    module = SimpleNamespace(TaskManager=lambda include_path: manager)
+    module = SimpleNamespace(TaskManager=lambda include_path: manager, __file__="lm_eval/__init__.py")
     monkeypatch.setattr(harness.importlib, "import_module", lambda name: module)
     monkeypatch.setattr(harness.importlib.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(harness, "require_sandbox", lambda: "bwrap")
     found = harness.Tasks(tmp_path)
     with pytest.raises(
         CheckError, match=r'(?s)unknown task "lm-eval:helaswag".*Did you mean "lm-eval:hellaswag".*code'
     ):
         found.check(["lm-eval:helaswag", "lm-eval:humaneval"], allow_code=False)
     found.check(["lm-eval:hellaswag", "lm-eval:humaneval"], allow_code=True)
+
+    def missing() -> str:
+        raise FileError("bubblewrap is not installed")
+
+    monkeypatch.setattr(harness, "require_sandbox", missing)
+    with pytest.raises(CheckError, match="task lm-eval:humaneval: bubblewrap is not installed"):
+        found.check(["lm-eval:humaneval"], allow_code=True)
 
 
 YAML = """task: rain

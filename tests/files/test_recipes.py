@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from remend.files.settings import build, read_yaml
+from remend.files.settings import build
+from remend.files.yaml_files import read_yaml
 from remend.recovery.settings import RecoverConfig
 
 ROOT = Path(__file__).parents[2]

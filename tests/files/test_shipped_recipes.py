@@ -13,7 +13,7 @@ from helpers.tiny import prompts
 from remend import cli
 from remend.errors import InputError
 from remend.files import recipes
-from remend.files.settings import read_yaml
+from remend.files.yaml_files import read_yaml
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -205,8 +205,27 @@ def test_disk_too_small(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     (problem,) = found(recipe).problems
-    assert "0.0 GiB are free" in problem
+    assert "0.1 MiB are free" in problem
     assert "keep_checkpoints" in problem
+
+
+def test_what_a_run_has_written_already_needs_no_room(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from remend.files.settings import build
+    from remend.recovery.preflight import preflight
+    from remend.recovery.settings import RecoverConfig
+
+    usage, checkpoints = shutil.disk_usage("/"), tmp_path / "run" / "checkpoints"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    checkpoints.mkdir(parents=True)
+    config = build(RecoverConfig, recipe, "test")
+    assert "are there already" not in preflight(config, resuming=True).problems[0]
+    (checkpoints / "a.safetensors").write_bytes(bytes(2**20))
+    assert "2.5 MiB" in preflight(config, resuming=True).problems[0]
+    assert "of which 1.0 MiB are there already" in preflight(config, resuming=True).problems[0]
+    (checkpoints / "b.safetensors").write_bytes(bytes(2**21))
+    assert preflight(config, resuming=True).problems == []
 
 
 def test_a_layer_map_must_fit_the_teacher(recipe: dict[str, Any], reference_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -116,12 +117,23 @@ def test_a_file_that_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"diagnosis\.json can't be read"):
         report([path])
     (path / "diagnosis.json").write_text("[1, 2]")
-    with pytest.raises(InputError, match=r"holds list, not an object"):
+    with pytest.raises(FileError, match=r"it holds a list, and an object belongs there"):
         report([path])
     (path / "diagnosis.json").write_text(json.dumps({"name": "from before"}))
-    with pytest.raises(InputError, match=r"lacks '\w+': its files are of another version"):
+    with pytest.raises(FileError, match=r"it lacks '\w+'.* is of another version; make it anew"):
         report([path])
 
 
 def test_flat_recipes() -> None:
     assert flat({"a": 1, "b": {"c": 2, "d": {}}, "e": None}) == {"a": 1, "b.c": 2, "b.d": {}, "e": None}
+
+
+@pytest.mark.parametrize("name", ["summary.json", "manifest.json", "track.jsonl", "metrics.jsonl", "held_out.jsonl"])
+@pytest.mark.parametrize(
+    "content", [b"[1]\n", b'{"step": "x"}\n', b'{"degraded": {"kl": "x"}}\n', b"\xff\n", b"null\n"]
+)
+def test_damaged_files_of_a_run(name: str, content: bytes, tmp_path: Path) -> None:
+    path = made_run(tmp_path / "run")
+    (path / name).write_bytes(content)
+    with contextlib.suppress(FileError, InputError):  # a file that the page does without may be anything
+        report([path])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import remend
-from remend.files.atomic import read_json
+from remend.files.reading import read_object
 from remend.studies import demo
 
 
@@ -20,7 +20,7 @@ def test_compare_runs_training_alone_on_the_same_student(
     monkeypatch.setattr(demo, "PLAIN", {**demo.PLAIN, **small, "steps": 1, "warmup_steps": 0})
     result = remend.demo(tmp_path / "d", model=str(reference_dir), steps=1, compare=True)
     plain = tmp_path / "d" / demo.PLAIN_RUN
-    ours, theirs = read_json(result.out / "manifest.json"), read_json(plain / "manifest.json")
+    ours, theirs = read_object(result.out / "manifest.json"), read_object(plain / "manifest.json")
     assert (result.out / "repair.json").is_file()
     assert not (plain / "repair.json").exists()
     assert ours["models"] == theirs["models"]

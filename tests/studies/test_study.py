@@ -15,7 +15,8 @@ import yaml
 
 from helpers.tiny import prompts
 from remend import cli
-from remend.files.atomic import read_json, write_json
+from remend.files.atomic import write_json
+from remend.files.reading import read_object
 from remend.files.run_directory import SUMMARY
 from remend.report import report
 from remend.report.study import study_page
@@ -98,7 +99,7 @@ def test_a_study_goes_on_and_failures_stop_nothing(write: Any, tmp_path: Path, m
 
     # nor is one that another version of remend wrote, with keys that are gone and without those that are newer
     record = out / "cells/int3/sdft/0/inputs/cell.json"
-    inputs = read_json(record)
+    inputs = read_object(record)
     recipe = inputs["training"]["recipe"]
     for part in (recipe, recipe["streams"]["recover"]):
         del part["loss"]
@@ -176,7 +177,7 @@ def test_every_how_runs(write: Any, tmp_path: Path) -> None:
         assert grade["scores"]["recovered"]["method"] == "Wilson"
         assert "minimum_detectable_effect" in grade["change"]
     labels = tmp_path / "out/cells/int3/sft/0/inputs/labels"
-    record = read_json(labels / RECORD)
+    record = read_object(labels / RECORD)
     (shard,) = record["shards"]
     assert shard["sha256"] == hashlib.sha256((labels / shard["file"]).read_bytes()).hexdigest()
     page = (tmp_path / "out" / "report.html").read_text()
@@ -202,10 +203,10 @@ def test_every_kind_of_degradation_makes_a_student_once(write: Any, tmp_path: Pa
     }
     path = write(degradations=degradations, methods={"none": "none"})
     assert study(path, out)["failures"] == {}
-    records = {name: read_json(out / "students" / name / "degradation.json") for name in degradations}
+    records = {name: read_object(out / "students" / name / "degradation.json") for name in degradations}
     assert [record["method"] for record in records.values()] == ["width", "depth:list", "lora"]
     assert records["tuned"]["data"]["rows"] == 12
-    inputs = read_json(out / "students" / "tuned.json")["degradation"]
+    inputs = read_object(out / "students" / "tuned.json")["degradation"]
     settled = "kind data steps epochs learning_rate batch_size gradient_accumulation max_tokens lora seed"
     assert set(inputs) == set(settled.split())  # as every version had it, so that old students are not made anew
     assert inputs["lora"] == {"rank": 2}
@@ -246,7 +247,7 @@ def test_files_and_verb(
     assert remend("study", write(), "--out", out, "--only", "int3/broken")[0] == 1
     assert "failed: int3/broken/0: " in said
     assert "2 of 3 cells are done, 1 failed" in said
-    results = read_json(out / "results.json")
+    results = read_object(out / "results.json")
     row = results["rows"][1]
     assert row["tokens_trained"][0] == pytest.approx(100, rel=0.5)
     assert len(row["gap_closed_95"]) == 2

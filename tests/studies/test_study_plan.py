@@ -23,6 +23,9 @@ STUDY: dict[str, Any] = {
 }
 
 
+TRUSTED = {"trust_remote_code": True}
+
+
 def write(folder: Path, **changes: Any) -> Path:
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
@@ -208,3 +211,28 @@ def test_every_shipped_study_can_be_costed(name: str, tmp_path: Path) -> None:
     assert hours[0] < dry["total"]["hours"] < hours[1]
     if name == "small":
         assert max(cell["hours"] for cell in dry["cells"]) <= 0.2  # 12 minutes
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"recipe": TRUSTED}, "recipe.trust_remote_code"),
+        (
+            {"models": {"a": {"path": "smollm2", "recipe": {"trust_remote_code": True}}}, "model": None},
+            "models.a.recipe",
+        ),
+        (
+            {"degradations": {"x": {"kind": "quantize", "format": "int3-g64", "trust_remote_code": True}}},
+            "degradations.x",
+        ),
+        (
+            {"benchmarks": {"lm-eval:humaneval": {"options": {"allow_code": True}}}},
+            "benchmarks.lm-eval:humaneval.options",
+        ),
+    ],
+)
+def test_a_study_lets_no_code_run(changes: dict[str, Any], key: str, tmp_path: Path) -> None:
+    path = write(tmp_path, **changes)
+    with pytest.raises(InputError, match=rf"{key}.* is set, and a file never lets code run, whoever wrote it"):
+        study(path, tmp_path / "out")
+    assert study(path, tmp_path / "out", dry_run=True, trust_remote_code=True, allow_code=True)["cells"]

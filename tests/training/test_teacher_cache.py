@@ -319,10 +319,15 @@ SHARD = "scores-00000.safetensors"
         (cut(SHARD, 0.5), f"{SHARD} has "),
         (lambda path: (path / PROMPTS).unlink(), f"{PROMPTS} is missing"),
         (cut(PROMPTS, 0.5), "is damaged"),
-        (drop_a_line, "of (34, 6, "),
+        (drop_a_line, f"{PROMPTS} changed since it was written"),
         (cut(RECORD, 0.5), f"{RECORD} can't be read"),
         (edit(RECORD, lambda r: {**r, "version": 2}), "has version 2, and this remend reads 1"),
-        (edit(RECORD, lambda r: []), "has version None"),
+        (edit(RECORD, lambda r: []), f"{RECORD} can't be read: it holds a list"),
+        (edit(RECORD, lambda r: {**r, "version": True}), "has version True"),
+        (edit(RECORD, lambda r: {**r, "shards": "abc"}), "is damaged (TypeError"),
+        (edit(RECORD, lambda r: {**r, "k": "x"}), "must be whole numbers"),
+        (edit(RECORD, lambda r: {**r, "files": 3}), "files is no object"),
+        (edit(RECORD, lambda r: {**r, "shards": [{**s, "file": f"../{s['file']}"} for s in r["shards"]]}), "no file's"),
         (edit(RECORD, lambda r: {n: v for n, v in r.items() if n != "k"}), f"is damaged ({RECORD} lacks k)"),
         (edit(RECORD, lambda r: {**r, "vocabulary": {}}), f"is damaged ({RECORD} lacks the vocabulary)"),
         (edit(RECORD, lambda r: {n: v for n, v in r.items() if n != "tokens"}), "is damaged (KeyError: 'tokens')"),
@@ -339,12 +344,52 @@ def test_damaged_caches(copied: Path, damage: Callable[[Path], None], message: s
 
 
 def test_damage_that_reading_scores_finds(copied: Path) -> None:
+    cache = TeacherCache.open(copied)
     content = bytearray((copied / SHARD).read_bytes())
     content[:8] = b"\xff" * 8
     (copied / SHARD).write_bytes(content)
-    cache = TeacherCache.open(copied)
     with pytest.raises(FileError, match="is damaged"):
         cache.score(cache.train[:1])
+
+
+def test_one_flipped_bit_of_the_scores(copied: Path) -> None:
+    content = bytearray((copied / SHARD).read_bytes())
+    content[-50] ^= 64
+    (copied / SHARD).write_bytes(content)
+    with pytest.raises(FileError, match="changed since it was written: its SHA-256 is another one"):
+        TeacherCache.open(copied)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1],
+        {"id": 1},
+        {"id": "a", "prompt": "x", "completion": [1], "clipped": 0, "split": "train", "shard": 0, "start": 0},
+        {"id": "a", "prompt": [1], "completion": [1], "clipped": 0, "split": [], "shard": 0, "start": 0},
+        {"id": "a", "prompt": [1], "completion": [1], "clipped": 0, "split": "train", "shard": 0, "start": 10**9},
+        {"id": "a", "prompt": [1], "completion": [-1], "clipped": 0, "split": "train", "shard": 0, "start": 0},
+    ],
+)
+def test_rows_of_another_shape(row: object, copied: Path) -> None:
+    record = json.loads((copied / RECORD).read_text())
+    del record["prompts_sha256"]  # as of a cache of an older version
+    (copied / RECORD).write_text(json.dumps(record))
+    (copied / PROMPTS).write_text(json.dumps(row) + "\n" + (copied / PROMPTS).read_text())
+    with pytest.raises(FileError, match="is damaged"):
+        TeacherCache.open(copied)
+
+
+def test_a_damaged_cache_stops_a_recovery_with_one_message(
+    copied: Path, student_dir: Path, reference_dir: Path, tmp_path: Path, run: Any
+) -> None:
+    (copied / SHARD).write_bytes((copied / SHARD).read_bytes()[:-10])
+    stream = f"streams={{r: {{teacher: {copied}, policy: off}}}}"
+    words = (f"student={student_dir}", f"teacher={reference_dir}", stream, f"out={tmp_path / 'run'}")
+    code, _, err = run("check", *words)
+    assert code == 2
+    assert err.count("error: ") == 1
+    assert "write it again with remend cache-teacher" in err
 
 
 def test_is_cache(made: Path, reference_dir: Path, tmp_path: Path) -> None:

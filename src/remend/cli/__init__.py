@@ -18,7 +18,7 @@ from remend.cli import degrading, listing, measuring, recovering
 from remend.cli.from_settings import recipe_options
 from remend.cli.show import print_line
 from remend.console import console
-from remend.errors import InputError, RemendError
+from remend.errors import InputError, RemendError, printable, shortened
 from remend.evaluation.settings import EvaluateSettings
 from remend.plugins import import_installed, import_modules
 from remend.recovery.settings import RecoverConfig
@@ -175,9 +175,20 @@ def main() -> None:
         import_installed()
         import_modules(read.modules)
         _run(read.words)
-    except RemendError as error:
+    except (RemendError, OSError) as error:  # of the system's: a name that is too long, a place that may not be read
         if read.verbose:
             traceback.print_exc()
-        for line in str(error).split("\n"):
-            sys.stderr.write(f"error: {line}\n")
+        text = str(error) if isinstance(error, RemendError) else _of_system(error)
+        for line in text.split("\n"):
+            sys.stderr.write(f"error: {printable(line if len(line) <= LONGEST else line[:LONGEST] + ' …')}\n")
         raise SystemExit(2) from None
+
+
+LONGEST = 2000
+"""Characters of a line of an error."""
+
+
+def _of_system(error: OSError) -> str:
+    """What the system said of a file, and of which."""
+    name = f"{shortened(error.filename)}: " if error.filename else ""
+    return f"{name}{error.strerror or error}; give another path, or mend that (--verbose shows where it happened)"

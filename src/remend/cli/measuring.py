@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 import remend
 from remend.cli.from_settings import Values, command, options_of, parameter
 from remend.cli.show import print_line, show_diagnosis, show_scores, show_track
+from remend.console import PlainConsole
 from remend.diagnosis.settings import DiagnoseSettings
 from remend.errors import InputError
 from remend.evaluation.settings import EvaluateSettings, parse_data, parse_tasks
 
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model directory run its own Python.")]
 MODEL = "A directory, GGUF file, hub id[@revision], smollm2, or a run."
 TASK = "Names with commas between; lm-eval:NAME is lm-evaluation-harness."
 DATA = "Rows: JSON lines or a datasets id; TASK=FILE for one of several tasks; repeatable."
@@ -52,9 +53,12 @@ def report(
     print_line(str(write(paths, Path(out) if out else None)))
 
 
-def track(run: Annotated[str, typer.Argument(help="A recovery's directory.")]) -> None:
+def track(
+    run: Annotated[str, typer.Argument(help="A recovery's directory.")],
+    trust_remote_code: Trust = False,
+) -> None:
     """Measure how well a recovery's layers are aligned with the reference, over its checkpoints."""
-    show_track(remend.track(run))
+    show_track(remend.track(run, trust_remote_code=trust_remote_code))
 
 
 def correlate(
@@ -98,7 +102,7 @@ def compare(
     comparison = pair(files, names=name or None, level=level, seed=seed)
     if out:
         save(comparison, Path(out))
-    Console(highlight=False).print(table(comparison))
+    PlainConsole().print(table(comparison))
 
 
 def study(
@@ -109,11 +113,23 @@ def study(
     only: Annotated[
         list[str] | None, typer.Option(help="Cells to run: int3-g64, int3-g64/sft/0, '*/*/0'; repeatable.")
     ] = None,
+    trust_remote_code: Trust = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let tasks run code where the study says allow_code.")
+    ] = False,
 ) -> None:
     """Degradations x methods x tasks x seeds as a grid of recoveries, compared on one page; rerun to resume."""
     from remend.studies.study import lines
 
-    results = remend.study(path, out, jobs=jobs, dry_run=dry_run, only=only)
+    results = remend.study(
+        path,
+        out,
+        jobs=jobs,
+        dry_run=dry_run,
+        only=only,
+        trust_remote_code=trust_remote_code,
+        allow_code=allow_code,
+    )
     for line in lines(results):
         print_line(line)
     if results.get("failed_now"):

@@ -6,19 +6,20 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
-from remend.files.atomic import JsonRow, read_json
-from remend.files.run_directory import MANIFEST
+from remend.console import PlainConsole
+from remend.errors import printable
+from remend.files.atomic import JsonRow
+from remend.files.run_directory import manifest_of
 
 if TYPE_CHECKING:
     from remend.recovery.job import RecoverResult
 
 
 def print_line(text: str) -> None:
-    """One line on standard output, as it is."""
-    sys.stdout.write(text + "\n")
+    """One line on standard output, without what would steer a terminal."""
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
 
 
@@ -74,13 +75,13 @@ def show(result: RecoverResult) -> None:
     """The result's table, samples and paths."""
     from remend.report.recovery import table, verdict
 
-    console, summary = Console(highlight=False), result.summary
+    console, summary = PlainConsole(), result.summary
     for sample in result.samples():
         console.rule(style="dim")
-        console.print(sample["prompt"], style="bold", markup=False)
+        console.print(sample["prompt"], style="bold")
         for name, style in (("reference", "cyan"), ("degraded", "red"), ("recovered", "green")):
-            console.print(f"[{style}]{name:>9}[/]  ", end="")
-            console.print(sample[name].strip() or "(nothing)", markup=False)
+            console.print(f"{name:>9}  ", style=style, end="")
+            console.print(sample[name].strip() or "(nothing)")
     grid = Table("on held-out prompts", "degraded", "recovered", "gap closed", title_justify="left")
     for column in grid.columns[1:]:
         column.justify = "right"
@@ -89,36 +90,36 @@ def show(result: RecoverResult) -> None:
     console.print(grid)
     console.print(verdict(summary), style="bold")
     for note in summary["notes"]:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     console.print(
         f"{summary['steps']} steps, {summary['tokens_trained']} tokens, {summary['seconds']:.0f} s, "
         f"peak memory {summary['peak_rss_mib']} MiB"
     )
     for name, path in (("model", result.model), ("report", result.report), ("summary", result.out / "summary.json")):
-        console.print(f"{name:>7}  {path}", markup=False, soft_wrap=True)
+        console.print(f"{name:>7}  {path}", soft_wrap=True)
     _show_next(console, result)
 
 
-def _show_next(console: Console, result: RecoverResult) -> None:
+def _show_next(console: PlainConsole, result: RecoverResult) -> None:
     """What to do with the model, as commands to copy; the page has more of them."""
     from remend.report.next_steps import commands
 
     console.print("\nWhat to do next:", style="bold")
-    console.print(f"  Look at it: open {result.report} in a browser", markup=False, soft_wrap=True)
-    for title, code in commands(result.out, result.summary, read_json(result.out / MANIFEST)):
+    console.print(f"  Look at it: open {result.report} in a browser", soft_wrap=True)
+    for title, code in commands(result.out, result.summary, manifest_of(result.out)):
         if code.startswith(("vllm ", "remend export", "remend eval")):
-            console.print(f"  {title.partition(' (')[0]}:", markup=False, soft_wrap=True)
+            console.print(f"  {title.partition(' (')[0]}:", soft_wrap=True)
             for line in code.splitlines():
-                console.print(f"    {line}", markup=False, soft_wrap=True)
+                console.print(f"    {line}", soft_wrap=True)
 
 
 def show_diagnosis(out: str, done: JsonRow) -> None:
     """Each student's severity and sentences, and one line a layer for up to the eight worst."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     for student in (done, *done["others"]):
         console.rule(f"{student['name']}: {student['severity']}", style="dim")
         for sentence in (*student["sentences"], student["recommendation"]):
-            console.print(sentence["text"], markup=False)
+            console.print(sentence["text"])
         grid = Table("worst layers", "CKA", "95%", "relative L2", "Procrustes", "shared neighbours")
         for index in student["ranking"][:8]:
             layer = student["layers"][index]
@@ -127,8 +128,8 @@ def show_diagnosis(out: str, done: JsonRow) -> None:
             grid.add_row(str(layer["layer"]), _figure(layer["cka"]), interval, *rest)
         console.print(grid)
     for name in ("diagnosis.json", "report.html"):
-        console.print(f"{out}/{name}", markup=False)
-    console.print(f"{done['seconds']:.0f} s", markup=False)
+        console.print(f"{out}/{name}")
+    console.print(f"{done['seconds']:.0f} s")
 
 
 def _figure(value: float | None) -> str:
@@ -144,7 +145,7 @@ def show_track(rows: Sequence[JsonRow]) -> None:
         least = f"{min(known)[0]:.3f} ({min(known)[1]})" if known else "–"
         figures = (f"{row['kl']:.3f}", f"{row['top1_agreement']:.1%}", _figure(mean), least)
         grid.add_row(str(row["step"]), row["stage"], *figures)
-    Console(highlight=False).print(grid)
+    PlainConsole().print(grid)
 
 
 def show_scores(out: str, done: JsonRow) -> None:
@@ -158,9 +159,9 @@ def show_scores(out: str, done: JsonRow) -> None:
         by = "" if once else f" ({part['interval_method']})"
         figures = (f"{part['score']:.1%}", f"{low:.1%} to {high:.1%}{by}", str(part["n"]))
         grid.add_row(part["task"], part["grader"], *figures, "; ".join(_qualifiers(part)))
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print(grid)
-    console.print(f"{out}  {done['seconds']:.0f} s", markup=False, soft_wrap=True)
+    console.print(f"{out}  {done['seconds']:.0f} s", soft_wrap=True)
 
 
 def _qualifiers(part: JsonRow) -> list[str]:

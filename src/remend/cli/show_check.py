@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from remend.console import duration, warn
+from remend.console import PlainConsole, duration, warn
 
 if TYPE_CHECKING:
     from remend.recovery.forecast import Forecast
@@ -28,25 +27,25 @@ def show_check(result: Checked, *, measure: bool = False) -> None:
 
     `measure` loads the models for the figures.
     """
-    told, console = Console(highlight=False, soft_wrap=True), Console(highlight=False)
+    told, console = PlainConsole(soft_wrap=True), PlainConsole()
     for warning in result.warnings:
-        told.print("warning:", warning, markup=False)
+        told.print("warning:", warning)
     result.raise_problems()
     for note in result.notes:
-        told.print("note:", note, markup=False)
+        told.print("note:", note)
     if result.plan:
         _show_plan(console, result.plan)
         _show_figures(console, result.plan, measure)
-    told.print(result.verdict(), markup=False)
+    told.print(result.verdict())
     if result.plan:
         for line in result.plan.chosen:
-            told.print(line, markup=False)
+            told.print(line)
 
 
-def _show_plan(console: Console, plan: Plan) -> None:
+def _show_plan(console: PlainConsole, plan: Plan) -> None:
     from remend.recovery.preview import previews
 
-    console.print(_held(plan), markup=False)
+    console.print(_held(plan))
     for preview in previews(plan):
         console.print()
         _show_stream(console, preview, alone=len(plan.prompts.streams) == 1)
@@ -61,21 +60,21 @@ def _held(plan: Plan) -> str:
     return f"Held: {plan.constraint}. Training keeps the student on it."
 
 
-def _show_stream(console: Console, preview: StreamPreview, *, alone: bool) -> None:
+def _show_stream(console: PlainConsole, preview: StreamPreview, *, alone: bool) -> None:
     of = "" if alone else f" of stream {preview.name}"
     if preview.prompts is None:
         console.print(f"The reference writes the prompts{of} when the run begins. The model will read them so:")
     else:
         count = len(preview.shown)
         few = "1 of" if count == 1 else f"{count} of"
-        console.print(f"{few} {preview.prompts} training prompts{of}, as the model will read them:", markup=False)
+        console.print(f"{few} {preview.prompts} training prompts{of}, as the model will read them:")
     for number, prompt in enumerate(preview.shown, start=1):
         _show_prompt(console, prompt, number if preview.prompts is not None else None)
 
 
-def _show_prompt(console: Console, prompt: ShownPrompt, number: int | None) -> None:
+def _show_prompt(console: PlainConsole, prompt: ShownPrompt, number: int | None) -> None:
     if number is not None:
-        console.print(f"{number}. row {prompt.id}, {_tokens(prompt.tokens)}", markup=False)
+        console.print(f"{number}. row {prompt.id}, {_tokens(prompt.tokens)}")
     _show_text(console, prompt.pieces)
     if prompt.answer:
         _show_line(console, Text(f"→ {prompt.answer}", style="green"))
@@ -86,7 +85,7 @@ def _show_prompt(console: Console, prompt: ShownPrompt, number: int | None) -> N
         _show_text(console, prompt.teacher)
 
 
-def _show_text(console: Console, pieces: Sequence[Piece]) -> None:
+def _show_text(console: PlainConsole, pieces: Sequence[Piece]) -> None:
     text, inside = Text(), False
     for piece in pieces:
         if piece.trained != inside:
@@ -102,7 +101,7 @@ def _show_text(console: Console, pieces: Sequence[Piece]) -> None:
     _show_line(console, text)
 
 
-def _show_line(console: Console, text: Text) -> None:
+def _show_line(console: PlainConsole, text: Text) -> None:
     for line in text.wrap(console, console.width - INDENT):
         line.rstrip()
         console.print(Text(" " * INDENT).append_text(line))
@@ -112,7 +111,7 @@ def _tokens(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
 
 
-def _show_figures(console: Console, plan: Plan, measure: bool) -> None:
+def _show_figures(console: PlainConsole, plan: Plan, measure: bool) -> None:
     from remend.recovery.forecast import forecast
 
     costs = None
@@ -121,11 +120,11 @@ def _show_figures(console: Console, plan: Plan, measure: bool) -> None:
 
         costs = measured_costs(plan)
     found = forecast(plan, costs, "a step that was timed now" if measure else "")
-    console.print(_training(plan, found), markup=False)
+    console.print(_training(plan, found))
     console.print(_by_phase(found))
-    console.print(f"Times: {found.source}.", markup=False)
+    console.print(f"Times: {found.source}.")
     parts = ", ".join(f"{name} {size_in_words(size)}" for name, size in found.memory.parts.items())
-    console.print(f"Memory of training: {parts}.", markup=False)
+    console.print(f"Memory of training: {parts}.")
     if found.memory.peak > found.free:
         warn(
             f"the run may need {size_in_words(found.memory.peak)} of memory, and {size_in_words(found.free)} are free. "
@@ -162,11 +161,10 @@ def _by_phase(found: Forecast) -> Table:
     return table
 
 
-def _show_files(console: Console, plan: Plan, found: Forecast) -> None:
+def _show_files(console: PlainConsole, plan: Plan, found: Forecast) -> None:
     disk = found.disk
     console.print(
         f"Written to {plan.config.out}, up to {size_in_words(disk.total)} ({size_in_words(found.disk_free)} are free):",
-        markup=False,
     )
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_row("  model/", f"{size_in_words(disk.model)}: the recovered model, with its card")

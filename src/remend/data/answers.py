@@ -23,6 +23,7 @@ from remend.data.templates import (
 )
 from remend.data.tokenizer import Tokenizer
 from remend.errors import InputError
+from remend.files.reading import parsed
 
 OPENERS = ("<think>", "[THINK]")
 """What opens a block of thoughts."""
@@ -178,7 +179,7 @@ def _bare(text: str) -> str:
 def _parsed(arguments: object) -> object:
     """Arguments that are given as JSON in a text."""
     try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
+        return parsed(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
         return arguments
 

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator
 
 from remend.data.given import table_at
 from remend.errors import FileError, InputError, did_you_mean
+from remend.files.reading import require_finite
 
 Placed = tuple[str, Any]
 """Where a value stands ('file:line'), and the value as JSON gave it."""
@@ -155,6 +156,7 @@ def _kind(path: Path) -> str:
 def _opened(path: Path, what: str = "data") -> str:
     """The text of a file, plain or gzipped, UTF-8 with or without a mark at its start."""
     try:
+        require_finite(path)
         raw = path.read_bytes()
         if path.suffix.lower() == ".gz":
             raw = gzip.decompress(raw)
@@ -166,6 +168,8 @@ def _opened(path: Path, what: str = "data") -> str:
     except (gzip.BadGzipFile, EOFError) as error:
         raise FileError(f"{what} file {path} is no whole gzip file: {error}") from None
     except OSError as error:
+        if isinstance(error, FileError):
+            raise
         raise FileError(f"{what} file {path} can't be read: {error.strerror}") from None
 
 

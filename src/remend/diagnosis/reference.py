@@ -33,7 +33,8 @@ from remend.console import stage
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded
 from remend.errors import InputError
-from remend.files.atomic import json_line, read_json, write_json, write_text, writing
+from remend.files.atomic import json_line, write_json, write_text, writing
+from remend.files.reading import read_object
 from remend.files.run_directory import RunDirectory
 from remend.maths import cka
 from remend.models.activations.capture import LEAST_ROWS, Batch, as_layers, capture, pick_positions, usable
@@ -126,7 +127,7 @@ def reference_answers(
     if not (folder / "done.json").is_file():
         _pass(parts, rollouts, picks, whole, conditions, folder, state)
     state.wait_for_everyone()
-    done = read_json(folder / "done.json")
+    done = read_object(folder / "done.json")
     kept = load_file(folder / "rows.safetensors") if state.is_main_process else {}
     return ReferenceAnswers(folder, rollouts, picks, whole, kept, done["anchors"])
 

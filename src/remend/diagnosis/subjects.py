@@ -13,7 +13,7 @@ from pathlib import Path
 from remend.compression.recognise import recognise
 from remend.console import stage
 from remend.errors import InputError
-from remend.files.atomic import read_json
+from remend.files.reading import read_object
 from remend.files.run_directory import MANIFEST
 from remend.models.find import ModelSource, find_model
 from remend.models.layers import count_parameters, infer_layer_map
@@ -65,7 +65,7 @@ def _made_from(folder: Path) -> str | None:
     manifest = folder.parent / MANIFEST
     if folder.name != "model" or not manifest.is_file():
         return None
-    return str(read_json(manifest).get("recipe", {}).get("student") or "") or None
+    return str(read_object(manifest).get("recipe", {}).get("student") or "") or None
 
 
 def degraded_of(subjects: Sequence[Subject]) -> list[int | None]:
@@ -151,9 +151,17 @@ def layer_map(subject: Subject, student: CausalLM, reference: CausalLM, given: S
         return list(range(ours))
     path = subject.source.path
     if path and (path / RECORD).is_file():
-        recorded = read_json(path / RECORD).get("layer_map")
-        if recorded is not None and len(recorded) == ours and max(recorded) < theirs:
-            return [int(at) for at in recorded]
+        recorded = read_object(path / RECORD).get("layer_map")
+        numbers = isinstance(recorded, list) and all(type(at) is int for at in recorded)
+        if (
+            isinstance(recorded, list)
+            and numbers
+            and len(recorded) == ours
+            and recorded == sorted(set(recorded))
+            and recorded[0] >= 0
+            and recorded[-1] < theirs
+        ):
+            return list(recorded)
     with stage(f"finding which of the reference's layers {subject.name} has kept"):
         try:
             return infer_layer_map(student, reference)

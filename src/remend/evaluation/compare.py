@@ -2,7 +2,7 @@
 
     comparison = compare(["reference.json", "degraded.json", "recovered.json"])
     comparison["tasks"][0]["comparisons"][0]["verdict"]      # "worse"
-    Console().print(table(comparison));  save(comparison, Path("comparison.md"))
+    PlainConsole().print(table(comparison));  save(comparison, Path("comparison.md"))
 
 A results file is `{"task", "grader", "items": [{"id", "correct", …}]}`, further keys being free, or
 `{"results": [such objects]}` for several tasks. `correct` is true, false or a number from 0 to 1; items of one text or
@@ -27,6 +27,7 @@ from remend.evaluation.results_files import Graded, Key, Source, load, require_p
 from remend.files.atomic import JsonObject, write_json, write_text
 from remend.maths import paired
 from remend.maths.intervals import Array
+from remend.report.markdown import escape
 
 Grid = tuple[list[str], list[list[str]]]  # header and rows of cells
 FEW = 20
@@ -105,17 +106,17 @@ def table(comparison: JsonObject) -> Group:
 
 
 def markdown(comparison: JsonObject) -> str:
-    """What `compare` found, as markdown."""
+    """What `compare` found, as markdown; names are escaped, so that none becomes markup."""
     page: list[str] = []
     for task in comparison["tasks"]:
         title, grids, lines = _section(task, f"{comparison['level']:.0%}")
-        page += [f"## {title}", ""]
+        page += [f"## {escape(title)}", ""]
         for header, rows in grids:
-            for row in (header, ["---"] * len(header), *rows):
-                page.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+            names, *cells = ([escape(cell) for cell in row] for row in (header, *rows))
+            page += ["| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *cells)]
             page.append("")
-        page += [f"- {line}" for line in lines] + [""] * bool(lines)
-    return "\n".join(page + [f"- {note}" for note in _notes(comparison)]) + "\n"
+        page += [f"- {escape(line)}" for line in lines] + [""] * bool(lines)
+    return "\n".join(page + [f"- {escape(note)}" for note in _notes(comparison)]) + "\n"
 
 
 def save(comparison: JsonObject, path: Path) -> None:

@@ -20,6 +20,7 @@ from remend.data.order import batches_by_length
 from remend.data.templates import Encoded
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject, json_line, write_text, writing
+from remend.files.reading import object_of
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM, Scored, Tokenizer
 from remend.models.sampling.rollout import Rollout, Sampler
@@ -139,7 +140,7 @@ def open_answers(path: Path) -> Answers:
     try:
         data = path.read_bytes() if path.is_file() else b""
         whole, _, torn = data.rpartition(b"\n")
-        lines = [json.loads(line) for line in whole.decode().split("\n") if line.strip()]
+        lines = [object_of(line) for line in whole.decode().split("\n") if line.strip()]
         by_key = {line["key"]: line for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(

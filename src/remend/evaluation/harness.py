@@ -15,7 +15,7 @@ import importlib
 import importlib.metadata
 import logging
 import math
-import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from remend.console import console, stage
-from remend.errors import CheckError, FileError, InputError, did_you_mean
+from remend.errors import CheckError, FileError, InputError, RemendError, did_you_mean
 from remend.evaluation.results import scored
+from remend.evaluation.sandbox import CodeEval, require_sandbox
 from remend.evaluation.settings import LM_EVAL
 from remend.files.atomic import JsonObject
 from remend.models.protocols import CausalLM, Tokenizer
@@ -60,7 +61,7 @@ class Tasks:
     """
 
     def __init__(self, include: Path | None = None, *, num_fewshot: int | None = None) -> None:
-        self._shots = num_fewshot
+        self._shots, self._include = num_fewshot, include
         digest = {"include_sha256": _digest(include)} if include else {}
         try:
             with stage("loading lm-evaluation-harness"):
@@ -76,8 +77,10 @@ class Tasks:
         """The package's version, the hash of the folder's files, and the examples where they were asked for."""
 
     def check(self, names: Sequence[str], *, allow_code: bool) -> None:
-        """Raises CheckError with all unknown names, and those that run code where that is not allowed."""
+        """Raises CheckError with all unknown names, and those that run code where that is not allowed, or not apart."""
         problems, known = [], self._manager.all_tasks
+        if self._include and not allow_code and (said := _code_of(self._include)):
+            problems.append(said)
         for name in (name.removeprefix(LM_EVAL) for name in names):
             if name not in known:
                 near = did_you_mean(name, known).replace('"', f'"{LM_EVAL}', 1)
@@ -87,9 +90,14 @@ class Tasks:
                 )
             elif name.startswith(("humaneval", "mbpp")) and not allow_code:
                 problems.append(
-                    f"task {LM_EVAL}{name} runs code that the model writes; do so in a sandbox only, and say "
-                    "--allow-code (allow_code)"
+                    f"task {LM_EVAL}{name} runs code that the model writes, apart from your files and the network; say "
+                    "--allow-code (Python: allow_code=True)"
                 )
+            elif name.startswith(("humaneval", "mbpp")):
+                try:
+                    require_sandbox()
+                except FileError as error:
+                    problems.append(f"task {LM_EVAL}{name}: {error}")
         if problems:
             raise CheckError(problems)
 
@@ -98,7 +106,7 @@ class Tasks:
     ) -> list[JsonObject]:
         """Evaluate a task or a group of tasks: its first `limit` documents in batches of `rows`.
 
-        The seed settles few-shot examples. `code`: the task may run code that the model writes.
+        The seed settles few-shot examples. `code`: the task may run code that the model writes, and Python of its own.
 
         Returns:
             For each metric that is a number from 0 to 1 a document: task (with the prefix), grader (the metric's
@@ -115,7 +123,7 @@ class Tasks:
         console.print(f"{LM_EVAL}{short} (lm-evaluation-harness {self.about['version']})")
         seeds = {f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
         try:
-            with _quietly(), _code_allowed(code):
+            with _quietly(), _guarded(allow_code=code):
                 wrapped: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
                 outcome = self._package.simple_evaluate(
                     model=wrapped(pretrained=model, tokenizer=tokenizer, batch_size=rows),
@@ -129,6 +137,8 @@ class Tasks:
                     confirm_run_unsafe_code=code,
                     **seeds,
                 )
+        except RemendError:
+            raise
         except Exception as error:  # data sets, task files and templates raise anything
             raise FileError(
                 f"task {LM_EVAL}{short} failed in lm-eval: {type(error).__name__}: "
@@ -213,17 +223,59 @@ def _answer(responses: Sequence[Any]) -> str | list[int | str | float]:
     return scores
 
 
+_INCLUDED = re.compile(rb"^\s*include:\s*['\"]?([^'\"\s#]+)", re.MULTILINE)
+
+
+def _code_of(folder: Path) -> str | None:
+    """Which task file would have Python run, in a sentence; None where none would.
+
+    A file says so by the tag !function; it may take another one in from elsewhere (include: …).
+    """
+    package = Path(str(importlib.import_module("lm_eval").__file__)).parent
+    waiting, seen = [path for path in sorted(folder.rglob("*")) if path.is_file()], set[Path]()
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in seen or path.suffix == ".py" or path.is_relative_to(package) or path.stat().st_size > 2**22:
+            continue
+        seen.add(path)
+        text = path.read_bytes()
+        if b"!function" in text:
+            return (
+                f"the task file {path} has Python of its own run (!function). Look at it, and if you trust it say "
+                "--allow-code (Python: allow_code=True)"
+            )
+        named = (path.parent / name.decode(errors="replace") for name in _INCLUDED.findall(text))
+        waiting += [other for other in named if other.is_file()]
+    return None
+
+
 @contextmanager
-def _code_allowed(allowed: bool) -> Iterator[None]:
-    """The variable without which the metric of code tasks refuses to run code."""
-    name, before = "HF_ALLOW_CODE_EVAL", os.environ.get("HF_ALLOW_CODE_EVAL")
-    if allowed:
-        os.environ[name] = "1"
+def _guarded(*, allow_code: bool) -> Iterator[None]:
+    """Inside, code that a model writes runs in the sandbox; and without `allow_code` task files have no code run: not
+    as a metric of their own, nor out of a template."""
+    from jinja2.sandbox import SandboxedEnvironment
+
+    evaluate: Any = importlib.import_module("evaluate")
+    utils: Any = importlib.import_module("lm_eval.utils")
+    load, templates = evaluate.load, utils.env
+
+    def loaded(path: str, *words: Any, **options: Any) -> Any:
+        if path == "code_eval":
+            return CodeEval()
+        if not allow_code and ("/" in path or Path(path).exists()):
+            raise InputError(
+                f"the metric {path} is Python of somebody's own; look at it, and if you trust it say --allow-code "
+                "(Python: allow_code=True)"
+            )
+        return load(path, *words, **options)
+
+    apart = SandboxedEnvironment(undefined=templates.undefined, keep_trailing_newline=True)
+    apart.filters.update(templates.filters)
+    evaluate.load, utils.env = loaded, apart
     try:
         yield
     finally:
-        if allowed and before is None:
-            del os.environ[name]
+        evaluate.load, utils.env = load, templates
 
 
 @contextmanager

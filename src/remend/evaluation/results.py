@@ -12,7 +12,8 @@ from remend.data.examples import Row
 from remend.errors import FileError, InputError
 from remend.evaluation import letters
 from remend.evaluation.rows import Material
-from remend.files.atomic import JsonObject, read_json
+from remend.files.atomic import JsonObject
+from remend.files.reading import read_object
 from remend.maths.paired import score_interval
 
 Answer = JsonObject
@@ -130,7 +131,7 @@ def finished(out: Path, same: JsonObject) -> JsonObject | None:
     if not out.exists():
         return None
     try:
-        content = read_json(out)
+        content = read_object(out)
         differing = [key for key, value in plain(same).items() if content[key] != value]
     except (FileError, KeyError, TypeError):
         raise InputError(f"out {out} exists and holds no results of this command; name a new file") from None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject
+from remend.files.reading import parsed, read_text
 
 Source = str | Path | JsonObject
 """A path, or results as they were loaded."""
@@ -50,11 +50,11 @@ def load(source: Source, label: str) -> dict[Key, Graded]:
 
 def _json(path: Path) -> object:
     try:
-        content: object = json.loads(path.read_text(encoding="utf-8-sig"))
+        content: object = parsed(read_text(path, SHAPE))
         return content
-    except OSError as error:
-        raise FileError(f"{path} can't be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except FileError:
+        raise
+    except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}; {SHAPE}") from None
 
 

@@ -56,7 +56,10 @@ class EvaluateSettings(Settings):
     dtype: str = Field("auto", description="auto, float32, bfloat16")
     include: str | None = Field(None, description="a directory with lm-eval task files (YAML) of your own")
     num_fewshot: int | None = Field(None, description="examples before a row of an lm-eval task; by default its own")
-    allow_code: bool = Field(False, description="let lm-eval tasks run code that the model writes (humaneval)")
+    allow_code: bool = Field(
+        False,
+        description="let lm-eval tasks run code: what the model writes (humaneval), isolated, and that of task files",
+    )
     trust_remote_code: bool = Field(False, description="let a model directory run its own Python")
 
 

@@ -18,13 +18,15 @@ from remend.console import stage
 from remend.errors import InputError, did_you_mean
 from remend.exporting.card import write_card
 from remend.exporting.check import compare_file, verify
-from remend.files.atomic import JsonObject, new_directory, read_json, write_json, write_text
+from remend.files.atomic import JsonObject, new_directory, write_json, write_text
+from remend.files.reading import read_object
 from remend.files.run_directory import MANIFEST, occupied
 from remend.files.settings import shard_size
 from remend.models.adapters import is_adapter
 from remend.models.find import ModelSource, fetch_model, find_model
 from remend.models.load import load_model, load_tokenizer
 from remend.models.written import EXPORT_FILE, FILES, RECORD, hashes_of
+from remend.report.card import named
 
 __all__ = ["CONTAINERS", "export", "verify"]
 
@@ -73,7 +75,7 @@ def export(
             write_json(target / RECORD, measured.degradation)
         write_text(target / "README.md", write_card(measured, facts, check))
         result = {
-            "source": source,
+            "source": named(source),
             "format": format,
             **facts,
             "grid": measured.grid,
@@ -149,7 +151,7 @@ def _degradation(where: ModelSource, of_run: Path | None) -> JsonObject | None:
     """degradation.json from the model's directory, else from the student that the run began with."""
     places = [where.path] if where.kind == "directory" else []
     if of_run:
-        student = read_json(of_run / MANIFEST).get("recipe", {}).get("student")
+        student = read_object(of_run / MANIFEST).get("recipe", {}).get("student")
         places += [Path(student)] if isinstance(student, str) else []
     records = (read_record(place) for place in places if place)
     return next((record for record in records if record), None)

@@ -6,7 +6,8 @@ import importlib.metadata
 from collections.abc import Mapping
 
 from remend.compression.containers import Measured
-from remend.files.atomic import JsonObject, read_json
+from remend.files.atomic import JsonObject
+from remend.files.reading import read_object
 from remend.files.run_directory import MANIFEST, SUMMARY
 from remend.models.accounting import LEFT_OUT
 from remend.models.load import CARD_OF_PARTS
@@ -40,7 +41,7 @@ def write_card(measured: Measured, facts: Mapping[str, str], check: JsonObject) 
 
 def _json(measured: Measured, name: str) -> JsonObject:
     path = measured.run / name if measured.run else None
-    content = read_json(path) if path and path.is_file() else {}
+    content = read_object(path) if path and path.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 

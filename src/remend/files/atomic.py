@@ -102,14 +102,6 @@ def json_line(row: JsonRow) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises FileError that names the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
-
-
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A temporary directory that becomes `target` when the block ends well, and vanishes when it does not.

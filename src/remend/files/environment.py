@@ -67,7 +67,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What may move a figure between two manifests, as 'torch 2.12.0 to 2.13.0'; what either lacks is left out."""
     found = []
     for part in ("versions", "hardware"):
-        old, new = before.get(part) or {}, now.get(part) or {}
+        old, new = before.get(part), now.get(part)
+        old, new = old if isinstance(old, Mapping) else {}, new if isinstance(new, Mapping) else {}
         names = [n for n in old if n in new] if part == "versions" else ["processor", "threads", "gpus"]
         found += [f"{n} {old[n]} to {new[n]}" for n in names if n in old and n in new and old[n] != new[n]]
     return found + [

@@ -19,6 +19,7 @@ summary.json     what was measured;  report.html, report.md, report.json  the sa
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +36,6 @@ from remend.files.atomic import (
     JsonRow,
     json_line,
     new_directory,
-    read_json,
     remove_directory,
     remove_temporary,
     visible,
@@ -43,6 +43,7 @@ from remend.files.atomic import (
     writing,
 )
 from remend.files.hashes import damaged, hash_directory
+from remend.files.reading import object_of, read_object, read_objects
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,11 +67,22 @@ TRACK = "track.jsonl"
 TIMING = "timing.jsonl"
 
 
+BEGINNING = f"{TEMPORARY}beginning"
+"""A file that stands in a run's directory until its manifest is written."""
+
+DATA = "data"
+"""In a run: rows that Python gave, as files."""
+
+
 NEXT = f"{TEMPORARY}next"
 """Where a run that goes on for more steps keeps its new results until they are whole."""
 
 
 WORST = "worst.jsonl"
+
+
+STEPPED = (METRICS, TRACK, "gate.jsonl")
+"""Files whose rows each tell the step at which they were written."""
 
 
 STATE = "state.json"
@@ -87,18 +99,21 @@ class Checkpoint:
     def damage(self) -> str | None:
         """What is wrong with its files, or None. Those of versions without hashes are only known to be there."""
         try:
-            state = read_json(self.path / STATE)
+            state = read_object(self.path / STATE)
         except FileError:
             return f"{STATE} can't be read"
-        if not isinstance(state, dict) or state.get("step") != self.step:
+        if state.get("step") != self.step:
             return f"{STATE} is of another step"
-        found = damaged(self.path, state.get("files", {}))
+        files = state.get("files", {})
+        if not isinstance(files, dict):
+            return f"{STATE} holds no hashes"
+        found = damaged(self.path, files)
         return f"{' and '.join(found)} changed or can't be read since it was written" if found else None
 
     @property
     def hashed(self) -> bool:
         """Whether damage would be found."""
-        return "files" in read_json(self.path / STATE)
+        return "files" in read_object(self.path / STATE)
 
     def masters(self) -> dict[str, Tensor]:
         """Masters by parameter name."""
@@ -153,7 +168,7 @@ class RunDirectory:
     @property
     def began_in(self) -> Path | None:
         """The working directory of the command that began the run; None where the manifest has none."""
-        place = read_json(self.path / MANIFEST).get("directory")
+        place = manifest_of(self.path).get("directory")
         return Path(place) if place else None
 
     @property
@@ -162,8 +177,8 @@ class RunDirectory:
         summary = self.path / SUMMARY
         if not summary.is_file():
             return False
-        segments: object = read_json(self.path / MANIFEST).get("segments", [])
-        return bool(read_json(summary).get("segments", []) == segments)
+        segments: object = manifest_of(self.path).get("segments", [])
+        return measured(self.path) and bool(read_object(summary).get("segments", []) == segments)
 
     def append(self, name: str, row: JsonRow) -> None:
         """Add one JSON line."""
@@ -171,12 +186,23 @@ class RunDirectory:
             stream.write(json_line(row))
 
     def rows(self, name: str) -> list[JsonObject]:
-        """All complete JSON lines of a file; a last line cut short by a killed process is left out."""
+        """All complete JSON lines of a file; a last line cut short by a killed process is left out.
+
+        timing.jsonl decides nothing, so a damaged line of it is left out with a warning. Raises FileError, with file
+        and line, for one of another file.
+        """
         path = self.path / name
         if not path.is_file():
             return []
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        if name == TIMING:
+            return _timings(path)
+        rows = read_objects(path, DAMAGED)
+        for number, row in enumerate(rows, start=1):
+            if name in STEPPED and not isinstance(row.get("step"), int):
+                raise FileError(f"{path}, row {number}, has no step; {DAMAGED}")
+            if name == METRICS and "loss" in row and not isinstance(row.get("tokens"), int):
+                raise FileError(f"{path}, row {number}, has a loss and no tokens; {DAMAGED}")
+        return rows
 
     def note_seconds(self, stage: str, seconds: float, stream: str | None = None) -> None:
         """Into timing.jsonl, at step 0: what something before the first step took. Done again, it replaces its row."""
@@ -250,6 +276,54 @@ class RunDirectory:
         return whole
 
 
+def measured(directory: Path) -> bool:
+    """Whether a run's summary.json can be read and holds a measurement. If not, a warning says that it counts as
+    interrupted."""
+    path = directory / SUMMARY
+    try:
+        summary = read_object(path)
+    except FileError as error:
+        warn(f"{error}; the run counts as interrupted")
+        return False
+    if not isinstance(summary.get("degraded"), dict) or not isinstance(summary.get("recovered"), dict):
+        warn(f"{path} lacks what was measured; the run counts as interrupted")
+        return False
+    return True
+
+
+def manifest_of(directory: Path) -> JsonObject:
+    """A run's manifest. Raises FileError where it can't be read, or its parts are none that a run writes."""
+    path = directory / MANIFEST
+    manifest = read_object(path, DAMAGED)
+    kinds = {"recipe": dict, "models": dict, "segments": list, "imports": list, "directory": str}
+    wrong = [key for key, kind in kinds.items() if key in manifest and not isinstance(manifest[key], kind)]
+    if "recipe" not in manifest or wrong:
+        raise FileError(f"{path} has no {' or '.join(wrong or ['recipe'])} as a run writes it; {DAMAGED}")
+    return manifest
+
+
+DAMAGED = "put back a copy of it, or start a new run with another out"
+"""What to do about a file that a run can't go on without."""
+
+
+def _timings(path: Path) -> list[JsonObject]:
+    """The rows of timing.jsonl that can be read and hold what they should."""
+    rows, skipped = [], 0
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            row = object_of(line.decode())
+            whole = isinstance(row["step"], int) and math.isfinite(row["seconds"])
+        except (ValueError, KeyError, TypeError):
+            whole = not line
+        if not whole:
+            skipped += 1
+        elif line:
+            rows.append(row)
+    if skipped:
+        warn(f"{skipped} damaged lines of {path} are left out; nothing but the times that are told depends on them")
+    return rows
+
+
 def planned_steps(manifest: JsonRow) -> int:
     """How many steps a run is to have: the recipe's, or those of the last segment that was added."""
     segments = manifest.get("segments", [])
@@ -278,13 +352,15 @@ def steps_a_checkpoint(recipe: JsonRow) -> int:
 def occupied(path: Path, *, inputs: bool = False) -> str | None:
     """Why something new can't be written to `path`, or None.
 
-    `inputs`: the folder of what was made for a run may stand there already. Only what is written into the directory
-    may allow that; `new_directory` replaces it whole.
+    `inputs`: the folder of what was made for a run may stand there already, and what a process left that was killed
+    while it began one. Only what is written into the directory may allow that; `new_directory` replaces it whole.
     """
     if path.is_file():
         return f"out {path} is a file; name a new directory"
     if (path / MANIFEST).exists():
         return f"out {path} holds another run; name a new directory, or continue that run with --resume {path}"
-    if path.is_dir() and any(not (inputs and p.name == INPUTS) for p in visible(path)):
+    own = {INPUTS} if inputs else set()
+    own |= {RECIPE, DATA} if inputs and (path / BEGINNING).is_file() else set()
+    if path.is_dir() and any(p.name not in own for p in visible(path)):
         return f"out {path} is not empty; name a new directory"
     return None

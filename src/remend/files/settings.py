@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from remend.errors import FileError, InputError, did_you_mean
+from remend.errors import InputError, did_you_mean, shortened
+from remend.files.yaml_files import yaml_of
 
 
 def as_number(value: object) -> object:
@@ -143,7 +142,37 @@ def _plain(value: object) -> object:
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(part) for part in value]
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(f"{shortened(repr(value))} holds a zero byte, which no path and no text may; take it out")
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+CODE = {"trust_remote_code": "--trust-remote-code", "allow_code": "--allow-code"}
+"""Keys that let code run that somebody else wrote, and the options that say so."""
+
+
+def require_said(values: Mapping[str, object], origin: str, said: Mapping[str, object]) -> None:
+    """Raise InputError where a file lets code run and the command does not: a file never does.
+
+    Args:
+        values: the file's.
+        origin: the file, as messages name it.
+        said: what the command itself gives.
+    """
+    for place, key in _code_in(values):
+        if said.get(key) is not True:
+            raise InputError(
+                f"{origin}: {place} is set, and a file never lets code run, whoever wrote it. Look at the code, and if "
+                f"you trust it say {CODE[key]} with the command (Python: {key}=True)"
+            )
+
+
+def _code_in(values: Mapping[str, object], above: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if key in CODE and value not in (False, None):
+            yield f"{above}{key}", key
+        elif isinstance(value, Mapping):
+            yield from _code_in(value, f"{above}{key}.")
 
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -191,7 +220,7 @@ def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
 
 
 def _explain(model: type[Settings], item: Any) -> str:
-    key, last = ".".join(str(part) for part in item["loc"]), str(item["loc"][-1])
+    key, last = shortened(".".join(str(part) for part in item["loc"])), str(item["loc"][-1])
     if item["type"] == "extra_forbidden":
         settings = _settings_at(model, item["loc"][:-1])
         if last in settings.gone:
@@ -199,7 +228,8 @@ def _explain(model: type[Settings], item: Any) -> str:
             if gone.others is None or item["input"] in gone.others:
                 return f'"{key}" is gone {gone.why}'
             had = ", ".join(map(str, (gone.default, *gone.others)))
-            return f'"{key}" is {item["input"]!r}: it used to be one of {had}, and the key is gone; leave it out'
+            value = shortened(repr(item["input"]))
+            return f'"{key}" is {value}: it used to be one of {had}, and the key is gone; leave it out'
         if last in settings.hints:
             return f'"{key}" is no key here: {settings.hints[last]}'
         known = list(settings.model_fields)
@@ -208,7 +238,7 @@ def _explain(model: type[Settings], item: Any) -> str:
         field = _settings_at(model, item["loc"][:-1]).model_fields[last]
         return f'"{key}" is missing ({field.description})'
     message = item["msg"].removeprefix("Value error, ")
-    return f'"{key}" is {item["input"]!r}: {message[:1].lower()}{message[1:]}'
+    return f'"{key}" is {shortened(repr(item["input"]))}: {message[:1].lower()}{message[1:]}'
 
 
 def _settings_at(model: type[Settings], place: Sequence[Any]) -> type[Settings]:
@@ -227,34 +257,12 @@ def settings_in(annotation: Any) -> type[Settings] | None:
     return next((inner for part in get_args(annotation) if (inner := settings_in(part))), None)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping from a file. Raises FileError or InputError with the path and what is wrong."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"recipe {path} can't be read: {_reason(error)}") from None
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
-        raise InputError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(
-            f"recipe {path} must be a mapping of keys to values, e.g. 'steps: 60'; it holds {type(values).__name__}"
-        )
-    return values
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
 def parse_value(key: str, text: str) -> Any:
     """A key's value on the command line, read as YAML. Raises InputError for what is none."""
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise InputError(f'the value of "{key}" can\'t be read: {text!r}') from None
+        return yaml_of(text)
+    except InputError:
+        raise InputError(f'the value of "{shortened(key)}" can\'t be read: {shortened(repr(text))}') from None
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -263,7 +271,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise InputError(f'"{word}" is not of the form key=value, e.g. steps=20')
+            raise InputError(f'"{shortened(word)}" is not of the form key=value, e.g. steps=20')
         value = parse_value(key, text)
         for part in reversed(key.split(".")[1:]):
             value = {part: value}

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from remend.errors import FileError, InputError
-from remend.files.atomic import JsonObject, read_json
+from remend.files.atomic import JsonObject
+from remend.files.reading import read_object
 from remend.models.accounting import FLOATS
 from remend.models.matrices import matrices
 from remend.models.protocols import CausalLM
@@ -69,7 +70,7 @@ def base_of(directory: Path) -> str:
 
 def _settings(directory: Path) -> JsonObject:
     path = directory / ADAPTER_CONFIG
-    settings = read_json(path)
+    settings = read_object(path)
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA":
         raise FileError(f"{path} describes an adapter of the kind {kind}; remend works with LORA")

@@ -14,8 +14,9 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-from remend.errors import FileError
-from remend.files.atomic import read_json
+from remend.console import console
+from remend.errors import FileError, shortened
+from remend.files.reading import FETCH, read_object, stays_inside
 from remend.models import adapters
 
 CARD = "README.md"
@@ -126,8 +127,21 @@ def complete(directory: Path | None) -> bool:
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return any(directory.glob("*.safetensors"))
-    shards = read_json(index).get("weight_map", {}).values()
-    return all((directory / name).is_file() for name in shards)
+    return all((directory / name).is_file() for name in _shards(index))
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index names. Raises FileError where it is none, or one of them lies outside its directory."""
+    names = read_object(index, FETCH).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise FileError(f"{index} has no weight_map of tensors and files; {FETCH}")
+    outside = [name for name in names.values() if not stays_inside(name)]
+    if outside:
+        raise FileError(
+            f"{index} names the file {shortened(outside[0])!r}; a model's files lie beside its index, and nothing else "
+            "is read. Move it there"
+        )
+    return set(names.values())
 
 
 def own_file(directory: Path, name: str) -> Path | None:
@@ -142,7 +156,7 @@ def weight_files(directory: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if index.is_file():
-        named = {directory / name for name in read_json(index).get("weight_map", {}).values()}
+        named = {directory / name for name in _shards(index)}
         return sorted(path for path in named if path.is_file())
     return sorted(directory.glob("*.safetensors"))
 
@@ -160,10 +174,20 @@ def require_readable(directory: Path, what: str) -> None:
             ) from None
 
 
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        console.print(text, soft_wrap=True)
+    _said.add(text)  # a command opens a model several times
+
+
 def _download(source: ModelSource, weights: bool) -> ModelSource:
     from huggingface_hub import snapshot_download
 
     assert source.repo is not None
+    _say_once(f"{source.spec} is no local path; asking the hub for it")
     patterns = _SMALL_FILES + (_WEIGHT_FILES if weights else [])
     try:
         path = snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns)
@@ -190,7 +214,7 @@ def origin_note(source: ModelSource) -> str | None:
     name = source.path.name if source.kind == "gguf" and source.path else None
     if source.kind == "directory" and source.path and (source.path / ORIGIN_FILE).is_file():
         try:
-            name = read_json(source.path / ORIGIN_FILE).get("dequantized_from")
+            name = read_object(source.path / ORIGIN_FILE).get("dequantized_from")
         except FileError:
             name = None
     if name is None:
@@ -207,11 +231,16 @@ def hash_files(source: ModelSource) -> dict[str, str]:
     assert source.path is not None
     if source.kind == "gguf":
         return {source.path.name: _sha256(source.path)}
-    kinds = {".json", ".jinja", ".model", ".txt", ".safetensors", ".py"}
-    places = [*source.path.iterdir(), *(source.path / OWN_FOLDER).glob("*")]
-    files = {p.relative_to(source.path).as_posix(): p for p in places if p.is_file() and p.suffix in kinds}
+    places = [*source.path.iterdir(), *(file for name in FOLDERS for file in (source.path / name).glob("*"))]
+    files = {p.relative_to(source.path).as_posix(): p for p in places if p.is_file() and p.suffix in _READ}
     base = {f"base/{name}": value for name, value in hash_files(source.base).items()} if source.base else {}
     return {**{name: _sha256(path) for name, path in sorted(files.items())}, **base}
+
+
+_READ = {".json", ".jinja", ".model", ".txt", ".safetensors", ".py", ".tiktoken", ".spm", ".bpe"}
+"""Suffixes of what transformers and remend read in a model's directory."""
+FOLDERS = (OWN_FOLDER, "additional_chat_templates")
+"""Below it, what they read too."""
 
 
 def _sha256(path: Path) -> str:

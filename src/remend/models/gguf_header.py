@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from remend.files.reading import FETCH, understood
+
 if TYPE_CHECKING:
     import gguf
 
@@ -22,7 +24,7 @@ def parsed_once() -> Iterator[None]:
     import gguf
 
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = _reader
+    gguf.GGUFReader = header
     gguf.get_tensor_name_map = _name_map
     try:
         yield
@@ -35,7 +37,8 @@ def forget() -> None:
     _read.cache_clear()
 
 
-def _reader(path: str | Path) -> gguf.GGUFReader:
+def header(path: str | Path) -> gguf.GGUFReader:
+    """A GGUF file, its header parsed. Raises FileError for a damaged one."""
     status = Path(path).stat()
     return _read(str(path), status.st_mtime_ns, status.st_size)
 
@@ -44,7 +47,8 @@ def _reader(path: str | Path) -> gguf.GGUFReader:
 def _read(path: str, _changed: int, _size: int) -> gguf.GGUFReader:
     from gguf.gguf_reader import GGUFReader
 
-    return GGUFReader(path)
+    with understood(path, FETCH, kinds=(Exception,)):  # it raises whatever its arrays do
+        return GGUFReader(path)
 
 
 @lru_cache(maxsize=4)
@@ -56,7 +60,7 @@ def _name_map(architecture: gguf.MODEL_ARCH, layers: int) -> gguf.TensorNameMap:
 
 def general(path: Path) -> dict[str, object]:
     """The fields of a header that say what the file is, without their prefix 'general.': name, license and so on."""
-    fields = _reader(path).fields
+    fields = header(path).fields
     return {
         name.removeprefix("general."): field.contents() for name, field in fields.items() if name.startswith("general.")
     }

@@ -22,6 +22,7 @@ from remend.errors import FileError, InputError, RemendError
 from remend.files.atomic import write_text
 from remend.models import adapters
 from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of
+from remend.models.depth_check import require_plausible_depth
 from remend.models.find import CARD, ModelSource, complete, fetch_model, require_readable, weight_files
 from remend.models.gguf_header import forget, parsed_once
 from remend.models.gguf_numbers import apply_numbers
@@ -92,7 +93,7 @@ def _explained(source: ModelSource, what: str) -> Iterator[None]:
         if "trust_remote_code" in reason and not source.trust_remote_code:
             raise FileError(
                 f"the {what} of {source.spec} can't be read: it brings Python of its own. Look at it, and if you trust "
-                "it, pass --trust-remote-code (trust_remote_code: true in a recipe)"
+                "it, say --trust-remote-code with the command (Python: trust_remote_code=True); a recipe can't"
             ) from error
         unknown = re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)Config'>", reason)
         if unknown:
@@ -134,6 +135,7 @@ def _read_config(source: ModelSource) -> tuple[PreTrainedConfig, bool]:
 
     where, extra = _location(source)
     with quietly(), parsed_once(), _explained(source, "configuration"):
+        require_plausible_depth(source)
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             where, trust_remote_code=source.trust_remote_code, **extra
         )
@@ -175,6 +177,7 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
         if source.kind == "gguf":
             return build_tokenizer(gguf.GGUFReader(source.path), source.spec)
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+        tokenizer.encode("a")  # settings of another type are found out by use alone
     return tokenizer
 
 
@@ -223,7 +226,7 @@ def _name_ends(model: PreTrainedModel, source: ModelSource) -> None:
     """Let answers end at every token that the header of a GGUF file names, of which transformers reads one."""
     import gguf
 
-    with parsed_once():
+    with parsed_once(), _explained(source, "tokenizer"):
         more = more_ends(gguf.GGUFReader(source.path))
     own = model.generation_config.eos_token_id
     if more and own is not None:
@@ -353,14 +356,13 @@ def _account_of_gguf(source: ModelSource, config: PreTrainedConfig) -> Account |
     import gguf
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
 
-    with parsed_once():
+    with quietly(), parsed_once(), _explained(source, "model"):
         reader = gguf.GGUFReader(source.path)
         architecture = str(reader.fields["general.architecture"].contents())
         if is_gguf_arch_supported(architecture):
             return None
-        with quietly(), _explained(source, "model"):
-            names = [t.name for t in reader.tensors if t.name != FACTORS]  # which is in the configuration
-            return account_of_gguf(architecture, names, skeleton(source, config))
+        names = [t.name for t in reader.tensors if t.name != FACTORS]  # which is in the configuration
+        return account_of_gguf(architecture, names, skeleton(source, config))
 
 
 def _require_numbers(model: PreTrainedModel, source: ModelSource) -> None:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from remend.errors import InputError
+from remend.files.yaml_files import yaml_of
 from remend.models.find import CARD, ModelSource
 from remend.models.gguf_header import general
 
@@ -57,8 +57,8 @@ def head_of(card: Path) -> dict[str, Any]:
     try:
         text = card.read_text(encoding="utf-8")
         match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
-        head = yaml.safe_load(match[1]) if match else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        head = yaml_of(match[1]) if match else None
+    except (OSError, UnicodeDecodeError, InputError):
         return {}
     return head if isinstance(head, dict) else {}
 

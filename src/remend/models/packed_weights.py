@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from remend.errors import FileError, InputError
-from remend.files.atomic import JsonObject, read_json
+from remend.files.atomic import JsonObject
+from remend.files.reading import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ def packing(directory: Path | None) -> JsonObject:
 
 def _content(path: Path) -> JsonObject:
     try:
-        content = read_json(path) if path.is_file() else {}
+        content = read_object(path) if path.is_file() else {}
     except FileError:
         return {}
     return content if isinstance(content, dict) else {}

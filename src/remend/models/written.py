@@ -11,8 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from remend.errors import FileError
-from remend.files.atomic import JsonObject, read_json
+from remend.files.atomic import JsonObject
 from remend.files.hashes import hash_directory, hash_file
+from remend.files.reading import read_object
 from remend.files.run_directory import SUMMARY
 
 RECORD = "degradation.json"
@@ -35,11 +36,11 @@ def recorded(directory: Path) -> Mapping[str, str] | None:
     """The hashes that were recorded when remend wrote a directory; None where there are none."""
     summary = directory.parent / SUMMARY if directory.name == MODEL else None
     if summary and summary.is_file():
-        saved: JsonObject = read_json(summary).get("saved") or {}
+        saved: JsonObject = read_object(summary).get("saved") or {}
         return saved.get(FILES)
     for name in (EXPORT_FILE, RECORD):
         if (directory / name).is_file():
-            record = read_json(directory / name)
+            record = read_object(directory / name)
             if isinstance(record, dict) and isinstance(record.get(FILES), dict):
                 return dict(record[FILES])
     return None

@@ -15,10 +15,10 @@ import yaml
 from remend.console import stage, warn
 from remend.data.given import write_rows
 from remend.errors import InputError
-from remend.files.atomic import read_json, write_json, write_text
+from remend.files.atomic import write_json, write_text
 from remend.files.environment import changes, environment
 from remend.files.lock import only_writer
-from remend.files.run_directory import MANIFEST, NEXT, RECIPE, SUMMARY, Checkpoint, RunDirectory
+from remend.files.run_directory import BEGINNING, MANIFEST, NEXT, RECIPE, SUMMARY, Checkpoint, RunDirectory, manifest_of
 from remend.models.device import mixed_precision
 from remend.models.find import ModelSource, hash_files
 from remend.models.load import load_model
@@ -126,11 +126,11 @@ def begin(plan: Plan, directory: RunDirectory | None, held: ExitStack) -> Run:
         _lock(directory, held)
         directory.remove_leftovers()
         _require_same_inputs(directory, _inputs(plan))
-        recorded = read_json(directory.path / MANIFEST).get("tokens_sha256")
+        recorded = manifest_of(directory.path).get("tokens_sha256")
         require_same_tokens(recorded, plan.prompts.token_hash, directory)
         if plan.segments:
             note_segments(directory, plan.segments)
-        _warn_of_changes(read_json(directory.path / MANIFEST), plan)
+        _warn_of_changes(manifest_of(directory.path), plan)
     resumed = _newest(directory, accelerator) if directory else None
     return Run(plan, directory or RunDirectory(Path(config.out)), accelerator, resumed, plan.prompts, held)
 
@@ -232,15 +232,17 @@ def _create(plan: Plan, inputs: Mapping[str, Any], directory: RunDirectory) -> N
         "notes": list(plan.notes),
         **environment(),
     }
+    write_text(directory.path / BEGINNING, "")
     write_rows(directory.path)
     write_text(directory.path / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     write_json(directory.path / MANIFEST, manifest)
+    (directory.path / BEGINNING).unlink(missing_ok=True)
 
 
 def _require_same_inputs(directory: RunDirectory, inputs: Mapping[str, Any]) -> None:
-    recorded = read_json(directory.path / MANIFEST)
+    recorded = manifest_of(directory.path)
     names = {**inputs["models"], "data": inputs["data"]}
-    before = {**recorded["models"], "data": recorded["data"]}
+    before = {**recorded.get("models", {}), "data": recorded.get("data")}
     changed = [name for name, hashes in names.items() if before.get(name) != hashes]
     if changed:
         raise InputError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
-from remend.files.atomic import JsonRow, read_json, write_text
+from remend.files.atomic import JsonRow, write_text
+from remend.files.reading import read_object
 from remend.files.run_directory import MANIFEST
 from remend.models.accounting import LEFT_OUT
 from remend.models.find import CARD
@@ -21,7 +22,7 @@ def write_model_card(run: Path, plan: Plan, summary: JsonRow) -> None:
     files = [source for teacher in plan.teachers.values() if (source := getattr(teacher, "source", None))]
     damage = plan.facts.record
     config = run / "model" / "config.json"
-    lacks = read_json(config).get(LEFT_OUT) if config.is_file() else None
+    lacks = read_object(config).get(LEFT_OUT) if config.is_file() else None
     text = Card(
         title=f"{named(student)}, recovered",
         lead=f"A degraded model brought back by remend {importlib.metadata.version('remend')}, with "
@@ -29,7 +30,7 @@ def write_model_card(run: Path, plan: Plan, summary: JsonRow) -> None:
         parts=[
             *left_out(CARD_OF_PARTS, lacks or []),
             *([part_of_damage(damage, "Compression")] if damage else []),
-            *parts_of_run(summary, read_json(run / MANIFEST)),
+            *parts_of_run(summary, read_object(run / MANIFEST)),
         ],
         origin=origin_of(plan.student, *files),
         relation="adapter" if adapter else relation_of(damage, trained=True),

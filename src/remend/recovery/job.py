@@ -16,9 +16,20 @@ from typing import TYPE_CHECKING, Any
 from remend.console import console, stage, warn
 from remend.data.given import as_files, rows_from_python
 from remend.errors import InputError
-from remend.files.atomic import read_json
-from remend.files.run_directory import MANIFEST, METRICS, RECIPE, SUMMARY, RunDirectory, planned_steps
-from remend.files.settings import build, merged, read_yaml, takes
+from remend.files.atomic import put_aside
+from remend.files.reading import read_object
+from remend.files.run_directory import (
+    MANIFEST,
+    METRICS,
+    RECIPE,
+    SUMMARY,
+    RunDirectory,
+    manifest_of,
+    measured,
+    planned_steps,
+)
+from remend.files.settings import build, merged, require_said, takes
+from remend.files.yaml_files import read_yaml
 from remend.models.written import MODEL, require_as_written
 from remend.plugins import asked_for, import_modules, not_imported
 from remend.recovery.segments import Segment, check_longer, segments_of
@@ -52,6 +63,7 @@ def settings(recipe: str | Path | None = None, overrides: Mapping[str, Any] | No
         _mention_imports(Path(recipe))
     origin = f"recipe {recipe}" if recipe is not None else "settings"
     base = read_yaml(recipe) if recipe is not None else {}
+    require_said(base, origin, overrides or {})
     # by one name each, so that what is given over a recipe takes the place of what it has by another name
     given = merged(RecoverConfig.own_names(base, origin), RecoverConfig.own_names(overrides or {}, "settings"))
     values = _chosen(_paths_kept(given))
@@ -87,11 +99,11 @@ def _chosen(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("out") is None and student is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         name = re.sub(r"[^\w.-]+", "-", str(student).rstrip("/").rpartition("/")[2])
         values = {**values, "out": f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{name}"}
-        console.print(f"out: {values['out']}", markup=False)
+        console.print(f"out: {values['out']}")
     without = values.get("data") is None and not values.get("streams") and teacher is not None
     if without and not _brings_prompts(str(teacher)):
         values = {**values, "data": SELF}
-        console.print("data: self (the teacher writes the prompts)", markup=False)
+        console.print("data: self (the teacher writes the prompts)")
     return values
 
 
@@ -104,7 +116,8 @@ def _brings_prompts(teacher: str) -> bool:
 def _mention_imports(recipe: Path) -> None:
     """Warn where a recipe is that of a run whose command named modules which are not imported now."""
     manifest = recipe.parent / MANIFEST
-    missing = not_imported(read_json(manifest).get("imports", [])) if manifest.is_file() else ""
+    imports = read_object(manifest).get("imports") if manifest.is_file() else None
+    missing = not_imported(imports) if isinstance(imports, list) else ""
     if missing:
         warn(f"{recipe} is of a run that was begun with {missing}; what these modules register is not known now")
 
@@ -145,11 +158,19 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
             return run_recovery(settings(recipe, overrides))
         with _where_it_began(Path(resume)) as path:
             config, directory, steps = _reopen(path, recipe, overrides)
+            _put_unreadable_aside(directory)
             if directory.complete and steps is None and not _without_model(directory):
                 require_as_written(directory.path / MODEL)
-                console.print(f"{directory.path} is complete; nothing is left to do", markup=False)
+                console.print(f"{directory.path} is complete; nothing is left to do")
                 return result_of(directory)
             return run_recovery(config, directory=directory, steps=steps)
+
+
+def _put_unreadable_aside(directory: RunDirectory) -> None:
+    """Move a summary that can't be read out of the way: the run then counts as interrupted, and writes it again."""
+    summary = directory.path / SUMMARY
+    if summary.is_file() and not measured(directory.path):
+        warn(f"it is kept as {put_aside(summary)}, and written again from the last checkpoint")
 
 
 def _without_model(directory: RunDirectory) -> bool:
@@ -183,7 +204,7 @@ def _where_it_began(path: Path) -> Iterator[Path]:
         return
     path = path.absolute()
     where = "where the run began" if place == began else f"since the run, which began in {began}, was moved"
-    console.print(f"working in {place}, {where}", markup=False, soft_wrap=True)
+    console.print(f"working in {place}, {where}", soft_wrap=True)
     with chdir(place):
         yield path
 
@@ -222,13 +243,11 @@ def run_recovery(
     for warning in plan.warnings:
         warn(warning)
     for line in (*plan.chosen, *(segment.line() for segment in plan.segments)):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     try:
         return result_of(carry_out(plan, directory, began))
     except KeyboardInterrupt:  # what runs the command line turns it into exit code 130, without a word
-        console.print(
-            f"\n{_how_to_go_on(Path(directory.path if directory else config.out))}", markup=False, soft_wrap=True
-        )
+        console.print(f"\n{_how_to_go_on(Path(directory.path if directory else config.out))}", soft_wrap=True)
         raise
 
 
@@ -240,7 +259,9 @@ def _how_to_go_on(path: Path) -> str:
     repeated = "what was done is saved" if (path / SUMMARY).is_file() else "everything so far is done again"
     if saved and not (path / SUMMARY).is_file():
         repeated = f"it is saved up to step {saved[-1].step}, and what came after that is done again"
-    return f"interrupted ({repeated}); go on with: remend recover --resume {shlex.quote(str(path))}"
+    trusted = manifest_of(path)["recipe"].get("trust_remote_code") is True
+    again = f"remend recover --resume {shlex.quote(str(path))}{' --trust-remote-code' if trusted else ''}"
+    return f"interrupted ({repeated}); go on with: {again}"
 
 
 def _longer(plan: Plan, directory: RunDirectory, steps: int | None) -> Plan:
@@ -262,13 +283,14 @@ def _plan(config: RecoverConfig, *, resuming: bool) -> Plan:
     return result.plan
 
 
-def track(path: str | Path) -> list[dict[str, Any]]:
+def track(path: str | Path, *, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Measure the alignment of a recovery's layers: its student, the checkpoints that it kept, its saved model.
 
     What `diagnose_every` has measured on the way is not measured again.
 
     Args:
         path: a recovery's directory.
+        trust_remote_code: let the models' own Python run; a run that was begun so needs it said again.
 
     Returns:
         The rows of track.jsonl, by step: step, stage, kl, top1_agreement, cka by layer, reference_layers, rows.
@@ -282,6 +304,7 @@ def track(path: str | Path) -> list[dict[str, Any]]:
         directory = RunDirectory.open(place)
         import_again(directory)
         config = build(RecoverConfig, read_yaml(directory.path / RECIPE), f"recipe {directory.path / RECIPE}")
+        _require_trust(place, config, {"trust_remote_code": trust_remote_code})
         return track_run(_plan(config, resuming=True), directory)
 
 
@@ -295,12 +318,13 @@ def _reopen(
     directory = RunDirectory.open(path)
     import_again(directory)
     config = build(RecoverConfig, read_yaml(path / RECIPE), f"recipe {path / RECIPE}")
-    manifest = read_json(path / MANIFEST)["recipe"]
+    manifest = manifest_of(path)["recipe"]
     recorded = build(RecoverConfig, manifest, f"recipe in {path / MANIFEST}")  # keys that are newer have their defaults
+    _require_trust(path, recorded, overrides)
     given = _given_again(recorded, recipe, overrides) if recipe or overrides else config
     from remend.recovery.epochs import as_counted
 
-    given = as_counted(given, read_json(path / MANIFEST).get("epochs"))
+    given = as_counted(given, manifest_of(path).get("epochs"))
     told = RecoverConfig.own_names(overrides, "settings").get("steps") is not None
     asked = given.steps if told or given.steps != recorded.steps else None
     given = given.model_copy(update={"steps": recorded.steps})
@@ -312,19 +336,30 @@ def _reopen(
                 f"the recipe of {path} changed since the run began ({named}); a resumed run keeps its recipe, but for "
                 "steps, which may be raised. Undo the change, or start a new run with another out."
             )
-    if "device" not in read_json(path / MANIFEST) and (config.save_every or 0) % 2:
+    if "device" not in manifest_of(path) and (config.save_every or 0) % 2:
         # until version 0.2 an odd save_every cut rounds of sampling, and the run's trajectory goes on as it began
         config = config.model_copy(update={"updates_per_rollout": config.updates_per_rollout or 1})
-    if asked is None or asked == planned_steps(read_json(path / MANIFEST)):
+    if asked is None or asked == planned_steps(manifest_of(path)):
         return config, directory, None
     check_longer(directory, asked)
     return config, directory, asked
+
+
+def _require_trust(path: Path, recorded: RecoverConfig, said: Mapping[str, object]) -> None:
+    """Raise InputError where a run was begun with leave to run a model's own Python, and that is not given again."""
+    if recorded.trust_remote_code and said.get("trust_remote_code") is not True:
+        raise InputError(
+            f"the run in {path} was begun with --trust-remote-code, and its files alone never let code run; say it "
+            "again (Python: trust_remote_code=True)"
+        )
 
 
 def _given_again(recorded: RecoverConfig, recipe: str | Path | None, overrides: Mapping[str, Any]) -> RecoverConfig:
     """What a resumed run is given beside its directory, over its own recipe; what remend chose for it stays chosen."""
     over, ours = RecoverConfig.own_names(overrides, "settings"), recorded.model_dump()
     base = ours if recipe is None else RecoverConfig.own_names(read_yaml(recipe), f"recipe {recipe}")
+    if recipe is not None:
+        require_said(base, f"recipe {recipe}", over)
     if over.get("epochs") is not None and over.get("steps") is None:
         base = {key: value for key, value in base.items() if key != "steps"}
     values = merged(base, over)
@@ -335,9 +370,9 @@ def _given_again(recorded: RecoverConfig, recipe: str | Path | None, overrides: 
 
 def import_again(directory: RunDirectory) -> None:
     """Import the modules that a run's command named. Raises InputError where one is missing."""
-    for name in read_json(directory.path / MANIFEST).get("imports", []):
+    for name in manifest_of(directory.path).get("imports", []):
         if name not in asked_for:
-            console.print(f"importing {name}, which the command of this run named", markup=False)
+            console.print(f"importing {name}, which the command of this run named")
             import_modules([name])
 
 
@@ -345,4 +380,4 @@ def result_of(directory: RunDirectory) -> RecoverResult:
     """What a complete run's files say."""
     rows = [r for r in directory.rows(METRICS) if "loss" in r]
     path = directory.path
-    return RecoverResult(read_json(path / SUMMARY), rows, path, path / "model", path / "report.html")
+    return RecoverResult(read_object(path / SUMMARY), rows, path, path / "model", path / "report.html")

@@ -24,9 +24,10 @@ from remend.data.answers import ending, with_answer
 from remend.data.examples import demonstration_of
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded, display
-from remend.errors import InputError
-from remend.files.atomic import JsonObject, json_line, read_json, write_json, write_text
-from remend.files.run_directory import REPAIR, WORST
+from remend.errors import InputError, shortened
+from remend.files.atomic import JsonObject, json_line, write_json, write_text
+from remend.files.reading import read_object, understood
+from remend.files.run_directory import DAMAGED, REPAIR, WORST
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence, gap_closed_score
 from remend.maths.losses import Target
 from remend.models.load import eos_ids
@@ -72,10 +73,11 @@ class HeldOut:
 
     @staticmethod
     def read(path: Path) -> HeldOut:
-        """As its fields were written."""
-        value = read_json(path)
-        on_reference, on_policy = ([PromptSums(**s) for s in value[of]] for of in ("on_reference", "on_policy"))
-        return HeldOut(on_reference, on_policy, value["answers"])
+        """As its fields were written. Raises FileError for a damaged file."""
+        value = read_object(path, DAMAGED)
+        with understood(path, DAMAGED):
+            on_reference, on_policy = ([_sums(s) for s in value[of]] for of in ("on_reference", "on_policy"))
+            return HeldOut(on_reference, on_policy, [str(answer) for answer in value["answers"]])
 
     def figures(self) -> dict[str, Any]:
         """Means over tokens, as in summary.json. A cached reference can't score the student's own answers: None."""
@@ -86,6 +88,15 @@ class HeldOut:
             "kl_on_policy": pool(self.on_policy)["kl"] if self.on_policy else None,
             "perplexity": ours["perplexity"],
         }
+
+
+def _sums(given: Mapping[str, Any]) -> PromptSums:
+    """As JSON gives them. Raises TypeError for others."""
+    sums = PromptSums(**given)
+    numbers = (sums.tokens, sums.kl, sums.agree, sums.nll, sums.reference_nll)
+    if not isinstance(sums.id, str) or any(type(number) not in (int, float) for number in numbers):
+        raise TypeError(f"{shortened(given)} are no sums of a prompt")
+    return sums
 
 
 def summarize(degraded: HeldOut, recovered: HeldOut, seed: int) -> dict[str, Any]:

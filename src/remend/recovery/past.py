@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from remend.files.atomic import JsonObject, read_json
-from remend.files.run_directory import METRICS, REPAIR, TIMING, TRACK
+from remend.files.atomic import JsonObject
+from remend.files.reading import read_object, understood
+from remend.files.run_directory import DAMAGED, METRICS, REPAIR, TIMING, TRACK
 from remend.models.sampling.answers import read_answers
 from remend.models.sampling.rollout import Rollout
 from remend.recovery.begin import Run
@@ -41,15 +42,30 @@ def past_of(run: Run) -> Past:
         for name in (METRICS, TIMING, GATE, TRACK):
             directory.rewind(name, run.step)
     run.wait()  # what is read from these files is read as rewound
+    with understood(directory.path, DAMAGED):
+        return _read(run)
+
+
+def _read(run: Run) -> Past:
+    directory = run.directory
     baseline, streams, repair = (directory.path / name for name in (BASELINE, SIDE_BASELINE, REPAIR))
-    record: JsonObject | None = read_json(repair) if repair.is_file() else None
+    record: JsonObject | None = read_object(repair) if repair.is_file() else None
     return Past(
         degraded=HeldOut.read(baseline) if baseline.is_file() else None,
-        streams=read_json(streams) if streams.is_file() else None,
+        streams=_before(run, read_object(streams)) if streams.is_file() else None,
         repaired=Repaired(answers=_repair_answers(run), record=record),
         gate=[(row["step"], row["open"]) for row in directory.rows(GATE)],
         scores=[row[SCORE] for row in directory.rows(METRICS) if SCORE in row],
     )
+
+
+def _before(run: Run, measured: JsonObject) -> Mapping[str, Mapping[str, float]]:
+    """Figures of the streams as they were written. Raises ValueError for those of others."""
+    known = {data.stream.name for data in run.prompts.streams}
+    figures = [figure for before in measured.values() for figure in before.values()]
+    if not measured.keys() <= known or any(type(figure) not in (int, float) for figure in figures):
+        raise ValueError(f"{SIDE_BASELINE} holds no figures of this run's streams")
+    return measured
 
 
 def _repair_answers(run: Run) -> list[Rollout]:

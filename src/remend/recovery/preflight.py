@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +10,14 @@ from typing import Any
 
 import torch
 
-from remend.compression.recognise import PLAIN, recognise
+from remend.compression.formats import GridFormat
+from remend.compression.recognise import PLAIN, Recognised, recognise
 from remend.data.examples import Example
 from remend.data.templates import encode
-from remend.errors import InputError, did_you_mean
-from remend.files.atomic import read_json
+from remend.errors import FileError, InputError, did_you_mean, shortened
+from remend.files.reading import read_object
 from remend.files.run_directory import occupied
+from remend.models.activations.capture import LEAST_ROWS
 from remend.models.activations.walkable import seen_of_skeleton
 from remend.models.adapters import check_targets, unmergeable, untouched_experts
 from remend.models.attention import attention_problem
@@ -159,6 +160,8 @@ def _plan(
         for stream in streams:
             with say.collecting():
                 name = stream.teacher.name
+                if name not in teachers and stream.data is None:
+                    continue  # the problem of opening what brings the prompts is told already
                 teacher = teachers.get(name, stream.teacher)
                 answer = max(*stream.lengths, REPAIR_TOKENS if repairs else 0)
                 empty = StreamData(stream, name == reference, room=_room(student, teacher), answer=answer)
@@ -193,7 +196,7 @@ def _plan(
         warnings=tuple(say.warnings),
         notes=tuple(say.notes),
     )
-    _check_disk(plan, say)
+    _check_disk(plan, say, _written(config.out) if resuming else 0)
     _check_held_out(plan, say)
     return replace(plan, warnings=tuple(say.warnings))
 
@@ -380,9 +383,10 @@ def _facts(config: RecoverConfig, source: ModelSource, say: Findings) -> Student
     directory = source.path if source.kind == "directory" else None
     adapted = bool(config.lora) or source.kind == "adapter"
     with say.collecting():
-        record = read_json(directory / RECORD) if directory and (directory / RECORD).is_file() else {}
+        record = read_object(directory / RECORD) if directory and (directory / RECORD).is_file() else {}
         held, dense = recognise(source, as_dense=config.as_dense), config.as_dense
-        placed = config.layer_map or record.get("layer_map")
+        placed = config.layer_map or _recorded_map(record, say)
+        say.warnings += _other_grid(record, held)
         facts = StudentFacts(held, directory, record, adapted=adapted, as_dense=dense, layer_map=placed)
         say.problems.extend(what for kind in CONSTRAINTS.entries.values() if (what := kind.lost(facts)))
         if held.kind != "remend" and held.why != PLAIN:
@@ -393,14 +397,48 @@ def _facts(config: RecoverConfig, source: ModelSource, say: Findings) -> Student
     return None
 
 
+def _recorded_map(record: Mapping[str, object], say: Findings) -> list[int] | None:
+    """The layer map of a degradation.json, where it is one."""
+    placed = record.get("layer_map")
+    if placed is None:
+        return None
+    numbers = isinstance(placed, list) and placed and all(type(at) is int and at >= 0 for at in placed)
+    if isinstance(placed, list) and numbers and placed == sorted(set(placed)):
+        return placed
+    say.warnings.append(
+        f"the layer map in the student's {RECORD}, {shortened(placed, 60)}, is no list of layers that rises "
+        "from 0, and is left aside"
+    )
+    return None
+
+
+def _other_grid(record: Mapping[str, object], held: Recognised) -> list[str]:
+    """Whether a degradation.json tells of another grid than the one that lies beside it."""
+    told = record.get("format")
+    if held.kind != "remend" or not held.stored or not isinstance(told, str):
+        return []
+    try:
+        same = GridFormat.parse(told).name == held.stored.format.name
+    except InputError:
+        same = False
+    return (
+        []
+        if same
+        else [
+            f"the student's {RECORD} tells of the grid {shortened(told, 40)}, and its files hold "
+            f"{held.stored.format.name}, which counts; the record may be another model's"
+        ]
+    )
+
+
 def _told_eos(source: ModelSource, say: Findings) -> Any:
     """The token or tokens that end answers by the generation configuration, None where it tells none."""
     path = source.path / "generation_config.json" if source.kind == "directory" and source.path else None
     if path and path.is_file():
         try:
-            return json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except ValueError:
-            say.warnings.append(f"{path} is not valid JSON and is left to transformers' defaults")
+            return read_object(path).get("eos_token_id")
+        except FileError as error:
+            say.warnings.append(f"{error}; transformers' defaults hold")
     return None
 
 
@@ -438,20 +476,36 @@ def _check_tokens(student: Student, shared: int, say: Findings) -> None:
         )
 
 
-def _check_disk(plan: Plan, say: Findings) -> None:
+def _check_disk(plan: Plan, say: Findings, written: int) -> None:
+    """Whether the disk has room for what the run writes beyond the bytes that it has `written` already."""
     config, needed = plan.config, disk_at_most(plan)
     free = free_disk(config.out)
-    if needed.total > free:
+    if needed.total > free + written:
+        there = f", of which {_size_in_words(written)} are there already," if written else ""
         say.problems.append(
-            f"out {config.out}: the run writes up to {needed.total / 2**30:.1f} GiB (model and {needed.checkpoints} "
-            f"checkpoints of {needed.checkpoint / 2**30:.1f} GiB) and {free / 2**30:.1f} GiB are free; lower "
+            f"out {config.out}: the run writes up to {_size_in_words(needed.total)} (model and {needed.checkpoints} "
+            f"checkpoints of {_size_in_words(needed.checkpoint)}){there} and {_size_in_words(free)} are free; lower "
             "keep_checkpoints, raise save_every, or name another disk"
         )
+
+
+def _written(out: str) -> int:
+    """Bytes of a run's checkpoints and models."""
+    return sum(path.stat().st_size for path in Path(out).rglob("*.safetensors") if path.is_file())
+
+
+def _size_in_words(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _check_held_out(plan: Plan, say: Findings) -> None:
     """Warn where the measurement will say little."""
     count = streams_of(plan)[0].held_out
+    if plan.config.diagnose_every and count < LEAST_ROWS:
+        say.problems.append(
+            f"diagnose_every compares layers over the held-out prompts, {LEAST_ROWS} at least, and there are {count}; "
+            "raise held_out, give more eval_data, or set diagnose_every to 0"
+        )
     if 0 < count < FEW:
         be = "prompt is held out" if count == 1 else "prompts are held out"
         say.warnings.append(

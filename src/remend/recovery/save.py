@@ -51,7 +51,7 @@ def save(run: Run, student: CausalLM, constraint: Constraint) -> JsonObject:
             write_json(target / RECORD, record)
         files = hashes_of(target)
     name = str(dtype).removeprefix("torch.")
-    console.print(f"the model is saved in {name}: {why}", markup=False, soft_wrap=True)
+    console.print(f"the model is saved in {name}: {why}", soft_wrap=True)
     return {"dtype": name, "why": why, FILES: files}
 
 

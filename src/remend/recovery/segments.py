@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, JsonRow, json_line, read_json, write_json, write_text
-from remend.files.run_directory import MANIFEST, NEXT, SUMMARY, TRACK, RunDirectory, planned_steps
+from remend.files.atomic import JsonObject, JsonRow, json_line, write_json, write_text
+from remend.files.reading import read_object, understood
+from remend.files.run_directory import DAMAGED, MANIFEST, NEXT, SUMMARY, TRACK, RunDirectory, manifest_of, planned_steps
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ class Segment:
 
 def segments_of(directory: RunDirectory) -> tuple[Segment, ...]:
     """The segments that were added to a run."""
-    rows: Sequence[JsonRow] = read_json(directory.path / MANIFEST).get("segments", [])
-    return tuple(Segment(row["from"], row["steps"], row["learning_rate"], row["date"]) for row in rows)
+    rows: Sequence[JsonRow] = manifest_of(directory.path).get("segments", [])
+    with understood(directory.path / MANIFEST, DAMAGED):
+        return tuple(Segment(row["from"], row["steps"], row["learning_rate"], row["date"]) for row in rows)
 
 
 def check_longer(directory: RunDirectory, steps: int) -> None:
     """Raise InputError where a run can't go on to so many steps, which are more than it plans, or can't be fewer."""
-    path, manifest = directory.path, read_json(directory.path / MANIFEST)
+    path, manifest = directory.path, manifest_of(directory.path)
     planned, first = planned_steps(manifest), manifest["recipe"]["steps"]
     if steps < planned:
         raise InputError(
@@ -73,7 +75,7 @@ def check_longer(directory: RunDirectory, steps: int) -> None:
         )
     if not directory.complete:
         return
-    done, saved = read_json(path / SUMMARY)["steps"], directory.checkpoints()
+    done, saved = read_object(path / SUMMARY)["steps"], directory.checkpoints()
     if done < planned:
         raise InputError(
             f"{path} stopped at step {done} of {planned}, since patience ({manifest['recipe']['patience']}) saw "
@@ -91,7 +93,7 @@ def note_segments(directory: RunDirectory, segments: Sequence[Segment]) -> None:
     """Write a run's segments into its manifest, where one is new; what was measured of its saved model in track.jsonl
     becomes a measurement on the way."""
     path = directory.path / MANIFEST
-    manifest, records = read_json(path), [segment.record() for segment in segments]
+    manifest, records = read_object(path), [segment.record() for segment in segments]
     if manifest.get("segments", []) == records:
         return
     if directory.complete:

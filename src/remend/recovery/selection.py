@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from remend.files.atomic import new_directory, read_json, write_json
+from remend.files.atomic import new_directory, write_json
+from remend.files.reading import read_object
 from remend.files.run_directory import Checkpoint, RunDirectory
 from remend.maths.gap import MEASURABLE_KL
 from remend.training.constraints import Constraint
@@ -74,6 +75,6 @@ class Selection:
         path = self.directory.path / BEST
         if not self.keep or not (path / "best.json").is_file():
             return None
-        chosen: dict[str, Any] = read_json(path / "best.json")
+        chosen: dict[str, Any] = read_object(path / "best.json")
         restore_masters(Checkpoint(chosen["step"], path), self.constraint)
         return chosen

@@ -402,7 +402,8 @@ class RecoverConfig(Settings):
     report_to: str | None = Field(None, description="tracker that accelerate knows: tensorboard, wandb, trackio, …")
     seed: int = Field(0, ge=0, lt=2**31, description="order of prompts, rollouts, held-out choice")
     trust_remote_code: bool = Field(
-        False, description="let a model directory run its own Python. Off unless you say so"
+        False,
+        description="let a model directory run its own Python. Only the command can say so: in a file it is refused",
     )
 
     @classmethod

@@ -15,9 +15,10 @@ import torch
 
 from remend.console import warn
 from remend.errors import RemendError
-from remend.files.atomic import read_json, write_json
+from remend.files.atomic import write_json
 from remend.files.cache import cache_root
 from remend.files.environment import processor
+from remend.files.reading import read_object
 from remend.recovery.estimate import NOMINAL
 
 FILE, VERSION, KEPT = "rates.json", 2, 100
@@ -69,7 +70,7 @@ def recorded() -> list[RecordedRun]:
     if not path.is_file():
         return []
     try:
-        value = read_json(path)
+        value = read_object(path)
         return [_run(row) for row in value["runs"]] if value["version"] == VERSION else []
     except (RemendError, KeyError, TypeError, ValueError, AttributeError):
         warn(f"{path}, which holds how long earlier runs took, is damaged and is ignored; the next run writes it anew")

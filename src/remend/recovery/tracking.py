@@ -17,7 +17,8 @@ from torch import Tensor
 from remend.console import stage, warn
 from remend.data.order import derive_seed
 from remend.errors import InputError
-from remend.files.atomic import json_line, read_json, write_text
+from remend.files.atomic import json_line, write_text
+from remend.files.reading import read_object
 from remend.files.run_directory import SUMMARY, TRACK, RunDirectory
 from remend.maths.cka import debiased_cka
 from remend.models.activations.capture import as_layers, capture, pick_positions, usable
@@ -174,6 +175,6 @@ def _tracked(run: Run) -> list[dict[str, Any]]:
             tracker.note_once(student, checkpoint.step, "training", judge.quick(parts))
     if (directory.path / SUMMARY).is_file():
         model = saved_model(run)
-        steps = read_json(directory.path / SUMMARY)["selected"]["step"]
+        steps = read_object(directory.path / SUMMARY)["selected"]["step"]
         tracker.note_once(model, steps, "recovered", judge.quick(run.parts(model)))
     return tracker.sorted_rows()

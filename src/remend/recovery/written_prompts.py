@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from remend.console import stage, warn
 from remend.data.examples import example_of
 from remend.errors import InputError
-from remend.files.atomic import json_line, read_json, write_json, write_text
+from remend.files.atomic import json_line, write_json, write_text
+from remend.files.reading import read_object
 from remend.files.run_directory import MANIFEST
 from remend.recovery.begin import Run, require_same_tokens
 from remend.recovery.findings import Findings
@@ -50,11 +51,11 @@ def all_prompts(run: Run, reference: Teacher) -> Prompts:
     if run.main:
         path, counts = run.directory.path / MANIFEST, prompts.counts()
         hashes = {s.stream.name: {"tokens": s.token_hash, **s.hashes} for s in streams if s.stream.data == SELF}
-        before = read_json(path).get("self_prompts", {})
+        before = read_object(path).get("self_prompts", {})
         for name, own in hashes.items():
             require_same_tokens(before.get(name, {}).get("tokens"), own["tokens"], run.directory)
         noted = {"prompts": counts[prompts.main.stream.name], "streams": counts, "self_prompts": hashes}
-        write_json(path, {**read_json(path), **noted})
+        write_json(path, {**read_object(path), **noted})
     return prompts
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from remend.errors import printable
 from remend.files.atomic import JsonRow
 from remend.report.markdown import grid
 from remend.report.next_steps import loading, serving
@@ -76,7 +77,7 @@ class Card:
 
 def escape(value: object, length: int = 200) -> str:
     """One line of plain text in Markdown: no markup, no HTML, no link; of `length` characters at most."""
-    text = " ".join(str(value).split())[:length]
+    text = printable(" ".join(str(value).split())[:length])
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]{}|#!~])", r"\\\1", text)
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, read_json
+from remend.files.atomic import JsonObject
+from remend.files.reading import read_object, understood
 from remend.files.run_directory import MANIFEST, RECIPE, SUMMARY, TRACK, RunDirectory, occupied
 from remend.report.comparison import Compared, Diagnosis, Run, comparison_page
 from remend.report.diagnosis import diagnosis_page
@@ -39,8 +40,8 @@ def report(paths: Sequence[str | Path], out: Path | None = None) -> Path:
 
     Raises:
         InputError: no path, a path that is none of these or given twice, a study beside others, a run that is not
-            complete, files of another version, an `out` that is missing or occupied.
-        FileError: a file that can't be read or written.
+            complete, an `out` that is missing or occupied.
+        FileError: a file that can't be read or written, or is damaged or of another version.
     """
     places = [Path(path) for path in paths]
     if not places:
@@ -53,17 +54,12 @@ def report(paths: Sequence[str | Path], out: Path | None = None) -> Path:
         )
     if out is not None and (problem := occupied(out) or _filled(out)):
         raise InputError(problem)
-    try:
+    with understood(" or ".join(map(str, places)), "make it anew with this version"):
         if len(places) == 1 and (places[0] / STUDY).is_file():
             return write_page(out or places[0], study_page(_object(places[0] / STUDY)))
         compared = [_read(place, name) for place, name in zip(places, names, strict=True)]
         page = _page(compared)
-    except KeyError as error:
-        raise InputError(
-            f"{' or '.join(map(str, places))} lacks {error}: its files are of another version of remend, "
-            "or were changed by hand; make it anew with this version"
-        ) from error
-    return write_page(out or compared[0].path, page)
+        return write_page(out or compared[0].path, page)
 
 
 def _page(compared: Sequence[Compared]) -> Page:
@@ -111,7 +107,4 @@ def _read(place: Path, name: str) -> Compared:
 
 
 def _object(path: Path) -> JsonObject:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, not an object; write it anew with the run")
-    return content
+    return read_object(path, "write it anew with the run")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from remend.errors import printable
 from remend.report.page import Code, Facts, Figure, Finding, Page, Said, Samples, Table, Text
 
 STRONGEST = 3
@@ -30,7 +31,7 @@ def markdown(page: Page) -> str:
 
 def escape(text: str) -> str:
     """One line of plain text."""
-    flat = " ".join(text.split())
+    flat = printable(" ".join(text.split()))
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     flat = re.sub(r"([\\`*_\[\]{}|#!~$])", r"\\\1", flat)
     flat = re.sub(r"^([-+=]|\d+[.)](?=\s|$))", lambda m: m[0][:-1] + "\\" + m[0][-1], flat)  # no list, no rule

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from remend.files.atomic import JsonRow, read_json
+from remend.files.atomic import JsonRow
+from remend.files.reading import read_object
 from remend.files.run_directory import MANIFEST, RECIPE, TRACK, WORST, RunDirectory
 from remend.report import samples
 from remend.report.charts import Points, Scatter, Share, shortened
@@ -147,7 +148,7 @@ def write_report(directory: Path, summary: JsonRow) -> Path:
 
 def recovery_page(directory: Path, summary: JsonRow) -> Page:
     """The page of the run in `directory`; its summary may not be written yet."""
-    files, manifest = RunDirectory(directory), read_json(directory / MANIFEST)
+    files, manifest = RunDirectory(directory), read_object(directory / MANIFEST)
     track, scores, worst = files.rows(TRACK), scores_of(directory, manifest), files.rows(WORST)
     sections = [
         _gap(files, summary, manifest),

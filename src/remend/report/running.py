@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from remend.files.atomic import JsonObject, JsonRow, read_json
+from remend.files.atomic import JsonObject, JsonRow
+from remend.files.reading import read_object
 from remend.files.run_directory import MANIFEST, METRICS, RECIPE, REPAIR, SUMMARY, TIMING, RunDirectory, planned_steps
 from remend.report.page import Code, Page, Section, Tile
 from remend.report.recovery import recovery_page, title
@@ -24,9 +25,10 @@ def page_now(run: Path) -> Page:
 
     Raises FileError for a file that can't be read.
     """
-    files, manifest = RunDirectory(run), read_json(run / MANIFEST)
-    if files.complete:
-        return recovery_page(run, read_json(run / SUMMARY))
+    files, manifest = RunDirectory(run), read_object(run / MANIFEST)
+    summary = read_object(run / SUMMARY) if (run / SUMMARY).is_file() else None
+    if summary and files.complete:
+        return recovery_page(run, summary)
     steps = planned_steps(manifest)
     known, rows = _known(files), files.rows(METRICS)
     training = figures(files, known, manifest)
@@ -51,12 +53,12 @@ def _known(files: RunDirectory) -> JsonObject:
     known: JsonObject = {}
     baseline, repair, sides = (files.path / name for name in ("baseline.json", REPAIR, "streams-baseline.json"))
     if baseline.is_file():
-        sums = read_json(baseline)["on_reference"]
+        sums = read_object(baseline)["on_reference"]
         known["degraded"] = {"kl": sum(s["kl"] for s in sums) / sum(s["tokens"] for s in sums)}
     if repair.is_file():
-        known["repair"] = read_json(repair)
+        known["repair"] = read_object(repair)
     if sides.is_file():
-        known["streams"] = {name: {"before": before} for name, before in read_json(sides).items()}
+        known["streams"] = {name: {"before": before} for name, before in read_object(sides).items()}
     return known
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remend.errors import FileError
-from remend.files.atomic import JsonObject, JsonRow, read_json
+from remend.files.atomic import JsonObject, JsonRow
+from remend.files.reading import read_object
 from remend.report.page import Section, Table
 
 EVALS = "evals"
@@ -40,7 +41,7 @@ def scores_of(run: Path, manifest: JsonRow) -> Scores:
     scores: Scores = {}
     for path in sorted((run / EVALS).glob("*.json")):
         try:
-            content = read_json(path)
+            content = read_object(path)
         except FileError:
             continue
         if not isinstance(content, dict) or "files" not in content:

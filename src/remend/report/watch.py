@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import escape
 
 from remend.errors import RemendError
+from remend.files.reading import MISSHAPEN
 from remend.files.run_directory import RunDirectory
 from remend.report.running import REFRESH, page_now
 from remend.report.writing import html
@@ -47,7 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             text = html(page_now(self.server.run))
-        except (RemendError, KeyError, OSError) as error:
+        except (RemendError, OSError, *MISSHAPEN) as error:
             text = (
                 f'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH}">'
                 f"<p>The run's files can't be read now: {escape(error)}. This page tries again.</p>"

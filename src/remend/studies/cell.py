@@ -22,8 +22,9 @@ from remend.data.answers import ending
 from remend.data.examples import demonstration_of, load_examples
 from remend.errors import InputError
 from remend.evaluation.job import evaluate
-from remend.files.atomic import JsonObject, JsonRow, put_aside, read_json, write_json
-from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDirectory
+from remend.files.atomic import JsonObject, JsonRow, put_aside, write_json
+from remend.files.reading import read_object
+from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDirectory, manifest_of
 from remend.files.settings import Settings, build, merged
 from remend.models.find import find_model
 from remend.models.load import load_tokenizer
@@ -52,7 +53,7 @@ def state_of(place: Path, inputs: JsonRow) -> str:
     """
     if not inputs_file(place).is_file():
         return "stale" if place.exists() else "new"
-    before = read_json(inputs_file(place))
+    before = read_object(inputs_file(place))
     if _as_today(before.get("training")) != _as_today(inputs["training"]):
         return "stale"
     if not (place / OUTCOME).is_file():
@@ -75,7 +76,7 @@ def _as_today(training: JsonRow | None) -> JsonRow | None:
 
 def ungraded(place: Path, inputs: JsonRow) -> list[str]:
     """The wanted tasks that a finished cell was not graded on, or on other rows or with other options."""
-    before = read_json(inputs_file(place)).get("grading", {})
+    before = read_object(inputs_file(place)).get("grading", {})
     return [name for name, wanted in inputs["grading"].items() if before.get(name) != wanted]
 
 
@@ -170,7 +171,7 @@ def _train(path: Path, cell: CellSettings) -> None:
     mean = {}
     if cell.labels is not None:
         place = path / INPUTS / "labels"
-        record = read_json(place / LABELS_RECORD) if place.is_dir() else write_labels(place, config, cell.labels)
+        record = read_object(place / LABELS_RECORD) if place.is_dir() else write_labels(place, config, cell.labels)
         taught = {"teacher": str(place), "policy": "off", "data": None, "eval_data": None}
         config = build(RecoverConfig, merged(config.model_dump(), {"streams": {"recover": taught}}), str(path))
         mean = {"recover": record["mean_tokens"]}
@@ -206,7 +207,7 @@ def completion_tokens(recipe: JsonRow, idle: Path | None, task_rows: str | None)
     """
     mean: dict[str, float] = {}
     if idle is not None:
-        ours = [row["tokens"] for row in read_json(idle / "baseline.json")["on_policy"]]
+        ours = [row["tokens"] for row in read_object(idle / "baseline.json")["on_policy"]]
         theirs = [len(row["completion"]) for row in RunDirectory(idle).rows("reference.jsonl")]
         mean["recover"] = (sum(ours) / len(ours) + sum(theirs) / len(theirs)) / 2
     if task_rows is not None:
@@ -222,12 +223,12 @@ def completion_tokens(recipe: JsonRow, idle: Path | None, task_rows: str | None)
 
 def _outcome(path: Path) -> JsonObject:
     """What the run's files say."""
-    summary, manifest = read_json(path / SUMMARY), read_json(path / MANIFEST)
+    summary, manifest = read_object(path / SUMMARY), manifest_of(path)
     repair = (summary["repair"] or {}).get("seconds", 0.0)
     answers = RunDirectory(path).setup_seconds("pool")
     labels = path / INPUTS / "labels" / LABELS_RECORD
     if labels.is_file():
-        answers += read_json(labels)["seconds"]
+        answers += read_object(labels)["seconds"]
     cost = {"repair": repair, "answers": round(answers, 1), "steps": summary["training_seconds"]}
     return {
         "kl": {"degraded": summary["degraded"]["kl"], "recovered": summary["recovered"]["kl"]},

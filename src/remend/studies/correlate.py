@@ -15,7 +15,8 @@ from pathlib import Path
 
 from remend.diagnosis.severity import Sentence
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, JsonRow, read_json, write_json
+from remend.files.atomic import JsonObject, JsonRow, write_json
+from remend.files.reading import read_object, understood
 from remend.files.run_directory import MANIFEST, SUMMARY, TRACK, RunDirectory
 from remend.maths.correlation import CONFIDENCE, LEVELS, RUNS_TO_RESAMPLE, Correlation, Level, pearson, spearman
 from remend.maths.gap import MEASURABLE_KL
@@ -201,7 +202,11 @@ def _tracks(runs: Sequence[str | Path]) -> list[Track]:
         seen[path.resolve()] = path
     short = [path.resolve().name for path in paths]
     names = short if len(set(short)) == len(short) else [str(path) for path in paths]
-    return [_track(path, name) for path, name in zip(paths, names, strict=True)]
+    tracks = []
+    for path, name in zip(paths, names, strict=True):
+        with understood(path, "run it again with another out"):
+            tracks.append(_track(path, name))
+    return tracks
 
 
 def _track(path: Path, name: str) -> Track:
@@ -214,7 +219,7 @@ def _track(path: Path, name: str) -> Track:
         raise InputError(f"{path / TRACK} can't be read: {error}; run again with another out") from None
     if not rows:
         raise InputError(f"{path} has no {TRACK}; measure it with: remend track {path}")
-    manifest = read_json(path / MANIFEST)
+    manifest = read_object(path / MANIFEST)
     finished = (path / SUMMARY).is_file()
     degraded = _degraded_kl(path, rows)
     rows, left_out = _once(rows)
@@ -281,7 +286,7 @@ def _degraded_kl(path: Path, rows: Sequence[Row]) -> float:
     """KL of the student as it came in: from the track, measured as the other rows are, else from the summary."""
     values = [row.kl for row in rows if row.stage == "degraded"]
     if not values and (path / SUMMARY).is_file():
-        values = [_finite(read_json(path / SUMMARY).get("degraded", {}).get("kl"))]
+        values = [_finite(read_object(path / SUMMARY).get("degraded", {}).get("kl"))]
     if not values or values[0] is None:
         raise InputError(
             f"{path} does not say the degraded student's KL: {TRACK} has no row of the stage degraded with a KL, nor "

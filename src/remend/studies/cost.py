@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
-from remend.files.atomic import JsonObject, JsonRow, read_json
+from remend.files.atomic import JsonObject, JsonRow
+from remend.files.reading import read_object
 from remend.studies.cell import OUTCOME, completion_tokens, steps_for
 from remend.studies.grid import Cell, Study
 
@@ -60,7 +61,7 @@ def _measured(study: Study, out: Path) -> dict[tuple[str, str], list[float]]:
     for cell in study.cells:
         path = out / "cells" / cell.name / OUTCOME
         if path.is_file():
-            seconds = read_json(path)["seconds"]
+            seconds = read_object(path)["seconds"]
             spent.setdefault((cell.group.model, cell.method.name), []).append(sum(seconds.values()))
     return spent
 

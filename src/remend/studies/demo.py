@@ -113,7 +113,7 @@ def demo(
         settings(overrides={**common, "out": str(directory), "steps": steps, **RECOVERY}), began=began
     )
     if compare:
-        console.print("the same student by training alone", markup=False)
+        console.print("the same student by training alone")
         run_recovery(settings(overrides={**common, "out": str(directory / PLAIN_RUN), **PLAIN}))
         report([directory, directory / PLAIN_RUN], directory / COMPARISON)
     return result

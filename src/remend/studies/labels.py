@@ -153,6 +153,7 @@ def _write(
             "files": {PROMPTS: hashlib.sha256((target / PROMPTS).read_bytes()).hexdigest()},
             **read_by(tokenizer, shared, 1),
             "prompts": written["prompts"],
+            "prompts_sha256": written["prompts_sha256"],
             "tokens": sum(shard["rows"] for shard in written["shards"]),
             "mean_tokens": tokens / len(answers["train"]),
             "shards": written["shards"],

@@ -13,7 +13,8 @@ from remend.data import tasks
 from remend.data.examples import DEMONSTRATION_KEYS, Example, bundled, choose, load_examples, split_held_out, without
 from remend.degrade.kinds import degrade
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, json_line, put_aside, read_json, write_json, write_text
+from remend.files.atomic import JsonObject, json_line, put_aside, write_json, write_text
+from remend.files.reading import read_object
 from remend.models.find import find_model, hash_files
 from remend.studies import tiny_model
 from remend.studies.grid import Cell, Group, Study
@@ -182,7 +183,7 @@ def record_of(student: Path) -> Path:
 def is_made(student: Path, inputs: Mapping[str, object]) -> bool:
     """Whether a student is there and was made of these inputs."""
     record = record_of(student)
-    return record.is_file() and student.is_dir() and read_json(record) == json.loads(json.dumps(inputs))
+    return record.is_file() and student.is_dir() and read_object(record) == json.loads(json.dumps(inputs))
 
 
 def make_student(

@@ -15,7 +15,8 @@ from remend.evaluation.plan import make_plan
 from remend.evaluation.settings import LM_EVAL, EvaluateSettings
 from remend.files import recipes
 from remend.files.atomic import JsonObject
-from remend.files.settings import Config, build, read_yaml
+from remend.files.settings import Config, build
+from remend.files.yaml_files import read_yaml
 from remend.studies.grid import Cell, Method, Study, cells_of
 from remend.studies.spec import (
     BASES,

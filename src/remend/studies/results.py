@@ -8,7 +8,8 @@ from pathlib import Path
 
 from remend.errors import RemendError
 from remend.evaluation.compare import compare
-from remend.files.atomic import JsonObject, JsonRow, read_json
+from remend.files.atomic import JsonObject, JsonRow
+from remend.files.reading import read_object
 from remend.files.run_directory import TRACK, RunDirectory
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence
 from remend.studies.cell import GRADES, OUTCOME, grades_file
@@ -41,7 +42,7 @@ def gather(study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping
     finished = [cell for cell in study.cells if states[cell.name] == "done"]
     places = [out / "cells" / cell.name for cell in finished]
     done = [
-        Done(cell, place, read_json(place / OUTCOME), ungraded[cell.name])
+        Done(cell, place, read_object(place / OUTCOME), ungraded[cell.name])
         for cell, place in zip(finished, places, strict=True)
     ]
     groups = list(dict.fromkeys(cell.group for cell in study.cells))
@@ -167,7 +168,7 @@ def _parts(
     for name in (name for name in graded(study, group) if name not in left):
         for folder in folders:
             path = grades_file(folder, name)
-            content = read_json(path) if path.is_file() else {}
+            content = read_object(path) if path.is_file() else {}
             for part in content.get("results", [content] if content else []):
                 by_key.setdefault((part["task"], part["grader"]), []).append(part)
     return {key: _averaged(parts) for key, parts in by_key.items() if len(parts) == len(folders)}

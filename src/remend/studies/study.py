@@ -20,8 +20,10 @@ from tempfile import TemporaryDirectory
 
 from remend.console import console
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, JsonRow, read_json, write_json, write_text
+from remend.files.atomic import JsonObject, JsonRow, write_json, write_text
 from remend.files.lock import only_writer
+from remend.files.reading import read_object
+from remend.files.settings import require_said
 from remend.plugins import asked_for, not_imported
 from remend.recovery.settings import RecoverConfig
 from remend.recovery.streams import resolve
@@ -57,7 +59,14 @@ FINISHED = ("done", "ungraded")
 
 
 def study(
-    path: str | Path, out: str | Path, *, jobs: int = 1, dry_run: bool = False, only: str | Sequence[str] | None = None
+    path: str | Path,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    dry_run: bool = False,
+    only: str | Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    allow_code: bool = False,
 ) -> JsonObject:
     """Run a study, or go on with it: cells whose settings, models and data did not change are not run again.
 
@@ -68,6 +77,7 @@ def study(
         dry_run: only tell what cells there are and what they cost; nothing is written.
         only: names of cells or patterns, e.g. 'int3-g64', 'int3-g64/sft/0', '*/*/0'; the degraded student is measured
             along.
+        trust_remote_code, allow_code: let code run where the study says so; without them such a study is refused.
 
     Returns:
         The content of results.json with the paths `out`, `report`, `csv`, `json`; `failures` has the message of each
@@ -84,6 +94,8 @@ def study(
     out = Path(out)
     imports = _imports(out)
     plan = read_study(path)
+    said = {"trust_remote_code": trust_remote_code, "allow_code": allow_code or dry_run}  # which grades nothing
+    require_said(plan.spec.model_dump(), f"study {plan.path}", said)
     cells = chosen(plan, only)
     _require_own(plan, out)
     if dry_run:
@@ -113,7 +125,7 @@ def _carried_out(plan: Study, out: Path, jobs: int, cells: Sequence[Cell]) -> Js
 
 def _imports(out: Path) -> list[str]:
     """The modules that the commands of a study named. Raises InputError where this one leaves one of them out."""
-    earlier = read_json(out / STUDY).get("imports", []) if (out / STUDY).is_file() else []
+    earlier = read_object(out / STUDY).get("imports", []) if (out / STUDY).is_file() else []
     missing = not_imported(earlier)
     if missing:
         raise InputError(f"the study in {out} was begun with {missing}; give that again: only then is its code run")
@@ -129,7 +141,7 @@ def _require_own(plan: Study, out: Path) -> None:
     if out.is_file():
         raise InputError(f"out {out} is a file; name a directory")
     if (out / STUDY).is_file():
-        there, mine = read_json(out / STUDY), _identity(plan)
+        there, mine = read_object(out / STUDY), _identity(plan)
         if any(there.get(key) != mine[key] for key in mine):
             raise InputError(
                 f'out {out} holds the study "{there.get("study")}" of {_named(there)}, and this is "{plan.name}" of '
@@ -182,7 +194,7 @@ class _Work:
         shared = self.plan.spec.one_process and self.jobs == 1
         for number, (job, message) in enumerate(run_jobs(self.out, jobs, processes=self.jobs, shared=shared), 1):
             said = "failed" if message else "done"
-            console.print(f"{what} {number} of {len(jobs)}: {job.name}: {said}", soft_wrap=True, markup=False)
+            console.print(f"{what} {number} of {len(jobs)}: {job.name}: {said}", soft_wrap=True)
             if message:
                 self.failed[job.name.removeprefix("students/")] = message
 
@@ -210,7 +222,7 @@ class _Work:
             }
             inputs = {"model": self.made.hash_of(self.made.models[model]), "grading": rows}
             record = place / "graded.json"
-            if not record.is_file() or read_json(record) != inputs:
+            if not record.is_file() or read_object(record) != inputs:
                 grading = [self._grading(name).model_dump() for name in tasks]
                 arguments = {"model": self.made.models[model], "folder": str(place), "grading": grading}
                 wanted.append(Job(f"reference/{model}", "grade", {**arguments, "inputs": inputs}))

@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from remend.data.examples import completion_of, example_of
 from remend.data.order import Order
-from remend.files.atomic import JsonObject, json_line, new_directory, read_json, write_json, write_text
+from remend.files.atomic import JsonObject, json_line, new_directory, write_json, write_text
+from remend.files.reading import read_object
 from remend.files.run_directory import RunDirectory
 from remend.models.device import mixed_precision
 from remend.models.load import eos_ids, save_model
@@ -167,7 +168,7 @@ def version(steps: int = STEPS) -> str:
 
 def is_made(out: Path, steps: int = STEPS) -> bool:
     """Whether the model and its text are there from before."""
-    return (out / RECORD).is_file() and read_json(out / RECORD) == {"version": version(steps)}
+    return (out / RECORD).is_file() and read_object(out / RECORD) == {"version": version(steps)}
 
 
 def make(out: Path, *, steps: int = STEPS) -> dict[str, str]:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from remend.console import console
 from remend.errors import RemendError
-from remend.files.atomic import JsonRow, read_json, write_json, write_text
+from remend.files.atomic import JsonRow, write_json, write_text
+from remend.files.reading import read_object
 from remend.plugins import asked_for, import_installed, import_modules
 from remend.studies.cell import grade_reference, run_cell
 from remend.studies.made import make_student
@@ -127,7 +128,7 @@ def _noted(out: Path, job: Job, message: str | None) -> str | None:
         failed.unlink(missing_ok=True)
     else:
         write_text(failed, message + "\n")
-        console.print(f"failed: {job.name}: {message}", soft_wrap=True, markup=False)
+        console.print(f"failed: {job.name}: {message}", soft_wrap=True)
     return message
 
 
@@ -141,7 +142,7 @@ def main(words: Sequence[str]) -> int:
     """Do the job in a file; its failure goes into another."""
     _end_with_the_study()
     given, failed = map(Path, words)
-    job = read_json(given)
+    job = read_object(given)
     try:
         import_installed()
         import_modules(job.get("imports", []))

@@ -79,8 +79,7 @@ def at_the_end_of_a_round() -> Iterator[Wish]:
         wish.number = number
         console.print(
             f"\n{signal.Signals(number).name}: training ends with this round of sampling, and saves; once more ends it "
-            "at once",
-            markup=False,
+            "at once"
         )
 
     with _handled(heard):

@@ -10,7 +10,6 @@ Legend: N completion tokens, V shared vocabulary, K kept tokens, E width of the 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from remend.data.order import batches_by_length, derive_seed
 from remend.data.templates import Encoded, dropped_text, encode_within, token_hash
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, json_line, new_directory, write_json, write_text
+from remend.files.hashes import hash_file
 from remend.files.run_directory import occupied
 from remend.files.settings import build, takes
 from remend.maths.losses import divergence
@@ -194,6 +194,7 @@ def _write(out: Path, record: JsonObject, rollouts: dict[str, list[Rollout]], pa
         record = {
             **record,
             "prompts": written["prompts"],
+            "prompts_sha256": written["prompts_sha256"],
             "clipped_share": {
                 split: sum(r.clipped for r in answers) / len(answers) for split, answers in rollouts.items()
             },
@@ -228,7 +229,8 @@ def write_scored(
         scores: the place of a completion among all of them, and its scores as they are stored; each once, in any order.
 
     Returns:
-        `prompts`, the number of completions by split, and `shards`, the files of scores, as the record holds them.
+        `prompts`, the number of completions by split, `prompts_sha256`, the hash of their file, and `shards`, the files
+        of scores, as the record holds them.
     """
     shards = _Shards(directory)
     places = {number: shards.add(stored) for number, stored in scores}
@@ -240,7 +242,11 @@ def write_scored(
         row = {"id": r.id, "split": split, "prompt": r.prompt, "completion": r.completion, "clipped": r.clipped}
         lines.append(json_line({**row, "shard": shard, "start": start}))
     write_text(directory / PROMPTS, "".join(lines))
-    return {"prompts": {split: len(rollouts) for split, rollouts in answers.items()}, "shards": shards.written}
+    return {
+        "prompts": {split: len(rollouts) for split, rollouts in answers.items()},
+        "prompts_sha256": hash_file(directory / PROMPTS),
+        "shards": shards.written,
+    }
 
 
 @torch.no_grad()
@@ -294,9 +300,8 @@ class _Shards:
         path, rows = self.directory / f"scores-{len(self.written):05d}.safetensors", _joined(self._held)
         tensors = {"ids": rows.ids_NK, "log_p": rows.log_p_NK, "log_tail": rows.log_tail_N}
         save_file(tensors, path, metadata={"remend_teacher_cache": str(VERSION)})
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        self.written.append({"file": path.name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": digest})
+        size, digest = path.stat().st_size, hash_file(path)
+        self.written.append({"file": path.name, "rows": len(rows), "bytes": size, "sha256": digest})
         self._held = []
 
 

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, read_json
+from remend.files.atomic import JsonObject
+from remend.files.reading import read_object
 from remend.models.find import ModelSource, own_file
 from remend.models.packed_weights import packing
 from remend.models.protocols import CausalLM, Tokenizer
@@ -151,7 +152,7 @@ def read_record(directory: Path) -> JsonObject:
     The hashes of its files are left out: they belong to that directory alone.
     """
     path = directory / RECORD
-    content = read_json(path) if path.is_file() else {}
+    content = read_object(path) if path.is_file() else {}
     return {key: value for key, value in content.items() if key != FILES} if isinstance(content, dict) else {}
 
 

@@ -19,7 +19,8 @@ from remend.compression.containers import CONTAINERS, Container, Measured, Recog
 from remend.compression.grids import Grid, GridFormat, restore
 from remend.compression.stored_grid import Carried, StoredGrid
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, read_json, write_json
+from remend.files.atomic import JsonObject, write_json
+from remend.files.reading import read_object
 from remend.models.find import ModelSource
 from remend.models.load import save_model
 from remend.models.matrices import by_key
@@ -108,7 +109,7 @@ def _refuse_plain_experts(directory: Path) -> None:
 
 
 def _model_type(directory: Path) -> str:
-    config = read_json(directory / "config.json")
+    config = read_object(directory / "config.json")
     text: JsonObject = config.get("text_config") or config
     return str(text.get("model_type"))
 
@@ -310,7 +311,7 @@ def _complete_config(target: Path, carried: JsonObject) -> None:
     model of another dtype can't multiply, and packed zeros don't fit the places that it prepares for them.
     """
     path = target / "config.json"
-    config = read_json(path)
+    config = read_object(path)
     packing_config: JsonObject = config["quantization_config"]
     packing_config["dequantize"] = True
     for key, value in carried.items():

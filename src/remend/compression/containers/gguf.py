@@ -21,8 +21,10 @@ from remend.compression.containers.gguf_blocks import from_gguf_blocks, to_gguf_
 from remend.compression.containers.gguf_tokenizer import add_vocabulary, require_same_tokens
 from remend.compression.grids import Grid, GridFormat
 from remend.compression.stored_grid import StoredGrid
-from remend.errors import FileError, InputError
+from remend.errors import InputError
+from remend.files.reading import FETCH, understood
 from remend.models.find import ModelSource
+from remend.models.gguf_header import header
 from remend.models.protocols import CausalLM
 
 if TYPE_CHECKING:
@@ -54,10 +56,12 @@ def _reads(source: ModelSource) -> bool:
 def _recognise(source: ModelSource, as_dense: bool) -> Recognised:
     path = source.path
     assert path is not None
-    try:
-        reader = gguf.GGUFReader(path)
-    except ValueError as error:  # how it says that a file was cut short
-        raise FileError(f"{path}: its weights can't be read: {' '.join(str(error).split())[:200]}") from None
+    with understood(path, FETCH, kinds=(Exception,)):  # numbers and arrays of the header may be anything
+        return _held(source, path, as_dense)
+
+
+def _held(source: ModelSource, path: Path, as_dense: bool) -> Recognised:
+    reader = header(path)
     architecture = str(reader.fields["general.architecture"].contents())
     linear = {t.name: t for t in reader.tensors if _BLOCK.fullmatch(t.name) and len(t.shape) == 2}
     types = Counter(t.tensor_type.name for t in linear.values() if t.tensor_type.name not in ("F32", "F16", "BF16"))

@@ -16,6 +16,7 @@ from remend.data.examples import Row
 from remend.data.tasks.task import Grade, Mode, shorten
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
+from remend.files.reading import parsed
 
 _PAPER_ACTION = re.compile(r"Action:\s*(\w+)")
 _PAPER_INPUT = re.compile(r"Action Input:\s*({.*?})", re.DOTALL)
@@ -80,7 +81,7 @@ def _merged(blocks: Iterable[str | Row]) -> JsonObject:
 def _golden_input(call: Row) -> JsonObject:
     value = call["Action_Input"]
     try:
-        value = json.loads(value) if isinstance(value, str) else value
+        value = parsed(value) if isinstance(value, str) else value
     except ValueError as error:
         raise InputError(f"the golden Action_Input of {call['Action']} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -194,7 +194,7 @@ def _record(damage: Damage, changed: Changed, model: str, hashes: Mapping[str, s
     record: JsonObject = {
         "sparsity": share_of_zeros([matrix.weight_OI for matrix in matrices(changed.student).values()]),
         **changed.entry,
-        "reference": {"model": model, "files": hashes},
+        "reference": {"model": named(model), "files": hashes},
         "bits_per_weight": changed.bits_per_weight,
         "packed_bytes": changed.packed_bytes or DENSE_BITS // 8 * sum(p.numel() for p in changed.student.parameters()),
         "seconds": round(seconds, 3),

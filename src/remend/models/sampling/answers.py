@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from remend.console import stage
+from remend.console import stage, warn
 from remend.data.templates import Encoded
+from remend.errors import FileError, shortened
 from remend.files.atomic import json_line, write_text
-from remend.files.run_directory import RunDirectory
+from remend.files.reading import understood
+from remend.files.run_directory import DAMAGED, RunDirectory
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Draws, Rollout
@@ -49,10 +51,15 @@ def answered_once(
 ) -> list[Rollout]:
     """Completions of `prompts` from the run's file `name`, or what `write` gives, put there for a resumed run.
 
-    `write` is called only when the file lacks some.
+    `write` is called only when the file lacks some, or is damaged, which is told.
     """
-    if [row["id"] for row in directory.rows(name)] != [p.id for p in prompts]:
-        write_answers(directory, name, tokenizer, write())
+    path = directory.path / name
+    try:
+        if path.is_file() and [row.get("id") for row in directory.rows(name)] == [p.id for p in prompts]:
+            return read_answers(directory, name, prompts)
+    except FileError as error:
+        warn(f"{error}; the answers are written again")
+    write_answers(directory, name, tokenizer, write())
     return read_answers(directory, name, prompts)
 
 
@@ -66,9 +73,19 @@ def write_answers(directory: RunDirectory, name: str, tokenizer: Tokenizer, roll
 
 
 def read_answers(directory: RunDirectory, name: str, prompts: Sequence[Encoded]) -> list[Rollout]:
-    """What `write_answers` put there, to these prompts in their order."""
-    pairs = zip(prompts, directory.rows(name), strict=True)
-    return [Rollout(p.id, p.tokens, tuple(row["completion"]), row["clipped"], p.shown) for p, row in pairs]
+    """What `write_answers` put there, to these prompts in their order. Raises FileError for a damaged file."""
+    with understood(directory.path / name, DAMAGED):
+        pairs = zip(prompts, directory.rows(name), strict=True)
+        return [
+            Rollout(p.id, p.tokens, token_ids(row["completion"]), bool(row["clipped"]), p.shown) for p, row in pairs
+        ]
+
+
+def token_ids(value: object) -> tuple[int, ...]:
+    """Token ids as JSON gives them. Raises TypeError for anything else."""
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise TypeError(f"{shortened(value, 40)} is no list of token ids")
+    return tuple(value)
 
 
 def as_text(tokenizer: Tokenizer, rollout: Rollout) -> str:

@@ -29,11 +29,13 @@ from safetensors import SafetensorError, safe_open
 
 from remend.data.sources import read_lines
 from remend.data.templates import template_text
-from remend.errors import FileError, InputError
-from remend.files.atomic import read_json
+from remend.errors import FileError, InputError, shortened
+from remend.files.hashes import hash_file
+from remend.files.reading import MISSHAPEN, read_object, stays_inside
 from remend.maths.topk import TopK
 from remend.models.find import ModelSource
 from remend.models.protocols import CausalLM, Tokenizer
+from remend.models.sampling.answers import token_ids
 from remend.models.sampling.rollout import Rollout
 from remend.models.vocabulary import VocabularyMatch
 from remend.training.teachers.teacher import TEACHERS, NamedTeacher, StreamView, Teacher, Workplace
@@ -94,36 +96,44 @@ class TeacherCache(Teacher):
                 f"{path} is no cached teacher: it has no {RECORD}; give the directory that remend cache-teacher --out "
                 "named"
             )
-        record = read_json(path / RECORD)
-        version = record.get("version") if isinstance(record, dict) else None
-        if version != VERSION:
+        record = read_object(path / RECORD, REMEDY)
+        version = record.get("version")
+        if type(version) is not int or version != VERSION:
             raise InputError(
                 f"{path / RECORD} has version {version}, and this remend reads {VERSION}; write the cache again with "
                 "remend cache-teacher"
             )
         try:
             for shard in record["shards"]:
-                file, size = path / shard["file"], shard["bytes"]
-                if not file.is_file():
-                    raise _damaged(path, f"{file.name} is missing")
-                if file.stat().st_size != size:
-                    raise _damaged(path, f"{file.name} has {file.stat().st_size} bytes instead of {size}")
+                _require_whole(path, shard["file"], shard["bytes"], shard["sha256"])
             if not (path / PROMPTS).is_file():
                 raise _damaged(path, f"{PROMPTS} is missing")
+            if record.get("prompts_sha256") not in (None, hash_file(path / PROMPTS)):
+                raise _damaged(path, f"{PROMPTS} changed since it was written")
             answers: dict[str, list[Rollout]] = {split: [] for split in SPLITS}
             places = {}
             for _, row in read_lines(path / PROMPTS, "prompt"):
-                prompt, completion = tuple(row["prompt"]), tuple(row["completion"])
-                rollout = Rollout(row["id"], prompt, completion, row["clipped"], off_policy=True)
-                answers.get(row["split"], []).append(rollout)
-                places[prompt, completion] = (record["shards"][row["shard"]]["file"], row["start"])
+                prompt, completion = token_ids(row["prompt"]), token_ids(row["completion"])
+                rollout = Rollout(str(row["id"]), prompt, completion, bool(row["clipped"]), off_policy=True)
+                answers[row["split"]].append(rollout)
+                shard, start = record["shards"][row["shard"]], int(row["start"])
+                if not 0 <= start <= start + len(completion) <= shard["rows"]:
+                    raise ValueError(f"{shard['file']} has no rows {start} to {start + len(completion)}")
+                places[prompt, completion] = (shard["file"], start)
             counts = [len(rollouts) for rollouts in answers.values()]
             counts.append(sum(len(r.completion) for rollouts in answers.values() for r in rollouts))
             expected = [record["prompts"][split] for split in SPLITS] + [record["tokens"]]
             missing = [name for name in ("k", "model", "eos_token", "chat_template_sha256") if name not in record]
             whole = {"shared", "sha256"} <= set(record["vocabulary"])
-        except (InputError, KeyError, IndexError, TypeError) as error:
-            raise _damaged(path, f"{type(error).__name__}: {error}") from None
+            numbers = (record["k"], record["vocabulary"]["shared"]) if whole and not missing else ()
+            if not all(type(number) is int and number > 0 for number in numbers):
+                raise TypeError(f"k and the vocabulary's size are {shortened(numbers)}, and must be whole numbers")
+            if not isinstance(record.get("files", {}), dict):
+                raise TypeError("files is no object")
+        except FileError:
+            raise
+        except MISSHAPEN as error:
+            raise _damaged(path, f"{type(error).__name__}: {shortened(error)}") from None
         if missing or not whole:
             raise _damaged(path, f"{RECORD} lacks {', '.join(missing) or 'the vocabulary'}")
         if counts != expected:
@@ -226,8 +236,25 @@ class TeacherCache(Teacher):
         return self._files[name]
 
 
+def _require_whole(directory: Path, name: str, size: int, digest: str) -> None:
+    """Raise FileError unless a file of a cache lies in its directory and is what was written."""
+    if not stays_inside(name):
+        raise _damaged(directory, f"{name} is no file's name: what a cache reads lies in its own directory")
+    file = directory / name
+    if not file.is_file():
+        raise _damaged(directory, f"{name} is missing")
+    if file.stat().st_size != size:
+        raise _damaged(directory, f"{name} has {file.stat().st_size} bytes instead of {size}")
+    if hash_file(file) != digest:
+        raise _damaged(directory, f"{name} changed since it was written: its SHA-256 is another one")
+
+
 def _damaged(path: Path, reason: str) -> FileError:
-    return FileError(f"the cached teacher {path} is damaged ({reason}); write it again with remend cache-teacher")
+    return FileError(f"the cached teacher {path} is damaged ({reason}); {REMEDY}")
+
+
+REMEDY = "write it again with remend cache-teacher"
+"""What to do about a damaged cache."""
 
 
 @TEACHERS.register("cache", source="remend cache-teacher")
