@@ -81,7 +81,7 @@ EXPLAINED = [
     Explained("a run says in what it saved the model", r"(.*\.)?saved(\..*)?"),
     Explained(HASHED, "prompts_sha256", file=r".*teacher-cache\.json"),
     Explained(NAMED, r"reference\.model|source", file=r".*(degradation|export)\.json"),
-    Explained(HASHED, r"files(\..*)?", file=r".*(degradation|export|state|summary)\.json"),
+    Explained(HASHED, r"(files|logged|sha256)(\..*)?", file=r".*(degradation|export|state|summary|best)\.json"),
     Explained(HASHED, r".*line \d+", rf"\s*{QUOTE}files{QUOTE}: .*|\s*{QUOTE}[\w./-]+{QUOTE}: {QUOTE}[0-9a-f]{{64}}.*"),
     Explained("one process writes a run", r"", "there", r".*\.remend-lock"),
     Explained("a manifest names the device", r"(.*\.)?device", r"cpu|cuda", r".*(manifest|report)\.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +270,15 @@ def test_an_interrupted_run_says_how_it_goes_on(
     monkeypatch.setattr("remend.recovery.run.carry_out", interrupted)
     code, _, err = run("recover", recipe_file)
     assert (code, "interrupted before anything was written; give the same command again" in err) == (130, True)
+
+
+def test_a_signal_before_the_line_is_read_is_no_traceback(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_app() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("remend.cli.build_app", build_app)
+    code, _, err = run("recipes")
+    assert (code, err) == (143, "")
 
 
 def test_every_verb_has_its_place_in_the_help() -> None:

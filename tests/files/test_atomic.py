@@ -11,6 +11,7 @@ import pytest
 import remend.files.atomic as atomic
 from remend.errors import FileError
 from remend.files.atomic import OLD, TEMPORARY, new_directory, put_aside, remove_temporary, write_text
+from remend.files.lock import take
 
 
 def names(directory: Path) -> list[str]:
@@ -74,6 +75,15 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
     assert names(tmp_path) == ["other", "out"]
 
 
+def test_a_small_file_s_leftovers_go_too_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    for name in ("a.json-dead", "a.json-living", "b.json-dead"):
+        (tmp_path / f"{TEMPORARY}{name}").touch()
+    with (tmp_path / f"{TEMPORARY}a.json-living").open() as held:
+        assert take(held.fileno())
+        write_text(tmp_path / "a.json", "{}")
+    assert names(tmp_path) == [f"{TEMPORARY}a.json-living", f"{TEMPORARY}b.json-dead", "a.json"]
+
+
 def test_what_was_moved_aside_and_not_replaced_comes_back(tmp_path: Path) -> None:
     aside = tmp_path / f"{OLD}model-x"
     (aside / "model").mkdir(parents=True)
@@ -81,6 +91,32 @@ def test_what_was_moved_aside_and_not_replaced_comes_back(tmp_path: Path) -> Non
     remove_temporary(tmp_path)
     assert names(tmp_path) == ["model"]
     assert (tmp_path / "model" / "weights").is_file()
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_end_in_the_middle_of_replacing_leaves_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """A signal after the first rename leaves the old directory, and after the second the new one; nothing else."""
+    write_text(tmp_path / "model" / "weights", "old")
+    rename, calls = Path.rename, []
+
+    def ended(path: Path, to: Path) -> Path:
+        done = rename(path, to)
+        calls.append(path)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return done
+
+    def replaced() -> None:
+        with new_directory(tmp_path / "model") as directory:
+            (directory / "weights").write_text("new")
+            monkeypatch.setattr(Path, "rename", ended)
+
+    with pytest.raises(KeyboardInterrupt):
+        replaced()
+    assert names(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == ("old" if after == 1 else "new")
 
 
 def test_hidden_files_of_others_and_links_stay(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 import remend
 from remend.errors import InputError
-from remend.files.run_directory import INPUTS, SUMMARY, occupied
+from remend.files import run_directory
+from remend.files.run_directory import INPUTS, METRICS, SUMMARY, RunDirectory, occupied
 
 
 @pytest.fixture
@@ -51,3 +52,30 @@ def test_inputs_are_allowed_to_those_that_ask(prepared: Path) -> None:
     assert "is not empty" in str(occupied(prepared))
     (prepared / "more").touch()
     assert "is not empty" in str(occupied(prepared, inputs=True))
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', "{", "x" * 50])
+def test_a_line_that_was_cut_short_does_not_spoil_the_next(tmp_path: Path, torn: str) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    directory.append(METRICS, {"step": 1, "word": "é"})
+    with (directory.path / METRICS).open("a") as stream:
+        stream.write(torn)
+    directory.append(METRICS, {"step": 2})
+    assert directory.rows(METRICS) == [{"step": 1, "word": "é"}, {"step": 2}]
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    directory.append(METRICS, {"step": 1})
+    flushed: list[tuple[Path, int]] = []
+    monkeypatch.setattr(run_directory, "flush", lambda path: flushed.append((path, len(directory.checkpoints()))))
+    directory.save_checkpoint(1, {}, {}, keep=2)
+    assert flushed == [(directory.path / METRICS, 0), (directory.path, 0)]
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    for step in (1, 2, 3):
+        directory.save_checkpoint(step, {}, {}, keep=9)
+    directory.keep_newest(directory.checkpoints(), 2)
+    assert [checkpoint.step for checkpoint in directory.checkpoints()] == [2, 3]

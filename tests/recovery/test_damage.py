@@ -67,6 +67,51 @@ def test_a_checkpoint_of_another_step_is_not_taken(repaired_run: RecoverResult, 
     assert [checkpoint.step for checkpoint in RunDirectory(torn).whole_checkpoints()] == [first.step]
 
 
+LOGGED = ["metrics.jsonl", "gate.jsonl", "baseline.json", "repair.json", "held_out_repaired.jsonl"]
+
+
+def with_another_digit(path: Path) -> None:
+    """A figure in a file's first line or so is another."""
+    text = path.read_text(encoding="utf-8")
+    at = next(i for i, letter in enumerate(text) if letter in "12345678" and text[i - 1] in ". ")
+    path.write_text(f"{text[:at]}9{text[at + 1 :]}", encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [*LOGGED, "repair-answers.jsonl"])
+def test_figures_that_changed_since_the_checkpoint_are_refused(
+    repaired_run: RecoverResult, tmp_path: Path, name: str
+) -> None:
+    torn = torn_copy(repaired_run.out, tmp_path / "torn", 8)
+    with_another_digit(torn / name)
+    with pytest.raises(FileError, match=rf"{name} changed or can't be read since the checkpoint of step \d+ was"):
+        recover(resume=torn)
+
+
+def test_the_reference_s_answers_that_changed_are_made_again(
+    repaired_run: RecoverResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = torn_copy(repaired_run.out, tmp_path / "torn", 8)
+    with_another_digit(torn / "reference.jsonl")
+    assert_equal_runs(repaired_run, recover(resume=torn))
+    assert "reference.jsonl.aside-1 is damaged and left aside" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_best_weights_that_changed_are_refused(repaired_run: RecoverResult, tmp_path: Path) -> None:
+    torn = torn_copy(repaired_run.out, tmp_path / "torn", 8)
+    flip(torn / "best" / "masters.safetensors")
+    with pytest.raises(FileError, match=r"masters\.safetensors of .*best changed or can't be read"):
+        recover(resume=torn)
+
+
+def test_a_run_whose_checkpoints_know_no_files_goes_on(repaired_run: RecoverResult, tmp_path: Path) -> None:
+    torn = torn_copy(repaired_run.out, tmp_path / "torn", 8)
+    for checkpoint in RunDirectory(torn).checkpoints():
+        state = json.loads((checkpoint.path / "state.json").read_text())
+        del state["logged"], state["sha256"]
+        (checkpoint.path / "state.json").write_text(json.dumps(state))
+    assert_equal_runs(repaired_run, recover(resume=torn))
+
+
 def test_steps_are_numbers_and_other_folders_the_user_s(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path / "run")
     for step in (999_998, 999_999, 1_000_000):

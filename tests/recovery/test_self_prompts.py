@@ -276,6 +276,17 @@ def test_bad_input_exits_2_and_writes_nothing(
     assert {p.name: p.read_text() for p in Path().iterdir()} == {"half.stats.json": "mine", "taken.jsonl": "mine"}
 
 
+def test_a_record_without_prompts_is_of_a_process_that_was_killed(
+    reference_dir: Path, tmp_path: Path, fake_sampler: SimpleNamespace
+) -> None:
+    out = tmp_path / "prompts.jsonl"
+    write_self_prompts(str(reference_dir), out, n=3, device="cpu")
+    rows = out.read_text()
+    out.unlink()
+    write_self_prompts(str(reference_dir), out, n=3, device="cpu")
+    assert out.read_text() == rows
+
+
 def test_a_place_without_permission_is_refused(
     reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

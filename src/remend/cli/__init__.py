@@ -22,7 +22,7 @@ from remend.errors import InputError, RemendError, printable, shortened
 from remend.evaluation.settings import EvaluateSettings
 from remend.plugins import import_installed, import_modules
 from remend.recovery.settings import RecoverConfig
-from remend.training.stopping import code_of, ending_on_signals
+from remend.training.stopping import Stopped, code_of, ending_on_signals
 
 STORY: Mapping[str, Sequence[str]] = {
     "Start here": ("demo", "recipes", "tasks"),
@@ -161,6 +161,8 @@ def _run(words: Sequence[str]) -> None:
             build_app()(args=words)
         except SystemExit as ended:  # typer makes 130 of every KeyboardInterrupt
             raise SystemExit(code_of(ended) or ended.code) from None
+        except Stopped as stopped:  # before typer was reached
+            raise SystemExit(stopped.code) from None
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from remend.console import stage
 from remend.data.order import batches_by_length
 from remend.data.templates import Encoded
 from remend.errors import FileError, InputError
-from remend.files.atomic import JsonObject, json_line, write_text, writing
+from remend.files.atomic import JsonObject, flush, json_line, write_text, writing
 from remend.files.reading import object_of
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM, Scored, Tokenizer
@@ -124,6 +124,13 @@ class Answers:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write("".join(map(json_line, lines)))
         self._lines |= {line["key"]: line for line in lines}
+
+    def flush(self) -> None:
+        """Have the lines written to the disk, before results say that they are there."""
+        if self.path.is_file():
+            with writing(self.path):
+                flush(self.path)
+                flush(self.path.parent)
 
     def once(self, key: str, make: Callable[[], JsonObject]) -> JsonObject:
         """The line under `key`; where there is none, what `make` gives is kept there."""

@@ -107,6 +107,7 @@ def _evaluated(plan: Plan, out: Path) -> JsonObject:
     about["seconds"] = round(time.monotonic() - began, 1)
     content = results.plain({**(parts[0] if len(parts) == 1 else {"results": parts}), **about})
     write_rows(out)
+    evaluation.answers.flush()
     write_json(out, content)
     return content
 

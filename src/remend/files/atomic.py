@@ -75,12 +75,14 @@ def flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically and durably."""
+    """Write a small file atomically and durably. What a killed process left of an earlier try is removed."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
+        remove_temporary(path.parent, path.name)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{_short(path.name)}-")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                take(stream.fileno())  # says that its maker lives
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -148,10 +150,14 @@ def _put(temporary: Path, target: Path) -> None:
         temporary.rename(target)
         return
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{OLD}{_short(target.name)}-"))
-    target.rename(aside / target.name)
-    temporary.rename(target)
-    flush(target.parent)
-    shutil.rmtree(aside)
+    try:
+        target.rename(aside / target.name)
+        temporary.rename(target)
+        flush(target.parent)
+    finally:
+        if not target.exists() and (aside / target.name).exists():  # an error, or a signal, in between
+            (aside / target.name).rename(target)
+        shutil.rmtree(aside)
 
 
 def remove_directory(path: Path) -> None:
@@ -199,9 +205,12 @@ def _held(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _abandoned(directory: Path) -> bool:
-    """Whether the process that made a temporary directory is gone; where locks are not known, that can't be told."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _abandoned(path: Path) -> bool:
+    """Whether the process that made a temporary file or directory is gone; without locks that can't be told."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # it was renamed in the meantime
+        return False
     try:
         return take(descriptor) is True
     finally:
@@ -215,12 +224,13 @@ def remove_temporary(place: Path, name: str | None = None) -> None:
 
     Args:
         place: the directory.
-        name: only what was to become this; without it also files, so no other process may be at work there.
+        name: only what was to become this; without it every file, so no other process may be at work there.
     """
     begins = (TEMPORARY,) if name is None else (f"{TEMPORARY}{_short(name)}-", f"{OLD}{_short(name)}-")
     for path in [path for path in place.iterdir() if path.name.startswith(begins)] if place.is_dir() else []:
         if path.is_symlink() or path.is_file():
-            path.unlink(missing_ok=True)
+            if name is None or _abandoned(path):
+                path.unlink(missing_ok=True)
         elif path.is_dir() and _abandoned(path):
             for aside in path.iterdir() if path.name.startswith(OLD) else ():
                 if not (place / aside.name).exists():

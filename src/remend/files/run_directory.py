@@ -18,13 +18,15 @@ summary.json     what was measured;  report.html, report.md, report.json  the sa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -34,8 +36,10 @@ from remend.files.atomic import (
     TEMPORARY,
     JsonObject,
     JsonRow,
+    flush,
     json_line,
     new_directory,
+    put_aside,
     remove_directory,
     remove_temporary,
     visible,
@@ -43,6 +47,7 @@ from remend.files.atomic import (
     writing,
 )
 from remend.files.hashes import damaged, hash_directory
+from remend.files.logged import REFERENCE, changed, logged
 from remend.files.reading import object_of, read_object, read_objects
 
 if TYPE_CHECKING:
@@ -86,7 +91,7 @@ STEPPED = (METRICS, TRACK, "gate.jsonl")
 
 
 STATE = "state.json"
-"""In a checkpoint, written last: its step, and SHA-256 of its other files."""
+"""In a checkpoint, written last: its step, and SHA-256 of its other files, of what was logged, and of itself."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +109,17 @@ class Checkpoint:
             return f"{STATE} can't be read"
         if state.get("step") != self.step:
             return f"{STATE} is of another step"
+        if state.keys() & {"logged", "sha256"} and state.get("sha256") != _signature(state):
+            return f"{STATE} changed since it was written"
         files = state.get("files", {})
         if not isinstance(files, dict):
             return f"{STATE} holds no hashes"
         found = damaged(self.path, files)
         return f"{' and '.join(found)} changed or can't be read since it was written" if found else None
+
+    def logged_changed(self, directory: Path) -> Sequence[str]:
+        """Names of the run's files whose rows from before this checkpoint are not what they were."""
+        return changed(directory, read_object(self.path / STATE).get("logged", {}))
 
     @property
     def hashed(self) -> bool:
@@ -138,6 +149,23 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             f"checkpoint file {path} can't be read: {error}; remove {path.parent} to go on from the one before"
         ) from None
     return tensors
+
+
+def _signature(state: JsonRow) -> str:
+    """SHA-256 of all in a checkpoint's state but the signature itself."""
+    rest = {key: value for key, value in state.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+
+def _drop_torn_line(stream: BinaryIO) -> None:
+    """Cut a file that is open for appending where its last whole line ends."""
+    size = stream.seek(0, os.SEEK_END)
+    if not size:
+        return
+    stream.seek(size - 1)
+    if stream.read(1) != b"\n":
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 class RunDirectory:
@@ -181,9 +209,18 @@ class RunDirectory:
         return measured(self.path) and bool(read_object(summary).get("segments", []) == segments)
 
     def append(self, name: str, row: JsonRow) -> None:
-        """Add one JSON line."""
-        with writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as stream:
-            stream.write(json_line(row))
+        """Add one JSON line; one that was cut short by a killed process is dropped."""
+        with writing(self.path / name), (self.path / name).open("ab+") as stream:
+            _drop_torn_line(stream)
+            stream.write(json_line(row).encode("utf-8"))
+
+    def flush(self) -> None:
+        """Have the rows that were added so far written to the disk, before anything says that they are there."""
+        for place in (self.path, self.path / NEXT):
+            for path in place.glob("*.jsonl"):
+                with writing(path):
+                    flush(path)
+        flush(self.path)
 
     def rows(self, name: str) -> list[JsonObject]:
         """All complete JSON lines of a file; a last line cut short by a killed process is left out.
@@ -243,15 +280,41 @@ class RunDirectory:
         """Write a checkpoint, then remove the oldest beyond `keep`."""
         from safetensors.torch import save_file
 
+        self.flush()
         target = self.path / "checkpoints" / f"step-{step:06d}"
         with new_directory(target) as directory:
             for name, tensors in (("masters", masters), ("optimizer", optimizer), ("follower", follower or {})):
                 save_file({k: t.detach().contiguous() for k, t in tensors.items()}, directory / f"{name}.safetensors")
-            state = {"step": step, "files": hash_directory(directory)}
+            state = {"step": step, "files": hash_directory(directory), "logged": logged(self.path)}
+            state["sha256"] = _signature(state)
             (directory / STATE).write_text(json.dumps(state), encoding="utf-8")
-        for old in self.checkpoints()[:-keep]:
-            remove_directory(old.path)
+        self.keep_newest(self.checkpoints(), keep)
         return Checkpoint(step, target)
+
+    @staticmethod
+    def keep_newest(saved: Sequence[Checkpoint], keep: int) -> None:
+        """Remove all but the last ones of these checkpoints."""
+        for old in saved[:-keep]:
+            remove_directory(old.path)
+
+    def require_logged(self, checkpoint: Checkpoint) -> None:
+        """What was logged before a checkpoint must be what it was; the reference's answers are made again otherwise.
+
+        Raises:
+            FileError: another file changed; the figures of the earlier steps would be others.
+        """
+        names = list(checkpoint.logged_changed(self.path))
+        if REFERENCE in names:
+            names.remove(REFERENCE)
+            if (self.path / REFERENCE).exists():
+                warn(f"{put_aside(self.path / REFERENCE)} is damaged and left aside; the reference answers again")
+        if names:
+            paths = " and ".join(str(self.path / name) for name in names)
+            raise FileError(
+                f"{paths} changed or can't be read since the checkpoint of step {checkpoint.step} was "
+                f"written: {DAMAGED}. "
+                f'If you changed it yourself and mean it, remove "logged" and "sha256" from {checkpoint.path / STATE}'
+            )
 
     def remove_leftovers(self) -> None:
         """Remove temporary files and directories that a killed process left behind; only what has a name of theirs."""

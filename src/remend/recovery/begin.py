@@ -110,6 +110,7 @@ def begin(plan: Plan, directory: RunDirectory | None, held: ExitStack) -> Run:
 
     Raises:
         InputError: the run's inputs have changed since it began, or another process is at work in it.
+        FileError: what it has logged changed on the disk.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -131,7 +132,9 @@ def begin(plan: Plan, directory: RunDirectory | None, held: ExitStack) -> Run:
         if plan.segments:
             note_segments(directory, plan.segments)
         _warn_of_changes(manifest_of(directory.path), plan)
-    resumed = _newest(directory, accelerator) if directory else None
+    resumed = _newest(directory, accelerator, config.keep_checkpoints) if directory else None
+    if accelerator.is_main_process and directory and resumed:
+        directory.require_logged(resumed)
     return Run(plan, directory or RunDirectory(Path(config.out)), accelerator, resumed, plan.prompts, held)
 
 
@@ -155,13 +158,17 @@ def _arithmetic(plan: Plan) -> dict[str, str]:
     return {"dtype": str(plan.dtype).removeprefix("torch."), "device": plan.device.type}
 
 
-def _newest(directory: RunDirectory, accelerator: Accelerator) -> Checkpoint | None:
-    """The newest checkpoint whose files are whole: the main process looks, and all take that one."""
+def _newest(directory: RunDirectory, accelerator: Accelerator, keep: int) -> Checkpoint | None:
+    """The newest checkpoint whose files are whole: the main process looks, and all take that one.
+
+    Where the process before was killed ahead of removing older ones than the newest `keep`, they are removed now.
+    """
     chosen: list[int | None] = [None]
     saved = directory.checkpoints()
     if accelerator.is_main_process and saved:
         whole = directory.whole_checkpoints()
         chosen = [whole[-1].step if whole else None]
+        directory.keep_newest(whole, keep)
         if whole and not whole[-1].hashed:
             warn(f"{whole[-1].path} is of a version without hashes: damage to it would not be seen")
         if not whole:

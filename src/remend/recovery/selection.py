@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from remend.errors import FileError
 from remend.files.atomic import new_directory, write_json
+from remend.files.hashes import damaged, hash_directory
 from remend.files.reading import read_object
 from remend.files.run_directory import Checkpoint, RunDirectory
 from remend.maths.gap import MEASURABLE_KL
+from remend.models.written import FILES
 from remend.training.constraints import Constraint
 from remend.training.loop import restore_masters
 
@@ -59,7 +62,7 @@ class Selection:
             with new_directory(target) as directory:
                 tensors = {k: t.detach().contiguous() for k, t in self.constraint.masters().items()}
                 save_file(tensors, directory / "masters.safetensors")
-                write_json(directory / "best.json", {"step": step, "score": value})
+                write_json(directory / "best.json", {"step": step, "score": value, FILES: hash_directory(directory)})
 
     def stop(self) -> bool:
         """Whether the last `patience` evaluations brought nothing better."""
@@ -71,10 +74,18 @@ class Selection:
 
     @torch.no_grad()
     def restore(self) -> dict[str, Any] | None:
-        """Put the best masters back where they are wanted and not the last; what was chosen, or None."""
+        """Put the best masters back where they are wanted and not the last; what was chosen, or None.
+
+        Raises FileError where they changed on the disk since they were written.
+        """
         path = self.directory.path / BEST
         if not self.keep or not (path / "best.json").is_file():
             return None
         chosen: dict[str, Any] = read_object(path / "best.json")
+        if damaged(path, chosen.pop(FILES, {})):
+            raise FileError(
+                f"masters.safetensors of {path} changed or can't be read since it was written: put back a copy of it, "
+                "or start a new run with another out"
+            )
         restore_masters(Checkpoint(chosen["step"], path), self.constraint)
         return chosen

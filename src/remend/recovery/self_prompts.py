@@ -30,6 +30,7 @@ from remend.data.order import derive_seed
 from remend.data.templates import Encoded, conversation, turns
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject, json_line, write_json, write_text
+from remend.files.reading import read_object
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import find_model, hash_files
 from remend.models.load import eos_ids, load_model, load_tokenizer
@@ -239,7 +240,7 @@ def write_self_prompts(
     model, out = os.fspath(model), Path(out)
     _require(n, temperature, max_new_tokens)
     for path in (out, stats_path(out)):
-        if path.exists():
+        if path.exists() and (path == out or not _left_over(path)):
             raise InputError(f"out {path} exists, and nothing is overwritten; name a new file")
     source, where = find_model(model, trust_remote_code=trust_remote_code), choose_device(device)
     _writable(out)
@@ -279,6 +280,15 @@ def write_self_prompts(
     write_json(stats_path(out), record)
     write_text(out, "".join(json_line(row) for row in rows))  # last: where it lies, all is done
     return record
+
+
+def _left_over(path: Path) -> bool:
+    """Whether it is the record of prompts that were never written, since the process was killed in between."""
+    try:
+        record = read_object(path)
+    except FileError:
+        return False
+    return {"model", "counts", "hash", "prefix"} <= record.keys()
 
 
 def _writable(out: Path) -> None:
