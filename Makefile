@@ -7,6 +7,7 @@
 # make golden    run OLD (a commit) and the code here side by side and compare every file that they write; adds a row
 # make golden-figures    keep the figures of this machine for tests/test_golden.py, after a change that is meant
 # make zoo       every verb on every model of the zoo, checked with transformers alone; rewrites docs/measurements/zoo.md
+# make campaign  kills, power cuts, damage, full disks for MINUTES with SEED (ONLY=kills: one part); adds a row
 # make count     how large is the code, and how much of what was to leave is left
 # make test-oldest    the fast tests with every dependency at the lower bound that pyproject.toml names; adds a row
 # make docs      write the reference from the code and build the site in build/site; a dead link is an error
@@ -25,6 +26,9 @@ PYTEST_ARGS ?=
 ENGINES_ARGS ?=
 WORKERS ?= 2
 OLD ?= 13d6498
+MINUTES ?= 30
+SEED ?= 0
+ONLY ?=
 ZOO ?= runs/zoo-$(shell git rev-parse --short HEAD 2>/dev/null)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
@@ -32,7 +36,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SAMPLE := tests/slow/test_slow.py tests/models tests/data tests/recovery/test_self_prompts.py
 RECORD = $(BIN)/python benchmarks/record.py
 
-.PHONY: help demo test fast sample slow check golden golden-figures zoo count test-oldest docs docs-commands benchmarks-short test-engines runs clean
+.PHONY: help demo test fast sample slow check golden golden-figures campaign zoo count test-oldest docs docs-commands benchmarks-short test-engines runs clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -72,6 +76,9 @@ golden: .venv/ready-dev
 
 golden-figures: .venv/ready-dev
 	$(BIN)/python tests/test_golden.py
+
+campaign: .venv/ready-dev
+	$(BIN)/python tests/campaign/campaign.py --minutes $(MINUTES) --seed $(SEED) --only '$(ONLY)' --record
 
 zoo: .venv/ready-dev
 	$(BIN)/python tests/campaign/table.py --out $(ZOO) --record

@@ -35,6 +35,7 @@ NAVIGATION = {
     ],
     "Measurements": [
         *("measurements/degradations", "measurements/results", "measurements/speed", "measurements/zoo"),
+        "measurements/reliability",
         *("measurements/streams", "measurements/diagnosis", "measurements/evaluation", "measurements/runs"),
     ],
 }
