@@ -47,6 +47,13 @@ def test_a_run_goes_beside_its_inputs(recipe: dict[str, Any], prepared: Path) ->
     assert json.loads((prepared / SUMMARY).read_text())["steps"] == 0
 
 
+def test_a_name_that_is_too_long_is_one_message() -> None:
+    problem = occupied(Path("o" * 20_000))
+    assert problem
+    assert "can't be written: File name too long; name another directory" in problem
+    assert len(problem) < 400
+
+
 def test_inputs_are_allowed_to_those_that_ask(prepared: Path) -> None:
     assert occupied(prepared, inputs=True) is None
     assert "is not empty" in str(occupied(prepared))

@@ -22,7 +22,7 @@ from remend.diagnosis.examination import Examination, examination
 from remend.diagnosis.reference import Conditions, ReferenceAnswers, key_of, reference_answers
 from remend.diagnosis.settings import DiagnoseSettings
 from remend.diagnosis.student import Examined, measure
-from remend.files.atomic import JsonObject, write_json
+from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.cache import cache_root
 from remend.files.environment import environment
 from remend.files.settings import build, takes
@@ -84,10 +84,10 @@ def _diagnosis(settings: DiagnoseSettings) -> JsonObject:
     for warning in exam.warnings:
         warn(warning)
     content: JsonObject = without_nan({**first, "others": others, **about})
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out)
-    write_json(out / "diagnosis.json", content)
-    write_diagnosis_report(out, content)
+    with new_directory(out) as target:
+        write_rows(out, target)
+        write_json(target / "diagnosis.json", content)
+        write_diagnosis_report(target, content)
     return content
 
 

@@ -418,6 +418,10 @@ def occupied(path: Path, *, inputs: bool = False) -> str | None:
     `inputs`: the folder of what was made for a run may stand there already, and what a process left that was killed
     while it began one. Only what is written into the directory may allow that; `new_directory` replaces it whole.
     """
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, say
+        return f"out {str(path)[:200]} can't be written: {error.strerror}; name another directory"
     if path.is_file():
         return f"out {path} is a file; name a new directory"
     if (path / MANIFEST).exists():
