@@ -104,13 +104,15 @@ def dies_with_words() -> int:
     wrote("[1]")
     sys.stdout.write("at work\n")
     sys.stdout.flush()
-    time.sleep(0.2)
+    time.sleep(0.4)
     return 0
 
 
 def test_a_signal_that_is_not_heard(place: Place, being: Callable[..., None]) -> None:
     being(dies_with_words)
-    assert any("not 143" in fell or "not 130" in fell for fell in several(signals.signals, place, 6))
+    # a signal counts that comes between the first word and the end, which on a quick machine not every one does
+    tries = (fell for seed in range(40) for fell in signals.signals(place, Random(seed)).fell)
+    assert any("not 143" in fell or "not 130" in fell for fell in tries)
 
 
 def writes_twice() -> int:

@@ -11,6 +11,7 @@ import torch
 import remend
 from helpers.architectures import build
 from helpers.tiny import small_recipe
+from remend.errors import CheckError
 from remend.files.run_directory import TRACK, RunDirectory
 
 
@@ -42,9 +43,17 @@ def test_they_are_recovered_and_diagnosed(pair: tuple[Path, Path], prompt_file: 
 
 @pytest.mark.parametrize("pair", ["gpt2"], indirect=True)
 def test_too_few_rows_to_compare_layers_do_not_stop_a_run(
-    pair: tuple[Path, Path], prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: tuple[Path, Path],
+    prompt_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = small_recipe(*pair, prompt_file, tmp_path / "run")
-    result = remend.recover(**{**recipe, "steps": 2, "held_out": 3, "diagnose_every": 1})
+    """Too few prompts are told beforehand; rows may also be lost on the way, where answers are empty."""
+    recipe = {**small_recipe(*pair, prompt_file, tmp_path / "run"), "steps": 2, "held_out": 3, "diagnose_every": 1}
+    with pytest.raises(CheckError, match="4 at least, and there are 3; raise held_out"):
+        remend.recover(**recipe)
+    monkeypatch.setattr("remend.recovery.preflight.LEAST_ROWS", 1)
+    result = remend.recover(**recipe)
     assert {tuple(row["cka"]) for row in RunDirectory(result.out).rows(TRACK)} == {(None, None)}
     assert "are not compared" in capsys.readouterr().err
