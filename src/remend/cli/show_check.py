@@ -119,31 +119,31 @@ def _show_figures(console: PlainConsole, plan: Plan, measure: bool) -> None:
         from remend.recovery.measured import measured_costs
 
         costs = measured_costs(plan)
-    found = forecast(plan, costs, "a step that was timed now" if measure else "")
-    console.print(_training(plan, found))
-    console.print(_by_phase(found))
-    console.print(f"Times: {found.source}.")
-    parts = ", ".join(f"{name} {size_in_words(size)}" for name, size in found.memory.parts.items())
+    ahead = forecast(plan, costs, "a step that was timed now" if measure else "")
+    console.print(_training(plan, ahead))
+    console.print(_by_phase(ahead))
+    console.print(f"Times: {ahead.source}.")
+    parts = ", ".join(f"{name} {size_in_words(size)}" for name, size in ahead.memory.parts.items())
     console.print(f"Memory of training: {parts}.")
-    if found.memory.peak > found.free:
+    if ahead.memory.peak > ahead.free:
         warn(
-            f"the run may need {size_in_words(found.memory.peak)} of memory, and {size_in_words(found.free)} are free. "
+            f"the run may need {size_in_words(ahead.memory.peak)} of memory, and {size_in_words(ahead.free)} are free. "
             "A smaller batch_size with more gradient_accumulation, gradient_checkpointing: true or an adapter (lora) "
             "needs less"
         )
     console.print()
-    _show_files(console, plan, found)
+    _show_files(console, plan, ahead)
     console.print()
 
 
-def _training(plan: Plan, found: Forecast) -> str:
+def _training(plan: Plan, ahead: Forecast) -> str:
     """How many tokens are trained on, and what is measured on the way."""
-    tokens, config = found.tokens, plan.config
+    tokens, config = ahead.tokens, plan.config
     total = f"{tokens.total:,} in {config.steps} steps"
     expected = ""
-    if found.answered is not None:
-        expected = f" By earlier runs it will be about {found.answered * tokens.total:,.0f}."
-    held_out, times = found.facts.streams[0].held_out, found.facts.evaluations
+    if ahead.answered is not None:
+        expected = f" By earlier runs it will be about {ahead.answered * tokens.total:,.0f}."
+    held_out, times = ahead.facts.streams[0].held_out, ahead.facts.evaluations
     between = f", and {times} time{'s' if times > 1 else ''} between" if times else ""
     return (
         f"A step trains on {tokens.answers} answers, at most {tokens.step:,} tokens: {total}.{expected} The longest "
@@ -152,19 +152,19 @@ def _training(plan: Plan, found: Forecast) -> str:
     )
 
 
-def _by_phase(found: Forecast) -> Table:
+def _by_phase(ahead: Forecast) -> Table:
     table = Table("phase", "time", "memory", box=box.SIMPLE_HEAD)
-    for phase, seconds in found.seconds.items():
-        table.add_row(phase, about(seconds), size_in_words(found.memory.phases[phase]))
-    free = f"{size_in_words(found.memory.peak)} at most; {size_in_words(found.free)} are free"
-    table.add_row("in all", about(sum(found.seconds.values())), free)
+    for phase, seconds in ahead.seconds.items():
+        table.add_row(phase, about(seconds), size_in_words(ahead.memory.phases[phase]))
+    free = f"{size_in_words(ahead.memory.peak)} at most; {size_in_words(ahead.free)} are free"
+    table.add_row("in all", about(sum(ahead.seconds.values())), free)
     return table
 
 
-def _show_files(console: PlainConsole, plan: Plan, found: Forecast) -> None:
-    disk = found.disk
+def _show_files(console: PlainConsole, plan: Plan, ahead: Forecast) -> None:
+    disk = ahead.disk
     console.print(
-        f"Written to {plan.config.out}, up to {size_in_words(disk.total)} ({size_in_words(found.disk_free)} are free):",
+        f"Written to {plan.config.out}, up to {size_in_words(disk.total)} ({size_in_words(ahead.disk_free)} are free):",
     )
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_row("  model/", f"{size_in_words(disk.model)}: the recovered model, with its card")

@@ -65,13 +65,13 @@ def environment() -> dict[str, Any]:
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What may move a figure between two manifests, as 'torch 2.12.0 to 2.13.0'; what either lacks is left out."""
-    found = []
+    moved = []
     for part in ("versions", "hardware"):
         old, new = before.get(part), now.get(part)
         old, new = old if isinstance(old, Mapping) else {}, new if isinstance(new, Mapping) else {}
         names = [n for n in old if n in new] if part == "versions" else ["processor", "threads", "gpus"]
-        found += [f"{n} {old[n]} to {new[n]}" for n in names if n in old and n in new and old[n] != new[n]]
-    return found + [
+        moved += [f"{n} {old[n]} to {new[n]}" for n in names if n in old and n in new and old[n] != new[n]]
+    return moved + [
         f"{n} {before[n]} to {now[n]}" for n in ("dtype", "device") if n in before and n in now and before[n] != now[n]
     ]
 

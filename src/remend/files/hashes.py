@@ -29,7 +29,7 @@ def hash_directory(directory: Path) -> dict[str, str]:
 
 def damaged(directory: Path, recorded: Mapping[str, str]) -> list[str]:
     """The files, by name, that are missing or have another content than was recorded; other files are no matter."""
-    found = []
+    unlike = []
     for name, digest in recorded.items():
         path = directory / name
         try:
@@ -37,5 +37,5 @@ def damaged(directory: Path, recorded: Mapping[str, str]) -> list[str]:
         except OSError:  # a disk that can't give the file's bytes
             same = False
         if not same:
-            found.append(name)
-    return found
+            unlike.append(name)
+    return unlike

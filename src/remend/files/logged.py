@@ -23,8 +23,8 @@ NAMES = (
 def logged(directory: Path) -> dict[str, dict[str, Any]]:
     """Bytes and SHA-256 of what is there, by name."""
     files = sorted({path for name in NAMES for path in directory.glob(name) if path.is_file()})
-    found = {path.name: path.stat().st_size for path in files}
-    return {name: {"bytes": size, "sha256": _digest(directory / name, size)} for name, size in found.items()}
+    sizes = {path.name: path.stat().st_size for path in files}
+    return {name: {"bytes": size, "sha256": _digest(directory / name, size)} for name, size in sizes.items()}
 
 
 def changed(directory: Path, recorded: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:

@@ -114,8 +114,8 @@ class Checkpoint:
         files = state.get("files", {})
         if not isinstance(files, dict):
             return f"{STATE} holds no hashes"
-        found = damaged(self.path, files)
-        return f"{' and '.join(found)} changed or can't be read since it was written" if found else None
+        wrong = damaged(self.path, files)
+        return f"{' and '.join(wrong)} changed or can't be read since it was written" if wrong else None
 
     def logged_changed(self, directory: Path) -> Sequence[str]:
         """Names of the run's files whose rows from before this checkpoint are not what they were."""
@@ -323,8 +323,8 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Checkpoint]:
         """The checkpoints that were written to their end, oldest first; their content is not looked at."""
-        found = (CHECKPOINT_NAME.fullmatch(path.name) for path in (self.path / "checkpoints").glob("step-*"))
-        named = (Checkpoint(int(match[1]), self.path / "checkpoints" / match[0]) for match in found if match)
+        matches = (CHECKPOINT_NAME.fullmatch(path.name) for path in (self.path / "checkpoints").glob("step-*"))
+        named = (Checkpoint(int(match[1]), self.path / "checkpoints" / match[0]) for match in matches if match)
         return sorted((c for c in named if (c.path / STATE).is_file()), key=lambda checkpoint: checkpoint.step)
 
     def whole_checkpoints(self) -> list[Checkpoint]:

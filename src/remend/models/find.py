@@ -5,7 +5,6 @@ A model is named by a local directory, a GGUF file, a hub id with optional '@rev
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import re
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from remend.console import console
 from remend.errors import FileError, shortened
+from remend.files.hashes import hash_file
 from remend.files.reading import FETCH, read_object, stays_inside
 from remend.models import adapters
 
@@ -230,19 +230,14 @@ def hash_files(source: ModelSource) -> dict[str, str]:
     source = fetch_model(source, weights=True)
     assert source.path is not None
     if source.kind == "gguf":
-        return {source.path.name: _sha256(source.path)}
+        return {source.path.name: hash_file(source.path)}
     places = [*source.path.iterdir(), *(file for name in FOLDERS for file in (source.path / name).glob("*"))]
     files = {p.relative_to(source.path).as_posix(): p for p in places if p.is_file() and p.suffix in _READ}
     base = {f"base/{name}": value for name, value in hash_files(source.base).items()} if source.base else {}
-    return {**{name: _sha256(path) for name, path in sorted(files.items())}, **base}
+    return {**{name: hash_file(path) for name, path in sorted(files.items())}, **base}
 
 
 _READ = {".json", ".jinja", ".model", ".txt", ".safetensors", ".py", ".tiktoken", ".spm", ".bpe"}
 """Suffixes of what transformers and remend read in a model's directory."""
 FOLDERS = (OWN_FOLDER, "additional_chat_templates")
 """Below it, what they read too."""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

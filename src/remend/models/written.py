@@ -28,8 +28,8 @@ FILES = "files"
 
 def hashes_of(directory: Path) -> dict[str, str]:
     """SHA-256 of what lies in a model's directory, but for the cards and the records that it belongs into."""
-    found = hash_directory(directory)
-    return {n: digest for n, digest in found.items() if n not in (RECORD, EXPORT_FILE) and not n.endswith(".md")}
+    every = hash_directory(directory)
+    return {n: digest for n, digest in every.items() if n not in (RECORD, EXPORT_FILE) and not n.endswith(".md")}
 
 
 def recorded(directory: Path) -> Mapping[str, str] | None:
@@ -41,7 +41,7 @@ def recorded(directory: Path) -> Mapping[str, str] | None:
     for name in (EXPORT_FILE, RECORD):
         if (directory / name).is_file():
             record = read_object(directory / name)
-            if isinstance(record, dict) and isinstance(record.get(FILES), dict):
+            if isinstance(record.get(FILES), dict):
                 return dict(record[FILES])
     return None
 
