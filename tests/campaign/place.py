@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -150,6 +151,7 @@ class Place:
         self.home, self.disk, self.whole = root / "place", root / "place" / "disk", root / "whole"
         self.log = root / "log.txt"
         self._numbers: dict[str, tuple[int, float]] = {}
+        self._imports = 0.0
 
     def prepare(self) -> None:
         """Write the inputs, and make what the commands read."""
@@ -204,8 +206,10 @@ class Place:
         begun = case.resumes and all((out / name).is_file() for name in ("manifest.json", "recipe.yaml"))
         return "recover --resume disk/out" if begun else case.command
 
-    def start(self, words: str, hook: Hook | None = None, log: Path | None = None) -> Running:
-        """A command in a fork of this process."""
+    def start(
+        self, words: str, hook: Hook | None = None, log: Path | None = None, *, from_nothing: bool = False
+    ) -> Running:
+        """A command in a fork of this process; or from nothing, as a user's shell starts it, which takes its time."""
         log = log or self.log
         log.write_text("", encoding="utf-8")
         counted = log.with_suffix(".count")
@@ -213,22 +217,37 @@ class Place:
         pid = os.fork()
         if pid == 0:
             try:
-                self._command(words.split(), hook or Hook(), log, counted)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # this process's own would raise here
+                self._settle(log)
+                if from_nothing:
+                    os.execv(sys.executable, [sys.executable, "-m", "remend", *words.split()])
+                self._command(words.split(), hook or Hook(), counted)
             finally:
                 os._exit(70)  # a fault of the campaign's own
         return Running(pid, log, counted)
+
+    def importing(self) -> float:
+        """How many seconds a process from nothing takes before it does anything; measured at the first use."""
+        if not self._imports:
+            began = time.monotonic()
+            subprocess.run([sys.executable, "-c", "import torch, transformers, peft"], check=True, capture_output=True)
+            self._imports = time.monotonic() - began
+        return self._imports
 
     def run(self, words: str, hook: Hook | None = None) -> Ended:
         """The same, and wait for its end."""
         return self.start(words, hook).wait()
 
-    def _command(self, words: Sequence[str], hook: Hook, log: Path, counted: Path) -> None:
+    def _settle(self, log: Path) -> None:
+        """In a fork: a group of its own, its words into the log, its paths from here."""
         os.setpgid(0, 0)
         handle = os.open(log, os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os.chdir(self.home)
+
+    def _command(self, words: Sequence[str], hook: Hook, counted: Path) -> None:
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         still()
         code = 1
         watch = Watch(str(self.disk), hook)
@@ -252,12 +271,13 @@ class Place:
 
 def command_line(words: Sequence[str]) -> int:
     """One call of the command line in this process: its exit code. 70 is what an escaped error gives."""
-    from remend.cli import main
     from remend.exporting import check
 
     check.ask_stranger, check.DTYPES = strangers.ask, ("auto",)
     sys.argv = ["remend", *words]
     try:
+        from remend.__main__ import main
+
         main()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)

@@ -13,16 +13,24 @@ from campaign.place import CASES, Ended, Hook, Place, Tried
 
 OLDER = r"^out/checkpoints/step-00000[1-5]/"
 """A signal has one checkpoint more written, and one that an undisturbed run keeps may be too old then."""
+BEGINNING = ".remend-tmp-beginning"
+"""By it the same command knows that a run which has no manifest yet is its own; the next one takes it away."""
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 def signals(place: Place, random: Random) -> Tried:
-    """One signal; or two, of which the second ends at once."""
+    """One signal, at a file operation or at any time, also while Python starts; or two: the second ends at once."""
     case = random.choice([*CASES.values()])
     operations, seconds = place.size_of(case)
     place.clear(case)
     number = random.choice([*CODES])
-    if random.random() < 0.5:
+    way = random.random()
+    if way < 0.15:
+        running = place.start(case.command, from_nothing=True)
+        time.sleep(random.random() * (seconds + place.importing()))
+        running.kill(number)
+        ended = running.wait()
+    elif way < 0.5:
         ended = place.run(
             case.command, Hook(random.randint(1, operations), lambda operation: os.kill(os.getpid(), number))
         )
@@ -45,13 +53,13 @@ def _told(place: Place, ended: Ended, code: int) -> str:
     """What was said and what is there, where they are not the same."""
     if ended.code == 0:  # it had come to its end
         return ""
-    if ended.code == -(code - 128) and not ended.said.strip():
-        return ""  # before the command line was reached: what any program does
+    if ended.code == -(code - 128) and "/remend/" not in ended.said:
+        return ""  # before remend was reached: what any program does
     if ended.code != code:
         return f"it ended with {ended.code}, not {code}: {ended.said.strip()[-500:]}"
     if "Traceback" in ended.said:
         return f"a traceback: {ended.said.strip()[-700:]}"
-    if left := [path.name for path in place.disk.rglob(".remend-tmp-*")]:
+    if left := [path.name for path in place.disk.rglob(".remend-tmp-*") if path.name != BEGINNING]:
         return f"it left {', '.join(left)}"
     if (said := re.search(r"saved up to step (\d+)", ended.said)) and not (
         place.disk / "out" / "checkpoints" / f"step-{int(said[1]):06d}" / "state.json"

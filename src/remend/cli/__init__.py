@@ -22,7 +22,7 @@ from remend.errors import InputError, RemendError, printable, shortened
 from remend.evaluation.settings import EvaluateSettings
 from remend.plugins import import_installed, import_modules
 from remend.recovery.settings import RecoverConfig
-from remend.training.stopping import Stopped, code_of, ending_on_signals
+from remend.training.stopping import code_of, ending_on_signals
 
 STORY: Mapping[str, Sequence[str]] = {
     "Start here": ("demo", "recipes", "tasks"),
@@ -154,32 +154,30 @@ def _hint(verb: Sequence[str], name: str) -> str | None:
     return None if known else hint
 
 
-def _run(words: Sequence[str]) -> None:
-    """Carry out the line. A signal ends it, with exit code 130 after Ctrl-C and 143 after SIGTERM."""
-    with ending_on_signals():
-        try:
-            build_app()(args=words)
-        except SystemExit as ended:  # typer makes 130 of every KeyboardInterrupt
-            raise SystemExit(code_of(ended) or ended.code) from None
-        except Stopped as stopped:  # before typer was reached
-            raise SystemExit(stopped.code) from None
-
-
 def main() -> None:
-    """Entry point: errors that a user can mend are printed without a traceback, with exit code 2."""
+    """Carry out the line. What a user can mend is printed without a traceback, with exit code 2.
+
+    A signal ends it, with exit code 130 after Ctrl-C and 143 after SIGTERM; whatever else was made of it on its way.
+    """
     read = Anywhere()
     try:
-        read = taken_out(sys.argv[1:])
-        console.quiet = read.quiet
-        if read.verbose:
-            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-            os.environ["TRANSFORMERS_VERBOSITY"] = "info"  # it has a setting of its own
-        import_installed()
-        import_modules(read.modules)
-        _run(read.words)
-    except (RemendError, OSError) as error:  # of the system's: a name that is too long, a place that may not be read
+        with ending_on_signals():
+            read = taken_out(sys.argv[1:])
+            console.quiet = read.quiet
+            if read.verbose:
+                logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+                os.environ["TRANSFORMERS_VERBOSITY"] = "info"  # it has a setting of its own
+            import_installed()
+            import_modules(read.modules)
+            build_app()(args=read.words)
+    except BaseException as error:
+        if code := code_of(error):  # typer makes 130 of every KeyboardInterrupt
+            raise SystemExit(code) from None
+        if not isinstance(error, (RemendError, OSError)):
+            raise
         if read.verbose:
             traceback.print_exc()
+        # of the system's: a name that is too long, a place that may not be read
         text = str(error) if isinstance(error, RemendError) else _of_system(error)
         for line in text.split("\n"):
             sys.stderr.write(f"error: {printable(line if len(line) <= LONGEST else line[:LONGEST] + ' …')}\n")

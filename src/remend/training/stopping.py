@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from remend.console import console
@@ -77,10 +77,11 @@ def at_the_end_of_a_round() -> Iterator[Wish]:
         if wish:
             _end(number, frame)
         wish.number = number
-        console.print(
-            f"\n{signal.Signals(number).name}: training ends with this round of sampling, and saves; once more ends it "
-            "at once"
-        )
+        name = signal.Signals(number).name
+        with suppress(RuntimeError):  # it came in the middle of a line that is being written, which can't be entered
+            console.print(
+                f"\n{name}: training ends with this round of sampling, and saves; once more ends it at once"
+            )
 
     with _handled(heard):
         yield wish
