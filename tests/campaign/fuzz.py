@@ -108,7 +108,8 @@ def _batch(place: Place, kind: Kind, seed: float, first: int, tried: dict[str, i
     if at is None:
         code = os.waitstatus_to_exitcode(status)
         if code:
-            sys.exit(f"fuzz {kind.name}: the fork ended with {code} between inputs; see {place.log}")
+            said = place.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+            sys.exit(f"fuzz {kind.name}: the fork ended with {code} between inputs: {said}")
         return BATCH
     tried[f"{kind.name}, died"] = tried.get(f"{kind.name}, died", 0) + 1
     fell.append(f"{kind.name}, input {at[0]}: the process died with {os.waitstatus_to_exitcode(status)}: {at[1]}")

@@ -135,8 +135,8 @@ def _header(content: bytes, random: Random) -> bytes:
         body[at : at + 4] = random.choice([b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", random.randbytes(4)])
         return content[: 8 + size] + bytes(body)
     header = by_structure(tensors, random)
-    if random.random() < 0.5:
-        names = [name for name in tensors if name != "__metadata__"]
+    names = [name for name in tensors if name != "__metadata__"]
+    if names and random.random() < 0.5:
         one, other = random.sample(names, 2) if len(names) > 1 else (names[0], names[0])
         tensors[one], tensors[other] = tensors[other], tensors[one]
         if random.random() < 0.5:

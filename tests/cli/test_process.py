@@ -1,4 +1,4 @@
-"""The whole life of a process: a signal ends it with 130 or 143 and without a word, or its work is done and it says so."""
+"""The whole life of a process: a signal ends it with 130 or 143 and without a word, or its work was done."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def settings(recipe: str | Path | None = None, overrides: Mapping[str, Any] | No
     # by one name each, so that what is given over a recipe takes the place of what it has by another name
     given = merged(RecoverConfig.own_names(base, origin), RecoverConfig.own_names(overrides or {}, "settings"))
     values = _chosen(_paths_kept(given))
-    folder = Path(values.get("out") or ".") / "data"
+    folder = Path(str(values.get("out") or ".")) / "data"  # `build` says what is no path
     return build(RecoverConfig, as_files(values, lambda name: folder / f"{name}.jsonl"), origin)
 
 
