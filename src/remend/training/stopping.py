@@ -79,9 +79,7 @@ def at_the_end_of_a_round() -> Iterator[Wish]:
         wish.number = number
         name = signal.Signals(number).name
         with suppress(RuntimeError):  # it came in the middle of a line that is being written, which can't be entered
-            console.print(
-                f"\n{name}: training ends with this round of sampling, and saves; once more ends it at once"
-            )
+            console.print(f"\n{name}: training ends with this round of sampling, and saves; once more ends it at once")
 
     with _handled(heard):
         yield wish
