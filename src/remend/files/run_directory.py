@@ -60,6 +60,10 @@ INPUTS = "inputs"
 """A run's directory may hold this folder before the run begins: what a flow made for it."""
 
 
+AUTO, AUTO_STEPS = "auto", 40
+"""A recipe's `steps` that leave it to remend, and how many these are at most."""
+
+
 MANIFEST, RECIPE, METRICS, SUMMARY = "manifest.json", "recipe.yaml", "metrics.jsonl", "summary.json"
 
 
@@ -387,10 +391,15 @@ def _timings(path: Path) -> list[JsonObject]:
     return rows
 
 
+def recipe_steps(recipe: JsonRow) -> int:
+    """How many steps a recipe plans, at most where it leaves that to remend."""
+    return AUTO_STEPS if recipe["steps"] == AUTO else int(recipe["steps"])
+
+
 def planned_steps(manifest: JsonRow) -> int:
     """How many steps a run is to have: the recipe's, or those of the last segment that was added."""
     segments = manifest.get("segments", [])
-    return int(segments[-1]["steps"] if segments else manifest["recipe"]["steps"])
+    return int(segments[-1]["steps"]) if segments else recipe_steps(manifest["recipe"])
 
 
 def updates_a_round(recipe: JsonRow) -> int:
@@ -400,7 +409,7 @@ def updates_a_round(recipe: JsonRow) -> int:
     """
     odd = (recipe.get("bootstrap_steps") or 0) % 2
     given: int | None = recipe.get("updates_per_rollout")
-    return given or (1 if odd or recipe["steps"] < 2 else 2)
+    return given or (1 if odd or recipe_steps(recipe) < 2 else 2)
 
 
 def steps_a_checkpoint(recipe: JsonRow) -> int:
@@ -408,7 +417,7 @@ def steps_a_checkpoint(recipe: JsonRow) -> int:
     given: int | None = recipe.get("save_every")
     if given is not None:
         return given
-    updates, quarter = updates_a_round(recipe), int(recipe["steps"]) // 4
+    updates, quarter = updates_a_round(recipe), recipe_steps(recipe) // 4
     return max(1, min(50, quarter) // updates) * updates
 
 

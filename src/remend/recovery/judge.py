@@ -247,6 +247,11 @@ class Judge:
         """KL and agreement on the reference's completions, during training."""
         return figures_of(compare(student, self.reference, self.completions, kept=self._kept))
 
+    def answered(self, prompts: Sequence[Encoded], file: str) -> list[Rollout]:
+        """The reference's greedy answers to other prompts, sampled once per run and kept in `file`."""
+        length = self.run.prompts.main.stream.lengths[1]
+        return _greedy_answers(self.run, self.reference, prompts, file, "the reference answers prompts", length)
+
     def _compare(self, student: Scorer, rollouts: Sequence[Rollout], title: str) -> list[PromptSums]:
         with stage(title, len(rollouts)) as advance:
             kept_targets = self._kept if rollouts is self.completions else None

@@ -13,6 +13,7 @@ from remend.models.sampling.rollout import Rollout
 from remend.recovery.begin import Run
 from remend.recovery.bootstrap import GATE
 from remend.recovery.judge import BASELINE, SIDE_BASELINE, HeldOut
+from remend.recovery.plateau import APART
 from remend.recovery.repair import REPAIR_ANSWERS, Repaired, trained_on
 from remend.recovery.selection import SCORE
 
@@ -26,6 +27,7 @@ class Past:
     repaired: a repair whose weights are in the checkpoint: what was said of it, and the answers where it was kept.
     gate: steps done at each decision of the gate, and whether it opened.
     scores: of the evaluations, in order.
+    apart: KL on the prompts that `steps: auto` looks at, in order.
     """
 
     degraded: HeldOut | None
@@ -33,6 +35,7 @@ class Past:
     repaired: Repaired
     gate: Sequence[tuple[int, bool]]
     scores: Sequence[float]
+    apart: Sequence[float]
 
 
 def past_of(run: Run) -> Past:
@@ -56,6 +59,7 @@ def _read(run: Run) -> Past:
         repaired=Repaired(answers=_repair_answers(run), record=record),
         gate=[(row["step"], row["open"]) for row in directory.rows(GATE)],
         scores=[row[SCORE] for row in directory.rows(METRICS) if SCORE in row],
+        apart=[row[APART] for row in directory.rows(METRICS) if APART in row],
     )
 
 

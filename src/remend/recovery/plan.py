@@ -10,6 +10,7 @@ import torch
 from remend.data.examples import Example
 from remend.data.templates import encode
 from remend.errors import CheckError
+from remend.files.run_directory import AUTO_STEPS
 from remend.maths.losses import of_beta
 from remend.models.find import ModelSource
 from remend.models.protocols import Tokenizer
@@ -18,7 +19,7 @@ from remend.recovery.epochs import Epochs
 from remend.recovery.prompts import Prompts
 from remend.recovery.rates import ADAPTER, WEIGHTS, Rate, rate_for
 from remend.recovery.segments import Segment
-from remend.recovery.settings import RecoverConfig
+from remend.recovery.settings import Auto, RecoverConfig
 from remend.training.constraints import StudentFacts, kind_of
 from remend.training.loop import Optimization
 from remend.training.teachers import NamedTeacher
@@ -111,9 +112,16 @@ class Plan:
         return rate_for(self.parameters, small, ADAPTER if self.facts.adapted else WEIGHTS)
 
     @property
+    def ends_early(self) -> bool:
+        """Whether training after a repair ends where it wins nothing more."""
+        return self.repairs and isinstance(self.config.steps, Auto)
+
+    @property
     def chosen(self) -> list[str]:
         """What was settled here and not by the user, a line each."""
         lines = [*([self.epochs.line()] if self.epochs else []), self.rate.line()]
+        if self.ends_early:
+            lines.insert(0, f"steps: at most {AUTO_STEPS}; training ends where it wins nothing over the repair")
         if self.config.dtype == "auto" and self.device.type == "cuda" and self.dtype == torch.float32:
             lines.append("dtype float32: this GPU has no bfloat16 of its own, and emulates it")
         return lines

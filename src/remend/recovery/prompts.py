@@ -43,6 +43,7 @@ class StreamData:
 
     by_reference: the healthy reference is its teacher.
     train, held_out: prompts as token ids; `examples` holds the held-out rows by id.
+    apart: training prompts that nothing is trained on or fitted to (`steps: auto` looks at them).
     hashes: SHA-256 of the rows, by part.
     dropped: ids of prompts over the length limit, by part.
     room: what student and teacher can read; answer: tokens that follow a prompt at most.
@@ -59,6 +60,7 @@ class StreamData:
     room: Room | None = None
     answer: int = 0
     token_hash: str = ""
+    apart: Sequence[Encoded] = ()
 
     @property
     def unwritten(self) -> bool:

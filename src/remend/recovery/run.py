@@ -18,6 +18,7 @@ from remend.recovery.hold import hold
 from remend.recovery.judge import gate_verdict, side_judge_of
 from remend.recovery.past import past_of
 from remend.recovery.plan import Plan
+from remend.recovery.plateau import Plateau, plateau_of, with_prompts_apart
 from remend.recovery.pools import build_sources, with_pools
 from remend.recovery.repair import (
     check_repair,
@@ -71,7 +72,7 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
     if new:
         create(run)
     clock.enter("prompts", shown=False)
-    run = replace(run, prompts=all_prompts(run, reference))
+    run = replace(run, prompts=with_prompts_apart(all_prompts(run, reference), plan))
     past = past_of(run)
 
     clock.enter("baseline")
@@ -98,8 +99,10 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
     sources = with_pools(run, sources, bootstrapping=gate.bootstrapping, answers=answers)
     selection = Selection(run.directory, constraint, config.selects == "best", config.patience, [*past.scores])
     hooks = hooks_of(run, parts, observer, side, before, selection) if observer and side else []
+    plateau = plateau_of(run, observer.judge, parts, past.apart) if observer and repair and repair["kept"] else None
+    hooks += [plateau.hook] if plateau else []
     objective = step_function(run, parts, sources, gate)
-    steps = train_student(run, objective, constraint, hooks, selection, repair)
+    steps = train_student(run, objective, constraint, hooks, partial(_stops, selection, plateau), repair)
     selected = selection.restore() if observer else None
     after = side.measure() if side else {}
 
@@ -112,9 +115,14 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
         "learning_rate": plan.learning_rate,
         "gradient_checkpointing": parts.checkpointing,
         "selected": selected or {"step": steps},
+        **({"ended": plateau.record()} if plateau and plateau.why else {}),
         "streams": {
             name: {"teacher": side.sources[name].stream.teacher.name, "before": before[name], "after": after[name]}
             for name in before
             if side
         },
     }
+
+
+def _stops(selection: Selection, plateau: Plateau | None) -> bool:
+    return selection.stop() or (plateau is not None and plateau.stop())

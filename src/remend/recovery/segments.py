@@ -14,7 +14,17 @@ from datetime import UTC, datetime
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, JsonRow, json_line, write_json, write_text
 from remend.files.reading import read_object, understood
-from remend.files.run_directory import DAMAGED, MANIFEST, NEXT, SUMMARY, TRACK, RunDirectory, manifest_of, planned_steps
+from remend.files.run_directory import (
+    DAMAGED,
+    MANIFEST,
+    NEXT,
+    SUMMARY,
+    TRACK,
+    RunDirectory,
+    manifest_of,
+    planned_steps,
+    recipe_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def segments_of(directory: RunDirectory) -> tuple[Segment, ...]:
 def check_longer(directory: RunDirectory, steps: int) -> None:
     """Raise InputError where a run can't go on to so many steps, which are more than it plans, or can't be fewer."""
     path, manifest = directory.path, manifest_of(directory.path)
-    planned, first = planned_steps(manifest), manifest["recipe"]["steps"]
+    planned, first = planned_steps(manifest), recipe_steps(manifest["recipe"])
     if steps < planned:
         raise InputError(
             f"{path} has {planned} steps, and steps={steps} would be fewer; steps can be raised on a resumed run, not "
@@ -75,11 +85,14 @@ def check_longer(directory: RunDirectory, steps: int) -> None:
         )
     if not directory.complete:
         return
-    done, saved = read_object(path / SUMMARY)["steps"], directory.checkpoints()
+    summary, saved = read_object(path / SUMMARY), directory.checkpoints()
+    done = summary["steps"]
     if done < planned:
+        patience = manifest["recipe"]["patience"]
+        why = "steps: auto saw nothing to win" if summary.get("ended") else f"patience ({patience}) saw nothing better"
         raise InputError(
-            f"{path} stopped at step {done} of {planned}, since patience ({manifest['recipe']['patience']}) saw "
-            f"nothing better; it would stop there again. Start a new run from its model: --student {path / 'model'}"
+            f"{path} stopped at step {done} of {planned}, since {why}; it would stop there again. Start a new run from "
+            f"its model: --student {path / 'model'}"
         )
     if not saved or saved[-1].step < done:
         why = "save_every: 0 wrote none" if manifest["recipe"].get("save_every") == 0 else "it was removed"

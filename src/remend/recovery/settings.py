@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PlainValidator,
     ValidationInfo,
     field_validator,
@@ -20,7 +21,7 @@ from pydantic import (
 
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.errors import InputError
-from remend.files.run_directory import steps_a_checkpoint, updates_a_round
+from remend.files.run_directory import AUTO, AUTO_STEPS, steps_a_checkpoint, updates_a_round
 from remend.files.settings import NO_FLOAT16, Arithmetic, Gone, Number, Settings, as_number, build, shard_size
 from remend.models.lora import LoraConfig
 
@@ -56,7 +57,27 @@ def _length(value: Any) -> int | list[int]:
     return cast(int | list[int], parts)
 
 
+class Auto(int):
+    """`steps: auto`: at most so many; fewer after a repair that leaves nothing to win (`recovery.plateau`)."""
+
+    def __repr__(self) -> str:
+        return AUTO
+
+    __str__ = __repr__
+
+
+def _steps(value: object) -> int:
+    if value == AUTO or isinstance(value, Auto):
+        return Auto(AUTO_STEPS)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError("allowed: a number of steps from 0, or auto")
+
+
 ShardSize = Annotated[str, PlainValidator(shard_size)]
+
+
+Steps = Annotated[int, PlainValidator(_steps), PlainSerializer(lambda n: AUTO if isinstance(n, Auto) else n)]
 
 
 Policy = Annotated[str | float, PlainValidator(_policy)]
@@ -253,8 +274,10 @@ class RecoverConfig(Settings):
         None, strict=False, description="several sources of signal at once: {name: {data, teacher, weight, …}}"
     )
 
-    steps: int = Field(
-        40, ge=0, description="optimizer steps. 40 take 135M parameters 2 minutes on two cores; large models need more"
+    steps: Steps = Field(
+        Auto(AUTO_STEPS),
+        description="optimizer steps; auto: 40, and after a repair fewer where they win nothing on prompts set apart. "
+        "40 take 135M parameters 2 minutes on two cores; large models need more",
     )
     epochs: OptionalNumber = Field(
         None, gt=0, description="in place of steps: how often the training prompts are gone through, 0.5 for half"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from remend.console import stage
 from remend.data.order import derive_seed
@@ -132,10 +132,13 @@ def train_student(
     distillation: Distillation,
     constraint: Constraint,
     hooks: Sequence[Hook],
-    selection: Selection,
+    stop: Callable[[], bool],
     repair: JsonObject | None,
 ) -> int:
-    """The one loop over the step function; the number of steps done. `repair`: what was said of one, which is saved."""
+    """The one loop over the step function; the number of steps done.
+
+    `stop` is asked before the first step and after each; `repair` is what was said of one, which is saved.
+    """
     config, plan = run.plan.config, run.plan
     objective = aligned(distillation, config, plan.facts.layer_map)
     if config.report_to:
@@ -169,7 +172,7 @@ def train_student(
                 config.updates_a_round,
                 first=bool(repair and repair["kept"] and config.steps_a_checkpoint),
             ),
-            watch=Watch([shown(hook) for hook in hooks], on_step, selection.stop),
+            watch=Watch([shown(hook) for hook in hooks], on_step, stop),
             follower=objective,
         )
     if config.report_to:

@@ -141,6 +141,19 @@ def _parts(summary: JsonRow) -> tuple[float, float] | None:
     return repaired, summary["gap_closed"]["kl"] - repaired
 
 
+def _worth(summary: JsonRow) -> list[Block]:
+    """What repair and training took and won, and why training ended early."""
+    lines: list[Block] = []
+    if parts := _parts(summary):
+        text = f"Repair took {summary['repair']['seconds']:.0f} s and closed {percent(parts[0])} of the gap."
+        if summary["steps"]:
+            text += f" Training took {summary['training_seconds']:.0f} s; it closed {percent(parts[1])} of the gap."
+        lines.append(Text(text))
+    if ended := summary.get("ended"):
+        lines.append(Text(f"By steps: auto, {ended['why']}."))
+    return lines
+
+
 def write_report(directory: Path, summary: JsonRow) -> Path:
     """Write report.html, report.md and report.json beside the run's other files; what a model wrote is escaped."""
     return write_page(directory, recovery_page(directory, summary))
@@ -156,7 +169,7 @@ def recovery_page(directory: Path, summary: JsonRow) -> Page:
         Section("What the three models say", "samples", [_samples(files.rows("samples.jsonl"), manifest)]),
         *([Section("The worst held-out prompts", "worst", [_worst(worst, files)])] if worst else []),
         Section("What to do next", "next", next_steps(directory, summary, manifest)),
-        Section("Training", "training", figures(files, summary, manifest)),
+        Section("Training", "training", [*_worth(summary), *figures(files, summary, manifest)]),
         *([alignment(track)] if track else []),
         Section("How to rerun this", "rerun", _rerun(directory, summary, manifest)),
     ]

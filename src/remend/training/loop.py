@@ -161,7 +161,7 @@ class Watch:
 
     hooks: called after every step (a hook decides itself whether it is its turn).
     on_step: gets each training row with `seconds`, for progress bars.
-    stop: asked in the main process after each step's hooks.
+    stop: asked in the main process before the first step, and after each step's hooks.
     """
 
     hooks: Sequence[Hook] = ()
@@ -199,10 +199,10 @@ def train(
     device, start = next(iter(constraint.masters().values())).device, resume.step if resume else 0
     if resume is not None:
         _restore(resume, constraint, optimizer, follower)
-        if _asked_to_stop(watch, accelerator, device):
-            return start
     elif saving.first and accelerator.is_main_process:
         _save(saving, 0, constraint, optimizer, follower)
+    if _asked_to_stop(watch, accelerator, device):
+        return start
     with at_the_end_of_a_round() as wish:
         for step in range(start + 1, optimization.last + 1):
             began = time.perf_counter()
