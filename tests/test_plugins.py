@@ -75,7 +75,7 @@ def test_an_installed_package_names_its_module(module: str, monkeypatch: pytest.
     assert plugins.asked_for == []  # nobody named it on a command line
 
 
-def test_a_run_keeps_the_name_and_imports_it_again_when_it_is_resumed(
+def test_a_run_keeps_the_name_and_asks_for_it_when_it_is_resumed(
     module: str, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plugins.import_modules([module])
@@ -87,6 +87,11 @@ def test_a_run_keeps_the_name_and_imports_it_again_when_it_is_resumed(
     remend.check(result.out / "recipe.yaml", out="elsewhere")
     assert f"is of a run that was begun with --import {module}; what these modules" in capsys.readouterr().err
     assert Path("seen.txt").read_text() == "x"
+    for goes_on in (lambda: remend.recover(resume=result.out), lambda: remend.track(result.out)):
+        with pytest.raises(InputError, match=f"was begun with --import {module}; give that again"):
+            goes_on()
+    assert Path("seen.txt").read_text() == "x"  # its files alone run nothing
+    plugins.import_modules([module])
     remend.recover(resume=result.out)
     assert Path("seen.txt").read_text() == "xx"
 

@@ -2,8 +2,8 @@
 
 Two ways lead in. An installed package names a module under the entry point `remend.plugins`; whoever installs it has
 asked for it. A module that is not installed is named on the command line, `remend --import MODULE …`; a recipe can't
-name one. A run's manifest keeps the names, so that a resumed run and a study's workers import them again. A
-study keeps them too, and asks for them when it is started again.
+name one. A run's manifest and a study keep the names, and both ask for them when they go on: files never let code run.
+The workers of a study are told what its command named.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ def import_installed() -> None:
 
 def not_imported(names: Iterable[str]) -> str:
     """Those of these modules that are not imported, as the options that name them; empty where all are."""
-    return " ".join(f"--import {name}" for name in names if name not in sys.modules)
+    return options_of(name for name in names if name not in sys.modules)
+
+
+def options_of(names: Iterable[str]) -> str:
+    """The options that name these modules."""
+    return " ".join(f"--import {name}" for name in names)
 
 
 def _import(name: str, whose: str) -> None:

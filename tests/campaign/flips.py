@@ -16,8 +16,10 @@ from campaign.place import CASES, Ended, Hook, Place, Tried, differences
 INTERRUPTED = ("repair", "streams", "lora", "best")
 NOTES = re.compile(r"(^|/)(manifest\.json|recipe\.yaml|README\.md|samples\.jsonl|worst\.jsonl|[\w.-]+\.log)$")
 """Files in which a flipped bit may stay, where the result beside them is the same."""
-INPUTS = r"^manifest\.json|^graded\.json files\."
+INPUTS = r"^manifest\.json|^graded\.json files\.|^graded\.answers\.jsonl \[\d+\]\.key"
 """What says what a result was made of, as it lies there."""
+ASIDE = r"\.aside-\d+ is there$"
+"""A file that was found damaged, which a warning names, and made again."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def _fell(place: Place, reading: Reading, ended: Ended, undisturbed: Path, flipp
         return ""
     if ended.code:
         return f"it ended with {ended.code}: {ended.said.strip()[-700:]}"
-    without = INPUTS + (f"|{flipped.name}" if NOTES.search(str(flipped)) else "")
+    without = f"{INPUTS}|{ASIDE}" + (f"|{flipped.name}" if NOTES.search(str(flipped)) else "")
     for name in reading.gives:
         if found := differences(undisturbed / name, place.disk / name, without):
             return f"silently another result: {found}"

@@ -206,6 +206,7 @@ def _copied(source: str, name: str = "model", *, record: bool = True) -> Callabl
         if not record and file.is_file():
             facts = json.loads(file.read_text(encoding="utf-8"))
             facts.pop("files", None)
+            facts.pop("sha256", None)
             file.write_text(json.dumps(facts), encoding="utf-8")
 
     return make

@@ -138,6 +138,9 @@ CASES = {
         Case("eval", "eval given/int3 --task science --data letters.jsonl --max-new-tokens 4 --out disk/out.json"),
         Case("study", "study study.yaml --out disk/out"),
         Case("prompts", "prompts reference --n 8 --max-new-tokens 24 --out disk/out.jsonl"),
+        Case("tasks write", "tasks write tooluse-short --n 20 --out disk/out.jsonl"),
+        Case("compare", "compare given/letters.json given/letters-int3.json --out disk/out.md"),
+        Case("correlate", "correlate disk/out --permutations 200 --out disk/correlation", gives="recover lora"),
         Case("report", "report disk/out", gives="recover best"),
         Case("track", "track disk/out", gives="recover lora"),
     )

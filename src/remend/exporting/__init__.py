@@ -22,6 +22,7 @@ from remend.files.atomic import JsonObject, new_directory, write_json, write_tex
 from remend.files.reading import read_object
 from remend.files.run_directory import MANIFEST, occupied
 from remend.files.settings import shard_size
+from remend.files.signed import signed
 from remend.models.adapters import is_adapter
 from remend.models.find import ModelSource, fetch_model, find_model
 from remend.models.load import load_model, load_tokenizer
@@ -72,7 +73,7 @@ def export(
         with stage("reading it back"):
             check = compare_file(target, measured)
         if measured.degradation is not None:
-            write_json(target / RECORD, measured.degradation)
+            write_json(target / RECORD, signed(measured.degradation))
         write_text(target / "README.md", write_card(measured, facts, check))
         result = {
             "source": named(source),
@@ -84,7 +85,7 @@ def export(
             "check": check,
             FILES: hashes_of(target),
         }
-        write_json(target / EXPORT_FILE, result)
+        write_json(target / EXPORT_FILE, signed(result))
     return result
 
 

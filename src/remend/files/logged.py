@@ -33,7 +33,9 @@ def changed(directory: Path, recorded: Mapping[str, Mapping[str, Any]]) -> Seque
 
 
 def _digest(path: Path, size: int) -> str | None:
-    """SHA-256 of the first `size` bytes; None where they can't be read."""
+    """SHA-256 of the first `size` bytes; None where they can't be read. No bytes need no file."""
+    if not size:
+        return hashlib.sha256().hexdigest()
     try:
         with path.open("rb") as stream:
             return hashlib.sha256(stream.read(size)).hexdigest()

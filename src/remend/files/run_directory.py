@@ -18,7 +18,6 @@ summary.json     what was measured;  report.html, report.md, report.json  the sa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -49,6 +48,7 @@ from remend.files.atomic import (
 from remend.files.hashes import damaged, hash_directory
 from remend.files.logged import REFERENCE, changed, logged
 from remend.files.reading import object_of, read_object, read_objects
+from remend.files.signed import SIGNATURE, as_signed, signed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +113,7 @@ class Checkpoint:
             return f"{STATE} can't be read"
         if state.get("step") != self.step:
             return f"{STATE} is of another step"
-        if state.keys() & {"logged", "sha256"} and state.get("sha256") != _signature(state):
+        if ("logged" in state and SIGNATURE not in state) or not as_signed(state):
             return f"{STATE} changed since it was written"
         files = state.get("files", {})
         if not isinstance(files, dict):
@@ -153,12 +153,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             f"checkpoint file {path} can't be read: {error}; remove {path.parent} to go on from the one before"
         ) from None
     return tensors
-
-
-def _signature(state: JsonRow) -> str:
-    """SHA-256 of all in a checkpoint's state but the signature itself."""
-    rest = {key: value for key, value in state.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
 def _drop_torn_line(stream: BinaryIO) -> None:
@@ -239,6 +233,11 @@ class RunDirectory:
             return _timings(path)
         rows = read_objects(path, DAMAGED)
         for number, row in enumerate(rows, start=1):
+            if name == TRACK and not as_signed(row):
+                raise FileError(
+                    f"{path}, row {number}, changed since it was written; remove that line, or put back a copy of the "
+                    f"file: remend track {self.path} measures what is lacking of the checkpoints that are kept"
+                )
             if name in STEPPED and not isinstance(row.get("step"), int):
                 raise FileError(f"{path}, row {number}, has no step; {DAMAGED}")
             if name == METRICS and "loss" in row and not isinstance(row.get("tokens"), int):
@@ -270,8 +269,12 @@ class RunDirectory:
 
     def rewind(self, name: str, step: int) -> None:
         """Drop rows after `step`: they will be made again."""
-        if (self.path / name).is_file():
-            write_text(self.path / name, "".join(json_line(r) for r in self.rows(name) if r["step"] <= step))
+        if not (self.path / name).is_file():
+            return
+        if kept := [row for row in self.rows(name) if row["step"] <= step]:
+            write_text(self.path / name, "".join(map(json_line, kept)))
+        else:
+            (self.path / name).unlink()  # as it was at that step
 
     def save_checkpoint(
         self,
@@ -290,8 +293,7 @@ class RunDirectory:
             for name, tensors in (("masters", masters), ("optimizer", optimizer), ("follower", follower or {})):
                 save_file({k: t.detach().contiguous() for k, t in tensors.items()}, directory / f"{name}.safetensors")
             state = {"step": step, "files": hash_directory(directory), "logged": logged(self.path)}
-            state["sha256"] = _signature(state)
-            (directory / STATE).write_text(json.dumps(state), encoding="utf-8")
+            (directory / STATE).write_text(json.dumps(signed(state)), encoding="utf-8")
         self.keep_newest(self.checkpoints(), keep)
         return Checkpoint(step, target)
 

@@ -1,20 +1,22 @@
 """Is a model that remend wrote still what remend wrote?
 
 SHA-256 of its files stands in what is written beside it: degradation.json, export.json, or the summary of the run whose
-model it is. Files that are not recorded there (notes, a card) are no matter.
+model it is. The first two hold their own too. Files that are not recorded there (notes, a card) are no matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
+from remend.console import warn
 from remend.errors import FileError
 from remend.files.atomic import JsonObject
 from remend.files.hashes import hash_directory, hash_file
 from remend.files.reading import read_object
 from remend.files.run_directory import SUMMARY
+from remend.files.signed import SIGNATURE, as_signed
 
 RECORD = "degradation.json"
 """Beside a degraded model: how it was damaged."""
@@ -47,31 +49,43 @@ def recorded(directory: Path) -> Mapping[str, str] | None:
 
 
 def changed(directory: Path) -> list[str]:
-    """The names of files that are missing or have another content than was recorded."""
-    return [name for name, digest in (recorded(directory) or {}).items() if _digest(directory / name) != digest]
+    """The names of files that are missing or have another content than was recorded, and of records that changed."""
+    names = [name for name, digest in (recorded(directory) or {}).items() if _digest(directory / name) != digest]
+    return names + [n for n in (EXPORT_FILE, RECORD) if not as_signed(_record(directory / n))]
+
+
+def _record(path: Path) -> JsonObject:
+    return read_object(path) if path.is_file() else {}
 
 
 def require_as_written(directory: Path) -> None:
     """Raise FileError where a file of a model that remend wrote changed since then."""
     names = changed(directory)
-    if not names:
-        return
     of_run = directory.name == MODEL and (directory.parent / SUMMARY).is_file()
+    if not names:
+        _warn_without_hashes(directory, of_run)
+        return
     again = (
         f"move {directory} aside and give remend recover --resume {directory.parent}, which writes it again from the "
         "last checkpoint"
         if of_run
         else "copy it again, or make it again with the command that made it"
     )
-    place = (
-        directory.parent / SUMMARY
-        if of_run
-        else next(directory / name for name in (EXPORT_FILE, RECORD) if (directory / name).is_file())
-    )
+    places = [directory / name for name in (EXPORT_FILE, RECORD) if SIGNATURE in _record(directory / name)]
+    holds = directory.parent / SUMMARY if of_run else next(iter(places), directory / RECORD)
+    keys = [f'"{FILES}" from {holds}', *(f'"{SIGNATURE}" from {place}' for place in places)]
     raise FileError(
         f"{' and '.join(names[:5])} of {directory} changed or can't be read since remend wrote it: {again}. If you "
-        f'changed it yourself and mean it, remove "{FILES}" from {place}'
+        f"changed it yourself and mean it, remove {' and '.join(keys)}"
     )
+
+
+@cache
+def _warn_without_hashes(directory: Path, of_run: bool) -> None:
+    """Once for each model."""
+    records = [record for name in (EXPORT_FILE, RECORD) if (record := _record(directory / name))]
+    if recorded(directory) is None and (of_run or records) and not any(SIGNATURE in record for record in records):
+        warn(f"{directory} is of a version without hashes, or they were taken away: damage to it would not be seen")
 
 
 def _digest(path: Path) -> str | None:

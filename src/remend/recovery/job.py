@@ -31,7 +31,7 @@ from remend.files.run_directory import (
 from remend.files.settings import build, merged, require_said, takes
 from remend.files.yaml_files import read_yaml
 from remend.models.written import MODEL, require_as_written
-from remend.plugins import asked_for, import_modules, not_imported
+from remend.plugins import not_imported, options_of
 from remend.recovery.segments import Segment, check_longer, segments_of
 from remend.recovery.settings import SELF, RecoverConfig
 
@@ -259,8 +259,10 @@ def _how_to_go_on(path: Path) -> str:
     repeated = "what was done is saved" if (path / SUMMARY).is_file() else "everything so far is done again"
     if saved and not (path / SUMMARY).is_file():
         repeated = f"it is saved up to step {saved[-1].step}, and what came after that is done again"
-    trusted = manifest_of(path)["recipe"].get("trust_remote_code") is True
-    again = f"remend recover --resume {shlex.quote(str(path))}{' --trust-remote-code' if trusted else ''}"
+    manifest = manifest_of(path)
+    trusted = ["--trust-remote-code"] if manifest["recipe"].get("trust_remote_code") is True else []
+    words = [f"remend recover --resume {shlex.quote(str(path))}", *trusted, options_of(manifest.get("imports", []))]
+    again = " ".join(word for word in words if word)
     return f"interrupted ({repeated}); go on with: {again}"
 
 
@@ -302,7 +304,7 @@ def track(path: str | Path, *, trust_remote_code: bool = False) -> list[dict[str
 
     with _where_it_began(Path(path)) as place:
         directory = RunDirectory.open(place)
-        import_again(directory)
+        _require_imports(place)
         config = build(RecoverConfig, read_yaml(directory.path / RECIPE), f"recipe {directory.path / RECIPE}")
         _require_trust(place, config, {"trust_remote_code": trust_remote_code})
         return track_run(_plan(config, resuming=True), directory)
@@ -316,7 +318,7 @@ def _reopen(
     Raises InputError where anything but the steps became another, or these can't be had.
     """
     directory = RunDirectory.open(path)
-    import_again(directory)
+    _require_imports(path)
     config = build(RecoverConfig, read_yaml(path / RECIPE), f"recipe {path / RECIPE}")
     manifest = manifest_of(path)["recipe"]
     recorded = build(RecoverConfig, manifest, f"recipe in {path / MANIFEST}")  # keys that are newer have their defaults
@@ -368,12 +370,11 @@ def _given_again(recorded: RecoverConfig, recipe: str | Path | None, overrides: 
     return settings(None, values)
 
 
-def import_again(directory: RunDirectory) -> None:
-    """Import the modules that a run's command named. Raises InputError where one is missing."""
-    for name in manifest_of(directory.path).get("imports", []):
-        if name not in asked_for:
-            console.print(f"importing {name}, which the command of this run named")
-            import_modules([name])
+def _require_imports(path: Path) -> None:
+    """Raise InputError where this command leaves out a module that a run's own named: its files never let code run."""
+    missing = not_imported(manifest_of(path).get("imports", []))
+    if missing:
+        raise InputError(f"the run in {path} was begun with {missing}; give that again: only then is its code run")
 
 
 def result_of(directory: RunDirectory) -> RecoverResult:

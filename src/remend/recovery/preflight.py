@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from remend.compression.formats import GridFormat
-from remend.compression.recognise import PLAIN, Recognised, recognise
+from remend.compression.recognise import PLAIN, Recognised, read_record, recognise
 from remend.data.examples import Example
 from remend.data.templates import encode
 from remend.errors import FileError, InputError, did_you_mean, shortened
@@ -383,7 +383,7 @@ def _facts(config: RecoverConfig, source: ModelSource, say: Findings) -> Student
     directory = source.path if source.kind == "directory" else None
     adapted = bool(config.lora) or source.kind == "adapter"
     with say.collecting():
-        record = read_object(directory / RECORD) if directory and (directory / RECORD).is_file() else {}
+        record = read_record(directory) if directory else {}
         held, dense = recognise(source, as_dense=config.as_dense), config.as_dense
         placed = config.layer_map or _recorded_map(record, say)
         say.warnings += _other_grid(record, held)

@@ -14,6 +14,7 @@ from remend.console import console, stage, warn
 from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.environment import peak_rss_mib
 from remend.files.run_directory import METRICS, SUMMARY
+from remend.files.signed import signed
 from remend.maths.losses import of_beta
 from remend.models.adapters import is_adapted, merge
 from remend.models.find import find_model
@@ -48,7 +49,7 @@ def save(run: Run, student: CausalLM, constraint: Constraint) -> JsonObject:
         constraint.save(target)
         record = record_to_keep(plan.student, plan.facts.recognised)
         if record and not is_adapted(student):
-            write_json(target / RECORD, record)
+            write_json(target / RECORD, signed(record))
         files = hashes_of(target)
     name = str(dtype).removeprefix("torch.")
     console.print(f"the model is saved in {name}: {why}", soft_wrap=True)

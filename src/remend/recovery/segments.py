@@ -25,6 +25,7 @@ from remend.files.run_directory import (
     planned_steps,
     recipe_steps,
 )
+from remend.files.signed import signed
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def note_segments(directory: RunDirectory, segments: Sequence[Segment]) -> None:
 def _reopen_track(directory: RunDirectory, manifest: JsonRow) -> None:
     rows, last = directory.rows(TRACK), planned_steps(manifest)
     kept = [
-        {**row, "stage": "training"} if row["stage"] == "recovered" else row
+        signed({**row, "stage": "training"}) if row["stage"] == "recovered" else row
         for row in rows
         if row["stage"] != "recovered" or row["step"] == last
     ]

@@ -20,6 +20,7 @@ from remend.errors import InputError
 from remend.files.atomic import json_line, write_text
 from remend.files.reading import read_object
 from remend.files.run_directory import SUMMARY, TRACK, RunDirectory
+from remend.files.signed import signed
 from remend.maths.cka import debiased_cka
 from remend.models.activations.capture import as_layers, capture, pick_positions, usable
 from remend.models.layers import infer_layer_map
@@ -96,7 +97,7 @@ class Tracker:
         row = {"step": step, "stage": stage, "kl": figures["kl"], "top1_agreement": figures["top1_agreement"]}
         plain = [value if value == value else None for value in values]
         of = {"cka": plain, "reference_layers": list(self.layer_map), "rows": int(keep_S.sum())}
-        self.run.directory.append(TRACK, {**row, **of})
+        self.run.directory.append(TRACK, signed({**row, **of}))
         return values
 
     def _rows(self, parts: Scorer, name: str) -> Tensor:

@@ -22,6 +22,7 @@ from remend.data.templates import Encoded, encode_within
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.settings import Settings
+from remend.files.signed import signed
 from remend.maths.topk import TopK
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import find_model
@@ -159,7 +160,7 @@ def _write(
             "shards": written["shards"],
             **about,
         }
-        write_json(target / RECORD, record)
+        write_json(target / RECORD, signed(record))
     return record
 
 

@@ -29,6 +29,7 @@ from remend.files.atomic import JsonObject, json_line, new_directory, write_json
 from remend.files.hashes import hash_file
 from remend.files.run_directory import occupied
 from remend.files.settings import build, takes
+from remend.files.signed import signed
 from remend.maths.losses import divergence
 from remend.maths.topk import TopK, entropy_lost, top_k
 from remend.models.device import choose_device, choose_dtype, chunk_rows
@@ -204,7 +205,7 @@ def _write(out: Path, record: JsonObject, rollouts: dict[str, list[Rollout]], pa
             "errors": errors.figures(),
             "shards": written["shards"],
         }
-        write_json(directory / RECORD, record)
+        write_json(directory / RECORD, signed(record))
     return record
 
 

@@ -14,6 +14,7 @@ from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
 from remend.files.reading import read_object
+from remend.files.signed import unsigned
 from remend.models.find import ModelSource, own_file
 from remend.models.packed_weights import packing
 from remend.models.protocols import CausalLM, Tokenizer
@@ -149,11 +150,11 @@ def held_as_dense(kind: str, source: ModelSource, reason: object, as_dense: bool
 def read_record(directory: Path) -> JsonObject:
     """How the model in a directory was damaged; empty where that is not told. Raises FileError for an unreadable one.
 
-    The hashes of its files are left out: they belong to that directory alone.
+    The hashes of its files, and its own, are left out: they belong to that directory alone.
     """
     path = directory / RECORD
     content = read_object(path) if path.is_file() else {}
-    return {key: value for key, value in content.items() if key != FILES} if isinstance(content, dict) else {}
+    return {key: value for key, value in unsigned(content).items() if key != FILES}
 
 
 def set_to_zero(record: JsonObject) -> bool:

@@ -25,6 +25,7 @@ from remend.degrade.making.shares import require_known, skipped
 from remend.errors import InputError, RemendError
 from remend.files.atomic import JsonObject, new_directory, write_json, write_text
 from remend.files.run_directory import occupied
+from remend.files.signed import signed
 from remend.models.accounting import LEFT_OUT
 from remend.models.activations.walk import Sites, check_walk, completions, walk
 from remend.models.device import choose_device
@@ -158,12 +159,12 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
         if changed.files:
             changed.files(target)
         record[FILES] = hashes_of(target)
-        write_json(target / RECORD, record)
+        write_json(target / RECORD, signed(record))
         _write_card(target, damage, changed.student, record)
     if settings.probe:  # after the saving: whatever fails here, the work is not lost
         try:
             record["probe"] = _probe(damage, changed.student)
-            write_json(out / RECORD, record)
+            write_json(out / RECORD, signed(record))
             _write_card(out, damage, changed.student, record)
         except Exception as error:
             reason = str(error) if isinstance(error, RemendError) else f"{type(error).__name__}: {error}"

@@ -32,6 +32,7 @@ from remend.data.templates import template_text
 from remend.errors import FileError, InputError, shortened
 from remend.files.hashes import hash_file
 from remend.files.reading import MISSHAPEN, read_object, stays_inside
+from remend.files.signed import as_signed
 from remend.maths.topk import TopK
 from remend.models.find import ModelSource
 from remend.models.protocols import CausalLM, Tokenizer
@@ -103,6 +104,8 @@ class TeacherCache(Teacher):
                 f"{path / RECORD} has version {version}, and this remend reads {VERSION}; write the cache again with "
                 "remend cache-teacher"
             )
+        if not as_signed(record):
+            raise _damaged(path, f"{RECORD} changed since it was written")
         try:
             for shard in record["shards"]:
                 _require_whole(path, shard["file"], shard["bytes"], shard["sha256"])
