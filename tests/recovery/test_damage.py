@@ -157,9 +157,53 @@ def test_degraded_and_exported_models_are_known_too(reference_dir: Path, tmp_pat
         with pytest.raises(FileError, match="copy it again, or make it again"):
             remend.export(copied, tmp_path / "out", format="dense")
         record = next(copied / name for name in ("export.json", "degradation.json") if (copied / name).is_file())
-        record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "files"}))
+        kept = {k: v for k, v in json.loads(record.read_text()).items() if k not in ("files", "sha256")}
+        record.write_text(json.dumps(kept))
         if made == "packed":  # its owner says that it is meant
             remend.export(copied, tmp_path / "out", format="dense")
+
+
+def test_a_record_of_a_model_knows_when_it_changed(
+    reference_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = tmp_path / "q4"
+    remend.quantize(str(reference_dir), student, format="int4-g32-sym", probe=False)
+    record = student / "degradation.json"
+    facts = json.loads(record.read_text())
+    record.write_text(json.dumps({**facts, "seconds": 5.0}))
+    with pytest.raises(FileError, match=r'degradation\.json of .* changed .* remove "sha256" from') as told:
+        remend.export(student, tmp_path / "out", format="dense")
+    assert '"files"' not in str(told.value)
+    record.write_text(json.dumps({k: v for k, v in facts.items() if k not in ("files", "sha256")}))
+    remend.export(student, tmp_path / "out", format="dense")
+    assert capsys.readouterr().err.count("of a version without hashes") == 1
+
+
+def test_a_run_s_model_without_hashes_is_read_with_a_warning(
+    grid_run: RecoverResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(grid_run.out, tmp_path / "run")
+    (run / "model" / "degradation.json").unlink()
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["saved"]["files"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    remend.export(run, tmp_path / "out", format="dense")
+    assert f"{run / 'model'} is of a version without hashes" in capsys.readouterr().err
+
+
+def test_a_row_of_the_track_knows_when_it_changed(grid_run: RecoverResult, tmp_path: Path) -> None:
+    torn = torn_copy(grid_run.out, tmp_path / "torn", 8)
+    text = (torn / "track.jsonl").read_text()
+    (torn / "track.jsonl").write_text(text.replace("reference_layers", "regerence_layers", 1))
+    with pytest.raises(FileError, match=r"track\.jsonl, row 1, changed since it was written; remove that line"):
+        recover(resume=torn)
+
+
+def test_rows_that_are_all_dropped_leave_no_file(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    directory.append("gate.jsonl", {"step": 4, "open": True})
+    directory.rewind("gate.jsonl", 2)
+    assert not (directory.path / "gate.jsonl").exists()
 
 
 def test_two_at_once_are_not_let_in(grid_run: RecoverResult, tmp_path: Path) -> None:

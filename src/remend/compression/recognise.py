@@ -25,7 +25,7 @@ from remend.models.find import ModelSource, fetch_model, find_model, require_rea
 from remend.models.packed_weights import require_openable
 from remend.models.written import RECORD
 
-__all__ = ["PLAIN", "RECORD", "Recognised", "recognise", "record_to_keep", "was_pruned"]
+__all__ = ["PLAIN", "RECORD", "Recognised", "read_record", "recognise", "record_to_keep", "was_pruned"]
 
 
 def recognise(where: str | Path | ModelSource, *, as_dense: bool = False) -> Recognised:

@@ -71,9 +71,11 @@ def require_as_written(directory: Path) -> None:
         if of_run
         else "copy it again, or make it again with the command that made it"
     )
-    places = [directory / name for name in (EXPORT_FILE, RECORD) if SIGNATURE in _record(directory / name)]
-    holds = directory.parent / SUMMARY if of_run else next(iter(places), directory / RECORD)
-    keys = [f'"{FILES}" from {holds}', *(f'"{SIGNATURE}" from {place}' for place in places)]
+    present = [directory / name for name in (EXPORT_FILE, RECORD) if (directory / name).is_file()]
+    holder = directory.parent / SUMMARY if of_run else present[0]
+    records = [path for path in present if path.name in names]
+    keys = [] if len(records) == len(names) else [f'"{FILES}" from {holder}']
+    keys += [f'"{SIGNATURE}" from {p}' for p in present if p in records or (keys and p == holder)]
     raise FileError(
         f"{' and '.join(names[:5])} of {directory} changed or can't be read since remend wrote it: {again}. If you "
         f"changed it yourself and mean it, remove {' and '.join(keys)}"
