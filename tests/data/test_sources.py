@@ -122,6 +122,13 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: 
         read_rows(str(tmp_path / name))
 
 
+def test_a_parquet_column_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet")
+    path.write_bytes(path.read_bytes().replace(b"prompt", b"pr\x97mpt"))
+    with pytest.raises(FileError, match="no parquet file that can be read"):
+        read_rows(str(path))
+
+
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHAPED: list[tuple[Mapping[str, Any], str, Any, str | None]] = [
     ({"prompt": "Hi", "completion": "Hello"}, "prompt", "Hi", "Hello"),
