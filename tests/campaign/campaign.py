@@ -57,6 +57,11 @@ PARTS: dict[str, Part] = {
 }
 
 
+TURN: dict[str, int] = {"kills": 4, "fuzz": 2}
+"""How many tries a part makes when it is its turn; 1 where nothing is said. So 40 minutes of one core reach what is
+wanted of each part: 300 killed recoveries, 10,000 damaged inputs, 30 power cuts."""
+
+
 def one(place: Place, part: str, seed: int, number: int) -> Tried:
     """A try, which these words settle."""
     return PARTS[part](place, Random(f"{part} {seed} {number}"))
@@ -64,16 +69,19 @@ def one(place: Place, part: str, seed: int, number: int) -> Tried:
 
 def in_turn(place: Place, parts: Sequence[str], seed: int, until: float) -> Iterator[tuple[str, int, Tried]]:
     """Tries of all parts until the time is over, each with its part and its number; what can't be tried is left out."""
-    waiting, number = list(parts), 0
+    waiting = dict.fromkeys(parts, 0)
     while waiting:
         for part in tuple(waiting):
-            if time.monotonic() > until:
-                return
-            tried = one(place, part, seed, number)
-            if tried.skipped:
-                waiting.remove(part)
-            yield part, number, tried
-        number += 1
+            for _ in range(TURN.get(part, 1)):
+                if time.monotonic() > until:
+                    return
+                number = waiting[part]
+                tried = one(place, part, seed, number)
+                waiting[part] += 1
+                yield part, number, tried
+                if tried.skipped:
+                    del waiting[part]
+                    break
 
 
 def summed(tries: Sequence[tuple[str, int, Tried]]) -> dict[str, dict[str, Any]]:
