@@ -145,9 +145,13 @@ def campaign(root: Path, parts: Sequence[str], chosen: argparse.Namespace) -> in
         turns = iter([(parts[0], chosen.number, one(place, parts[0], chosen.seed, chosen.number))])
     else:
         turns = in_turn(place, parts, chosen.seed, began + 60 * chosen.minutes)
-    tries = []
+    tries, since = [], began
+    spent: collections.Counter[str] = collections.Counter()
     for part, number, tried in turns:
         tries.append((part, number, tried))
+        now = time.monotonic()
+        spent[part] += now - since
+        since = now
         told = tried.skipped or ", ".join(f"{kind} {count}" for kind, count in tried.kinds.items())
         print(f"{part:9} {number:4}  {told}", flush=True)
         for fell in tried.fell:
@@ -166,6 +170,8 @@ def campaign(root: Path, parts: Sequence[str], chosen: argparse.Namespace) -> in
         row.add()
         write_page()
     print(json.dumps(sums))
+    for part, seconds in spent.items():
+        print(f"{part:9} {sum(sums[part]['tried'].values()):6} in {seconds / 60:.1f} minutes")
     short = sum(part["fell_short"] for part in sums.values())
     tried_in_all = sum(sum(part["tried"].values()) for part in sums.values())
     print(f"{tried_in_all} tried in {row.minutes} minutes, {short} fell short")
