@@ -110,10 +110,8 @@ def examination(settings: DiagnoseSettings) -> Examination:
 
 
 def _check(settings: DiagnoseSettings, sites: Sequence[str]) -> None:
-    out = Path(settings.out)
-    problem = occupied(out)
-    if problem or (out.is_dir() and any(out.iterdir())):
-        raise InputError(problem or f"out {out} is not empty; name a new directory")
+    if problem := occupied(Path(settings.out)):
+        raise InputError(problem)
     if settings.rows is not None and settings.rows < LEAST_ROWS:
         raise InputError(f"rows is {settings.rows}; the debiased CKA needs {LEAST_ROWS} or more")
     if settings.max_new_tokens < 1:

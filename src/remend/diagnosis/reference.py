@@ -33,17 +33,18 @@ from remend.console import stage
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded
 from remend.errors import InputError
-from remend.files.atomic import json_line, write_json, write_text, writing
+from remend.files.atomic import write_json, writing
 from remend.files.reading import read_object
 from remend.files.run_directory import RunDirectory
 from remend.maths import cka
 from remend.models.activations.capture import LEAST_ROWS, Batch, as_layers, capture, pick_positions, usable
 from remend.models.protocols import CausalLM, Tokenizer
-from remend.models.sampling.answers import answer, as_text
+from remend.models.sampling.answers import answer, read_answers, write_answers
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer, scorer
 
 VERSION = 3
+COMPLETIONS = "completions.jsonl"
 WHOLE = 128
 """At least so many sequences, and at least half of them, are read to the end of the answer, for behaviour. Of the
 others a pass stops at the token whose row is kept."""
@@ -104,15 +105,13 @@ def reference_answers(
 
     Raises InputError where the reference answers with nothing, or its layers are not finite.
     """
-    if state.is_main_process and not (folder / "completions.jsonl").is_file():
-        _answer(parts, tokenizer, prompts, conditions, folder)
+    place = RunDirectory(folder)
+    if state.is_main_process and not (folder / COMPLETIONS).is_file():
+        length, shared = conditions.max_new_tokens, conditions.shared
+        answers = answer(parts.model, tokenizer, prompts, "the reference answers", max_new_tokens=length, shared=shared)
+        write_answers(place, COMPLETIONS, tokenizer, answers)
     state.wait_for_everyone()
-    rows = RunDirectory(folder).rows("completions.jsonl")
-    rollouts = [
-        Rollout(p.id, p.tokens, tuple(row["completion"]), row["clipped"])
-        for p, row in zip(prompts, rows, strict=True)
-        if row["completion"]
-    ]
+    rollouts = [r for r in read_answers(place, COMPLETIONS, prompts) if r.completion]
     if len(rollouts) < LEAST_ROWS:
         raise InputError(
             f"the reference answered {len(rollouts)} of {len(prompts)} prompts with at least one token, and "
@@ -130,24 +129,6 @@ def reference_answers(
     done = read_object(folder / "done.json")
     kept = load_file(folder / "rows.safetensors") if state.is_main_process else {}
     return ReferenceAnswers(folder, rollouts, picks, whole, kept, done["anchors"])
-
-
-def _answer(
-    parts: Scorer, tokenizer: Tokenizer, prompts: Sequence[Encoded], conditions: Conditions, folder: Path
-) -> None:
-    rollouts = answer(
-        parts.model,
-        tokenizer,
-        prompts,
-        "the reference answers",
-        max_new_tokens=conditions.max_new_tokens,
-        shared=conditions.shared,
-    )
-    lines = [
-        {"id": r.id, "completion": list(r.completion), "clipped": r.clipped, "text": as_text(tokenizer, r)}
-        for r in rollouts
-    ]
-    write_text(folder / "completions.jsonl", "".join(map(json_line, lines)))
 
 
 def _pass(

@@ -60,8 +60,7 @@ def export(
     name, _, kind = format.partition(":")
     container = _writable(name)
     source, out = os.fspath(source), Path(out)
-    problem = occupied(out)
-    if problem:
+    if problem := occupied(out):
         raise InputError(problem)
     shard = _shard(name, container, max_shard_size)
     assert container.write is not None

@@ -14,7 +14,7 @@ from remend.console import stage
 from remend.errors import FileError, InputError, RemendError
 from remend.files.run_directory import MANIFEST, SUMMARY
 from remend.models.adapters import is_adapter
-from remend.models.find import complete, require_readable
+from remend.models.find import complete, is_gguf, require_readable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -75,7 +75,7 @@ def _lacks(directory: Path) -> str | None:
     """What a directory lacks of a model, or None."""
     if not directory.is_dir():
         return "there is no such directory"
-    if any(_is_gguf(path) for path in directory.glob("*.gguf")):
+    if any(is_gguf(path) for path in directory.glob("*.gguf")):
         return None
     if is_adapter(directory):
         return None if (directory / "adapter_model.safetensors").is_file() else "it has no adapter_model.safetensors"
@@ -90,11 +90,6 @@ def _lacks(directory: Path) -> str | None:
     except FileError as error:
         return str(error)
     return None
-
-
-def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(4) == b"GGUF"
 
 
 def _uploaded(api: HfApi, directory: Path, repo: str, public: bool) -> str:

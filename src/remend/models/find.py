@@ -90,15 +90,20 @@ def find_model(spec: str, *, trust_remote_code: bool = False) -> ModelSource:
         _require_safetensors(path)
         return ModelSource(spec, "directory", path, trust_remote_code=trust)
     if path.is_file():
-        with path.open("rb") as stream:
-            if stream.read(4) == b"GGUF":
-                return ModelSource(spec, "gguf", path, trust_remote_code=trust)
+        if is_gguf(path):
+            return ModelSource(spec, "gguf", path, trust_remote_code=trust)
         raise FileError(f"model file {path} is not a GGUF file; give a GGUF file or a transformers directory")
     match = _HUB_ID.fullmatch(spec)
     meant_as_path = path.suffix == ".gguf" or spec.startswith((".", "/", "~")) or ("/" in spec and path.parent.is_dir())
     if not match or meant_as_path:
         raise FileError(f"model {spec} does not exist: no such directory or GGUF file")
     return ModelSource(spec, "hub", None, match["repo"], match["revision"], trust_remote_code=trust)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
 
 
 def _require_safetensors(directory: Path) -> None:

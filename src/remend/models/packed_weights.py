@@ -58,12 +58,12 @@ def merges_experts(model_type: str) -> bool:
     """Whether transformers makes one tensor of all experts of a layer, which files of this type hold one by one."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    steps = [step for entry in get_checkpoint_conversion_mapping(model_type) or [] for step in _operations(entry)]
+    steps = [
+        step
+        for entry in get_checkpoint_conversion_mapping(model_type) or []
+        for step in getattr(entry, "operations", [])
+    ]
     return any(type(step).__name__ == "MergeModulelist" for step in steps)
-
-
-def _operations(entry: object) -> list[object]:
-    return list(getattr(entry, "operations", []))
 
 
 def require_openable(directory: Path) -> None:

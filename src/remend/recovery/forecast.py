@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 
@@ -269,9 +270,9 @@ def _stream(plan: Plan, data: StreamData, rows: int) -> StreamWork:
     return StreamWork(
         name=stream.name,
         rows=rows,
-        prompt=_mean(prompts),
+        prompt=fmean(prompts or [1]),
         longest=max(prompts, default=1) + (WRITTEN_TOKENS - WRITTEN_PROMPT if data.unwritten else 0),
-        shown=_mean(shown),
+        shown=fmean(shown or [1]),
         answer=stream.lengths[1],
         skipped=stream.skip_first,
         on_policy=own,
@@ -279,7 +280,3 @@ def _stream(plan: Plan, data: StreamData, rows: int) -> StreamWork:
         held_out=held_out,
         scored=not brings,
     )
-
-
-def _mean(lengths: Sequence[int]) -> float:
-    return sum(lengths) / len(lengths) if lengths else 1.0

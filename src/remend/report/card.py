@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from remend.errors import printable
 from remend.files.atomic import JsonRow
-from remend.report.markdown import grid
+from remend.report import markdown
 from remend.report.next_steps import loading, serving
 from remend.report.recovery import table, verdict
 from remend.report.scores import ROLES, Scores
@@ -66,7 +65,7 @@ class Card:
             lines += [f"## {escape(part.title)}", ""]
             lines += [escape(part.text, 1000), ""] if part.text else []
             lines += [*(f"- {escape(bullet)}" for bullet in part.bullets), ""] if part.bullets else []
-            lines += [*grid(*part.table), ""] if part.table else []
+            lines += [*markdown.grid(*part.table), ""] if part.table else []
         lines += ["## How to use it", ""] if self.use else []
         for what, language, code in self.use:
             lines += [f"{what}:", "", f"```{language}", code, "```", ""]
@@ -76,10 +75,8 @@ class Card:
 
 
 def escape(value: object, length: int = 200) -> str:
-    """One line of plain text in Markdown: no markup, no HTML, no link; of `length` characters at most."""
-    text = printable(" ".join(str(value).split())[:length])
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]{}|#!~])", r"\\\1", text)
+    """One line of plain text in Markdown, of `length` characters at most."""
+    return markdown.escape(str(value)[:length])
 
 
 def named(spec: object) -> str:

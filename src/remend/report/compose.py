@@ -52,7 +52,7 @@ def report(paths: Sequence[str | Path], out: Path | None = None) -> Path:
             f"{len(places)} paths are given and no out: a comparison has no directory of its own; name a new one with "
             "--out"
         )
-    if out is not None and (problem := occupied(out) or _filled(out)):
+    if out is not None and (problem := occupied(out)):
         raise InputError(problem)
     with understood(" or ".join(map(str, places)), "make it anew with this version"):
         if len(places) == 1 and (places[0] / STUDY).is_file():
@@ -67,10 +67,6 @@ def _page(compared: Sequence[Compared]) -> Page:
         return comparison_page(compared)
     (one,) = compared
     return recovery_page(one.path, one.summary) if isinstance(one, Run) else diagnosis_page(one.content)
-
-
-def _filled(out: Path) -> str | None:
-    return f"out {out} is not empty; name a new directory" if out.is_dir() and any(out.iterdir()) else None
 
 
 def _names(places: Sequence[Path]) -> list[str]:

@@ -68,7 +68,8 @@ def write_labels(out: Path, recipe: RecoverConfig, settings: LabelSettings) -> J
     examples = load_examples(train)
     limit = longest + LABEL_TOKENS
     if settings.taught is None:
-        general = _given(tokenizer, [e for e in examples if _has_answer(e)], limit, ends)
+        answered = [e for e in examples if any(e.row.get(key) is not None for key in COMPLETION_KEYS)]
+        general = _given(tokenizer, answered, limit, ends)
     else:
         general = _taught(recipe, settings.taught, tokenizer, examples)
     tasks = _given(tokenizer, load_examples(settings.task), limit, ends) if settings.task is not None else []
@@ -84,10 +85,6 @@ def write_labels(out: Path, recipe: RecoverConfig, settings: LabelSettings) -> J
     seconds = time.perf_counter() - began if settings.taught is not None else 0.0
     about: JsonObject = {"of": [train, settings.task], "seconds": round(seconds, 1)}
     return _write(out, tokenizer, chosen, apart, ends, shared, about)
-
-
-def _has_answer(example: Example) -> bool:
-    return any(example.row.get(key) is not None for key in COMPLETION_KEYS)
 
 
 def _given(tokenizer: Tokenizer, examples: Sequence[Example], limit: int, ends: Sequence[int]) -> list[Rollout]:

@@ -131,8 +131,7 @@ def _cached(model: str, out: Path, plan: CacheSettings) -> JsonObject:
 
 
 def _check(plan: CacheSettings, out: Path) -> None:
-    problem = occupied(out)
-    if problem:
+    if problem := occupied(out):
         raise InputError(problem)
     for name in ("max_new_tokens", "held_out", "max_prompt_tokens"):
         value = getattr(plan, name)

@@ -108,12 +108,9 @@ def read_check(item: object) -> tuple[Kind, dict[str, object]]:
     try:
         inspect.signature(kind.test).bind("", **arguments)
     except TypeError as error:
-        raise InputError(f"the check {kind.name}: {error}; it takes {_takes(kind) or 'no arguments'}") from None
+        takes = ", ".join(list(inspect.signature(kind.test).parameters)[1:]) or "no arguments"
+        raise InputError(f"the check {kind.name}: {error}; it takes {takes}") from None
     return kind, arguments
-
-
-def _takes(kind: Kind) -> str:
-    return ", ".join(list(inspect.signature(kind.test).parameters)[1:])
 
 
 def describe(item: Check) -> str:

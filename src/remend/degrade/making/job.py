@@ -136,8 +136,7 @@ class Changed:
 def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObject:
     """Load `model`, damage a copy as `settings` ask, measure and save it; see kinds.degrade."""
     out = Path(out)
-    problem = occupied(out)
-    if problem:
+    if problem := occupied(out):
         raise InputError(problem)
     damage, hashes = _load(model, settings)
     with stage(settings.title()):
