@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,28 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def stranger_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export's strangers read in this process and at one dtype, but not with the fixture `own_process`."""
-    if "own_process" in request.fixturenames:
-        return
+@pytest.fixture(scope="session", autouse=True)
+def as_users_have_it() -> Iterator[dict[str, Any]]:
+    """Strangers read an export in this process and at one dtype, and no file waits for the disk.
+
+    What a power cut leaves is the campaign's to show: it watches what is flushed. What was in the place of the
+    strangers is given.
+    """
     from remend.exporting import check
 
-    monkeypatch.setattr(check, "DTYPES", ("auto",))
-    monkeypatch.setattr(check, "ask_stranger", strangers.ask)
+    theirs = {"DTYPES": check.DTYPES, "ask_stranger": check.ask_stranger}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "DTYPES", ("auto",))
+        patch.setattr(check, "ask_stranger", strangers.ask)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield theirs
 
 
 @pytest.fixture
-def own_process() -> None:
+def own_process(as_users_have_it: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Strangers run as they do for users."""
+    for name, value in as_users_have_it.items():
+        monkeypatch.setattr(f"remend.exporting.check.{name}", value)
 
 
 @pytest.fixture

@@ -52,7 +52,6 @@ def test_what_cannot_be_evaluated_is_exit_code_2(evaluate: Any, tmp_path: Path) 
         (("--task", "science", "--data", data), 'the column "answer" is missing'),
         (("--task", "tooluse", "--data", tmp_path / "none.jsonl"), "can't be read"),
         (("--task", "tooluse", "--data", data, "--data", data), "need the task before each"),
-        (("--task", "lm-eval:no-such-task"), 'unknown task "lm-eval:no-such-task"'),
     ):
         code, said, err = evaluate(*words, "--out", out)
         assert (code, said) == (2, "")

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import remend
-from helpers.processes import two_processes
 from helpers.tiny import build_model, build_tokenizer, prompts
 from remend.degrade.depth import prune_depth
 from remend.diagnosis import severity
@@ -192,25 +191,6 @@ def test_answers_that_are_cut_at_their_row_give_the_same_rows(
         assert ours == pytest.approx(theirs, abs=1e-5)
     first = list(every["kl_sums"].values())[:20]
     assert half["behaviour"]["kl"] == pytest.approx(sum(kl for _, kl in first) / sum(n for n, _ in first), rel=1e-4)
-
-
-def test_two_processes_give_the_numbers_of_one(
-    reference_dir: Path, student_dir: Path, tmp_path: Path, prompt_file: Path
-) -> None:
-    single = diagnose(reference_dir, [student_dir], tmp_path / "one", prompt_file, cache=str(tmp_path / "c1"))
-    values = {
-        "reference": str(reference_dir),
-        "students": [str(student_dir)],
-        "out": str(tmp_path / "two"),
-        "data": str(prompt_file),
-        "max_new_tokens": 8,
-        "device": "cpu",
-        "cache": str(tmp_path / "c2"),
-    }
-    two_processes(("diagnose", values))
-    pair = json.loads((tmp_path / "two" / "diagnosis.json").read_text())
-    for key in ("layers", "behaviour", "positions", "stretches", "norms", "severity", "rows"):
-        assert pair[key] == single[key], key
 
 
 def test_a_layer_that_is_not_finite_is_named(

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from helpers.patching import without_the_harness_tasks
 from remend.errors import CheckError, InputError
 from remend.evaluation import harness
 
 pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(autouse=True)
+def no_tasks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_the_harness_tasks(monkeypatch)
+
 
 TASK = "task: mine\ndataset_path: json\noutput_type: generate_until\n"
 

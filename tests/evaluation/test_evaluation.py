@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from helpers.task_rows import letter_rows, tool_rows, write
@@ -121,32 +121,34 @@ def test_batches_are_those_of_all_rows_whatever_is_answered_already(
     assert len(kept.read_text(encoding="utf-8").splitlines()) == 11
 
 
-KILLED = """
-import os, signal, sys
-from remend.evaluation import job
+def die_at_the_third_batch(tooluse: Callable[..., dict[str, Any]]) -> None:
+    """Evaluate in this process, and kill it there."""
+    torch.set_num_threads(1)  # those that were there before a fork are not there after it
+    decoding, calls = evaluation_job.hf_sampler, []
 
-decoding = job.hf_sampler
+    def deadly(*given: Any) -> Any:
+        decode = decoding(*given)
 
-def deadly(*given):
-    decode, calls = decoding(*given), []
-    def sample(prompts, **how):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return decode(prompts, **how)
-    return sample
+        def sample(prompts: Any, **how: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return decode(prompts, **how)
 
-job.hf_sampler = deadly
-job.evaluate(sys.argv[1], ["tooluse"], sys.argv[2], data=sys.argv[3], max_new_tokens=12, device="cpu", batch_rows=3)
-"""
+        return sample
+
+    evaluation_job.hf_sampler = deadly
+    tooluse("killed", batch_rows=3)
 
 
-def test_it_goes_on_where_it_was_killed(
-    tooluse: Callable[..., dict[str, Any]], reference_dir: Path, tools: str, tmp_path: Path
-) -> None:
+def test_it_goes_on_where_it_was_killed(tooluse: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    if not (child := os.fork()):
+        try:
+            die_at_the_third_batch(tooluse)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     out = tmp_path / "killed" / "results.json"
-    done = subprocess.run([sys.executable, "-c", KILLED, reference_dir, out, tools], capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert not out.exists()
     kept = out.with_name("results.answers.jsonl")
     assert len(kept.read_text(encoding="utf-8").splitlines()) == 7

@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from helpers.architectures import build
+from helpers.patching import without_the_harness_tasks
 from helpers.tiny import build_model
 from remend.data import tasks
 from remend.data.order import batches_by_length
@@ -320,6 +321,7 @@ def test_a_local_task_runs_without_a_network(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "rain.yaml").write_text(YAML.replace("FILE", str(data)), encoding="utf-8")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    without_the_harness_tasks(monkeypatch)
     out = tmp_path / "r.json"
     found = evaluate(str(reference_dir), ["lm-eval:rain"], out, include=str(folder), device="cpu", batch_rows=3)
     acc, norm = found["results"]

@@ -140,7 +140,7 @@ def test_strangers_read_in_a_process_without_remend(reference_dir: Path, own_pro
 
 
 def test_a_stranger_whose_process_dies_read_nothing(tmp_path: Path, own_process: None) -> None:
-    found = check.ask_stranger("transformers", {"path": "no such directory"})
+    found = check.ask_stranger("nobody", {"path": "no such directory"})
     assert "its process ended with 1: " in found["error"]
 
 

@@ -207,7 +207,7 @@ def test_rows_that_are_all_dropped_leave_no_file(tmp_path: Path) -> None:
 
 
 def test_two_at_once_are_not_let_in(grid_run: RecoverResult, tmp_path: Path) -> None:
-    torn = torn_copy(grid_run.out, tmp_path / "torn", 8)
+    torn = torn_copy(grid_run.out, tmp_path / "torn", 16)
     rows = (torn / METRICS).read_bytes()
     with only_writer(torn, "run"), pytest.raises(InputError, match="another process"):
         recover(resume=torn)
@@ -215,7 +215,7 @@ def test_two_at_once_are_not_let_in(grid_run: RecoverResult, tmp_path: Path) -> 
 
 
 def test_files_of_others_in_a_run_stay(grid_run: RecoverResult, tmp_path: Path) -> None:
-    torn = torn_copy(grid_run.out, tmp_path / "torn", 8)
+    torn = torn_copy(grid_run.out, tmp_path / "torn", 16)
     (torn / ".git").mkdir()
     (torn / ".git" / "config").touch()
     (torn / ".env").touch()
@@ -237,7 +237,7 @@ def test_no_step_depends_on_when_checkpoints_are_written(repaired_recipe: dict[s
 def test_a_machine_that_changed_is_told(
     grid_run: RecoverResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torn = torn_copy(grid_run.out, tmp_path / "torn", 8)
+    torn = torn_copy(grid_run.out, tmp_path / "torn", 16)
     manifest = json.loads((torn / MANIFEST).read_text())
     manifest["versions"]["torch"], manifest["hardware"]["threads"] = "1.0.0", 64
     (torn / MANIFEST).write_text(json.dumps(manifest))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import remend
 from helpers.processes import two_processes
 from helpers.recovering import keeping
 from remend.files.run_directory import METRICS, RunDirectory
@@ -25,15 +26,24 @@ def recipes(repaired_recipe: dict[str, Any], both_streams: dict[str, Any], place
 
 
 @pytest.fixture(scope="module")
-def pairs(recipes: dict[str, dict[str, Any]], place: Path) -> dict[str, Path]:
-    """The runs of two processes, all by one launch; in `undone` repair makes the student worse."""
+def diagnosis(reference_dir: Path, student_dir: Path, place: Path) -> dict[str, Any]:
+    """What is asked of a diagnosis, without `out`."""
+    models = {"reference": str(reference_dir), "students": [str(student_dir)]}
+    return {**models, "data": str(place / "prompts.jsonl"), "max_new_tokens": 8, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def pairs(recipes: dict[str, dict[str, Any]], diagnosis: dict[str, Any], place: Path) -> dict[str, Path]:
+    """The runs and the diagnosis of two processes, all by one launch; in `undone` repair makes the student worse."""
     out = {name: place / f"two-{name}" for name in recipes}
     halves = {
         name: {**recipe, "batch_size": recipe["batch_size"] // 2, "out": str(out[name])}
         for name, recipe in recipes.items()
     }
     jobs = {"repaired": "recover", "undone": "spoiled", "streams": "recover"}
-    two_processes(*((jobs[name], values) for name, values in halves.items()))
+    out["diagnosed"] = place / "two-diagnosed"
+    diagnosed = {**diagnosis, "out": str(out["diagnosed"]), "cache": str(place / "cache-of-two")}
+    two_processes(*((jobs[name], values) for name, values in halves.items()), ("diagnose", diagnosed))
     return out
 
 
@@ -71,3 +81,10 @@ def test_pools_gate_and_streams(recipes: dict[str, dict[str, Any]], pairs: dict[
     single = recover(**recipes["streams"])
     assert_alike(single, pairs["streams"])
     assert RunDirectory(single.out).rows(GATE) == RunDirectory(pairs["streams"]).rows(GATE)
+
+
+def test_a_diagnosis(diagnosis: dict[str, Any], pairs: dict[str, Path], tmp_path: Path) -> None:
+    single = remend.diagnose(**diagnosis, out=str(tmp_path / "one"), cache=str(tmp_path / "cache"))
+    pair = json.loads((pairs["diagnosed"] / "diagnosis.json").read_text())
+    for key in ("layers", "behaviour", "positions", "stretches", "norms", "severity", "rows"):
+        assert pair[key] == single[key], key

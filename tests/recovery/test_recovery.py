@@ -27,8 +27,10 @@ from remend.files.run_directory import METRICS, RunDirectory
 from remend.maths.losses import of_beta
 from remend.models.find import find_model
 from remend.models.load import load_model, save_model
+from remend.models.lora import LoraConfig
 from remend.recovery.job import RecoverResult, check, recover
 from remend.recovery.repair import REPAIR_ANSWERS
+from remend.recovery.settings import RecoverConfig
 from remend.report.recovery import verdict
 from remend.training.loop import Optimization
 
@@ -273,6 +275,25 @@ def test_an_adapter_with_dropout_is_resumed_exactly(recipe: dict[str, Any], tmp_
     assert whole.summary["degraded"] == plain.summary["degraded"]
 
 
+@pytest.fixture
+def lora_of(run: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LoraConfig | None]:
+    """What a command's words say of the adapter."""
+    seen: list[RecoverConfig] = []
+
+    def noted(config: RecoverConfig, **_: object) -> None:
+        seen.append(config)
+        raise InputError("no further")
+
+    monkeypatch.setattr("remend.recovery.preflight.preflight", noted)
+
+    def said(*words: str) -> LoraConfig | None:
+        _, _, err = run("check", *words)
+        assert "no further" in err, err
+        return seen[-1].lora
+
+    return said
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -283,21 +304,19 @@ def test_an_adapter_with_dropout_is_resumed_exactly(recipe: dict[str, Any], tmp_
         "RECIPE --lora-rank 8 --lora-alpha 6 --lora-dropout 0",
     ],
 )
-def test_a_rank_by_any_name_over_the_recipes(recipe: dict[str, Any], run: Any, tmp_path: Path, words: str) -> None:
+def test_a_rank_by_any_name_over_the_recipes(
+    recipe: dict[str, Any], lora_of: Callable[..., LoraConfig | None], tmp_path: Path, words: str
+) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text(yaml.safe_dump({**recipe, "lora": {"r": 4, "lora_alpha": 6}, "steps": 0}))
-    code, _, err = run("recover", *words.replace("RECIPE", str(path)).split())
-    assert code == 0, err
-    manifest = json.loads((Path(recipe["out"]) / "manifest.json").read_text())
-    assert manifest["recipe"]["lora"] == {"rank": 8, "alpha": 6, "targets": "all-linear", "dropout": 0.0}
+    path.write_text(yaml.safe_dump({**recipe, "lora": {"r": 4, "lora_alpha": 6}}))
+    assert lora_of(*words.replace("RECIPE", str(path)).split()) == LoraConfig(rank=8, alpha=6)
 
 
-def test_settings_given_whole_on_the_command_line(recipe: dict[str, Any], run: Any) -> None:
-    words = [f"{key}={value}" for key, value in {**recipe, "steps": 0}.items()]
-    code, _, err = run("recover", *words, "lora={r: 8, lora_dropout: 0.1}")
-    assert code == 0, err
-    manifest = json.loads((Path(recipe["out"]) / "manifest.json").read_text())
-    assert (manifest["recipe"]["lora"]["rank"], manifest["recipe"]["lora"]["dropout"]) == (8, 0.1)
+def test_settings_given_whole_on_the_command_line(
+    recipe: dict[str, Any], lora_of: Callable[..., LoraConfig | None]
+) -> None:
+    words = [f"{key}={value}" for key, value in recipe.items()]
+    assert lora_of(*words, "lora={r: 8, lora_dropout: 0.1}") == LoraConfig(rank=8, dropout=0.1)
 
 
 def test_attention_is_computed_as_asked_everywhere(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 @pytest.mark.parametrize(
     ("run", "step"),
     [
-        ("grid_run", 8),
+        ("grid_run", 16),
         ("repaired_run", 0),  # before the first checkpoint: repair is made again
         ("ema_run", 2),  # where bootstrap ends
         ("ema_run", 4),  # the average has moved

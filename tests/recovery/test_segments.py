@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.processes import kill_at
 from helpers.recovering import assert_equal_runs, weights
 from remend.errors import InputError, TrainingError
 from remend.files.run_directory import METRICS, NEXT, SUMMARY, TRACK, RunDirectory, planned_steps
@@ -75,11 +74,21 @@ def test_the_result_is_the_longer_runs(five: RecoverResult, nine: RecoverResult)
 
 
 def test_a_segment_interrupted_and_resumed_is_the_uninterrupted_one(
-    five: RecoverResult, nine: RecoverResult, tmp_path: Path
+    five: RecoverResult, nine: RecoverResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the second segment between checkpoints; until it is whole the first result stands."""
+    """Ended in the second segment between checkpoints; until it is whole the first result stands."""
     torn = shutil.copytree(five.out, tmp_path / "torn")
-    kill_at({"resume": str(torn), "steps": 9}, 8)
+
+    def stops(directory: RunDirectory, name: str, row: dict[str, Any]) -> None:
+        if name == "timing.jsonl" and row["step"] == 8:
+            raise TrainingError("the power is gone")
+        append(directory, name, row)
+
+    append = RunDirectory.append
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append", stops)
+        with pytest.raises(TrainingError):
+            recover(resume=torn, steps=9)
     directory = RunDirectory(torn)
     assert not directory.complete
     assert json.loads((torn / SUMMARY).read_text()) == five.summary
