@@ -5,7 +5,6 @@ python benchmarks/reference.py          (make docs calls it; a test says when th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -113,12 +112,6 @@ def recipe() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def plain(help_text: str | None) -> str:
-    """A help text without the marks of the terminal's markup."""
-    text = re.sub(r"\\\[", "[", help_text or "")
-    return cell(text)
-
-
 def option_default(parameter: Any) -> str:
     """An option's default as the page shows it; an option that is off, or that has none, shows nothing."""
     value = parameter.default
@@ -137,15 +130,15 @@ def verb(name: str, command: Any, keys: set[str]) -> Iterator[str]:
             continue
         if parameter.param_type_name == "argument":
             arguments.append((parameter.metavar or str(parameter.name).upper()).strip("[]"))
-            help_text = plain(getattr(parameter, "help", ""))
+            help_text = cell(getattr(parameter, "help", None) or "")
             options.append([f"`{arguments[-1]}`", "", help_text])
         elif parameter.name in keys:
             from_recipe = True
         else:
             flags = ", ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
-            options.append([flags, option_default(parameter), plain(parameter.help)])
+            options.append([flags, option_default(parameter), cell(parameter.help or "")])
     children = getattr(command, "commands", None) or {}
-    yield from (f"{'###' if name.count(' ') == 0 else '####'} remend {name}", "", plain(command.help), "")
+    yield from (f"{'###' if name.count(' ') == 0 else '####'} remend {name}", "", cell(command.help or ""), "")
     if not children:
         words = [f"remend {name}", *arguments, "[OPTIONS]"]
         yield from ("```text", " ".join(words), "```", "")
@@ -168,7 +161,7 @@ def command_line() -> str:
     lines = ["# Command line", "", MADE, "", "`remend VERB --help` shows the same in a terminal.", ""]
     lines += ["## Options that may stand anywhere", ""]
     rows = [
-        [", ".join(f"`{flag}`" for flag in parameter.opts), plain(getattr(parameter, "help", ""))]
+        [", ".join(f"`{flag}`" for flag in parameter.opts), cell(getattr(parameter, "help", None) or "")]
         for parameter in app.params
         if parameter.name != "help"
     ]

@@ -18,6 +18,7 @@ import remend
 from remend.cli import STORY, build_app, main
 from remend.console import console, stage, warn
 from remend.errors import InputError
+from remend.recovery.settings import RecoverConfig
 
 
 @pytest.fixture
@@ -347,3 +348,17 @@ def test_the_recipe_may_be_an_option(run: Any, recipe_file: Path) -> None:
     assert run("check", "--config", recipe_file)[0] == 0
     code, _, err = run("check", recipe_file, "--config", recipe_file)
     assert (code, "two recipes are given" in err) == (2, True)
+
+
+def test_help_cuts_no_name_and_loses_no_bracket(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run("recover", "--help")
+    assert code == 0
+    headings = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Arguments:", "Options:", *(f"{name}:" for name in RecoverConfig.groups)]
+    assert "--gradient-checkpointing / --no-gradient-checkpointing" in out
+    assert "id[@revision]" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    _, out, _ = run("--help")
+    assert out.index("Make a damaged model:") < out.index("Bring it back:") < out.index("Serve:")
+    assert "private unless you say --public." in " ".join(out.split())  # whole, not cut after a line

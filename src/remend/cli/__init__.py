@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 import remend
 from remend.cli import degrading, listing, measuring, recovering
 from remend.cli.from_settings import recipe_options
+from remend.cli.help import Verb, Verbs
 from remend.cli.show import print_line
 from remend.console import console
 from remend.errors import InputError, RemendError, printable, shortened
@@ -37,7 +37,7 @@ STORY: Mapping[str, Sequence[str]] = {
 """Every verb, in the order of the help."""
 
 
-class InOrder(TyperGroup):
+class InOrder(Verbs):
     """A group whose help lists the verbs in the order of STORY."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -55,7 +55,7 @@ def build_app() -> typer.Typer:
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
-        rich_markup_mode="rich",
+        rich_markup_mode=None,
     )
     app.callback()(_anywhere)
     for family in (recovering, degrading, measuring, listing):
@@ -64,8 +64,11 @@ def build_app() -> typer.Typer:
     for command in app.registered_commands:
         command.name = str(command.name or getattr(command.callback, "__name__", ""))
         command.rich_help_panel = panels[command.name]
+        command.cls = Verb
     for group in app.registered_groups:
-        group.rich_help_panel = panels[str(group.name)]
+        group.rich_help_panel, group.cls = panels[str(group.name)], Verbs
+        for command in group.typer_instance.registered_commands if group.typer_instance else ():
+            command.cls = Verb
     return app
 
 

@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
-from rich.markup import escape
 
 from remend.errors import InputError
 from remend.files.settings import Settings, merged, parse_value
@@ -108,15 +107,15 @@ def _recipe_option(path: tuple[str, ...], field: FieldInfo, heading: str) -> Ite
     kinds = list(_kinds(field.annotation))
     default = field.get_default(call_default_factory=True)
     untold = field.is_required() or default is None or isinstance(default, bool | Settings)
-    told = "" if untold else f" (default: {default})"
-    help_text = escape(_sentence(field.description or "", "").removesuffix(".") + told + ".")
+    told = "" if untold else f"  [default: {default}]"
+    help_text = _sentence(field.description or "", "") + told
     inner = next((one for one in kinds if isinstance(one, type) and issubclass(one, Settings)), None)
     if inner and inner.model_config.get("extra") == "allow":
         inner = None  # its keys depend on what is named, so it is given as a whole
     kind: Any = bool | None
     how = typer.Option(help=help_text, rich_help_panel=heading, show_default=False)
     if kinds != [bool]:
-        shown = {int: "INT", float: "FLOAT"}.get(kinds[0], "TEXT") if len(kinds) == 1 else "VALUE"
+        shown = {int: "<int>", float: "<float>"}.get(kinds[0], "<str>") if len(kinds) == 1 else "<value>"
         kind = str | None
         how = typer.Option(help=help_text, rich_help_panel=heading, metavar=shown, hidden=inner is not None)
     yield Option(path, parameter("_".join(path), kind, how, None), None, True, as_yaml=True)
@@ -171,7 +170,7 @@ def parameter(name: str, kind: object, how: Any, default: object = inspect.Param
 
 MODEL = "The healthy model: a directory, GGUF file, hub id[@revision], smollm2."
 FIXED = (
-    parameter("model", str, typer.Argument(help=escape(MODEL))),
+    parameter("model", str, typer.Argument(help=MODEL)),
     parameter("out", str, typer.Option(help="A new directory.")),
 )
 """Of verbs that make something of a healthy model."""
@@ -215,7 +214,9 @@ def _options(
     more = "; repeatable" if repeatable else "; with commas between" if separated and not single else ""
     name = "_".join(path)
     names = (f"--{name}".replace("_", "-"), f"--{also}") if also else ()
-    how = typer.Option(*names, help=escape(_sentence(field.description or "", more)), hidden=hidden)
+    how = typer.Option(
+        *names, help=_sentence(field.description or "", more), hidden=hidden, show_default=default is not False
+    )
     yield Option(path, parameter(name, kind, how, default), separated, single)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 import remend
 from remend.cli.from_settings import Values, command, options_of, parameter
@@ -21,7 +20,7 @@ MODEL = "A directory, GGUF file, hub id[@revision], smollm2, or a run."
 TASK = "Names with commas between; lm-eval:NAME is lm-evaluation-harness."
 DATA = "Rows: JSON lines or a datasets id; TASK=FILE for one of several tasks; repeatable."
 GRADED = (
-    parameter("model", str, typer.Argument(help=escape(MODEL))),
+    parameter("model", str, typer.Argument(help=MODEL)),
     parameter("task", list[str], typer.Option(help=TASK)),
     parameter("out", str, typer.Option(help="A new .json file; answers are kept beside it as they come.")),
     parameter("data", list[str] | None, typer.Option(help=DATA), None),

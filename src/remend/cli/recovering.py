@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 import remend
 from remend.cli.from_settings import FIXED, MODEL, Values, command, options_of, parameter, recipe_options
@@ -116,7 +115,7 @@ def push(
 
 
 def prompts(
-    model: Annotated[str, typer.Argument(help=escape(MODEL))],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[str, typer.Option(help="A new file of JSON lines; NAME.stats.json beside it says how it was made.")],
     n: Annotated[int, typer.Option("--n", help="How many prompts.")] = 512,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,

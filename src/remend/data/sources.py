@@ -45,7 +45,7 @@ def _columns(value: object) -> object:
 ColumnsSetting = Annotated[dict[str, str], BeforeValidator(_columns)]
 """`Columns` as a setting: a mapping, or a text of pairs."""
 
-COLUMNS_HELP = "for data of other names, the columns to read: prompt=question,completion=answer"
+COLUMNS_HELP = "which columns of the data to read, where they have other names: prompt=question,completion=answer"
 
 _HUB = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<configuration>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?"

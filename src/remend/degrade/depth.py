@@ -30,10 +30,11 @@ class Depth(Calibrated):
     """
 
     layers: int | list[int] = Field(
-        5, description="how many to remove, as 5, or which: 23,24 (one alone has a comma too: 23,)"
+        5, description="how many layers to remove, such as 5, or which: 23,24 (a single one with a comma too: 23,)"
     )
     method: str = Field(
-        "block-influence", description="how they are chosen: block-influence, angular; given ones have list"
+        "block-influence",
+        description="how they are chosen: block-influence or angular; list stands for layers that were named",
     )
 
     @model_validator(mode="before")

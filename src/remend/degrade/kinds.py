@@ -38,7 +38,7 @@ class DegradeSettings(Settings):
     learns: ClassVar[bool] = False
     """Whether it trains on rows of a task. A study gives such a kind its own task's rows where `data` is left out."""
 
-    seed: int = Field(0, description="seed of calibration text and training order")
+    seed: int = Field(0, description="random seed of the calibration text and the training order")
     probe: bool = Field(
         True, description="measure the damage: on bundled prompts, or on some of --data that calibration did not see"
     )

@@ -20,11 +20,13 @@ class DiagnoseSettings(Settings):
     out: str = Field(description="a new directory")
     data: str | None = Field(None, description="prompts: a file, a folder, or a hub id; by default bundled ones")
     columns: ColumnsSetting | None = Field(None, description=COLUMNS_HELP)
-    rows: int | None = Field(None, description="prompts, one row each; by default 256 on a CPU, 1,024 on a GPU")
-    max_new_tokens: int = Field(32, description="tokens of each of the reference's answers")
+    rows: int | None = Field(None, description="how many prompts; by default 256 on a CPU, 1,024 on a GPU")
+    max_new_tokens: int = Field(32, description="tokens of each answer of the reference, at most")
     sites: list[Site] = Field(["residual"], description="where states are compared: residual (always), attention, mlp")
     layer_map: list[int] | None = Field(
-        None, description="for students with fewer layers, the reference's of each; by default recorded or found"
+        None,
+        description="for students with fewer layers: the reference's layer for each of theirs; by default recorded "
+        "or found",
     )
     seed: int = Field(0, description="seed for row choice, bootstrap and the random baseline")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps; float32, on a GPU bfloat16 where it is fast")

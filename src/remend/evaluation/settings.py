@@ -44,18 +44,25 @@ class EvaluateSettings(Settings):
     engine: str = Field("hf", description="what generates: hf (transformers) or vllm")
     grader: str | None = Field(
         None,
-        description="how answers are graded: paper (default) as the authors do, robust by what was meant, both",
+        description="how answers are graded: paper as the task's authors do (the default), robust by what was "
+        "meant, or both",
     )
     how: str = Field("generate", description="generate, or choices: log-likelihood of the answer letters")
-    samples: int = Field(1, description="answers a row: 1 is greedy, more are drawn at temperature 1 and give pass@k")
-    max_new_tokens: int | None = Field(None, description="tokens of an answer; by default by task")
-    limit: int | None = Field(None, description="only so many rows a task, the first ones")
+    samples: int = Field(1, description="answers per row: 1 is greedy, more are drawn at temperature 1 and give pass@k")
+    max_new_tokens: int | None = Field(
+        None, description="tokens of an answer, at most; the default depends on the task"
+    )
+    limit: int | None = Field(None, description="take only the first rows of each task, this many")
     seed: int = Field(0, description="seed of drawn answers and of the test against chance")
-    batch_rows: int | None = Field(None, description="rows at once, at most; memory limits them too")
+    batch_rows: int | None = Field(
+        None, description="how many rows are answered at once, at most; memory limits them too"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     dtype: str = Field("auto", description="auto, float32, bfloat16")
     include: str | None = Field(None, description="a directory with lm-eval task files (YAML) of your own")
-    num_fewshot: int | None = Field(None, description="examples before a row of an lm-eval task; by default its own")
+    num_fewshot: int | None = Field(
+        None, description="examples before each row of an lm-eval task; by default what the task says"
+    )
     allow_code: bool = Field(
         False,
         description="let lm-eval tasks run code: what the model writes (humaneval), isolated, and that of task files",

@@ -23,8 +23,12 @@ class LoraConfig(Settings):
     rank: int = Field(16, ge=1, description="rank of the update of every target matrix")
     alpha: int | None = Field(None, ge=1, description="the update is scaled by alpha / rank; by default 2 · rank")
     targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="all-linear (the decoder's, not the head), or ends of names such as q_proj"
+        "all-linear",
+        description="which matrices: all-linear (the decoder's, not the head), or ends of names such as q_proj",
     )
     dropout: Number = Field(
-        0.0, ge=0, lt=1, description="share of the adapter's inputs left out in a training pass (peft's lora_dropout)"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the adapter's inputs that a training pass leaves out (peft's lora_dropout)",
     )

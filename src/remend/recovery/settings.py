@@ -89,16 +89,25 @@ Length = Annotated[int | list[int], PlainValidator(_length)]
 class EmaConfig(Settings):
     """The moving average of the student's weights that teaches where a stream says `teacher: ema`."""
 
-    rate: Number = Field(0.01, gt=0, le=1, description="ema += rate · (student − ema) (SDFT authors' code: 0.01)")
-    every: int = Field(1, ge=1, description="after every n steps")
+    rate: Number = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="share of the way that ema goes to the student each time (SDFT authors' code: 0.01)",
+    )
+    every: int = Field(1, ge=1, description="ema follows after every n steps")
 
 
 class AlignmentConfig(Settings):
     """A second signal beside the divergence: hidden states that are like the teacher's (after arXiv 2606.05682)."""
 
-    measure: Literal["cka", "l2"] = Field("cka", description="1 − debiased CKA, or relative squared distance")
-    weight: Number = Field(0.5, gt=0, le=100, description="length of its gradient as a share of the divergence's")
-    layers: list[int] | None = Field(None, description="the student's layers; by default all")
+    measure: Literal["cka", "l2"] = Field(
+        "cka", description="what is compared: cka is 1 − debiased CKA, l2 the relative squared distance"
+    )
+    weight: Number = Field(
+        0.5, gt=0, le=100, description="length of this signal's gradient as a share of the divergence's"
+    )
+    layers: list[int] | None = Field(None, description="layers of the student that are compared; by default all")
 
 
 class LossConfig(Settings):
@@ -155,8 +164,10 @@ class StreamConfig(Settings):
     )
     demonstrations: bool = Field(False, description="show the teacher the row's demonstration")
     policy: Policy = Field("on", description="on: the student's completions; off: the teacher's; a number: share of on")
-    weight: Number = Field(1.0, ge=0, description="of the stream's mean loss in the sum")
-    share: Number = Field(1.0, gt=0, description="of the step's prompts, relative to the other streams'")
+    weight: Number = Field(1.0, ge=0, description="what the stream's mean loss is multiplied by in the sum")
+    share: Number = Field(
+        1.0, gt=0, description="how many of a step's prompts are the stream's, relative to the other streams"
+    )
     beta: OptionalNumber = Field(None, ge=0, le=1, description="as in the recipe")
     loss: LossConfig | None = Field(None, strict=False, description="as in the recipe")
     top_k: int | None = Field(None, ge=1, description="as in the recipe")
@@ -282,9 +293,11 @@ class RecoverConfig(Settings):
     epochs: OptionalNumber = Field(
         None, gt=0, description="in place of steps: how often the training prompts are gone through, 0.5 for half"
     )
-    batch_size: int = Field(8, ge=1, description="prompts a micro-batch (TRL's trainers: 8; measured with 8 here)")
+    batch_size: int = Field(
+        8, ge=1, description="prompts per micro-batch (TRL's trainers have 8; the figures here were measured with 8)"
+    )
     gradient_accumulation: int = Field(
-        1, ge=1, description="micro-batches a step; a step samples all its rollouts first"
+        1, ge=1, description="how many micro-batches a step has; it samples all its rollouts first"
     )
     gradient_checkpointing: bool | None = Field(
         None,
@@ -294,7 +307,8 @@ class RecoverConfig(Settings):
         None,
         gt=0,
         le=1,
-        description="AdamW peak; by default by what is trained and the model's size (docs/explanation/defaults.md)",
+        description="AdamW's peak; by default it follows what is trained and the model's size "
+        "(docs/explanation/defaults.md)",
     )
     warmup_steps: int | None = Field(
         None,
@@ -303,9 +317,11 @@ class RecoverConfig(Settings):
     )
     final_learning_rate: Number = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
     weight_decay: Number = Field(
-        0.0, ge=0, lt=1, description="AdamW; 0 as in TRL's and the SDFT authors' configurations"
+        0.0, ge=0, lt=1, description="AdamW's weight decay; 0 as in TRL's and the SDFT authors' configurations"
     )
-    max_grad_norm: Number = Field(1.0, gt=0, description="gradient clipping (transformers' default)")
+    max_grad_norm: Number = Field(
+        1.0, gt=0, description="gradients longer than this are clipped (transformers' default)"
+    )
     beta: OptionalNumber = Field(
         0.0, ge=0, le=1, description="0 forward KL (teacher‖student), 1 reverse KL, between: GKD's JSD"
     )
@@ -315,11 +331,14 @@ class RecoverConfig(Settings):
         description="in place of beta: a loss by name, or {name, …} with its parameters; a wrong name lists all",
     )
     top_k: int | None = Field(
-        None, ge=1, description="of the teacher's tokens, the rest in one bucket; by default the full vocabulary"
+        None,
+        ge=1,
+        description="compare the teacher's k likeliest tokens and the rest as one; by default the full vocabulary",
     )
     max_new_tokens: Length = Field(
         48,
-        description="tokens a rollout; [16, 96] grows over the run. Long ones cost more and start worse (2607.13124)",
+        description="tokens per rollout; [16, 96] grows over the run. Long ones cost more and start worse (arXiv "
+        "2607.13124)",
     )
     skip_first_tokens: int | None = Field(
         None, ge=0, description="completion tokens left out of the loss; by default 3 with demonstrations, else 0"
@@ -327,7 +346,8 @@ class RecoverConfig(Settings):
     demonstration_template: str | None = Field(
         None,
         min_length=1,
-        description="text with {prompt} and {demonstration}, shown to the teacher; prompts.py has ours",
+        description="text with {prompt} and {demonstration} that the teacher is shown; by default a sentence around "
+        "both",
     )
     updates_per_rollout: int | None = Field(
         None,
@@ -346,11 +366,14 @@ class RecoverConfig(Settings):
         "degenerate (auto), or on those that a repair was fitted to (repair)",
     )
     bootstrap_steps: int | None = Field(
-        None, ge=1, description="at most so many of the steps; by default a third, with repair's answers all they serve"
+        None,
+        ge=1,
+        description="at most this many steps; by default a third of them, and with repair as many as its answers "
+        "are enough for",
     )
     off_policy_passes: int = Field(2, ge=1, description="how often a completion of the teacher is trained on")
     self_prompts: int | None = Field(
-        None, ge=2, description="how many prompts data: self writes; by default one a trained row, at most 512"
+        None, ge=2, description="how many prompts data: self writes; by default one per trained row, at most 512"
     )
     max_prompt_tokens: int = Field(
         1024, ge=1, description="longer prompts are dropped, never cut (SDFT authors' code: 1024)"
@@ -360,7 +383,7 @@ class RecoverConfig(Settings):
         600, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
     )
     train_embeddings: bool = Field(
-        False, description="of a compressed student: train embeddings and head even where they are the teacher's still"
+        False, description="train a compressed student's embeddings and head even where they are still the teacher's"
     )
     as_dense: bool = Field(
         False, description="give up a quantization format that can't be held, and train ordinary weights"
@@ -377,9 +400,13 @@ class RecoverConfig(Settings):
     alignment: AlignmentConfig | None = Field(
         None, strict=False, description="{measure, weight, layers}: pull hidden states towards the teacher's too"
     )
-    temperature: Number = Field(1.0, gt=0, le=5, description="of the rollouts; 1 samples the policy itself (all peers)")
+    temperature: Number = Field(
+        1.0, gt=0, le=5, description="sampling temperature of the rollouts; 1 samples what the student itself would say"
+    )
 
-    eval_data: str | None = Field(None, description="held-out prompts; without it, held_out of the data are set apart")
+    eval_data: str | None = Field(
+        None, description="prompts to measure with, in the same forms; without it, held_out of the data are set apart"
+    )
     held_out: int | None = Field(None, ge=1, description="prompts set apart; by default the smaller of 64 and 10%")
     eval_every: int = Field(
         0, ge=0, description="measure on the held-out prompts every n steps; 0: before and after only"
@@ -396,16 +423,19 @@ class RecoverConfig(Settings):
     save_every: int | None = Field(
         None,
         ge=0,
-        description="checkpoint every n steps, where a round of sampling ends, and at the end; 0: none; by default "
-        "four times a run, at least every 50",
+        description="write a checkpoint every n steps, where a round of sampling ends, and at the end; 0: none; by "
+        "default "
+        "four times a run, at least every 50 steps",
     )
     keep_checkpoints: int = Field(
-        2, ge=1, description="a checkpoint holds weights and both AdamW moments: 12 bytes a parameter"
+        2,
+        ge=1,
+        description="how many checkpoints stay; one holds weights and both AdamW moments, 12 bytes per parameter",
     )
 
     dtype: Arithmetic = Field(
         "auto",
-        description="of the arithmetic; auto: bfloat16 where the hardware has it. Trained weights are float32",
+        description="dtype of the arithmetic; auto: bfloat16 where the hardware has it. Trained weights are float32",
     )
     attn_implementation: str | None = Field(
         None,
@@ -416,14 +446,17 @@ class RecoverConfig(Settings):
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
         None,
-        description="of the saved model; auto, the default: that of the student's files where it rounds nothing, else "
+        description="dtype of the saved model; auto, the default: that of the student's files where it rounds "
+        "nothing, else "
         "float32. Another rounds, and the final figures are those of the rounded model",
     )
     max_shard_size: ShardSize | None = Field(
-        None, description="of one file of saved weights, such as 5GB; by default transformers' limit"
+        None, description="size of one file of saved weights at most, such as 5GB; by default transformers' limit"
     )
-    report_to: str | None = Field(None, description="tracker that accelerate knows: tensorboard, wandb, trackio, …")
-    seed: int = Field(0, ge=0, lt=2**31, description="order of prompts, rollouts, held-out choice")
+    report_to: str | None = Field(None, description="a tracker that accelerate knows: tensorboard, wandb, trackio, …")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="random seed of the order of prompts, the rollouts and the held-out choice"
+    )
     trust_remote_code: bool = Field(
         False,
         description="let a model directory run its own Python. Only the command can say so: in a file it is refused",
