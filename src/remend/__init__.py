@@ -15,6 +15,7 @@ _HOMES = {
     "RemendError": "errors",
     "cache_teacher": "training.write_cache",
     "check": "recovery.job",
+    "compare": "evaluation.compare",
     "demo": "studies.demo",
     "diagnose": "diagnosis.job",
     "divergence": "maths.losses",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from remend.degrade.width import prune_width as prune_width
     from remend.diagnosis.job import diagnose as diagnose
     from remend.errors import RemendError as RemendError
+    from remend.evaluation.compare import compare as compare
     from remend.evaluation.job import evaluate as evaluate
     from remend.exporting import export as export
     from remend.maths.losses import divergence as divergence

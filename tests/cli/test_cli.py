@@ -115,6 +115,7 @@ def test_recover_without_a_recipe_and_export_what_it_made(run: Any, recipe: dict
     assert (Path(str(recipe["out"])) / "report.html").is_file()
     code, out, _ = run("export", recipe["out"], "--format", "dense", "--out", tmp_path / "e")
     assert (code, "all weights equal bit for bit" in out) == (0, True)
+    assert f"vllm serve {tmp_path / 'e'}\n" in out
     code, _, err = run("export", recipe["out"], "--format", "gguf:bogus", "--out", tmp_path / "b")
     assert (code, 'unknown format "gguf:bogus"' in err) == (2, True)
 

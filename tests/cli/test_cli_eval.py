@@ -29,7 +29,10 @@ def test_scores_are_shown_with_their_intervals(evaluate: Any, tmp_path: Path) ->
         assert f"{part['score']:.1%}" in row
         assert f"{low:.1%} to {high:.1%}" in row
         assert (f"{part['clipped']} clipped" in row) == bool(part["clipped"])
-    assert str(tmp_path / "r.json") in out
+    assert f"remend compare ANOTHER_MODEL.json {tmp_path / 'r.json'}" in out
+    code, out, _ = evaluate(*words, "--out", tmp_path / "s.json")
+    assert code == 0
+    assert f"remend compare {tmp_path / 'r.json'} {tmp_path / 's.json'}" in out
 
 
 def test_letters_are_shown_against_chance_and_samples_with_pass_at_k(evaluate: Any, tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ def test_diagnose_prints_severity_and_the_worst_layers(
     found = json.loads((tmp_path / "found" / "diagnosis.json").read_text())
     assert f"student: {found['severity']}" in out
     assert f"{found['layers'][found['ranking'][0]]['cka']:.3f}" in out
+    next_line = f"remend recover --student {student_dir} --teacher {reference_dir} --out {student_dir}-recovered"
+    assert (next_line in out) == found["recommendation"]["text"].startswith("Recover it")
+    assert f"open {tmp_path / 'found'}/report.html" in out
     code, _, err = run("diagnose", *words, "--device", "cpu", "--out", tmp_path / "found")
     assert code == 2
     assert err.startswith("error: ")

@@ -255,7 +255,7 @@ def test_device_and_trust_are_handed_on(
 
 def test_a_kind_from_outside_has_a_verb_and_is_a_studys_kind(run: Any, reference_dir: Path, blur: str) -> None:
     assert "Shrink every weight." in run("degrade", "--help")[1]
-    said = run("degrade", blur, "--help")[1]
+    said = " ".join(run("degrade", blur, "--help")[1].split())
     assert ("PydanticUndefined" in said, "--names" in said, "[default: 1,2]" in said) == (False, False, True)
     words = ("--factor", "0.25", "--only", "o_proj", "--only", "up_proj", "--no-probe", "--out", "blurred")
     code, out, _ = run("degrade", blur, reference_dir, *words)
@@ -293,3 +293,13 @@ def test_the_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False False"
+
+
+def test_what_to_do_with_a_damaged_model_is_said_in_commands(run: Any, reference_dir: Path) -> None:
+    Path("base").symlink_to(reference_dir)  # which is also the name of a teacher
+    code, out, _ = run("degrade", "quantize", "base", "--no-probe", "--out", "student/")
+    assert code == 0
+    assert "remend check --student student --teacher ./base\n" in out
+    assert "remend recover --student student --teacher ./base --out student-recovered\n" in out
+    code, out, err = run("check", "--student", "student", "--teacher", "./base", "--no-files")
+    assert code == 0, err

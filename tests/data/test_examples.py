@@ -251,13 +251,15 @@ def test_equal_prompts_fall_on_the_same_side() -> None:
 
 @pytest.mark.parametrize("held_out", [5, 6])
 def test_something_must_be_left_to_train_on(held_out: int) -> None:
-    with pytest.raises(InputError, match=f"held_out is {held_out} and there are 5 distinct prompts"):
+    with pytest.raises(
+        InputError, match=rf"held_out is {held_out}, and the data have 5 distinct prompts \(rows: 10\):"
+    ):
         split_held_out([*examples(5), *examples(5)], held_out, seed=0)
     assert len(split_held_out(examples(5), 4, seed=0)[0]) == 1
 
 
 def test_one_prompt_alone_cannot_be_split() -> None:
-    with pytest.raises(InputError, match="held_out is 1 and there are 1 distinct prompts"):
+    with pytest.raises(InputError, match=r"held_out is 1, and the data have 1 distinct prompt \(rows: 1\):"):
         split_held_out(examples(1), None, seed=0)
 
 

@@ -148,7 +148,7 @@ def test_a_stranger_whose_process_dies_read_nothing(tmp_path: Path, own_process:
     ("found", "fault"),
     [
         ({"dtypes": {"auto": {"error": "RuntimeError: unequal dtypes"}}}, "as auto: RuntimeError: unequal dtypes"),
-        ({"dtypes": {"auto": {"dtype": "float32", "kl": 2.5}}}, "by a KL of 2.5 nats a token"),
+        ({"dtypes": {"auto": {"dtype": "float32", "kl": 2.5}}}, "by a KL of 2.5 nats per token"),
         ({"tokens_equal": False}, "other tokens than the measured model's tokenizer"),
         ({"error": "ValueError: it gives no answer"}, "what was written: ValueError: it gives no answer"),
     ],

@@ -162,8 +162,8 @@ def made_student(
         "compared_with": None,
         "sentences": [
             {
-                "text": f"Damage of {name}: {severity}. Its next-token distribution is {kl:.3f} nats a token from the "
-                f"reference's, and {agreement:.0%} of its first choices are the same.",
+                "text": f"Damage of {name}: {severity}. Its next-token distribution is {kl:.3f} nats per token from "
+                f"the reference's, and {agreement:.0%} of its first choices are the same.",
                 "rests_on": ["/severity", "/behaviour/kl", "/behaviour/kl_95", "/behaviour/top1_agreement"],
             },
             {

@@ -104,7 +104,9 @@ def test_a_page_with_a_stream_that_keeps_says_so_first(tmp_path: Path) -> None:
     path = made_run(tmp_path / "run", streams=("recover", "keep"))
     summary = summary_of(path)
     summary["streams"]["keep"]["after"]["kl"] = 0.004
-    assert verdict(summary).startswith("Stream keep: kept (KL 0.004 nats a token to the student as it came in). 64% of")
+    assert verdict(summary).startswith(
+        "Stream keep: kept (KL 0.004 nats per token to the student as it came in). 64% of"
+    )
     tile = recovery_page(path, summary).tiles[0]
     assert (tile.label, tile.value, tile.tone) == ("Stream keep", "kept", "good")
     summary["streams"]["keep"]["after"]["kl"] = 0.4
@@ -122,7 +124,7 @@ def test_the_table_has_repair_and_reference_in_columns_of_their_own(tmp_path: Pa
     (shown,) = [block for block in blocks if isinstance(block, Table)]
     by_label = {row[0]: row for row in shown.rows}
     assert shown.columns[1:] == ["gap closed", "degraded", "repaired", "recovered", "reference"]
-    assert by_label["KL to the reference, on its answers (nats a token)"][1] == "64% (61% to 67%)"
+    assert by_label["KL to the reference, on its answers (nats per token)"][1] == "64% (61% to 67%)"
     assert by_label["perplexity of the reference's answers"][1:] == ["–", "40.00", "8.10", "7.10", "2.08"]
     assert by_label["top-1 agreement with the reference"][1:] == ["37%", "33.0%", "50.0%", "58.0%", "100.0%"]
     assert shown.tones == ["good", "", "", ""]
@@ -194,7 +196,7 @@ def test_the_course_of_training_is_drawn(tmp_path: Path) -> None:
     assert figures["Memory"].series[0].points[0] == (1.0, 4001)
     assert {"Learning rate", "Gradient norm", "Clipped share: completions that met the length limit"} <= set(figures)
     (path / "timing.jsonl").write_text('{"step": 1, "seconds": 2.0}\n')
-    alone = charts(path)["Tokens a second"]
+    alone = charts(path)["Tokens per second"]
     assert len(alone.series[0].points) == 1
     assert alone.draw().count('class="dot s0"') == 1
 
@@ -208,7 +210,7 @@ def test_no_damage_draws_no_gap(tmp_path: Path) -> None:
 
 def test_one_stream_and_its_speed(tmp_path: Path) -> None:
     figures = charts(made_run(tmp_path / "run"))
-    loss, speed = figures["Loss and held-out KL"], figures["Tokens a second"]
+    loss, speed = figures["Loss and held-out KL"], figures["Tokens per second"]
     assert isinstance(loss, Lines)
     assert [len(s.points) for s in loss.series] == [24, 24, 3, 1]
     held_out = loss.series[2]
@@ -217,7 +219,7 @@ def test_one_stream_and_its_speed(tmp_path: Path) -> None:
     assert [s.name for s in speed.series] == ["completion tokens"]
     assert speed.series[0].points[0] == (2.0, (301 + 302) / 16)  # a round of sampling feeds two steps
     assert len(speed.series[0].points) == 12
-    odd = charts(made_run(tmp_path / "odd", save_every=5))["Tokens a second"]  # no round ends at a checkpoint
+    odd = charts(made_run(tmp_path / "odd", save_every=5))["Tokens per second"]  # no round ends at a checkpoint
     assert len(odd.series[0].points) == 12
 
 
@@ -227,7 +229,7 @@ def test_several_streams_have_a_figure_each(tmp_path: Path) -> None:
     assert [s.name for s in main.series][2] == "held-out KL (on the reference's answers)"
     assert side.series[2].points == [(0.0, 0.0), (24.0, 0.01)]
     assert not side.series[2].joined
-    assert [s.name for s in figures["Tokens a second"].series] == ["all streams", "recover", "keep"]
+    assert [s.name for s in figures["Tokens per second"].series] == ["all streams", "recover", "keep"]
     assert list(figures)[:3] == [
         "Each held-out prompt, before and after",
         "Loss and held-out KL: recover",

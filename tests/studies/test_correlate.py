@@ -315,7 +315,7 @@ BARE = [row(t, 1.0 - 0.1 * t, [0.5 + 0.1 * t]) for t in range(4)]
         ([row(i, 1.0, [None]) for i in range(3)], 2.0, "0 measurements in all"),
         (BARE, None, "does not say the degraded student's KL"),
         ([row(0, None, [0.5], "degraded"), *BARE[1:]], 2.0, "does not say the degraded student's KL"),
-        (BARE, 0.0004, r"has no measurable damage: the degraded student's KL is 0\.0004 nats a token"),
+        (BARE, 0.0004, r"has no measurable damage: the degraded student's KL is 0\.0004 nats per token"),
         ("[]\n", 2.0, r"track\.jsonl, line 1, can't be read: it holds a list"),
         ("{nothing\n", 2.0, r"track\.jsonl, line 1, can't be read: not valid JSON"),
     ],

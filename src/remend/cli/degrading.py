@@ -32,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 def _runs(kind: str) -> Callable[[Values, Values], None]:
     def run(fixed: Values, given: Values) -> None:
-        show_damage(fixed["out"], degrade(kind, fixed["model"], fixed["out"], given))
+        show_damage(fixed["model"], fixed["out"], degrade(kind, fixed["model"], fixed["out"], given))
 
     return run
 

@@ -28,10 +28,10 @@ GRADED = (
 
 
 def _diagnose(_: Values, given: Values) -> None:
-    out = given["out"]
-    done = remend.diagnose(given.pop("reference"), given.pop("student"), given.pop("out"), **given)
+    reference, students, out = given.pop("reference"), given.pop("student"), given.pop("out")
+    done = remend.diagnose(reference, students, out, **given)
     if done:  # beside the main process there is nothing to show
-        show_diagnosis(out, done)
+        show_diagnosis(reference, students, out, done)
 
 
 def report(

@@ -9,7 +9,7 @@ import typer
 
 import remend
 from remend.cli.from_settings import FIXED, MODEL, Values, command, options_of, parameter, recipe_options
-from remend.cli.show import print_line, show, show_cache
+from remend.cli.show import print_line, show, show_cache, show_export
 from remend.cli.show_check import show_check
 from remend.errors import InputError
 from remend.files.run_directory import RunDirectory
@@ -96,11 +96,7 @@ def export(
 ) -> None:
     """Write a model in the format that will be served, read it back, and compare it with what was measured."""
     done = remend.export(source, out, format=format, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
-    check = done["check"]
-    print_line(f"{out}: {done['container']}, {done['bytes']} bytes")
-    print_line(f"all weights equal bit for bit, logits too; opened by {check['read_by']}")
-    if "note" in done:
-        print_line(f"note: {done['note']}")
+    show_export(out, done)
 
 
 def push(

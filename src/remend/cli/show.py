@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from remend.cli.show_check import size_in_words
 from remend.console import PlainConsole
 from remend.errors import printable
 from remend.files.atomic import JsonRow
-from remend.files.run_directory import manifest_of
+from remend.files.run_directory import MANIFEST, manifest_of
 
 if TYPE_CHECKING:
     from remend.recovery.job import RecoverResult
@@ -23,8 +27,10 @@ def print_line(text: str) -> None:
     sys.stdout.flush()
 
 
-def show_damage(out: str, done: JsonRow) -> None:
-    """What a degradation made, on one line each."""
+def show_damage(model: str, out: str, done: JsonRow) -> None:
+    """What a degradation of `model` made, on one line each, and what to do with it."""
+    from remend.training.teachers import as_directory
+
     size = done["packed_bytes"] / 2**20
     bits = f"{done['bits_per_weight']:g} bits a weight, " if done.get("bits_per_weight") else ""
     what = " ".join(str(done[key]) for key in ("kind", "format", "method") if done.get(key))
@@ -39,9 +45,48 @@ def show_damage(out: str, done: JsonRow) -> None:
         print_line(f"no calibration token came to {len(names)} matrices, {how}: {', '.join(names[:3])}{rest}")
     if probe := done.get("probe"):
         print_line(
-            f"probe: KL {probe['kl']:.3f} nats a token, top-1 agreement {probe['top1_agreement']:.1%} "
+            f"probe: KL {probe['kl']:.3f} nats per token, top-1 agreement {probe['top1_agreement']:.1%} "
             f"with the reference on {probe['prompts']} held-out prompts"
         )
+    student, teacher = os.path.normpath(out), f"./{model}" if as_directory(model) else model
+    pair = ["--student", student, "--teacher", teacher]
+    _show_next(
+        [
+            ("See where the damage sits", _line("diagnose", *pair, "--out", f"{student}-diagnosis")),
+            ("See what bringing it back takes; --data FILE names prompts of yours", _line("check", *pair)),
+            ("Bring it back", _line("recover", *pair, "--out", f"{student}-recovered")),
+        ]
+    )
+
+
+def _line(verb: str, *words: str) -> str:
+    return shlex.join(["remend", verb, *words])
+
+
+def _show_next(steps: Sequence[tuple[str, str]], page: Path | None = None) -> None:
+    """What to do next: look at a page where there is one, and for each other thing the line or lines to copy."""
+    print_line("\nWhat to do next:")
+    if page:
+        print_line(f"  Look at it: open {page} in a browser")
+    for title, code in steps:
+        print_line(f"  {title}:")
+        for line in code.splitlines():
+            print_line(f"    {line}")
+
+
+def show_export(out: str, done: JsonRow) -> None:
+    """What an export wrote, what read it, and how it is served."""
+    from remend.report.card import HERE, ways_to_use
+
+    check, file = done["check"], str(done.get("file", ""))
+    print_line(f"{out}: {done['container']}, {size_in_words(done['bytes'])}")
+    print_line(f"all weights equal bit for bit, logits too; opened by {check['read_by']}")
+    if "note" in done:
+        print_line(f"note: {done['note']}")
+    place = os.path.normpath(out)
+    ways = ways_to_use(gguf=file if file.endswith(".gguf") else "")
+    steps = [(what, code.replace(HERE, shlex.quote(place))) for what, language, code in ways if language == "sh"]
+    _show_next([*steps, ("Publish it, privately", _line("push", place, f"YOUR_NAME/{Path(out).absolute().name}"))])
 
 
 def _reached(decoder: JsonRow) -> str:
@@ -66,13 +111,14 @@ def show_cache(out: str, done: JsonRow) -> None:
         "are lost"
     )
     print_line(
-        f"rounding of what is stored: KL {errors['rounding_kl']:.1e} nats a token, "
+        f"rounding of what is stored: KL {errors['rounding_kl']:.1e} nats per token, "
         f"no probability off by more than {errors['rounding_max']:.1e}"
     )
 
 
 def show(result: RecoverResult) -> None:
     """The result's table, samples and paths."""
+    from remend.report.next_steps import commands
     from remend.report.recovery import table, verdict
 
     console, summary = PlainConsole(), result.summary
@@ -97,24 +143,13 @@ def show(result: RecoverResult) -> None:
     )
     for name, path in (("model", result.model), ("report", result.report), ("summary", result.out / "summary.json")):
         console.print(f"{name:>7}  {path}", soft_wrap=True)
-    _show_next(console, result)
+    steps = commands(result.out, result.summary, manifest_of(result.out))  # the page has more of them
+    wanted = ("vllm ", "remend export", "remend eval")
+    _show_next([(title.partition(" (")[0], code) for title, code in steps if code.startswith(wanted)], result.report)
 
 
-def _show_next(console: PlainConsole, result: RecoverResult) -> None:
-    """What to do with the model, as commands to copy; the page has more of them."""
-    from remend.report.next_steps import commands
-
-    console.print("\nWhat to do next:", style="bold")
-    console.print(f"  Look at it: open {result.report} in a browser", soft_wrap=True)
-    for title, code in commands(result.out, result.summary, manifest_of(result.out)):
-        if code.startswith(("vllm ", "remend export", "remend eval")):
-            console.print(f"  {title.partition(' (')[0]}:", soft_wrap=True)
-            for line in code.splitlines():
-                console.print(f"    {line}", soft_wrap=True)
-
-
-def show_diagnosis(out: str, done: JsonRow) -> None:
-    """Each student's severity and sentences, and one line a layer for up to the eight worst."""
+def show_diagnosis(reference: str, students: Sequence[str], out: str, done: JsonRow) -> None:
+    """Each student's severity and sentences, one line a layer for up to the eight worst, and what to do next."""
     console = PlainConsole(soft_wrap=True)
     for student in (done, *done["others"]):
         console.rule(f"{student['name']}: {student['severity']}", style="dim")
@@ -127,9 +162,21 @@ def show_diagnosis(out: str, done: JsonRow) -> None:
             rest = [_figure(layer[key]) for key in ("l2", "procrustes", "knn")]
             grid.add_row(str(layer["layer"]), _figure(layer["cka"]), interval, *rest)
         console.print(grid)
-    for name in ("diagnosis.json", "report.html"):
-        console.print(f"{out}/{name}")
-    console.print(f"{done['seconds']:.0f} s")
+    console.print(f"{out}/diagnosis.json\n{done['seconds']:.0f} s")
+    steps = [
+        (f"Bring {each['name']} back; --data FILE names prompts of yours", _recovering(student, reference))
+        for student, each in zip(students, (done, *done["others"]), strict=True)
+        if each["kind"] != "dense" and each["recommendation"]["text"].startswith("Recover it")
+    ]
+    _show_next(steps, Path(out) / "report.html")
+
+
+def _recovering(student: str, reference: str) -> str:
+    """The line that recovers a diagnosed student, which may be a run."""
+    place = Path(student)
+    model = str(place / "model") if (place / MANIFEST).is_file() else student
+    out = f"{place}-recovered" if place.exists() else f"{place.name}-recovered"  # a hub id is no place
+    return _line("recover", "--student", model, "--teacher", reference, "--out", out)
 
 
 def _figure(value: float | None) -> str:
@@ -162,6 +209,20 @@ def show_scores(out: str, done: JsonRow) -> None:
     console = PlainConsole()
     console.print(grid)
     console.print(f"{out}  {done['seconds']:.0f} s", soft_wrap=True)
+    others = [str(path) for path in sorted(Path(out).parent.glob("*.json")) if path != Path(out) and _graded(path)]
+    title = "Say whether the scores differ by more than chance"
+    _show_next([(title, _line("compare", *(others or ["ANOTHER_MODEL.json"]), out))])
+
+
+def _graded(path: Path) -> bool:
+    """Whether a file holds graded results."""
+    from remend.errors import RemendError
+    from remend.evaluation.results_files import load
+
+    try:
+        return bool(load(path, path.name))
+    except RemendError:
+        return False
 
 
 def _qualifiers(part: JsonRow) -> list[str]:

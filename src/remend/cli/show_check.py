@@ -139,7 +139,7 @@ def _show_figures(console: PlainConsole, plan: Plan, measure: bool) -> None:
 def _training(plan: Plan, ahead: Forecast) -> str:
     """How many tokens are trained on, and what is measured on the way."""
     tokens, config = ahead.tokens, plan.config
-    total = f"{tokens.total:,} in {config.steps} steps"
+    total = f"{tokens.total:,} in {_steps(config.steps)}"
     expected = ""
     if ahead.answered is not None:
         expected = f" By earlier runs it will be about {ahead.answered * tokens.total:,.0f}."
@@ -163,20 +163,24 @@ def _by_phase(ahead: Forecast) -> Table:
 
 def _show_files(console: PlainConsole, plan: Plan, ahead: Forecast) -> None:
     disk = ahead.disk
-    console.print(
-        f"Written to {plan.config.out}, up to {size_in_words(disk.total)} ({size_in_words(ahead.disk_free)} are free):",
-    )
+    total = size_in_words(disk.total)
+    most = total if disk.total < 2**20 else f"up to {total}"
+    console.print(f"Written to {plan.config.out}, {most} ({size_in_words(ahead.disk_free)} are free):")
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_row("  model/", f"{size_in_words(disk.model)}: the recovered model, with its card")
     if disk.checkpoints:
-        every = plan.config.steps_a_checkpoint
-        each = f"at most {disk.checkpoints} of {size_in_words(disk.checkpoint)}, one every {every} steps"
+        often = "every step" if plan.config.steps_a_checkpoint == 1 else f"every {plan.config.steps_a_checkpoint} steps"
+        each = f"at most {disk.checkpoints}, each {size_in_words(disk.checkpoint)}; one {often}"
         table.add_row("  checkpoints/", each)
     if disk.best:
         table.add_row("  best/", f"{size_in_words(disk.best)}: the best weights so far")
     table.add_row("  report.html", "the page to look at; report.md and report.json say the same")
     table.add_row("  summary.json", "what was measured; metrics.jsonl has each step")
     console.print(table)
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def about(seconds: float) -> str:

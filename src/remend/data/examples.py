@@ -351,9 +351,10 @@ def split_held_out(examples: Sequence[Example], held_out: int | None, seed: int)
     distinct = {e.key: e for e in examples}
     count = held_out_count(held_out, len(distinct))
     if count >= len(distinct):
+        prompts = "prompt" if len(distinct) == 1 else "prompts"
         raise InputError(
-            f"held_out is {count} and there are {len(distinct)} distinct prompts: none is left to train on. "
-            "Give more data, a smaller held_out, or eval_data."
+            f"held_out is {count}, and the data have {len(distinct)} distinct {prompts} (rows: {len(examples)}): none "
+            "is left to train on. Give more data, a smaller held_out, or eval_data."
         )
     ranked = sorted(distinct, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     chosen = set(ranked[:count])

@@ -32,7 +32,9 @@ class Prune(Calibrated):
     sparsity: str | float = Field(
         "0.5", description="share of zeros, such as 0.5, or N:M: of M neighbours N stay, such as 2:4"
     )
-    scope: str = Field("layer", description="where the share holds: in every layer (layer), or over all of them (global)")
+    scope: str = Field(
+        "layer", description="where the share holds: in every layer (layer), or over all of them (global)"
+    )
     skip: list[str] = Field(default_factory=list, description="layers to leave as they are, e.g. '*.down_proj'")
 
     def amount(self) -> Sparsity:

@@ -16,7 +16,7 @@ from remend.files.atomic import JsonObject, JsonRow
 SEVERITIES = ("none", "mild", "severe", "broken")
 
 KL_LIMITS = (0.01, 0.25, 1.5)
-"""Forward KL to the reference, nats a token: below the first none, then mild, severe; from the last on broken."""
+"""Forward KL to the reference, nats per token: below the first none, then mild, severe; from the last on broken."""
 
 AGREEMENT_LIMITS = (0.97, 0.80, 0.50)
 """Share of tokens with the reference's first choice: from the first on none, then mild, severe; below the last broken.
@@ -112,8 +112,8 @@ def sentences(figures: JsonRow) -> list[Sentence]:
     low, high = behaviour["kl_95"] or (math.nan, math.nan)
     result = [
         Sentence(
-            f"Severity: {figures['severity']}. Its next-token distribution is {behaviour['kl']:.3f} nats a token (95% "
-            f"{low:.3f} to {high:.3f}) from the reference's, and {behaviour['top1_agreement']:.0%} of its first "
+            f"Severity: {figures['severity']}. Its next-token distribution is {behaviour['kl']:.3f} nats per token "
+            f"(95% {low:.3f} to {high:.3f}) from the reference's, and {behaviour['top1_agreement']:.0%} of its first "
             "choices are the same.",
             ("/severity", "/behaviour/kl", "/behaviour/kl_95", "/behaviour/top1_agreement"),
         ),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from remend.errors import InputError
@@ -97,7 +97,7 @@ def table(comparison: JsonObject) -> Group:
         title, grids, lines = _section(task, f"{comparison['level']:.0%}")
         parts.append(Text(title, style="bold"))
         for header, rows in grids:
-            grid = Table(*header)
+            grid = Table(*(Column(name, overflow="fold") for name in header))  # no name is cut short
             for row in rows:
                 grid.add_row(*(Text(cell) for cell in row))  # Text, since a name may look like rich's markup
             parts.append(grid)

@@ -162,8 +162,11 @@ def _data_by_task(data: str | Mapping[str, str] | None, own: Sequence[str]) -> t
         if len(takers) == 1:
             by_task = {takers[0]: data}
         else:
-            which = " and ".join(takers or own) or "tasks of lm-evaluation-harness"
-            problems.append(f"data {data} is one file, and could be for {which}; say it as {_example(takers or own)}")
+            which, say = " and ".join(takers or own), _example(takers or own)
+            if which:
+                problems.append(f"data {data} is one file, and could be for {which}; say it as {say}")
+            else:
+                problems.append(f"data {data} is for none of the tasks that are given; leave it out, or name its task")
             needing = []
     elif data is not None:
         by_task = dict(data)

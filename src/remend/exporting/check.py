@@ -146,7 +146,7 @@ def _faults(found: JsonObject) -> dict[str, str]:
         if "error" in one:
             faults[dtype] = one["error"]
         elif not one["kl"] <= LARGEST_KL:
-            faults[dtype] = f"its answers are other ones, by a KL of {one['kl']:.3g} nats a token"
+            faults[dtype] = f"its answers are other ones, by a KL of {one['kl']:.3g} nats per token"
     return faults
 
 

@@ -26,7 +26,7 @@ def transformers(request: dict[str, Any]) -> dict[str, Any]:
     float32 is left out where `auto` came to it.
 
     Returns:
-        `reader`, and `dtypes`: for each that was asked for the `dtype` that the model came to, `kl` (nats a token,
+        `reader`, and `dtypes`: for each that was asked for the `dtype` that the model came to, `kl` (nats per token,
         measured ‖ read) and `max_logit_difference`; or `error`, where it can't be loaded or run.
     """
     import torch

@@ -9,7 +9,7 @@ import numpy as np
 from remend.maths.intervals import Array, Interval, Picks, percentile_interval, resampled, with_replacement
 
 MEASURABLE_KL = 0.001
-"""A degraded KL below this (nats a token) is no measurable damage, and no gap is there to close."""
+"""A degraded KL below this (nats per token) is no measurable damage, and no gap is there to close."""
 
 
 def gap_closed_divergence(degraded: float, recovered: float) -> float | None:

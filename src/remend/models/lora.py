@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from remend.files.settings import Number, Settings
+
+
+def _names(value: object) -> object:
+    """A text names matrices with commas between, as a command line gives them; all-linear is no such name."""
+    if not isinstance(value, str) or value == "all-linear":
+        return value
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 class LoraConfig(Settings):
@@ -22,7 +29,7 @@ class LoraConfig(Settings):
 
     rank: int = Field(16, ge=1, description="rank of the update of every target matrix")
     alpha: int | None = Field(None, ge=1, description="the update is scaled by alpha / rank; by default 2 · rank")
-    targets: Literal["all-linear"] | list[str] = Field(
+    targets: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_names)] = Field(
         "all-linear",
         description="which matrices: all-linear (the decoder's, not the head), or ends of names such as q_proj",
     )

@@ -133,8 +133,8 @@ def part_of_damage(record: JsonRow, title: str) -> Part:
         facts.insert(0, f"made from: {named(reference.get('model'))}")
     if probe := record.get("probe"):
         facts.append(
-            f"KL {probe['kl']:.3f} nats a token and top-1 agreement {probe['top1_agreement']:.1%} with the model that "
-            f"it was made from, on {probe['prompts']} held-out prompts, without an interval"
+            f"KL {probe['kl']:.3f} nats per token and top-1 agreement {probe['top1_agreement']:.1%} with the model "
+            f"that it was made from, on {probe['prompts']} held-out prompts, without an interval"
         )
     return Part(title, bullets=facts)
 

@@ -121,7 +121,7 @@ def _runs(runs: Sequence[Run]) -> Table:
     columns = [
         "run",
         "KL gap closed (95%)",
-        "KL, nats a token",
+        "KL, nats per token",
         *tasks,
         "constraint",
         "top-1 agreement",
@@ -168,7 +168,7 @@ def _diagnosed(diagnoses: Sequence[Diagnosis]) -> list[Section]:
         measured=f"Measure: {estimator['name']}, {estimator['site']}. Bands: {estimator['interval']}. Dotted: "
         f"{estimator['null']}, the highest of all.",
     )
-    columns = ["model", "severity", "KL, nats a token", "top-1 agreement", "median CKA", "least aligned layer"]
+    columns = ["model", "severity", "KL, nats per token", "top-1 agreement", "median CKA", "least aligned layer"]
     table = Table(columns, rows, caption="On the reference's own answers.")
     return [Section("Diagnosed models", "layers", [table, figure])]
 

@@ -114,9 +114,9 @@ def _behaviour(students: Students) -> Table:
     first = students[0]
     theirs, own = first["behaviour"], first["reference_answers"]
     rows = [
-        row("KL(reference ‖ model), nats a token", plain("kl"), "0"),
+        row("KL(reference ‖ model), nats per token", plain("kl"), "0"),
         row("its 95% interval", _interval),
-        row("reverse KL(model ‖ reference), nats a token", plain("reverse_kl"), "0"),
+        row("reverse KL(model ‖ reference), nats per token", plain("reverse_kl"), "0"),
         row("same first choice (top-1 agreement)", plain("top1_agreement", ".1%"), "100%"),
         row("entropy of the next token, nats", plain("entropy"), number(theirs["reference_entropy"])),
         row(
@@ -242,7 +242,7 @@ def _measured(diagnosis: JsonRow) -> list[Block]:
         ("arithmetic", f"models in {estimator['dtype']}"),
         (
             "severity",
-            f"KL below {kl[0]:g}, {kl[1]:g}, {kl[2]:g} nats a token and agreement from {agreement[0]:.0%}, "
+            f"KL below {kl[0]:g}, {kl[1]:g}, {kl[2]:g} nats per token and agreement from {agreement[0]:.0%}, "
             f"{agreement[1]:.0%}, {agreement[2]:.0%} are none, mild, severe; beyond, broken. The worse of both counts, "
             "and a model that loops is broken.",
         ),

@@ -28,7 +28,7 @@ def table(summary: JsonRow) -> list[dict[str, str]]:
     """The rows that terminal and page show: label, degraded, recovered, gap."""
     before, after, gap = summary["degraded"], summary["recovered"], summary["gap_closed"] or {}
     labels = (
-        ("kl", "KL to the reference, on its answers (nats a token)", "{:.3f}"),
+        ("kl", "KL to the reference, on its answers (nats per token)", "{:.3f}"),
         ("kl_on_policy", "KL to the reference, on the student's own answers", "{:.3f}"),
         ("top1_agreement", "top-1 agreement with the reference", "{:.1%}"),
         ("perplexity", "perplexity of the reference's answers", "{:.2f}"),
@@ -60,7 +60,10 @@ def _repair_row(summary: JsonRow) -> list[dict[str, str]]:
 
 
 def _stream(name: str, figures: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:
-    labels = {"kl": "KL to its teacher (nats a token)", "nll": "negative log-likelihood of the answers (nats a token)"}
+    labels = {
+        "kl": "KL to its teacher (nats per token)",
+        "nll": "negative log-likelihood of the answers (nats per token)",
+    }
     before, after = figures["before"], figures["after"]
     return [
         {"label": f"{name}: {label}", "degraded": f"{before[key]:.3f}", "recovered": f"{after[key]:.3f}", "gap": "–"}
@@ -101,7 +104,7 @@ def kept_word(kl: float) -> str:
 def verdict(summary: JsonRow) -> str:
     """Whether the task was kept, how much of the gap was closed, and what of that repair did and what training."""
     kept = [
-        f"Stream {name}: {kept_word(kl)} (KL {kl:.3f} nats a token to the student as it came in)."
+        f"Stream {name}: {kept_word(kl)} (KL {kl:.3f} nats per token to the student as it came in)."
         for name, kl in kept_streams(summary).items()
     ]
     return " ".join([*kept, _closed(summary)])
@@ -110,7 +113,9 @@ def verdict(summary: JsonRow) -> str:
 def _closed(summary: JsonRow) -> str:
     share = gap_share(summary)
     if share.value is None:
-        return "No measurable damage: the KL to the reference is below 0.001 nats a token, so there is no gap to close."
+        return (
+            "No measurable damage: the KL to the reference is below 0.001 nats per token, so there is no gap to close."
+        )
     count = summary["held_out_prompts"]
     text = f"{percent(share.value)} of the KL gap closed"
     if share.low is not None:
@@ -210,14 +215,14 @@ def _tiles(summary: JsonRow, scores: Scores) -> list[Tile]:
             Tile("Of that by repair", percent(parts[0]), trained if summary["steps"] else "nothing was trained")
         )
     before, after = summary["degraded"], summary["recovered"]
-    tiles.append(Tile("KL to the reference", number(after["kl"]), f"degraded {number(before['kl'])}, nats a token"))
+    tiles.append(Tile("KL to the reference", number(after["kl"]), f"degraded {number(before['kl'])}, nats per token"))
     agreed = f"degraded {before['top1_agreement']:.0%}, reference 100%"
     tiles.append(Tile("Same first choice", f"{after['top1_agreement']:.0%}", agreed))
     return tiles
 
 
 LABELS = {
-    "kl": "KL to the reference, on its answers (nats a token)",
+    "kl": "KL to the reference, on its answers (nats per token)",
     "kl_on_policy": "KL to the reference, on the student's own answers",
     "top1_agreement": "top-1 agreement with the reference",
     "perplexity": "perplexity of the reference's answers",
@@ -242,11 +247,11 @@ def _gap(files: RunDirectory, summary: JsonRow, manifest: JsonRow) -> Section:
         labels = {"kl": "KL to its teacher", "nll": "negative log-likelihood of the answers"}
         for key, label in labels.items():
             ends = number(side["before"][key]), *(["–"] if repair else []), number(side["after"][key])
-            rows.append([f"{name}: {label} (nats a token)", "–", *ends, "–"])
+            rows.append([f"{name}: {label} (nats per token)", "–", *ends, "–"])
             tones.append("")
     columns = ["on held-out prompts", "gap closed", "degraded", *(["repaired"] if repair else []), "recovered"]
     note = (
-        f"KL is {summary['kl_direction']}, in nats a token over the full shared vocabulary of "
+        f"KL is {summary['kl_direction']}, in nats per token over the full shared vocabulary of "
         f"{manifest['shared_vocabulary']} ids. Gap closed: 0% is the degraded student, 100% the reference; its "
         "interval is a 95% percentile bootstrap with prompts resampled in pairs. The other figures have none."
     )
@@ -281,7 +286,7 @@ def _by_prompt(files: RunDirectory) -> list[Figure]:
     chart = Scatter(
         "Each held-out prompt, before and after",
         [Points("a held-out prompt", points, joined=False)],
-        "KL of the degraded model, nats a token",
+        "KL of the degraded model, nats per token",
         "KL of the recovered one",
         diagonal="no change",
     )

@@ -15,7 +15,7 @@ from remend.report.words import machine_facts, number, percent
 Rows = Sequence[JsonRow]
 
 CLOSED = "KL gap closed (95%)"
-MEASURED = ("degradation", "method", CLOSED, "KL, nats a token", "top-1 agreement", "seeds")
+MEASURED = ("degradation", "method", CLOSED, "KL, nats per token", "top-1 agreement", "seeds")
 SCORED = ("score (95%)", "change (95%)", "detectable", "verdict", "loss won back (95%)")
 """Columns of each task; one that says nothing in any row is left out."""
 

@@ -73,7 +73,7 @@ def student_groups(diagnosis: JsonRow, prefix: str = "") -> list[Points]:
 def against(groups: Sequence[Points], what: str) -> Figure:
     """The scatter, with its caption."""
     return Figure(
-        [Scatter("Recovery against alignment", groups, "mean CKA over layers", "KL to the reference, nats a token")],
+        [Scatter("Recovery against alignment", groups, "mean CKA over layers", "KL to the reference, nats per token")],
         see=f"Each point is {what}. Down is closer to the reference in behaviour, right is closer in representation: "
         "a path from its open marker to the lower right recovers and realigns together.",
         measured="Both from one teacher-forced pass over the reference's answers. " + CAUTION,

@@ -1,4 +1,4 @@
-"""Figures of a run's steps: loss and held-out KL by stream, learning rate, gradient, memory, tokens a second."""
+"""Figures of a run's steps: loss and held-out KL by stream, learning rate, gradient, memory, tokens per second."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def _loss(name: str, held_out: Sequence[Series], trained: Rows, see: str) -> Fig
             *held_out,
         ],
         x_label="optimizer step",
-        y_label="nats a token",
+        y_label="nats per token",
     )
     return Figure(
         [chart],
@@ -185,7 +185,7 @@ def _speed(trained: Rows, timing: Mapping[int, float], names: Sequence[str], eac
     lines += [Series(name, style(i + 1), points(f"{name}/tokens")) for i, name in enumerate(names)]
     whole = sum(row["tokens"] for row in timed) / sum(seconds[row["step"]] for row in timed)
     return Figure(
-        [Lines("Tokens a second", lines, x_label="optimizer step", y_label="tokens a second")],
+        [Lines("Tokens per second", lines, x_label="optimizer step", y_label="tokens per second")],
         see=f"How many completion tokens were trained on in a second: {whole:.0f} over the whole run.",
         measured="Completion tokens over the whole time of the steps that one round of sampling feeds: sampling, "
         "teacher, forward, backward and update.",

@@ -294,7 +294,7 @@ def _degraded_kl(path: Path, rows: Sequence[Row]) -> float:
         )
     if values[0] < MEASURABLE_KL:
         raise InputError(
-            f"{path} has no measurable damage: the degraded student's KL is {values[0]:.2g} nats a token, below "
+            f"{path} has no measurable damage: the degraded student's KL is {values[0]:.2g} nats per token, below "
             f"{MEASURABLE_KL}. There is nothing to recover; leave this run out."
         )
     return float(values[0])

@@ -114,7 +114,7 @@ class SpeedSpec(Settings):
     device: str = Field(min_length=1, description="what the figures are of, in words")
     parameters: Number = Field(gt=0, description="size of the model that they are of; others scale with theirs")
     tokens_per_second: dict[str, Number] = Field(
-        description="trained tokens a second of a step, sampling included, for each of sft, sft-teacher, …"
+        description="trained tokens per second of a step, sampling included, for each of sft, sft-teacher, …"
     )
     overhead_minutes: Number = Field(
         0.0, ge=0, description="beside the steps of a cell: loading, repair, measuring, grading"

@@ -13,7 +13,9 @@ class CacheSettings(Settings):
 
     data: str = Field(description="prompts that the teacher answers: a file, a folder, or a hub id")
     columns: ColumnsSetting | None = Field(None, description=COLUMNS_HELP)
-    k: int = Field(64, description="how many log-probs are kept per position, 6 bytes each; the remaining mass is one value")
+    k: int = Field(
+        64, description="how many log-probs are kept per position, 6 bytes each; the remaining mass is one value"
+    )
     max_new_tokens: int = Field(48, description="tokens per completion")
     held_out: int | None = Field(None, description="prompts set apart, answered greedily; by default as in a recipe")
     eval_data: str | None = Field(None, description="a file of prompts to hold out, in place of held_out")

@@ -105,7 +105,7 @@ def compare(
 def negative_log_likelihoods(
     teacher: Teacher, rollouts: Sequence[Rollout], *, shown: bool, max_rows: int = 8
 ) -> list[float]:
-    """Of each completion under a teacher, nats a token, after the prompt or (`shown`) after the teacher's prompt."""
+    """Of each completion under a teacher, nats per token, after the prompt or (`shown`) after the teacher's prompt."""
     means: list[float] = []
     for start in range(0, len(rollouts), max_rows):
         part = [r if shown else replace(r, shown=None) for r in rollouts[start : start + max_rows]]
@@ -131,7 +131,7 @@ def repetition(completion: Sequence[int], n: int = 4) -> float:
 
 
 def pool(sums: Sequence[PromptSums]) -> dict[str, float]:
-    """Means over all tokens: kl (nats a token), top1_agreement, perplexity, reference_perplexity.
+    """Means over all tokens: kl (nats per token), top1_agreement, perplexity, reference_perplexity.
 
     A perplexity beyond float64 (a mean above 700 nats) is given as that of 700.
     """

@@ -237,7 +237,7 @@ def _load(model: str, settings: DegradeSettings) -> tuple[Damage, dict[str, str]
 
 @torch.no_grad()
 def _probe(damage: Damage, student: CausalLM) -> JsonObject:
-    """Forward KL (nats a token) and top-1 agreement on the reference's greedy answers."""
+    """Forward KL (nats per token) and top-1 agreement on the reference's greedy answers."""
     parts, prompts = scorer(damage.reference), _probe_prompts(damage)
     title = "probing: the reference answers"
     rollouts = answer(damage.reference, damage.tokenizer, prompts, title, max_new_tokens=PROBE_TOKENS)
