@@ -145,7 +145,7 @@ def on_whole_grid(reference: Path, student: Path) -> str:
     """The cells rtn and gptq."""
     fault = _whole(reference, student, lambda weight: _on_grid(weight).float().mean())
     bits = _record(student)["bits_per_weight"]
-    return fault or ("" if abs(bits - BITS) < 0.2 else f"{bits:.2f} bits a weight are said, and it is {BITS}")
+    return fault or ("" if abs(bits - BITS) < 0.2 else f"{bits:.2f} bits per weight are said, and it is {BITS}")
 
 
 def two_of_four(reference: Path, student: Path) -> str:

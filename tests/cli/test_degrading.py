@@ -219,7 +219,7 @@ def test_what_was_made_is_said(run: Any, reference_dir: Path) -> None:
     words = ("--format", "int4-g32-sym", "--data", "absent.jsonl", "--out", "q")
     code, out, err = run("degrade", "quantize", reference_dir, *words)
     assert code == 0
-    assert "quantization int4-g32-sym rtn: 4.5 bits a weight, 0.1 MiB as packed" in out
+    assert "quantization int4-g32-sym rtn: 4.5 bits per weight, 0.1 MiB as packed" in out
     assert "probe: KL 0." in out
     assert "data absent.jsonl has no effect: quantizing to int4-g32-sym (rtn) needs no calibration" in err
     assert "sparsity" not in out  # a grid has zeros, and nobody asked for them

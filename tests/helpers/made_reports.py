@@ -234,7 +234,7 @@ def made_about() -> dict[str, Any]:
         "estimator": {
             "name": "debiased linear CKA (HSIC_1 of Song et al. 2012, arXiv 2010.15327), float64",
             "site": "residual stream after each block, before the final norm",
-            "row_policy": "one seeded completion token a sequence, teacher-forced on the reference's greedy answers; "
+            "row_policy": "one seeded completion token per sequence, teacher-forced on the reference's greedy answers; "
             "none whose norm is above 10 times its layer's median in either model",
             "interval": "95%, delete-group jackknife over 20 groups of rows",
             "null": "largest CKA over all layers in 200 shuffles of the rows",

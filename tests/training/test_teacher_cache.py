@@ -456,7 +456,7 @@ def test_the_command(reference_dir: Path, data: Path, tmp_path: Path, run: Any) 
     code, out, err = run(*words, "--out", tmp_path / "c")
     assert code == 0
     assert "36 training and 4 held-out completions" in out
-    assert "58 bytes a token" in out
+    assert "58 bytes per token" in out
     assert "cut to the top 9:" in out
     assert "rounding of what is stored: KL" in out
     assert "the teacher answers the training prompts" in err

@@ -15,7 +15,7 @@ task = typer.Typer(help="List the tasks, and write rows of those that make their
 recipe = typer.Typer(help="List the recipes that ship with remend, and copy one.", no_args_is_help=True)
 
 
-Plain = Annotated[bool, typer.Option("--plain", help="One name a line.")]
+Plain = Annotated[bool, typer.Option("--plain", help="One name per line.")]
 
 
 def _list(about: Mapping[str, str], plain: bool) -> None:

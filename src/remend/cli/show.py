@@ -32,7 +32,7 @@ def show_damage(model: str, out: str, done: JsonRow) -> None:
     from remend.training.teachers import as_directory
 
     size = done["packed_bytes"] / 2**20
-    bits = f"{done['bits_per_weight']:g} bits a weight, " if done.get("bits_per_weight") else ""
+    bits = f"{done['bits_per_weight']:g} bits per weight, " if done.get("bits_per_weight") else ""
     what = " ".join(str(done[key]) for key in ("kind", "format", "method") if done.get(key))
     print_line(f"{out}: {what}: {bits}{size:.1f} MiB as packed, {done['seconds']:.1f} s")
     if "matrices" in done and done["kind"] != "quantization":
@@ -103,11 +103,11 @@ def show_cache(out: str, done: JsonRow) -> None:
     prompts, errors = done["prompts"], done["errors"]
     print_line(
         f"{out}: {prompts['train']} training and {prompts['held_out']} held-out completions, {done['tokens']} tokens, "
-        f"{done['bytes_per_token']} bytes a token, {done['bytes'] / 2**20:.1f} MiB"
+        f"{done['bytes_per_token']} bytes per token, {done['bytes'] / 2**20:.1f} MiB"
     )
     print_line(
         f"cut to the top {done['k']}: {errors['tail_mean']:.3%} of the probability is in the tail (at most "
-        f"{errors['tail_max']:.1%}); {errors['entropy_lost']:.4f} of {errors['entropy']:.3f} nats of entropy a token "
+        f"{errors['tail_max']:.1%}); {errors['entropy_lost']:.4f} of {errors['entropy']:.3f} nats of entropy per token "
         "are lost"
     )
     print_line(

@@ -131,7 +131,7 @@ def _about(exam: Examination, text: ReferenceAnswers, dtype: str, hashes: Mappin
         "estimator": {
             "name": "debiased linear CKA (HSIC_1 of Song et al. 2012, arXiv 2010.15327), float64",
             "site": "residual stream after each block, before the final norm",
-            "row_policy": "one seeded completion token a sequence, teacher-forced on the reference's greedy "
+            "row_policy": "one seeded completion token per sequence, teacher-forced on the reference's greedy "
             f"answers; none whose norm is above {MASSIVE:g} times its layer's median in either model",
             "interval": f"95%, delete-group jackknife over {layers.GROUPS} groups of rows",
             "null": f"largest CKA over all layers in {layers.PERMUTATIONS} shuffles of the rows",

@@ -128,7 +128,11 @@ def _setting(key: str, summary: JsonRow, recipe: JsonRow) -> object:
 
 def part_of_damage(record: JsonRow, title: str) -> Part:
     """A student's degradation.json in bullets, with what its probe measured."""
-    facts = [f"{key}: {value}" for key, value in record.items() if isinstance(value, (str, int, float))]
+    hidden = {"seconds"} | (
+        {"sparsity"} if record.get("kind") == "quantization" else set()
+    )  # zeros that fell out of it
+    shown = {key: value for key, value in record.items() if key not in hidden}
+    facts = [f"{key}: {value}" for key, value in shown.items() if isinstance(value, (str, int, float))]
     if isinstance(reference := record.get("reference"), Mapping):
         facts.insert(0, f"made from: {named(reference.get('model'))}")
     if probe := record.get("probe"):

@@ -55,7 +55,7 @@ def _repair_row(summary: JsonRow) -> list[dict[str, str]]:
     when = "before the first step" if repair.get("kept", True) else "undone, since it made things worse"
     fitted = f"; {own:.3f} on the text it was fitted to" if (own := repair.get("kl_fitted")) is not None else ""
     label = f"KL after one-shot repair ({repair['seconds']:.0f} s{fitted}), {when}"
-    row = {"label": label, "degraded": f"{before:.3f}", "recovered": f"{repair['kl']:.3f}"}
+    row = {"label": label, "degraded": f"{before:.3f}", "recovered": f"{repair['kl']:.3f} (repaired)"}
     return [{**row, "gap": percent(1 - repair["kl"] / before) if before > 0 else "–"}]
 
 

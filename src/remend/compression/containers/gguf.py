@@ -118,7 +118,11 @@ def _fits(grid: str, kind: str) -> str | None:
         try:
             GridFormat.parse(f"gguf:{kind}")
         except InputError as unknown:
-            return str(unknown)
+            k_quant = "_k" in kind.lower()  # llama.cpp chooses their scales by a search of its own
+            how = (
+                " K-quants are not written: export gguf:f32, and quantize that file with llama.cpp." if k_quant else ""
+            )
+            return f"{unknown}{how}"
     own = _type_of(grid)
     if own is None:
         return f"{_why_not(grid)}; use --format gguf:f32 (the same weights, unpacked) or dense"
