@@ -314,6 +314,7 @@ BAD: list[tuple[list[str], dict[str, Any], str]] = [
     (["general", "general"], {}, "task general is named twice"),
     (["tooluse"], {}, "tooluse makes no rows of its own; give .* --data tooluse=FILE"),
     (["tooluse", "science"], {"data": "x.jsonl"}, "x.jsonl is one file, and could be for tooluse and science"),
+    (["tooluze"], {"data": "x.jsonl"}, "x.jsonl is for none of the tasks that are given"),
     (["general"], {"data": {"science": "x.jsonl"}}, "data is given for science, which is not among the tasks"),
     (["general"], {"how": "choices"}, "general is no choice between letters.*tasks with letters are science, science-"),
     (["general"], {"how": "letters"}, 'how is "letters"; allowed: generate, choices'),

@@ -23,7 +23,7 @@ from remend.recovery.prompts import Prompts
 from remend.training.measure import compare
 
 APART = "apart/kl"
-"""In metrics.jsonl: KL on the prompts that are set apart, nats a token."""
+"""In metrics.jsonl: KL on the prompts that are set apart, nats per token."""
 
 SHARE, MOST, LEAST = 8, 32, 8
 """One in so many training prompts is set apart, at most MOST. Fewer than LEAST say nothing, so none are."""
@@ -35,7 +35,7 @@ GAIN = 0.01
 """Share of the KL that the looks of a plateau won less than."""
 
 CLOSE = 0.1
-"""KL in nats a token, below which 40 steps after a repair won nothing that 32 prompts could show: int4-g32-sym, q4_0
+"""KL in nats per token, below which 40 steps after a repair won nothing that 32 prompts could show: int4-g32-sym, q4_0
 and nvfp4 of SmolLM2 (docs/measurements/degradations.md)."""
 
 
@@ -79,7 +79,7 @@ class Plateau:
         return {APART: self.kls[-1]}
 
     def look(self) -> float:
-        """The student's KL, nats a token."""
+        """The student's KL, nats per token."""
         return figures_of(compare(self.student, self.judge.reference, self.completions, kept=self._kept))["kl"]
 
     def stop(self) -> bool:
@@ -94,7 +94,7 @@ class Plateau:
         apart = f"on {len(self.completions)} training prompts set apart"
         if self.kls[0] < CLOSE:
             return (
-                f"nothing is trained: {apart} repair left {self.kls[0]:.3f} nats a token, and below {CLOSE} training "
+                f"nothing is trained: {apart} repair left {self.kls[0]:.3f} nats per token, and below {CLOSE} training "
                 "after it wins nothing that can be seen"
             )
         before, since = self.kls[:-LOOKS], self.kls[-LOOKS:]

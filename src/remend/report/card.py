@@ -128,7 +128,7 @@ def _setting(key: str, summary: JsonRow, recipe: JsonRow) -> object:
 
 def part_of_damage(record: JsonRow, title: str) -> Part:
     """A student's degradation.json in bullets, with what its probe measured."""
-    hidden = {"seconds"} | (
+    hidden = {"seconds", "sha256"} | (
         {"sparsity"} if record.get("kind") == "quantization" else set()
     )  # zeros that fell out of it
     shown = {key: value for key, value in record.items() if key not in hidden}
