@@ -57,6 +57,9 @@ RULES = "a GGUF header names the rules of the tokenizer, which is built by them"
 PAGES = "pages and cards were drawn anew; the files that they show are compared"
 PROGRESS = "progress counts phases, in other words, and a run ends with what to do next"
 WORST = "a run keeps its worst held-out prompts token by token"
+JUDGED = "repair says what it could not explain, and where it held back"
+REFITTED = "a compressed student's repair is fitted to seven eighths of its text, so all that comes after it is other"
+OF_REPAIR = r"(unexplained|held_back|apart)"
 HASHED = "what is written is hashed"
 NAMED = "what is published names a model by the last part of its path"
 FEW_HELD_OUT = "few held-out prompts are a warning"
@@ -78,6 +81,9 @@ EXPLAINED = [
         r"\[\]|.*held out to measure the recovery.*|\[.*prompts and completions'\]",
     ),
     Explained(FEW_HELD_OUT, r".*line \d+", r".*held out to measure the recovery.*"),
+    Explained(JUDGED, rf"(repair\.)?{OF_REPAIR}(\[\d+\]|\..*)?", file=r".*\b(summary|repair)\.json"),
+    Explained(REFITTED, r".*", file=r"(.*/)?(grid|mask|shallow|packed|gguf|narrow|study)/.*"),
+    Explained(JUDGED, r".*line \d+", rf"\s*{QUOTE}?{OF_REPAIR}{QUOTE}?: .*"),
     Explained("the page names what fits", r"exports", file=r".*\bsummary\.json"),
     Explained("the page says which stream keeps the task", r"streams\.\w+\.teacher", file=r".*\bsummary\.json"),
     Explained("a table says how many prompts were held out", r"rows\[\d+\]\.held_out_prompts", r"\d+"),

@@ -13,6 +13,7 @@ from helpers.tiny import build_model, build_tokenizer
 from remend.degrade.making.blocks import without_blocks
 from remend.degrade.making.channels import narrowed
 from remend.errors import InputError
+from remend.models.activations.apart import divided
 from remend.models.activations.passes import ROWS, products
 from remend.models.activations.walk import Sites, walk
 from remend.models.device import mixed_precision
@@ -33,7 +34,7 @@ def teacher() -> Any:
 def missed(student: Any, teacher: Any, text: list[Rollout]) -> dict[str, float]:
     """For each layer how far what it gives is from what it ought to give, Σ y xᵀ: a relative norm."""
     seen: dict[str, float] = {}
-    rows = sum(len(r.prompt) + len(r.completion) for r in text)
+    rows = sum(len(r.prompt) + len(r.completion) for r in divided(text)[0])
 
     def visit(sites: Sites) -> None:
         assert sites.rows == rows

@@ -15,7 +15,7 @@ from remend.compression.recognise import PLAIN, Recognised
 from remend.compression.solvers import keep_mask
 from remend.degrade.making.blocks import without_blocks
 from remend.degrade.making.channels import narrowed
-from remend.models.activations.walk import Sites
+from remend.models.activations.walk import Sites, Walked
 from remend.models.layers import infer_layer_map, kept_weights
 from remend.models.matrices import Matrix
 from remend.models.sampling.rollout import Rollout
@@ -62,6 +62,34 @@ def test_repair_on_the_grid_keeps_the_grid_and_lowers_the_divergence(teacher: An
         changed += int((codes != stored.matrices[name][0]).sum())
     assert changed > 100
     # refuses masters that round to other codes
+    assert OnGrid(student.requires_grad_(True), start.stored, masters=start.masters).masters()
+
+
+class Spoiled(Calibration):
+    """A calibration after whose visits one matrix is worse than before."""
+
+    def walk(self, student: Any, visit: Any, title: str, layer_map: Any = None) -> Walked:
+        def spoiling(sites: Sites) -> None:
+            visit(sites)
+            for matrix in sites.matrices:
+                if matrix.name == "model.layers.1.mlp.down_proj":
+                    matrix.weight_OI.neg_()
+
+        return super().walk(student, spoiling, title, layer_map)
+
+
+def test_where_repair_holds_back_the_students_codes_stay(teacher: Any, text: list[Rollout]) -> None:
+    student = copy.deepcopy(teacher)
+    stored = put_on_grid(student, "int3-g64")
+    start = repair_grid(student, stored, Spoiled(teacher, text))
+    assert start.walked.held_back == (1,)
+    assert len(start.walked.unchanged) == 7
+    left = start.walked.unchanged & stored.matrices.keys()
+    assert left
+    for key in left:
+        assert start.stored.matrices[key][0].equal(stored.matrices[key][0])
+        assert key not in start.masters
+    start.stored.check(student)
     assert OnGrid(student.requires_grad_(True), start.stored, masters=start.masters).masters()
 
 

@@ -25,7 +25,10 @@ def repair_if_it_helps(run: Run, student: CausalLM, reference: Teacher, observer
     verdict: list[JsonObject] = [{}]
     if observer:
         run.directory.note_seconds("repair", repaired.seconds)
-        sums, verdict[0] = observer.judge.repaired(student, observer.degraded, repaired.seconds, repaired.answers)
+        walked = repaired.start.walked
+        sums, verdict[0] = observer.judge.repaired(
+            student, observer.degraded, repaired.seconds, repaired.answers, walked
+        )
     if run.accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -33,8 +36,11 @@ def repair_if_it_helps(run: Run, student: CausalLM, reference: Teacher, observer
     (record,) = verdict
     if not record["kept"]:
         if observer:
-            kl = record["kl"]
-            console.print(f"repair is undone: with it the held-out KL is {kl:.3f}, above the student's own")
+            kl, apart = record["kl"], record["apart"]
+            why = f"with it the held-out KL is {kl:.3f}, above the student's own"
+            if repaired.start.walked.worse:
+                why = f"on text held apart its error went from {apart['before']:.3g} to {apart['after']:.3g}"
+            console.print(f"repair is undone: {why}")
         take_back(run, student)
         return Repaired(record=record)
     answers = trained_on(repaired.answers) if run.plan.config.bootstrap == "repair" else []

@@ -30,6 +30,8 @@ from remend.files.reading import read_object, understood
 from remend.files.run_directory import DAMAGED, REPAIR, WORST
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence, gap_closed_score
 from remend.maths.losses import Target
+from remend.models.activations.apart import divided
+from remend.models.activations.walk import Walked
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM
 from remend.models.sampling.answers import answer, answered_once, as_text, pieces
@@ -158,26 +160,30 @@ class Judge:
         return measured
 
     def repaired(
-        self, student: CausalLM, before: HeldOut, seconds: float, answers: Sequence[Rollout]
+        self, student: CausalLM, before: HeldOut, seconds: float, answers: Sequence[Rollout], walked: Walked
     ) -> tuple[list[PromptSums], JsonObject]:
         """Measure a student repaired on `answers`; writes repair.json and held_out_repaired.jsonl.
 
         Where `kl_fitted`, which is on some of those answers, is far below the held-out KL, repair is short of text.
 
+        `walked` is what the walk over them found.
+
         Returns:
             The sums, and what repair.json says: repair is `kept` where its KL is not above that of the student as it
-            came in.
+            came in, and the text that it held apart says nothing else.
         """
         directory, ours = self.run.directory.path, self.run.parts(student)
         sums = self._compare(ours, self.completions, "measuring the repaired model")
-        fitted = [replace(r, shown=None) for r in answers[:FITTED] if r.completion]
+        fitted = [replace(r, shown=None) for r in divided(answers)[0][:FITTED] if r.completion]
         rows = [{"id": s.id, "tokens": s.tokens, "kl_sum": s.kl} for s in sums]
         write_text(directory / "held_out_repaired.jsonl", "".join(json_line(row) for row in rows))
         figures = pool(sums)
-        helped = figures["kl"] <= before.figures()["kl"]
+        helped = figures["kl"] <= before.figures()["kl"] and not walked.worse
         on_fitted = pool(self._compare(ours, fitted, "measuring on the calibration text"))["kl"] if fitted else None
         measured = {key: figures[key] for key in ("kl", "top1_agreement", "perplexity")}
         record: JsonObject = {**measured, "kl_fitted": on_fitted, "seconds": round(seconds, 1), "kept": helped}
+        record |= {"unexplained": [*walked.unexplained], "held_back": [*walked.held_back]}
+        record["apart"] = dict(zip(("before", "after"), walked.apart, strict=True)) if walked.apart else None
         write_json(directory / REPAIR, record)
         return sums, record
 

@@ -22,7 +22,7 @@ from remend.console import stage
 from remend.data.examples import Example
 from remend.data.templates import encode
 from remend.files.run_directory import RunDirectory
-from remend.models.activations.walk import Sites
+from remend.models.activations.walk import Sites, Walked
 from remend.models.find import hash_files
 from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
@@ -174,7 +174,7 @@ class _FirstBlocks(Calibration):
 
     def walk(
         self, student: CausalLM, visit: Callable[[Sites], None], title: str, layer_map: Sequence[int] | None = None
-    ) -> None:
+    ) -> Walked:
         """See Calibration."""
         assert self.began is not None
         times, seen = self.began, set[int]()
@@ -187,7 +187,7 @@ class _FirstBlocks(Calibration):
                 raise _Enough
             visit(sites)
 
-        super().walk(student, noted, "measuring: repair of the first blocks", layer_map)
+        return super().walk(student, noted, "measuring: repair of the first blocks", layer_map)
 
 
 def _repair(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from remend.console import console
 from remend.data.order import Order
 from remend.data.templates import Encoded
 from remend.files.atomic import JsonObject
@@ -97,6 +98,14 @@ def repair(
         # what a layer ought to add is a difference of large states, which bfloat16 (a GPU's teacher) would blur
         teacher = copy.deepcopy(teacher).to(torch.float32)
     start = kind.repair(student, facts, Calibration(teacher, text, precision))
+    if blocks := start.walked.unexplained:
+        how = "fitted to what the teacher's layers give" if start.walked.beside else "not fitted"
+        numbers = ", ".join(map(str, blocks))
+        console.print(
+            f"blocks {numbers} add more to the residual stream than their layers give: their layers are {how}"
+        )
+    if held_back := ", ".join(map(str, start.walked.held_back)):
+        console.print(f"repair leaves blocks {held_back} as they came: on text held apart its change did harm")
     return Repaired(start, time.perf_counter() - began, text)
 
 

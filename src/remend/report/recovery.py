@@ -266,9 +266,11 @@ def _repaired(repair: JsonRow) -> str:
     """What the closed-form repair took, and what became of it."""
     fitted = f", where the text that it was fitted to has KL {own:.3f}" if (own := repair.get("kl_fitted")) else ""
     undone = "" if repair.get("kept", True) else " It made things worse, so it was undone before the first step."
-    return (
-        f"Repaired: after the closed-form repair of {repair['seconds']:.0f} s, before the first step{fitted}.{undone}"
-    )
+    held_back, unexplained = (", ".join(map(str, repair.get(k) or ())) for k in ("held_back", "unexplained"))
+    notes = f" It left blocks {held_back} as they came, since it did harm on text held apart." if held_back else ""
+    notes += f" What blocks {unexplained} add to the residual stream is not known." if unexplained else ""
+    took = f"Repaired: after the closed-form repair of {repair['seconds']:.0f} s, before the first step{fitted}."
+    return took + undone + notes
 
 
 def _by_prompt(files: RunDirectory) -> list[Figure]:

@@ -6,9 +6,9 @@ has been changed already, so each group compensates what the ones before it got 
 code, arXiv 2210.17323).
 
 With a teacher the walk carries the teacher's hidden states along and also gives Σ y xᵀ, y being what the layer ought
-to put out. For a layer that writes into the residual stream y is what is missing there: the teacher's stream after the
-block minus the student's stream so far. So a later layer can make good what an earlier one lost, and the layer before
-removed blocks takes over what they did.
+to put out. For a layer that writes into the residual stream (`writers`) y is what is missing there: the teacher's
+stream after the block minus the student's stream so far. So a later layer can make good what an earlier one lost, and
+the layer before removed blocks takes over what they did.
 
 Legend: N real tokens (no padding), D width of the residual stream, I inputs and O outputs of a linear layer, B batch,
 T time.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from remend.console import stage
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded
 from remend.errors import InputError
+from remend.models.activations.apart import Change, apart_of, divided
 from remend.models.activations.experts import Experts, Routed, applied
 from remend.models.activations.passes import (
     HiddenBatch,
@@ -41,7 +42,7 @@ from remend.models.activations.passes import (
     start,
 )
 from remend.models.activations.stacks import inputs_of
-from remend.models.activations.targets import Targets, anatomy_of, teacher_states
+from remend.models.activations.targets import Targets, Wanted, groups_of, teacher_states
 from remend.models.activations.walkable import blocks_of, holds_experts, is_stack, modules_of_matrices, sees_some
 from remend.models.matrices import Matrix
 from remend.models.protocols import CausalLM, Tokenizer
@@ -56,9 +57,10 @@ class Sites:
     index: the block, counted in the model that is walked; for layers before the first it is -1, and for layers after
         the last their number.
     matrices: in order of execution.
-    gram_II: float32, Σ x xᵀ over the N calibration tokens.
+    gram_II: float32, Σ x xᵀ over the N calibration tokens; with a teacher and a norm behind the layer, each token is
+        weighed by what the norm makes of it.
     cross_OI: with a teacher, for each layer Σ y xᵀ, where y is what the layer should give (its bias taken off); None
-        for a layer whose outputs are not all among the teacher's.
+        for a layer whose outputs are not all among the teacher's, and where nothing can be said of them.
     rows: N.
     """
 
@@ -67,6 +69,31 @@ class Sites:
     gram_II: Tensor
     cross_OI: tuple[Tensor | None, ...] | None
     rows: int
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What a walk with a teacher found.
+
+    unexplained: blocks of which it is not known what adds to the residual stream.
+    held_back: blocks whose change did harm on the text held apart, and was taken back.
+    unchanged: keys of all matrices whose change was taken back, by rounding too.
+    apart: the error of the student's stream behind the last block on that text, before and after: the mean over its
+        tokens of the squared distance to the teacher's, relative to the teacher's size. None without such text.
+    beside: whether the teacher has each of the student's blocks in the same place. If so, the layers of the unexplained
+        ones ought to give what the teacher's give; else nothing is said of what they ought to give.
+    """
+
+    unexplained: tuple[int, ...] = ()
+    beside: bool = True
+    held_back: tuple[int, ...] = ()
+    unchanged: frozenset[str] = frozenset()
+    apart: tuple[float, float] | None = None
+
+    @property
+    def worse(self) -> bool:
+        """Whether the walk left the student farther away than it found it."""
+        return self.apart is not None and self.apart[1] > self.apart[0]
 
 
 @torch.no_grad()
@@ -110,15 +137,17 @@ def walk(
     layer_map: Sequence[int] | None = None,
     precision: AbstractContextManager[object] | None = None,
     title: str = "calibrating block by block",
-) -> None:
+) -> Walked:
     """Visit every group of linear layers of the decoder, each with what it sees after the changes in front of it.
 
     Args:
         model: walked, and changed by `visit`, which may write into `weight_OI` of a matrix.
-        rollouts: calibration text; prompts and completions both count.
+        rollouts: calibration text; prompts and completions both count. With a teacher, every eighth is held apart
+            (`apart`): a block's change stays where its output on that comes no farther from what it ought to be.
         visit: called once a group, in order of execution.
         teacher: a healthy model with the same kinds of blocks; then Sites.cross_OI is given, and what all prompts of a
-            forward pass open with counts once in it: repeated, it would outweigh what differs.
+            forward pass open with counts once in it: repeated, it would outweigh what differs. A norm behind a layer
+            that was visited is refitted in the model.
         layer_map: for each block of `model` the teacher's block that it is; by default the same numbers.
         precision: context of the forward passes and sums; what `visit` does is outside it. None changes nothing.
         title: of the progress bar.
@@ -127,15 +156,20 @@ def walk(
         InputError: a model whose blocks can't be run one by one (see `walkable`); a layer map that does not fit.
     """
     text = [[*r.prompt, *r.completion] for r in rollouts]
+    rollouts, held = divided(rollouts) if teacher is not None else (rollouts, [])
     blocks, kept, how = blocks_of(model, text), modules_of_matrices(model), precision or nullcontext()
-    depth, healthy, alone = len(blocks.items), None, blocks.alone
+    depth, healthy, aside, alone, unexplained = len(blocks.items), None, None, blocks.alone, list[int]()
     if teacher is not None:
         theirs = blocks_of(teacher, text)
         alone = alone or theirs.alone
         placed = layer_map if layer_map is not None else range(depth)
         healthy = teacher_states(theirs, rollouts, placed, how, alone=alone)
+        aside = teacher_states(theirs, held, placed, how, alone=alone) if held else None
     probe = start(blocks, rollouts[:1], nullcontext())
     batches = hidden_batches(blocks, rollouts, how, once=healthy is not None, alone=alone)
+    apart = None
+    if aside:
+        apart = apart_of(blocks, hidden_batches(blocks, held, how, once=True, alone=alone), aside)
 
     def visit_outside(index: int, modules: Sequence[nn.Module]) -> None:
         for module in modules:
@@ -146,16 +180,24 @@ def walk(
         visit_outside(-1, blocks.before)
         probe = start(blocks, rollouts[:1], nullcontext())
         batches = hidden_batches(blocks, rollouts, how, once=healthy is not None, alone=alone)
+        if apart:
+            apart.batches = hidden_batches(blocks, held, how, once=True, alone=alone)
     with stage(title, depth) as advance:
         for index, block in enumerate(blocks.items):
-            anatomy = anatomy_of(block, probe, index, kept)
-            inner = {n: m for n, m in block.named_modules() if m in kept}
+            groups, parts = groups_of(block, probe, index, kept), dict(block.named_modules())
+            inner = {n: m for n, m in parts.items() if m in kept}
             layers = {n: kept[m][0] for n, m in inner.items() if kept[m][0].expert is None}
             taught, targets = healthy.through(index, layers) if healthy else None, None
-            if taught:
-                targets = Targets(inner, anatomy.writers, taught, real_states(batches))
-            settled = Settled(block, kept)
-            for group in anatomy.groups:
+            if healthy and taught:
+                targets = Targets(parts, kept, taught, real_states(batches), beside=healthy.beside)
+                if not targets.known:
+                    unexplained.append(index)
+            settled, change = Settled(block, kept), Change()
+            if apart:
+                apart.enter(index)
+            for group in groups:
+                if apart:
+                    change.add(group, kept, targets.norm_behind(group[0]) if targets else None)
                 if is_stack(kept[group[0]]):
                     for sites in _sites_of_stack(index, kept[group[0]], block, batches, settled, precision):
                         visit(sites)
@@ -183,14 +225,22 @@ def walk(
                         targets.passed(group[0])
                 else:
                     visit(_sites_of(index, [kept[m][0] for m in group], seen, targets, settled.written, precision))
+                    if targets and len(group) == 1 and group[0] in seen.inputs:
+                        targets.refit_norm(kept[group[0]][0], seen.inputs[group[0]].float())
                 settled.visited.update(group)
+            keeps = apart is None or apart.judge(index, change)
             for number, batch in enumerate(batches):
-                with settled.at(number):
+                with settled.at(number) if keeps else nullcontext():
                     batch.states_BTD = run_block(block, batch, index)
             advance()
     visit_outside(depth, blocks.after)
     for module in blocks.idle:
         visit(_unseen(depth, kept[module][0]))
+    found = Walked(tuple(unexplained), healthy is None or healthy.beside)
+    if apart is None:
+        return found
+    unchanged = frozenset(m.key for module in apart.unchanged if module in kept for m in kept[module])
+    return replace(found, held_back=tuple(apart.held_back), unchanged=unchanged, apart=apart.end())
 
 
 def _sites_of(
@@ -205,8 +255,10 @@ def _sites_of(
         return _unseen(index, group[0])
     x_NI, cross = seen.inputs[group[0].module].float(), None
     if targets and not sees_some(group[0].name):
-        wanted = (targets.wanted(matrix, written) for matrix in group)
-        cross = tuple(None if y_NO is None else products(y_NO, x_NI, precision) for y_NO in wanted)
+        wanted = [targets.wanted(matrix, written) for matrix in group]
+        if len(wanted) == 1 and wanted[0] and wanted[0].weight_N1 is not None:  # others share the gram of their input
+            x_NI, wanted = x_NI * wanted[0].weight_N1, [Wanted(wanted[0].y_NO * wanted[0].weight_N1)]
+        cross = tuple(None if one is None else products(one.y_NO, x_NI, precision) for one in wanted)
     return Sites(index, tuple(group), products(x_NI, x_NI, precision), cross, len(x_NI))
 
 

@@ -66,8 +66,7 @@ class FreeKind(ConstraintKind):
             for at, matrix in enumerate(sites.matrices):
                 matrix.weight_OI.copy_(target(sites, at, matrix.weight_OI.float(), gram_II))
 
-        calibration.walk(model, visit, "repairing at the cut", layer_map=layer_map)
-        return Start()
+        return Start(walked=calibration.walk(model, visit, "repairing at the cut", layer_map=layer_map))
 
 
 def _size(matrices: Shapes) -> int:

@@ -224,5 +224,8 @@ def repair_grid(student: CausalLM, stored: StoredGrid, calibration: Calibration)
             matrix.weight_OI.copy_(decode(rounded.codes, grid, stored.format))
             matrices[matrix.key], masters[matrix.key] = (rounded.codes, grid), rounded.weight
 
-    calibration.walk(student, visit, "repairing on the grid")
-    return Start(StoredGrid(stored.format, matrices, stored.carried), masters)
+    walked = calibration.walk(student, visit, "repairing on the grid")
+    for key in walked.unchanged & masters.keys():
+        matrices[key] = stored.matrices[key]
+        del masters[key]
+    return Start(StoredGrid(stored.format, matrices, stored.carried), masters, walked)

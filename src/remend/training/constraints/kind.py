@@ -18,7 +18,7 @@ from torch import Size, Tensor
 
 from remend.compression.recognise import Recognised
 from remend.compression.stored_grid import StoredGrid
-from remend.models.activations.walk import Sites, walk
+from remend.models.activations.walk import Sites, Walked, walk
 from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 from remend.registry import Registry
@@ -82,10 +82,15 @@ class StudentFacts:
 
 @dataclass(frozen=True)
 class Start:
-    """What a repair leaves for training to start from: a grid with new codes, and the weights that were rounded."""
+    """What a repair leaves for training to start from.
+
+    stored, masters: a grid with new codes, and the weights that were rounded.
+    walked: what `Calibration.walk` found.
+    """
 
     stored: StoredGrid | None = None
     masters: Mapping[str, Tensor] | None = None
+    walked: Walked = field(default_factory=Walked)
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,9 @@ class Calibration:
 
     def walk(
         self, student: CausalLM, visit: Callable[[Sites], None], title: str, layer_map: Sequence[int] | None = None
-    ) -> None:
+    ) -> Walked:
         """Visit the student's linear layers in order, each with what it sees and ought to give; see `walk`."""
-        walk(
+        return walk(
             student,
             self.text,
             visit,

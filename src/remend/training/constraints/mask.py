@@ -93,8 +93,7 @@ class MaskKind(ConstraintKind):
 
     def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
         """What the mask left is refitted."""
-        repair_mask(model, calibration)
-        return Start()
+        return repair_mask(model, calibration)
 
     def learning_rate(self, facts: StudentFacts, *, repaired: bool) -> float:
         """Under a mask even a repaired student is still far from its goal."""
@@ -102,7 +101,7 @@ class MaskKind(ConstraintKind):
 
 
 @torch.no_grad()
-def repair_mask(student: CausalLM, calibration: Calibration) -> None:
+def repair_mask(student: CausalLM, calibration: Calibration) -> Start:
     """Refit what the mask left, in place; the zeros stay where they are."""
     kept = kept_weights(student)
     healthy = priors(calibration.teacher, kept)
@@ -112,4 +111,4 @@ def repair_mask(student: CausalLM, calibration: Calibration) -> None:
         for matrix, target_OI in targets(sites, healthy, gram_II):
             matrix.weight_OI.copy_(refit_kept(target_OI, gram_II, kept[matrix.key]))
 
-    calibration.walk(student, visit, "repairing under the mask")
+    return Start(walked=calibration.walk(student, visit, "repairing under the mask"))

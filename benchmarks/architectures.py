@@ -1,0 +1,123 @@
+"""What repair and training win back on small trained models of other architectures than Llama.
+
+python benchmarks/architectures.py --out runs/architectures [--only gemma3 olmo2] [--damage depth] [--steps 24]
+
+Each model of `remend.studies.tiny_model` is made once (minutes), damaged in each way of DAMAGES, and recovered. The
+table has the held-out KL degraded, repaired and recovered, and the shares of it that repair and both won back, with 95%
+intervals over the held-out prompts. A cell that is there is not run again. It ends with what is asked of the whole: no
+cell worse after repair than before it by more than its interval, and the median share that was won back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import remend
+from remend.files.atomic import write_json
+from remend.maths.gap import bootstrap_gap_closed
+from remend.studies import tiny_model
+
+DAMAGES: dict[str, Callable[..., Any]] = {
+    "int3-g64": partial(remend.quantize, format="int3-g64"),
+    "int4-g32-sym": partial(remend.quantize, format="int4-g32-sym"),
+    "2:4": partial(remend.prune, method="magnitude", sparsity="2:4"),
+    "depth": partial(remend.prune, method="depth", layers=2),
+    "width": partial(remend.prune, method="width", ffn=0.25),
+}
+"""The last two take a quarter of the layers, and of the feed-forward width."""
+
+GRIDS = ("int3-g64", "int4-g32-sym")
+
+
+COLUMNS = (
+    *("architecture", "damage", "degraded", "repaired", "recovered"),
+    *("won by repair (95%)", "gap closed (95%)", "blocks held back"),
+)
+
+
+def cell(architecture: str, damage: str, made: dict[str, str], out: Path, **recipe: Any) -> dict[str, Any]:
+    """Damage, recover, and what the run's files say; from before, where they are there."""
+    place = out / architecture / damage.replace(":", "-")
+    kept = place / "cell.json"
+    if kept.is_file():
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    student, run = place / "student", place / "run"
+    if not student.exists():
+        DAMAGES[damage](made["model"], student, data=made["train"]) if damage not in GRIDS else DAMAGES[damage](
+            made["model"], student
+        )
+    data = {"data": made["train"], "eval_data": made["held_out"]}
+    summary = remend.recover(student=student, teacher=made["model"], out=run, **data, **recipe).summary
+    rows = [_rows(run / f"{name}.jsonl") for name in ("held_out", "held_out_repaired")]
+    before = [row["kl_sum_degraded"] for row in rows[0]]
+    result = {
+        "architecture": architecture,
+        "damage": damage,
+        "degraded": summary["degraded"]["kl"],
+        "repaired": summary["repair"]["kl"],
+        "kept": summary["repair"]["kept"],
+        "held_back": summary["repair"]["held_back"],
+        "unexplained": summary["repair"]["unexplained"],
+        "recovered": summary["recovered"]["kl"],
+        "won_by_repair": bootstrap_gap_closed(before, [row["kl_sum"] for row in rows[1]], seed=0),
+        "gap_closed": summary["gap_closed"]["kl"],
+        "gap_closed_95": summary["gap_closed_kl_95"],
+        "seconds": summary["seconds"],
+    }
+    write_json(kept, result)
+    return result
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """Of the cells, with what is asked of the whole."""
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{' --- |' * len(COLUMNS)}",
+    ]
+    for c in cells:
+        spans = [f"{low:.2f} to {high:.2f}" for low, high in (c["won_by_repair"], c["gap_closed_95"])]
+        repaired = f"{c['repaired']:.4f}" + ("" if c["kept"] else " (undone)")
+        numbers = f"{c['degraded']:.4f} | {repaired} | {c['recovered']:.4f}"
+        shares = f"{1 - c['repaired'] / c['degraded']:.2f} ({spans[0]}) | {c['gap_closed']:.2f} ({spans[1]})"
+        held_back = ", ".join(map(str, c["held_back"])) or "–"
+        lines.append(f"| {c['architecture']} | {c['damage']} | {numbers} | {shares} | {held_back} |")
+    worse = [f"{c['architecture']} {c['damage']}" for c in cells if c["won_by_repair"][1] < 0]
+    lines += ["", f"Worse after repair than before, by more than the interval: {', '.join(worse) or 'none'}."]
+    for name, some in (("grids", GRIDS), ("the rest", tuple(d for d in DAMAGES if d not in GRIDS))):
+        closed = [c["gap_closed"] for c in cells if c["damage"] in some]
+        if closed:
+            lines.append(f"Median gap closed on {name}: {statistics.median(closed):.2f} ({len(closed)} cells).")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=[name for name in tiny_model.SHAPES if name != tiny_model.LLAMA])
+    parser.add_argument("--damage", nargs="*", default=list(DAMAGES), choices=list(DAMAGES))
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--answers", type=int, default=300, help="that repair is fitted to")
+    given = parser.parse_args()
+    cells = []
+    for architecture in given.only:
+        made = tiny_model.make(given.out / "models" / architecture, architecture=architecture)
+        for damage in given.damage:
+            recipe = {"steps": given.steps, "repair_samples": given.answers}
+            cells.append(cell(architecture, damage, made, given.out, **recipe))
+            print(table(cells[-1:]).splitlines()[2], flush=True)
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()
