@@ -2,9 +2,9 @@
 
     python benchmarks/docs_commands.py [PAGE …]          (make docs-commands)
 
-Runs every line of a block of code that begins with remend, page after page in a directory of its own. A tiny model
-stands in for every model that is named, and options make each command short. What an earlier line of the page did not
-make is made beforehand, see `make_input`. The pages of docs/extending are run by their own test.
+Runs every line of a block of code that begins with remend or torchrun, page after page in a directory of its own. A
+tiny model stands in for every model that is named, and options make each command short. What an earlier line of the
+page did not make is made beforehand, see `make_input`. The pages of docs/extending are run by their own test.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,10 +55,10 @@ recipe: {batch_size: 2, max_new_tokens: 6, device: cpu}
 """
 
 
-def remend(*words: str) -> None:
+def remend(*words: str, launcher: Sequence[str] = ("-m", "remend")) -> None:
     """Run the command line. Raises CalledProcessError with what was printed."""
     environment = {**os.environ, "REMEND_CACHE": "cache-of-answers", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "remend", *words]
+    command = [sys.executable, *launcher, *words]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -104,7 +105,10 @@ def run(line: str) -> str | None:
 
     Raises CalledProcessError where the command fails.
     """
-    words = shlex.split(line, comments=True)[1:]
+    words, launcher = shlex.split(line, comments=True)[1:], ["-m", "remend"]
+    if line.startswith("torchrun "):
+        ours = words.index("remend") + 1
+        words, launcher = words[ours:], ["-m", "torch.distributed.run", *words[:ours]]
     reason = next((why for part, why in SKIPPED.items() if any(part in word for word in words)), None)
     if reason:
         return reason
@@ -119,7 +123,7 @@ def run(line: str) -> str | None:
         name = word.removeprefix("student=")
         if name != out:
             make_input(name)
-    remend(*words, *([] if "--resume" in words else QUICK.get(words[0], "").split()))
+    remend(*words, *([] if "--resume" in words else QUICK.get(words[0], "").split()), launcher=launcher)
     if words[:2] == ["recipes", "cp"]:
         copied = Path(f"{words[2]}.yaml")
         text = (
@@ -138,7 +142,7 @@ def lines_of(page: str) -> list[str]:
     for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
             inside = not inside
-        elif line.startswith("remend " if inside else "    remend "):
+        elif line.startswith(("remend ", "torchrun ") if inside else "    remend "):
             commands.append(line.strip())
     return commands
 

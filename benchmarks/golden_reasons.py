@@ -39,7 +39,7 @@ class Explained:
 
 
 MISSING = "missing"
-CHANGED = r"(importance_clip|scales|loss|columns|save_dtype|max_shard_size|epochs|attn_implementation)"
+CHANGED = r"(importance_clip|scales|loss|columns|save_dtype|max_shard_size|epochs|attn_implementation|prompts_per_step)"
 """Keys of a recipe that came or went since 13d6498; their value must be the one that does nothing."""
 NOTHING = r"(\"|&#34;)?(None|null|fixed)\b.*"
 QUOTE = r"(\"|&#34;)"
@@ -102,6 +102,12 @@ EXPLAINED = [
     ),
     Explained("one process writes a run", r"", "there", r".*\.remend-lock"),
     Explained("a manifest names the device", r"(.*\.)?device", r"cpu|cuda", r".*(manifest|report)\.json"),
+    Explained(
+        "a run says how many processes shared how many prompts a step",
+        r"(.*\.)?(processes|prompts_per_step)",
+        r"\d+",
+        r".*(manifest|report|state)\.json",
+    ),
     Explained("an adapter's file has one order", r"", file=r".*adapter_model\.safetensors"),
     Explained(
         "a run says in what it saved the model", r".*line \d+", r"(the model is saved in .*|.*(saved|why|dtype).*)"

@@ -19,7 +19,8 @@ NAVIGATION = {
     "How to": [
         "how-to/index",
         *("how-to/quantized-model", "how-to/gguf", "how-to/pruned-model", "how-to/forgetting", "how-to/large-teacher"),
-        *("how-to/no-data", "how-to/resume", "how-to/read-a-diagnosis", "how-to/evaluate", "how-to/study"),
+        *("how-to/no-data", "how-to/processes", "how-to/resume", "how-to/read-a-diagnosis", "how-to/evaluate"),
+        "how-to/study",
     ],
     "Reference": [
         *("reference/cli", "reference/recipe", "reference/data", "reference/streams", "reference/runs"),

@@ -41,8 +41,8 @@ TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="
 
 ELSEWHERE = {"convert_hf_to_gguf.py", "my_file.py", "my_losses.py"}
 """Files of other projects, and of readers, that are named."""
-OTHERS = {"--extra-index-url", "--pure", "actorder: group", "key=value"}
-"""Options of pip and of llama-quantize, a setting of compressed-tensors, and the form of an override."""
+OTHERS = {"--extra-index-url", "--pure", "--standalone", "actorder: group", "mixed_precision: fp16", "key=value"}
+"""Options of pip, llama-quantize and torchrun, settings of compressed-tensors and accelerate, an override's form."""
 ANYWHERE = {"--import", "--version", "--quiet", "--verbose", "--install-completion", "--show-completion"}
 """Options of no verb."""
 OWN = re.compile(r"^# (\w+\.py)$", re.M)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,8 @@ class PlainConsole(Console):
     Names, ids and answers come from files and models: a `[` in them is a bracket, and an escape code is none.
     """
 
-    def __init__(self, *, stderr: bool = False, soft_wrap: bool = False) -> None:
-        super().__init__(stderr=stderr, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
+    def __init__(self, *, stderr: bool = False, soft_wrap: bool = False, quiet: bool = False) -> None:
+        super().__init__(stderr=stderr, soft_wrap=soft_wrap, quiet=quiet, highlight=False, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """See rich: every text that is printed comes through here, before its colours are added."""
@@ -32,10 +33,13 @@ class PlainConsole(Console):
             yield part if part.control else Segment(printable(part.text), part.style)
 
 
-console = PlainConsole(stderr=True)
+_beside = os.environ.get("RANK", "0") != "0"
+"""Of several processes the first one speaks."""
+
+console = PlainConsole(stderr=True, quiet=_beside)
 """What `--quiet` silences: progress and remarks."""
 
-_warnings = PlainConsole(stderr=True)
+_warnings = PlainConsole(stderr=True, quiet=_beside)
 _phases: list[str] = []
 """The phases of the command that is under way, and the one that it is in, as `phases` and `phase` set them."""
 _phase: list[str] = []

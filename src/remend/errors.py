@@ -27,7 +27,7 @@ class FileError(RemendError, OSError):
 
 
 class TrainingError(RemendError, ArithmeticError):
-    """Training can't go on: the loss or the gradient is not finite."""
+    """Training can't go on: the loss or the gradient is not finite, or processes hold different weights."""
 
 
 class CheckError(InputError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ def kill_at(recipe: dict[str, Any], step: int) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
 
 
-def two_processes(*jobs: tuple[str, dict[str, Any]]) -> None:
+def two_processes(*jobs: tuple[str, dict[str, Any]], environment: Mapping[str, str] | None = None) -> None:
     """Do jobs one after another, each shared by the same two processes: (what the worker calls it, its values)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER]
     words = [word for what, values in jobs for word in (what, json.dumps(values))]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300)
+    told = {**os.environ, **(environment or {})}
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=300, env=told)
     assert done.returncode == 0, done.stderr[-3000:]

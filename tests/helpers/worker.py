@@ -6,13 +6,16 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
 import remend
 import remend.training.loop
+from remend.errors import TrainingError
+from remend.files.launch import rank
 from remend.training.constraints import Calibration, ConstraintKind, Start, StudentFacts
-from remend.training.constraints.grid import GridKind
+from remend.training.constraints.grid import GridKind, OnGrid
 
 
 def killed(values: dict[str, object], after: int) -> None:
@@ -43,10 +46,27 @@ def spoiled(**recipe: object) -> None:
     GridKind.repair = repair  # type: ignore[method-assign]
 
 
+def differing(said: str, **recipe: object) -> None:
+    """Recover, while the second process moves a master that the first leaves alone; each writes what it is told."""
+    project = OnGrid.project
+
+    def moved(self: OnGrid) -> None:
+        if rank() == 1:
+            list(self.masters().values())[1].add_(1e-3)
+        project(self)
+
+    OnGrid.project = moved  # type: ignore[method-assign]
+    try:
+        remend.recover(**recipe)
+    except TrainingError as error:
+        Path(f"{said}-{rank()}").write_text(str(error))
+    OnGrid.project = project  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     words = sys.argv[1:]
     if words[0] == "kill":
         killed(json.loads(words[1]), int(words[2]))
-    jobs = {"recover": remend.recover, "spoiled": spoiled, "diagnose": remend.diagnose}
+    jobs = {"recover": remend.recover, "spoiled": spoiled, "differing": differing, "diagnose": remend.diagnose}
     for what, values in zip(words[::2], words[1::2], strict=True):
         jobs[what](**json.loads(values))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from remend.models import device
-from remend.models.device import CHUNK_BYTES, chunk_rows
+from remend.models.device import CHUNK_BYTES, choose_device, chunk_rows, device_problem
 
 
 def test_a_chunk_of_logits_fits_its_bytes() -> None:
@@ -23,3 +23,25 @@ def test_a_chunk_on_a_gpu_follows_its_free_memory(monkeypatch: pytest.MonkeyPatc
     for free in (0, 2**30, 10 * 2**30, 80 * 2**30):
         rows[free // 2**30] = chunk_rows(151936, torch.device("cuda"))
     assert rows == {0: 27, 1: 35, 10: 353, 80: 883}  # 16 MiB at least, then 2%, 512 MiB at most
+
+
+def test_each_of_several_processes_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    said = {}
+    for count in (1, 2, 3):
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        said[count] = [device_problem(torch.device(name)) for name in ("cpu", "cuda", "cuda:1", "mps")]
+    assert said[1] == [None] * 4
+    assert said[2][:2] == [None, None]
+    assert "device cuda:1 is one GPU, and each of 2 processes takes one of its own; give device: cuda" in str(
+        said[2][2]
+    )
+    assert "device mps can't be shared by 2 processes" in str(said[2][3])
+    assert "3 processes on this machine take a GPU each, and torch sees 2" in str(said[3][1])
+
+
+def test_accelerate_may_be_told_to_use_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == "cuda"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert choose_device("auto").type == "cpu"

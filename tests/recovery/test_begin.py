@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from helpers.steps import encoded, source
@@ -36,6 +37,14 @@ def test_a_plan_is_frozen(recipe: dict[str, Any]) -> None:
     for changed, name in ((plan, "shared"), (plan.prompts.main, "train"), (plan.facts, "layer_map"), (checked, "plan")):
         with pytest.raises(FrozenInstanceError):
             setattr(changed, name, None)
+
+
+def test_one_process_is_on_the_device_that_the_recipe_names(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Not on the one that accelerate takes first."""
+    plan = check(**recipe).plan
+    assert plan is not None
+    second = replace(plan, device=torch.device("cuda:1"))
+    assert Run(second, RunDirectory(tmp_path), Accelerator(cpu=True), None, plan.prompts).device == second.device
 
 
 def test_a_recipe_with_problems_has_no_plan(recipe: dict[str, Any]) -> None:

@@ -112,6 +112,7 @@ NAMES = {"student": "s", "teacher": "t", "data": "d", "out": "o", "bootstrap": "
         ({"steps": 48}, 192, 48),
         ({"steps": 100}, 192, 48),
         ({"steps": 100, "gradient_accumulation": 3}, 192, 16),
+        ({"steps": 100, "prompts_per_step": 32}, 192, 12),
         ({"steps": 100, "off_policy_passes": 1}, 192, 24),
         ({"steps": 100, "bootstrap_steps": 30}, 192, 30),
         ({"steps": 100, "updates_per_rollout": 5, "save_every": 0}, 192, 45),
@@ -119,11 +120,7 @@ NAMES = {"student": "s", "teacher": "t", "data": "d", "out": "o", "bootstrap": "
     ],
 )
 def test_answers_serve_whole_steps(changed: dict[str, Any], answers: int, steps: int) -> None:
-    assert repair_budget(build(RecoverConfig, {**NAMES, **changed}, "test"), answers, 1) == steps
-
-
-def test_processes_share_the_answers_of_a_step() -> None:
-    assert repair_budget(build(RecoverConfig, {**NAMES, "steps": 100}, "test"), 192, 4) == 12
+    assert repair_budget(build(RecoverConfig, {**NAMES, **changed}, "test"), answers) == steps
 
 
 @pytest.mark.parametrize(

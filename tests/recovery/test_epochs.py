@@ -36,9 +36,12 @@ def test_epochs_are_counted_in_steps(recipe: dict[str, Any], epochs: float, step
     assert plan.chosen[0] == f"{steps} steps: {float(epochs):g} epochs of 34 training prompts, 4 a step"
 
 
-def test_micro_batches_and_processes_share_an_epoch(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("changed", "steps"), [({"gradient_accumulation": 2}, 5), ({"prompts_per_step": 16}, 3)])
+def test_an_epoch_is_as_long_for_any_number_of_processes(
+    recipe: dict[str, Any], changed: dict[str, int], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert plan_of(without_steps(recipe, epochs=1, gradient_accumulation=2)).config.steps == 3
+    assert plan_of(without_steps(recipe, epochs=1, **changed)).config.steps == steps
 
 
 def test_of_several_streams_the_longest_counts(both: dict[str, Any]) -> None:

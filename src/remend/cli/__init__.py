@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from remend.cli.show import print_line
 from remend.console import console
 from remend.errors import InputError, RemendError, printable, shortened
 from remend.evaluation.settings import EvaluateSettings
+from remend.files.launch import go_alone, rank
 from remend.plugins import import_installed, import_modules
 from remend.recovery.settings import RecoverConfig
 from remend.training.stopping import code_of, ending_on_signals
@@ -157,16 +159,26 @@ def _hint(verb: Sequence[str], name: str) -> str | None:
     return None if known else hint
 
 
+SHARED = ("recover", "diagnose")
+"""Verbs that several processes carry out together."""
+
+
 def main() -> None:
     """Carry out the line. What a user can mend is printed without a traceback, with exit code 2.
 
-    A signal ends it, with exit code 130 after Ctrl-C and 143 after SIGTERM; whatever else was made of it on its way.
+    A signal ends it, with exit code 130 after Ctrl-C and 143 after SIGTERM; whatever else was made of it on its way. Of
+    several processes all but the first end at once where a verb has nothing for them to do.
     """
     read = Anywhere()
     try:
         with ending_on_signals():
             read = taken_out(sys.argv[1:])
-            console.quiet = read.quiet
+            console.quiet = read.quiet or rank() > 0
+            verb = "".join(read.words[:1])
+            if rank() and verb not in SHARED:
+                raise SystemExit(0)
+            if verb not in (*SHARED, "check"):  # which says what all of them would do
+                go_alone()
             if read.verbose:
                 logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
                 os.environ["TRANSFORMERS_VERBOSITY"] = "info"  # it has a setting of its own
@@ -182,10 +194,16 @@ def main() -> None:
             traceback.print_exc()
         # of the system's: a name that is too long, a place that may not be read
         text = str(error) if isinstance(error, RemendError) else _of_system(error)
+        if rank():  # what all of them found is said by the first, upon whose end a launcher ends the others
+            time.sleep(PATIENCE)
+        who = f" in process {rank()}" if rank() else ""
         for line in text.split("\n"):
-            sys.stderr.write(f"error: {printable(line if len(line) <= LONGEST else line[:LONGEST] + ' …')}\n")
+            sys.stderr.write(f"error{who}: {printable(line if len(line) <= LONGEST else line[:LONGEST] + ' …')}\n")
         raise SystemExit(2) from None
 
+
+PATIENCE = 3
+"""Seconds."""
 
 LONGEST = 2000
 """Characters of a line of an error."""

@@ -12,6 +12,7 @@ from remend.cli.from_settings import FIXED, MODEL, Values, command, options_of, 
 from remend.cli.show import print_line, show, show_cache, show_export
 from remend.cli.show_check import show_check
 from remend.errors import InputError
+from remend.files.launch import go_alone, rank
 from remend.files.run_directory import RunDirectory
 from remend.recovery.settings import RecoverConfig
 from remend.training.cache_settings import CacheSettings
@@ -73,14 +74,18 @@ MEASURE = parameter(
 
 def _recover(fixed: Values, given: Values) -> None:
     recipe, overrides = _arguments(fixed, given)
-    show(remend.recover(recipe, resume=fixed["resume"], **overrides))
+    result = remend.recover(recipe, resume=fixed["resume"], **overrides)
+    if rank() == 0:
+        show(result)
 
 
 def _check(fixed: Values, given: Values) -> None:
     recipe, overrides = _arguments(fixed, given)
     if fixed["measure"] and not fixed["files"]:
         raise InputError("--measure loads the models, and --no-files looks at none; leave one out")
-    show_check(remend.check(recipe, files=fixed["files"], **overrides), measure=fixed["measure"])
+    checked = remend.check(recipe, files=fixed["files"], **overrides)
+    go_alone()  # the others are gone, and wouldn't join what is measured
+    show_check(checked, measure=fixed["measure"])
 
 
 def export(

@@ -16,9 +16,10 @@ from remend.diagnosis import layers, subjects
 from remend.diagnosis.settings import DiagnoseSettings
 from remend.diagnosis.subjects import Subject
 from remend.errors import InputError
+from remend.files.launch import refusals
 from remend.files.run_directory import occupied
 from remend.models.activations.capture import LEAST_ROWS, SITES
-from remend.models.device import choose_device, choose_dtype
+from remend.models.device import choose_device, choose_dtype, device_problem
 from remend.models.find import ModelSource, find_model
 from remend.models.load import check_weights, load_model, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
@@ -64,6 +65,9 @@ def examination(settings: DiagnoseSettings) -> Examination:
     sites = tuple(dict.fromkeys(("residual", *settings.sites)))
     _check(settings, sites)
     device = choose_device(settings.device)
+    problems = [*refusals(), *([problem] if (problem := device_problem(device)) else [])]
+    if problems:
+        raise InputError("\n".join(problems))
     state = PartialState(cpu=device.type == "cpu")
     trust = settings.trust_remote_code
     source = find_model(settings.reference, trust_remote_code=trust)

@@ -72,7 +72,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         names = [n for n in old if n in new] if part == "versions" else ["processor", "threads", "gpus"]
         moved += [f"{n} {old[n]} to {new[n]}" for n in names if n in old and n in new and old[n] != new[n]]
     return moved + [
-        f"{n} {before[n]} to {now[n]}" for n in ("dtype", "device") if n in before and n in now and before[n] != now[n]
+        f"{n} {before[n]} to {now[n]}"
+        for n in ("dtype", "device", "processes")
+        if n in before and n in now and before[n] != now[n]
     ]
 
 

@@ -95,7 +95,8 @@ STEPPED = (METRICS, TRACK, "gate.jsonl")
 
 
 STATE = "state.json"
-"""In a checkpoint, written last: its step, and SHA-256 of its other files, of what was logged, and of itself."""
+"""In a checkpoint, written last: its step, how many processes shared how many prompts a step, and SHA-256 of its other
+files, of what was logged, and of itself."""
 
 
 @dataclass(frozen=True)
@@ -283,8 +284,9 @@ class RunDirectory:
         optimizer: Mapping[str, Tensor],
         keep: int,
         follower: Mapping[str, Tensor] | None = None,
+        about: Mapping[str, int] | None = None,
     ) -> Checkpoint:
-        """Write a checkpoint, then remove the oldest beyond `keep`."""
+        """Write a checkpoint, then remove the oldest beyond `keep`. `about`: what its state says beside the step."""
         from safetensors.torch import save_file
 
         self.flush()
@@ -292,7 +294,7 @@ class RunDirectory:
         with new_directory(target) as directory:
             for name, tensors in (("masters", masters), ("optimizer", optimizer), ("follower", follower or {})):
                 save_file({k: t.detach().contiguous() for k, t in tensors.items()}, directory / f"{name}.safetensors")
-            state = {"step": step, "files": hash_directory(directory), "logged": logged(self.path)}
+            state = {"step": step, **(about or {}), "files": hash_directory(directory), "logged": logged(self.path)}
             (directory / STATE).write_text(json.dumps(signed(state)), encoding="utf-8")
         self.keep_newest(self.checkpoints(), keep)
         return Checkpoint(step, target)

@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from remend.errors import InputError
+from remend.files.launch import on_cpu, on_this_machine, processes
 
 CHUNK_BYTES, CHUNK_LIMIT = 16 * 2**20, 512 * 2**20
 """Least and largest size of one [chunk, V] float32 tensor. The least leaves no mark on a CPU's peak memory and is large
@@ -38,12 +39,14 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' is a CUDA GPU where there is one, else the CPU. Raises InputError for a device that this machine lacks.
+    """'auto' is a CUDA GPU where there is one and accelerate was not told to use none, else the CPU.
+
+    Raises InputError for a device that this machine lacks.
 
     Apple's mps has no float64, in which losses are summed and calibration is solved, so 'auto' never takes it.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and not on_cpu() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -53,6 +56,26 @@ def choose_device(name: str) -> torch.device:
             f'device "{name}" can\'t be used here ({reason}); allowed: auto, cpu, cuda, cuda:N, mps'
         ) from None
     return device
+
+
+def device_problem(device: torch.device) -> str | None:
+    """What stands against several processes on this device, each of which takes the GPU of its number; else None."""
+    count = on_this_machine()
+    if processes() == 1 or device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"device {device} can't be shared by {processes()} processes; give cpu or cuda, or launch one process"
+    if device.index is not None:
+        return (
+            f"device {device} is one GPU, and each of {processes()} processes takes one of its own; give device: cuda, "
+            "and let CUDA_VISIBLE_DEVICES choose the GPUs"
+        )
+    if count > torch.cuda.device_count():
+        return (
+            f"{count} processes on this machine take a GPU each, and torch sees {torch.cuda.device_count()}; launch "
+            "as many as there are GPUs, or give device: cpu"
+        )
+    return None
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -17,6 +17,7 @@ from remend.data.given import write_rows
 from remend.errors import InputError
 from remend.files.atomic import write_json, write_text
 from remend.files.environment import changes, environment
+from remend.files.launch import HOW, SIZE, processes
 from remend.files.lock import only_writer
 from remend.files.run_directory import BEGINNING, MANIFEST, NEXT, RECIPE, SUMMARY, Checkpoint, RunDirectory, manifest_of
 from remend.models.device import mixed_precision
@@ -60,9 +61,14 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """Where the models are: on the plan's device, or of several processes each on the GPU of its number."""
         device: torch.device = self.accelerator.device
-        return device
+        return device if self.accelerator.num_processes > 1 else self.plan.device
+
+    @property
+    def shared(self) -> dict[str, int]:
+        """How many processes share how many prompts a step, for the manifest and each checkpoint."""
+        return {"processes": self.accelerator.num_processes, "prompts_per_step": self.plan.rows}
 
     @property
     def step(self) -> int:
@@ -109,13 +115,18 @@ def begin(plan: Plan, directory: RunDirectory | None, held: ExitStack) -> Run:
         held: what ends with the run.
 
     Raises:
-        InputError: the run's inputs have changed since it began, or another process is at work in it.
+        InputError: the run's inputs have changed since it began, or another process is at work in it; the steps would
+            be others with these processes, or accelerate counts them otherwise than the launcher.
         FileError: what it has logged changed on the disk.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     config = plan.config
+    if directory:
+        _require_same_steps(directory, plan)
+    if plan.device.type == "cuda" and plan.device.index is not None:
+        torch.cuda.set_device(plan.device)  # kernels and libraries that name no device take this one
     accelerator = Accelerator(
         cpu=plan.device.type == "cpu",
         log_with=config.report_to,
@@ -123,6 +134,7 @@ def begin(plan: Plan, directory: RunDirectory | None, held: ExitStack) -> Run:
         # the others wait while one process measures and samples, which may take longer than the usual ten minutes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
+    _require_joined(accelerator, plan)
     if accelerator.is_main_process and directory:
         _lock(directory, held)
         directory.remove_leftovers()
@@ -131,7 +143,7 @@ def begin(plan: Plan, directory: RunDirectory | None, held: ExitStack) -> Run:
         require_same_tokens(recorded, plan.prompts.token_hash, directory)
         if plan.segments:
             note_segments(directory, plan.segments)
-        _warn_of_changes(manifest_of(directory.path), plan)
+        _warn_of_changes(manifest_of(directory.path), plan, accelerator.num_processes)
     resumed = _newest(directory, accelerator, config.keep_checkpoints) if directory else None
     if accelerator.is_main_process and directory and resumed:
         directory.require_logged(resumed)
@@ -143,9 +155,47 @@ def _lock(directory: RunDirectory, held: ExitStack) -> None:
         warn(f"the file system of {directory.path} knows no locks; see to it that one process alone works there")
 
 
-def _warn_of_changes(manifest: Mapping[str, Any], plan: Plan) -> None:
-    """Say what may move a resumed run's figures: other versions, another machine, another dtype or device."""
-    now = {**environment(), **_arithmetic(plan)}
+def _require_joined(accelerator: Accelerator, plan: Plan) -> None:
+    """What was checked is what accelerate has made of the launcher's environment."""
+    count, device = accelerator.num_processes, accelerator.device
+    if count != processes() or (count > 1 and device.type != plan.device.type):
+        raise InputError(
+            f"the environment tells of {processes()} processes on {plan.device.type}, and accelerate has joined "
+            f"{count} on {device.type}; launch by {HOW} N -m remend recover …, or run the command by itself, without "
+            f"the variables {', '.join(SIZE[:2])} and ACCELERATE_USE_CPU"
+        )
+
+
+def _require_same_steps(directory: RunDirectory, plan: Plan) -> None:
+    """A step takes as many prompts as before, and the processes that share it now come to the same one."""
+    recorded, count, path = manifest_of(directory.path), processes(), directory.path
+    began = recorded.get("processes")
+    if began is None and count > 1:
+        raise InputError(
+            f"the run in {path} was begun by a version that multiplied the prompts of a step by the processes, and "
+            "recorded neither; one process can go on with a run that one process began. Otherwise start a new run with "
+            "another out"
+        )
+    if recorded.get("prompts_per_step", plan.rows) != plan.rows:
+        raise InputError(
+            f"a step of the run in {path} took {recorded['prompts_per_step']} prompts, and would take {plan.rows} now; "
+            f"set prompts_per_step to {recorded['prompts_per_step']}, or start a new run with another out"
+        )
+    drops = plan.config.lora is not None and plan.config.lora.dropout > 0
+    if drops and began is not None and began != count:
+        raise InputError(
+            f"the run in {path} was begun with {began} processes, and {count} go on: each draws its own dropout, so "
+            f"the steps would be others. Launch {began} again ({HOW} {began} -m remend recover --resume {path}), or "
+            "start a new run with another out"
+        )
+
+
+def _warn_of_changes(manifest: Mapping[str, Any], plan: Plan, count: int) -> None:
+    """Say what may move a resumed run's figures: other versions, another machine, dtype, device or number of processes.
+
+    Another number of processes adds the same gradients in another order.
+    """
+    now = {**environment(), **_arithmetic(plan), "processes": count}
     changed = changes(manifest, now)
     if changed:
         warn(
@@ -188,7 +238,7 @@ def create(run: Run) -> None:
     if run.main:
         directory = RunDirectory.create(run.directory.path)
         _lock(directory, run.held)
-        _create(run.plan, _inputs(run.plan), directory)
+        _create(run, _inputs(run.plan), directory)
     run.wait()
 
 
@@ -216,7 +266,8 @@ def _inputs(plan: Plan) -> dict[str, Any]:
     return {"models": hashes, "data": plan.prompts.hashes}
 
 
-def _create(plan: Plan, inputs: Mapping[str, Any], directory: RunDirectory) -> None:
+def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory) -> None:
+    plan = run.plan
     recipe, counts = plan.config.model_dump(), plan.prompts.counts()
     manifest = {
         "kind": "recover",
@@ -234,6 +285,7 @@ def _create(plan: Plan, inputs: Mapping[str, Any], directory: RunDirectory) -> N
         "dropped": plan.prompts.dropped,
         "shared_vocabulary": plan.shared,
         "constraint": plan.constraint,
+        **run.shared,
         **_arithmetic(plan),
         "warnings": list(plan.warnings),
         "notes": list(plan.notes),

@@ -126,9 +126,9 @@ def reuses_repair(config: RecoverConfig, streams: Sequence[Stream]) -> bool:
     return config.bootstrap == "repair" and alike and first.teacher.name == reference_of(config)
 
 
-def repair_budget(config: RecoverConfig, answers: int, processes: int) -> int:
+def repair_budget(config: RecoverConfig, answers: int) -> int:
     """Steps that so many answers serve, in whole rounds of sampling; each is trained on off_policy_passes times."""
-    rows, each = config.batch_size * config.gradient_accumulation * processes, config.updates_a_round
+    rows, each = config.prompts_a_step, config.updates_a_round
     served = min(config.steps, config.bootstrap_steps or config.steps, config.off_policy_passes * answers // rows)
     return served if served == config.steps else served // each * each
 
@@ -209,7 +209,7 @@ def gate_of(run: Run, measure: Callable[[], Verdict] | None, decided: Sequence[t
     config = run.plan.config
     mode, budget = config.bootstrap, bootstrap_budget(config)
     if mode == "repair":
-        budget = repair_budget(config, answers, run.accelerator.num_processes)
+        budget = repair_budget(config, answers)
         mode = "on" if budget else "off"
     gate = Gate(mode, budget, measure, run.directory, run.accelerator, list(decided))
     if config.steps and not run.resumed:  # a resumed run has decided, and its weights are not in place yet

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -53,8 +52,7 @@ def in_steps(config: RecoverConfig, streams: Sequence[StreamData]) -> tuple[Reco
     if config.epochs is None:
         return config, None
     written = (config.self_prompts or SELF_PROMPTS) if any(data.unwritten for data in streams) else None
-    size = config.batch_size * config.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-    rows = rows_of([data.stream for data in streams], size)
+    rows = rows_of([data.stream for data in streams], config.prompts_a_step)
     asked, given = config.epochs, written or config.self_prompts
     each = [Epochs(asked, _prompts(data, written or 0), rows[data.stream.name], given) for data in streams]
     longest = max(each, key=lambda epochs: epochs.steps)

@@ -17,6 +17,7 @@ from remend.console import console, stage, warn
 from remend.data.given import as_files, rows_from_python
 from remend.errors import InputError
 from remend.files.atomic import put_aside
+from remend.files.launch import HOW, processes, rank
 from remend.files.reading import read_object
 from remend.files.run_directory import (
     MANIFEST,
@@ -96,7 +97,7 @@ def _as_path(text: str) -> str:
 def _chosen(values: dict[str, Any]) -> dict[str, Any]:
     """The settings with what the user left to remend: a directory by date and student, and prompts of the teacher's."""
     student, teacher = values.get("student"), values.get("teacher")
-    if values.get("out") is None and student is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if values.get("out") is None and student is not None and processes() == 1:
         name = re.sub(r"[^\w.-]+", "-", str(student).rstrip("/").rpartition("/")[2])
         values = {**values, "out": f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-{name}"}
         console.print(f"out: {values['out']}")
@@ -151,7 +152,7 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
     Raises:
         CheckError: problems found before training (all of them).
         InputError, FileError: bad settings, unreadable or unwritable files.
-        TrainingError: loss or gradient is not finite.
+        TrainingError: loss or gradient is not finite, or processes hold different weights.
     """
     with rows_from_python():
         if resume is None:
@@ -169,7 +170,7 @@ def recover(recipe: str | Path | None = None, *, resume: str | Path | None = Non
 def _put_unreadable_aside(directory: RunDirectory) -> None:
     """Move a summary that can't be read out of the way: the run then counts as interrupted, and writes it again."""
     summary = directory.path / SUMMARY
-    if summary.is_file() and not measured(directory.path):
+    if rank() == 0 and summary.is_file() and not measured(directory.path):
         warn(f"it is kept as {put_aside(summary)}, and written again from the last checkpoint")
 
 
@@ -178,7 +179,7 @@ def _without_model(directory: RunDirectory) -> bool:
     if (directory.path / MODEL).is_dir() or not directory.checkpoints():
         return False
     warn(f"{directory.path / MODEL} is gone; it is written again from the last checkpoint")
-    (directory.path / SUMMARY).unlink()
+    (directory.path / SUMMARY).unlink(missing_ok=True)  # another process may have been here
     return True
 
 
@@ -261,7 +262,9 @@ def _how_to_go_on(path: Path) -> str:
         repeated = f"it is saved up to step {saved[-1].step}, and what came after that is done again"
     manifest = manifest_of(path)
     trusted = ["--trust-remote-code"] if manifest["recipe"].get("trust_remote_code") is True else []
-    words = [f"remend recover --resume {shlex.quote(str(path))}", *trusted, options_of(manifest.get("imports", []))]
+    launcher = f"{HOW} {processes()} -m " if processes() > 1 else ""
+    words = [f"{launcher}remend recover --resume {shlex.quote(str(path))}", *trusted]
+    words.append(options_of(manifest.get("imports", [])))
     again = " ".join(word for word in words if word)
     return f"interrupted ({repeated}); go on with: {again}"
 
@@ -330,10 +333,12 @@ def _reopen(
     told = RecoverConfig.own_names(overrides, "settings").get("steps") is not None
     asked = given.steps if told or given.steps != recorded.steps else None
     given = given.model_copy(update={"steps": recorded.steps})
+    if given.prompts_a_step == recorded.prompts_a_step:
+        given = given.model_copy(update={"prompts_per_step": recorded.prompts_per_step})
     for values in (config, given):
         changed = [k for k in RecoverConfig.model_fields if getattr(recorded, k) != getattr(values, k)]
         if changed:
-            named = ", ".join(f"{k}: {getattr(recorded, k)!r} became {getattr(values, k)!r}" for k in changed)
+            named = ", ".join(f"{k}: {_said(recorded, k)} became {_said(values, k)}" for k in changed)
             raise InputError(
                 f"the recipe of {path} changed since the run began ({named}); a resumed run keeps its recipe, but for "
                 "steps, which may be raised. Undo the change, or start a new run with another out."
@@ -345,6 +350,11 @@ def _reopen(
         return config, directory, None
     check_longer(directory, asked)
     return config, directory, asked
+
+
+def _said(config: RecoverConfig, key: str) -> str:
+    """A setting as a message has it; the prompts of a step also where the recipe leaves them to others."""
+    return repr(config.prompts_a_step if key == "prompts_per_step" else getattr(config, key))
 
 
 def _require_trust(path: Path, recorded: RecoverConfig, said: Mapping[str, object]) -> None:

@@ -128,7 +128,7 @@ def _step(
         def learn() -> None:
             output = distillation((source, rollouts))
             for total, count in output.sums.values():
-                run.accelerator.backward(total / count)
+                torch.autograd.backward(total / count)
 
         theirs = scoring(facts.reference or facts.student, len(rollouts), asked, tokens)
         learn()

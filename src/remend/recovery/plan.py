@@ -138,8 +138,8 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Prompts of a step, in this process."""
-        return self.config.batch_size * self.config.gradient_accumulation
+        """Prompts of a step, of all processes together."""
+        return self.config.prompts_a_step
 
     def verdict(self) -> str:
         """One line."""

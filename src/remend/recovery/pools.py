@@ -31,7 +31,7 @@ def build_sources(
     parameters as the student came in, where they have changed since (repair).
     """
     plan, teachers = run.plan, dict(known)
-    rows = rows_of([data.stream for data in run.prompts.streams], plan.rows * run.accelerator.num_processes)
+    rows = rows_of([data.stream for data in run.prompts.streams], plan.rows)
     workplace = run.workplace(student, initial)
     sources = []
     for data in run.prompts.streams:

@@ -15,13 +15,14 @@ from remend.compression.recognise import PLAIN, Recognised, read_record, recogni
 from remend.data.examples import Example
 from remend.data.templates import encode
 from remend.errors import FileError, InputError, did_you_mean, shortened
+from remend.files.launch import HOW, alone_among_several, mixed_precision, processes, refusals
 from remend.files.reading import read_object
 from remend.files.run_directory import occupied
 from remend.models.activations.capture import LEAST_ROWS
 from remend.models.activations.walkable import seen_of_skeleton
 from remend.models.adapters import check_targets, unmergeable, untouched_experts
 from remend.models.attention import attention_problem
-from remend.models.device import choose_device, choose_dtype, gpu_has_bfloat16
+from remend.models.device import choose_device, choose_dtype, device_problem, gpu_has_bfloat16
 from remend.models.find import ModelSource, fetch_model, find_model, origin_note
 from remend.models.load import check_weights, load_config, load_tokenizer, skeleton
 from remend.models.protocols import CausalLM, Tokenizer
@@ -77,6 +78,7 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
     with say.collecting():
         device = choose_device(config.device)
     _check_settings(config, say)
+    _check_launch(config, device, say)
     if config.dtype == "bfloat16" and device.type == "cuda" and not gpu_has_bfloat16():
         say.warnings.append("this GPU has no bfloat16 of its own, and emulates it; dtype: auto takes float32")
     streams, reference = _streams(config, say)
@@ -95,7 +97,7 @@ def _streams(config: RecoverConfig, say: Findings) -> tuple[list[Stream], str]:
     with say.collecting():
         streams = resolve(config)
         reference = reference_of(config)
-        rows_of(streams, config.batch_size * config.gradient_accumulation)
+        rows_of(streams, config.prompts_a_step)
         say.problems += problems(config, streams)
     say.warnings += warnings(config, streams)
     return streams, reference
@@ -230,6 +232,31 @@ def _check_settings(config: RecoverConfig, say: Findings) -> None:
         _check_tracker(config.report_to, say)
     if config.eval_data and config.held_out is not None:
         say.warnings.append("held_out has no effect, since eval_data is given")
+
+
+def _check_launch(config: RecoverConfig, device: torch.device, say: Findings) -> None:
+    """What the processes that were launched can't share, and what of accelerate's configuration can't be had."""
+    count = processes()
+    say.problems += refusals()
+    if (problem := device_problem(device)) is not None:
+        say.problems.append(problem)
+    if count > config.prompts_a_step:
+        say.problems.append(
+            f"{count} processes share the prompts of a step, which are {config.prompts_a_step}; launch "
+            f"{config.prompts_a_step} at most, or raise prompts_per_step"
+        )
+    if count > 1 and config.alignment is not None:
+        say.problems.append(
+            f"alignment compares the rows of a micro-batch, which {count} processes cut otherwise than one; leave it "
+            "out, or launch one process"
+        )
+    if mixed_precision() == "bf16" and choose_dtype(config.dtype, device) == torch.float32:
+        say.warnings.append("accelerate's mixed_precision bf16 has no effect: dtype decides, and it is float32 here")
+    if alone_among_several():
+        say.warnings.append(
+            "accelerate launch was asked for several processes and has started this one alone, as it does on a CPU; "
+            f"{HOW} N -m remend … starts N that share a step"
+        )
 
 
 def _check_tracker(name: str, say: Findings) -> None:

@@ -91,9 +91,12 @@ class Rounds:
         taken: dict[tuple[int, int, int], Rollout] = {}
         asked: dict[tuple[int, float], list[tuple[tuple[int, int, int], Encoded, int]]] = {}
         for step in steps:
+            turn = self.process
             for number, source in enumerate(self.sources):
                 start = (step - 1) * source.rows
-                for at in range(start, start + source.rows)[self.process :: self.processes]:
+                mine = range(start, start + source.rows)[turn % self.processes :: self.processes]
+                turn -= source.rows  # the next stream's first row is the next process's
+                for at in mine:
                     if source.order is None or not on_policy or not source.own(self.seed, at):
                         assert source.pool is not None
                         taken[step, number, at] = source.pool.take(at, 1)[0][1]

@@ -17,6 +17,13 @@ def problems(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
     for stream in streams:
         yield from _stream_problems(config, stream)
     on_policy, trained = any(s.on_policy for s in streams), [s for s in streams if s.weight]
+    product = config.batch_size * config.gradient_accumulation
+    if config.prompts_per_step and config.gradient_accumulation > 1 and config.prompts_per_step != product:
+        yield (
+            f"prompts_per_step is {config.prompts_per_step}, and batch_size · gradient_accumulation is "
+            f"{config.batch_size} · {config.gradient_accumulation} = {product}; leave gradient_accumulation out, or "
+            "prompts_per_step"
+        )
     if not trained:
         yield "every stream has weight 0: nothing would be trained"
     if trained and all(_gives_back(config, s) for s in trained):

@@ -29,6 +29,7 @@ from remend.recovery.selection import Selection
 from remend.recovery.tracking import Observer, observer_of
 from remend.recovery.training import hooks_of, step_function, train_student, trained_parts
 from remend.recovery.written_prompts import all_prompts
+from remend.training.agreement import require_alike
 from remend.training.constraints import kind_of
 
 
@@ -86,6 +87,9 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
     if not repaired.start:
         initial = None  # nothing has changed since: the trainable parameters are the initial ones
     constraint = hold(run, student, reference, repaired)
+    served = {f"the model's {name}": parameter for name, parameter in student.named_parameters()}
+    require_alike(run.accelerator, {**constraint.masters(), **served}, "before the first step")
+    del served
     repair, answers = repaired.record, repaired.answers
     del repaired  # its masters are as large as the model, and the constraint has its own
 

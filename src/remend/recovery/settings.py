@@ -222,8 +222,9 @@ class RecoverConfig(Settings):
         "max_prompt_length": "max_prompt_tokens is the limit; longer prompts are dropped, and never cut",
         "push_to_hub": "a finished run is uploaded by remend push RUN ORG/NAME, and never without being asked",
         "hub_model_id": "a finished run is uploaded by remend push RUN ORG/NAME",
-        "deepspeed": "several GPUs share a step with accelerate launch; a model is not sharded over them yet",
-        "fsdp": "several GPUs share a step with accelerate launch; a model is not sharded over them yet",
+        "deepspeed": "several GPUs share a step with torchrun or accelerate launch; a model is not sharded over them "
+        "yet",
+        "fsdp": "several GPUs share a step with torchrun or accelerate launch; a model is not sharded over them yet",
         "resume_from_checkpoint": "remend recover --resume RUN goes on from the last checkpoint",
         "warmup_ratio": "warmup_steps is a number of steps",
         "lr_scheduler_type": "the rate warms up for warmup_steps, then a cosine takes it to final_learning_rate",
@@ -250,8 +251,17 @@ class RecoverConfig(Settings):
             "demonstration_template",
         ),
         "Training": (
-            *("steps", "epochs", "batch_size", "gradient_accumulation", "gradient_checkpointing", "learning_rate"),
-            *("warmup_steps", "final_learning_rate", "weight_decay", "max_grad_norm", "beta", "loss", "top_k"),
+            *("steps", "epochs", "prompts_per_step", "batch_size", "gradient_accumulation", "gradient_checkpointing"),
+            *(
+                "learning_rate",
+                "warmup_steps",
+                "final_learning_rate",
+                "weight_decay",
+                "max_grad_norm",
+                "beta",
+                "loss",
+                "top_k",
+            ),
             *("max_new_tokens", "skip_first_tokens", "updates_per_rollout", "temperature", "ema", "bootstrap"),
             *("bootstrap_steps", "off_policy_passes", "alignment"),
         ),
@@ -293,11 +303,22 @@ class RecoverConfig(Settings):
     epochs: OptionalNumber = Field(
         None, gt=0, description="in place of steps: how often the training prompts are gone through, 0.5 for half"
     )
+    prompts_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="prompts per step, of all processes together; by default batch_size · gradient_accumulation, "
+        "however many processes there are",
+    )
     batch_size: int = Field(
-        8, ge=1, description="prompts per micro-batch (TRL's trainers have 8; the figures here were measured with 8)"
+        8,
+        ge=1,
+        description="prompts per micro-batch at most (TRL's trainers have 8; the figures here were measured with 8)",
     )
     gradient_accumulation: int = Field(
-        1, ge=1, description="how many micro-batches a step has; it samples all its rollouts first"
+        1,
+        ge=1,
+        description="how many micro-batches a step of one process has, where prompts_per_step is left out; a step "
+        "samples all its rollouts first",
     )
     gradient_checkpointing: bool | None = Field(
         None,
@@ -488,6 +509,11 @@ class RecoverConfig(Settings):
         if not (values.get("streams") or values.get("teacher") is not None):
             said.append(f'"teacher" is missing ({cls.model_fields["teacher"].description})')
         return said
+
+    @property
+    def prompts_a_step(self) -> int:
+        """`prompts_per_step`, or without it those of the micro-batches; of all processes together."""
+        return self.prompts_per_step or self.batch_size * self.gradient_accumulation
 
     @property
     def updates_a_round(self) -> int:

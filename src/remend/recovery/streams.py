@@ -137,7 +137,7 @@ def rows_of(streams: Sequence[Stream], size: int) -> dict[str, int]:
     if size < len(streams):
         raise InputError(
             f"a step has {size} prompts and there are {len(streams)} streams, each of which needs one; raise "
-            "batch_size or gradient_accumulation"
+            "prompts_per_step or batch_size"
         )
     total = sum(s.share for s in streams)
     exact = {s.name: max(1.0, size * s.share / total) for s in streams}

@@ -171,6 +171,7 @@ def train_student(
                 run.resumed,
                 config.updates_a_round,
                 first=bool(repair and repair["kept"] and config.steps_a_checkpoint),
+                about=run.shared,
             ),
             watch=Watch([shown(hook) for hook in hooks], on_step, stop),
             follower=objective,

@@ -188,8 +188,7 @@ def steps_for(config: RecoverConfig, tokens: int, mean: Mapping[str, float]) -> 
     """Optimizer steps that train on about so many tokens, given each stream's mean completion."""
     if not tokens:
         return 0
-    size = config.batch_size * config.gradient_accumulation
-    rows = rows_of(resolve(config), size)
+    rows = rows_of(resolve(config), config.prompts_a_step)
     return max(1, round(tokens / sum(count * mean.get(name, longest(config)) for name, count in rows.items())))
 
 

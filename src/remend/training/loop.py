@@ -24,6 +24,7 @@ from torch import Tensor
 from remend.errors import InputError, TrainingError
 from remend.files.environment import memory_mib
 from remend.files.run_directory import METRICS, TIMING, Checkpoint, RunDirectory
+from remend.training.agreement import require_alike
 from remend.training.constraints import Constraint
 from remend.training.stopping import Stopped, Wish, at_the_end_of_a_round
 
@@ -140,6 +141,7 @@ class Saving:
     every, keep: a checkpoint every so many steps of a segment and after its last (0: none); the last `keep` stay.
     together: steps that one round of sampling feeds.
     first: a checkpoint before the first step too.
+    about: what a checkpoint's state says beside its step.
     resume: continue from this checkpoint; the trajectory is the uninterrupted one.
     """
 
@@ -149,6 +151,7 @@ class Saving:
     resume: Checkpoint | None = None
     together: int = 1
     first: bool = False
+    about: Mapping[str, int] = field(default_factory=dict)
 
 
 Hook = Callable[[int], Mapping[str, float] | None]
@@ -191,7 +194,8 @@ def train(
         follower: what moves along with the weights and is saved with them.
 
     Raises:
-        TrainingError: loss or gradient is NaN or infinite; weights and files stay as the last good step left them.
+        TrainingError: loss or gradient is NaN or infinite, or the processes hold different weights; files stay as the
+            last good step left them.
         Stopped: a signal came, and a checkpoint was saved after the last step.
     """
     watch, resume = watch or Watch(), saving.resume
@@ -223,7 +227,10 @@ def train(
             for hook in watch.hooks:
                 _log(saving, accelerator, step, hook(step) or {})
             ends = optimization.ends_a_round(step, saving.together) and _wished(wish, accelerator, device)
-            if (ends or optimization.saves_at(step, saving.every, saving.together)) and accelerator.is_main_process:
+            saves = ends or optimization.saves_at(step, saving.every, saving.together)
+            if saves or step == optimization.last:
+                require_alike(accelerator, constraint.masters(), f"after step {step}")
+            if saves and accelerator.is_main_process:
                 _save(saving, step, constraint, optimizer, follower)
             if ends:
                 raise Stopped(ends)
@@ -285,7 +292,7 @@ def _gradients(
                 loss = loss + objective.weights[stream] * output.sums[stream][0] / totals[i].item()
                 sums[i] += output.sums[stream][0].detach().double()
         if loss.requires_grad:  # a micro-batch of completions shorter than what is skipped gives none
-            accelerator.backward(loss)
+            torch.autograd.backward(loss)  # accelerate's own divides and scales as its configuration says
         for name, value in output.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value
     sums = _over_processes(accelerator, sums)
@@ -357,7 +364,7 @@ def _save(
                 tensors[f"{name}.{key}"] = optimizer.state[master][key]
     # rollouts and prompt order derive from seed and step, so the only random state is the step itself
     followed = follower.state() if follower else {}
-    saving.run.save_checkpoint(step, constraint.masters(), tensors, saving.keep, followed)
+    saving.run.save_checkpoint(step, constraint.masters(), tensors, saving.keep, followed, saving.about)
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from remend.data.answers import with_answer
 from remend.data.examples import Answer, Example
 from remend.data.order import Order
 from remend.data.templates import Refused, require_readable
+from remend.errors import InputError
+from remend.files.launch import refusals
 from remend.files.run_directory import RunDirectory
 from remend.maths.losses import chunked_cross_entropy_sum
 from remend.models.device import chunk_rows
@@ -106,8 +108,11 @@ def fit(
 ) -> None:
     """Train from start to end in one process; `directory` gets the steps' rows, and no checkpoint.
 
-    Raises TrainingError where loss or gradient is not finite.
+    Raises TrainingError where loss or gradient is not finite, InputError for a configuration of accelerate's that is
+    refused.
     """
+    if problems := list(refusals()):
+        raise InputError("\n".join(problems))
     # the first Accelerator of a process settles the device of all; this one only counts processes, so it may differ
     accelerator = Accelerator(cpu=objective.student.device.type == "cpu" and not is_initialized())
     with stage(title, optimization.steps) as advance:
