@@ -45,7 +45,7 @@ def repaired(recipes: dict[str, dict[str, Any]]) -> RecoverResult:
 def pairs(
     recipes: dict[str, dict[str, Any]], repaired: RecoverResult, diagnosis: dict[str, Any], place: Path
 ) -> dict[str, Path]:
-    """The runs and the diagnosis of two processes, all by one launch with a configuration of accelerate that would divide gradients.
+    """The runs and the diagnosis of two processes, all by one launch; accelerate is told to divide gradients.
 
     In `undone` repair makes the student worse; in `resumed` two processes go on with the run of one.
     """
