@@ -70,7 +70,7 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def as_users_have_it() -> Iterator[dict[str, Any]]:
+def short_cuts() -> Iterator[dict[str, Any]]:
     """Strangers read an export in this process and at one dtype, and no file waits for the disk.
 
     What a power cut leaves is the campaign's to show: it watches what is flushed. What was in the place of the
@@ -87,9 +87,9 @@ def as_users_have_it() -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture
-def own_process(as_users_have_it: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def own_process(short_cuts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Strangers run as they do for users."""
-    for name, value in as_users_have_it.items():
+    for name, value in short_cuts.items():
         monkeypatch.setattr(f"remend.exporting.check.{name}", value)
 
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from helpers.tiny import prompts
 from remend.data.examples import bundled
 from remend.degrade.finetune import FULL_RATE, LORA_RATE, finetune
-from remend.degrade.making import job
 from remend.errors import InputError
 from remend.files.run_directory import METRICS, RunDirectory
 
@@ -42,10 +41,7 @@ def losses(path: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
-def test_it_learns_forgets_and_records(
-    task: str, reference_dir: Path, tmp_path: Path, lora: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job, "PROBE_PROMPTS", 4)
+def test_it_learns_forgets_and_records(task: str, reference_dir: Path, tmp_path: Path, lora: Any) -> None:
     out = tmp_path / "tuned"
     record = finetune(
         str(reference_dir), out, data=task, steps=30, learning_rate=1e-2 if lora else 3e-3, lora=lora, device="cpu",

@@ -24,11 +24,6 @@ SYSTEM = (
 INT4 = {"format": "int4-g32-sym", "device": "cpu"}
 
 
-@pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "PROBE_PROMPTS", 4)
-
-
 @pytest.fixture
 def strict(tmp_path: Path) -> tuple[Path, PreTrainedTokenizerFast]:
     """A model whose template wants a system turn, which bundled prompts don't have."""

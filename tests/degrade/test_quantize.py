@@ -97,7 +97,6 @@ def test_gptq_costs_less_than_rounding_to_nearest(calibrated: Damage) -> None:
 def made(reference_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Quantizes the tiny model by GPTQ into a new directory: (directory, record)."""
     monkeypatch.setattr(job, "CALIBRATION_TOKENS", 8)
-    monkeypatch.setattr(job, "PROBE_PROMPTS", 4)
 
     def make(name: str, **options: Any) -> tuple[Path, dict[str, Any]]:
         record = quantize(

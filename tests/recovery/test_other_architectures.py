@@ -33,10 +33,12 @@ def pair(request: pytest.FixtureRequest, tokenizer: Any, tmp_path: Path) -> tupl
 def test_they_are_recovered_and_diagnosed(pair: tuple[Path, Path], prompt_file: Path, tmp_path: Path) -> None:
     student, teacher = pair
     recipe = small_recipe(student, teacher, prompt_file, tmp_path / "run")
-    length = {"steps": 6, "batch_size": 8, "max_new_tokens": 8, "save_every": 0, "diagnose_every": 3}
+    length = {"steps": 4, "batch_size": 8, "max_new_tokens": 8, "save_every": 0, "diagnose_every": 4}
     result = remend.recover(**{**recipe, **length})
     assert result.summary["recovered"]["kl"] < result.summary["degraded"]["kl"]
-    diagnosis = remend.diagnose(str(teacher), [str(teacher)], tmp_path / "diagnosis", data=str(prompt_file))
+    diagnosis = remend.diagnose(
+        str(teacher), [str(teacher)], tmp_path / "diagnosis", data=str(prompt_file), max_new_tokens=8
+    )
     assert diagnosis["behaviour"]["kl"] == pytest.approx(0, abs=1e-9)
     assert {layer["cka"] for layer in diagnosis["layers"]} == {1.0}
 

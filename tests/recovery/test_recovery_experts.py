@@ -30,13 +30,9 @@ SIZES: dict[str, Any] = {
 CHOSEN: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MODELS: dict[str, Callable[..., Any]] = {
     "mixtral": lambda **ids: T.MixtralForCausalLM(T.MixtralConfig(**SIZES, **CHOSEN, **ids)),
-    "qwen3-moe": lambda **ids: T.Qwen3MoeForCausalLM(
-        T.Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16, **ids)
-    ),
     "gpt-oss": lambda **ids: T.GptOssForCausalLM(T.GptOssConfig(**SIZES, **CHOSEN, head_dim=16, **ids)),
     "gpt2": lambda **ids: T.GPT2LMHeadModel(T.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, **ids)),
 }
-EXPERTS = {"mixtral", "qwen3-moe", "gpt-oss"}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +55,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def recipe(place: Path, student: Path, out: Path, **more: Any) -> dict[str, Any]:
-    length = {"steps": 18, "batch_size": 8, "max_new_tokens": 8, "held_out": 8, "save_every": 6}
-    how = {"learning_rate": 1e-3, "repair": False, "device": "cpu", "dtype": "float32"}
+    length = {"steps": 12, "batch_size": 8, "max_new_tokens": 8, "held_out": 8, "save_every": 4}
+    how = {"learning_rate": 2e-3, "repair": False, "device": "cpu", "dtype": "float32"}
     data = {"data": str(place / "prompts.jsonl"), "teacher": str(place / "whole")}
     return {"student": str(student), **data, "out": str(out), **length, **how, **more}
 
@@ -105,10 +101,10 @@ def test_every_matrix_stays_on_its_grid_and_a_part_of_the_gap_closes(
     after.check(saved(out / "model"))
     changed = moved(grids(student), after)
     assert len(changed) == len(after.matrices)
-    assert any("experts" in key for key in changed) == (name in EXPERTS)
+    assert any("experts" in key for key in changed) == (name != "gpt2")
 
     if name == "gpt-oss":  # its experts lie the other way round; the loop that resumes is one for all
-        torn = torn_copy(out, tmp_path / "torn", 12)
+        torn = torn_copy(out, tmp_path / "torn", 8)
         assert run("recover", "--resume", torn)[0] == 0
         ours, theirs = weights(torn / "model"), weights(out / "model")
         assert all(ours[key].equal(theirs[key]) for key in theirs)
@@ -132,7 +128,7 @@ def test_zeros_of_experts_stay_where_they_are(name: str, whole: Any, tmp_path: P
     assert summary["constraint"] == "mask, 50.0% zeros (2:4)"
     assert summary["recovered"]["kl"] < 0.85 * summary["degraded"]["kl"]
     assert all(0.49 < float(zero.float().mean()) < 0.51 for zero in same_zeros(student, out / "model"))
-    torn = torn_copy(out, tmp_path / "torn", 12)
+    torn = torn_copy(out, tmp_path / "torn", 8)
     assert run("recover", "--resume", torn)[0] == 0
     ours, theirs = weights(torn / "model"), weights(out / "model")
     assert all(ours[key].equal(theirs[key]) for key in theirs)

@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import pytest
 from helpers.recovering import assert_equal_runs
 from remend.files.run_directory import METRICS, SUMMARY, RunDirectory
 from remend.recovery.job import RecoverResult, recover
+from remend.training.constraints.grid import GridKind
 from remend.training.stopping import Stopped, at_the_end_of_a_round, code_of, ending_on_signals
 
 
@@ -54,32 +51,27 @@ def test_the_code_is_found_behind_what_was_made_of_it() -> None:
     assert code_of(SystemExit(130)) is None
 
 
-def begun(recipe: dict[str, Any], tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
-    """`remend recover` in a process of its own, and its run."""
-    out = tmp_path / "run"
-    place = tmp_path / "recipe.yaml"
-    place.write_text(json.dumps({**recipe, "out": str(out)}))  # JSON is YAML
-    command = [sys.executable, "-m", "remend", "recover", str(place)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True), out
-
-
-def wait_for(process: subprocess.Popen[str], happened: Any) -> None:
-    until = time.monotonic() + 240
-    while not happened():
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_training_saves_and_says_how_it_goes_on(
-    repaired_recipe: dict[str, Any], repaired_run: RecoverResult, tmp_path: Path, number: int, code: int
+    repaired_recipe: dict[str, Any],
+    repaired_run: RecoverResult,
+    tmp_path: Path,
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
 ) -> None:
-    process, out = begun({**repaired_recipe, "save_every": 0}, tmp_path)
-    wait_for(process, lambda: (out / METRICS).is_file() and len(RunDirectory(out).rows(METRICS)) > 1)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=240)
-    assert process.returncode == code, told
+    append, out = RunDirectory.append, tmp_path / "run"
+
+    def noted(directory: RunDirectory, name: str, row: dict[str, Any]) -> None:
+        append(directory, name, row)
+        if name == METRICS and row["step"] == 2:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append", noted)
+        ended, _, told = run("recover", written({**repaired_recipe, "save_every": 0, "out": str(out)}, tmp_path))
+    assert ended == code, told
     (saved,) = RunDirectory(out).checkpoints()
     assert saved.step % repaired_recipe["updates_per_rollout"] == 0 or saved.step == repaired_recipe["steps"]
     assert f"saved up to step {saved.step}" in told
@@ -90,13 +82,19 @@ def test_training_saves_and_says_how_it_goes_on(
     assert_equal_runs(repaired_run, recover(resume=out))
 
 
-def test_before_training_it_ends_at_once(repaired_recipe: dict[str, Any], tmp_path: Path) -> None:
-    process, out = begun({**repaired_recipe, "repair_samples": 400}, tmp_path)
-    wait_for(process, lambda: (out / "baseline.json").is_file())
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=240)
-    assert process.returncode == 143, told
+def test_before_training_it_ends_at_once(
+    repaired_recipe: dict[str, Any], tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GridKind, "repair", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    out = tmp_path / "run"
+    code, _, told = run("recover", written({**repaired_recipe, "out": str(out)}, tmp_path))
+    assert code == 143, told
     assert "everything so far is done again" in told
+    assert (out / "baseline.json").is_file()
     assert not (out / SUMMARY).exists()
     assert not list(out.glob(".remend-tmp-*"))
-    shutil.rmtree(out)
+
+
+def written(recipe: dict[str, Any], folder: Path) -> Path:
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    return folder / "recipe.yaml"

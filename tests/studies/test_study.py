@@ -165,7 +165,8 @@ def test_kept_models_are_graded_on_a_new_benchmark(write: Any, tmp_path: Path) -
 
 def test_every_how_runs(write: Any, tmp_path: Path) -> None:
     hows = ["sft", "sft-teacher", "off-policy", "on-policy", "on-policy+bootstrap", "on-policy+repair", "on-policy+cka"]
-    methods = {"none": "none", **{how.replace("+", "-"): how for how in hows}}
+    methods: dict[str, Any] = {"none": "none", **{how.replace("+", "-"): how for how in hows}}
+    methods["on-policy-repair"] = {"how": "on-policy+repair", "recipe": {"repair_samples": 6}}
     results = study(write(methods=methods, budget={"tokens": 40}, measurements=1), tmp_path / "out")
     assert results["failures"] == {}
     rows = {row["how"]: row for row in results["rows"]}
