@@ -24,6 +24,8 @@ from helpers.tiny import build_model
 from remend.degrade.depth import prune_depth
 from remend.degrade.making.blocks import cosines, least_influence, nearest_ends, without_blocks
 from remend.errors import InputError
+from remend.files.reading import read_object
+from remend.files.signed import signed
 from remend.models.layers import decoder_layers
 
 TOKENS = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -99,7 +101,7 @@ def test_a_model_without_blocks_computes_what_the_others_compute(deep_dir: Path,
     assert record["layer_map"] == [0, 2, 4]
     assert record["removed_layers"] == [1, 3]
     assert record["packed_bytes"] == 2 * student.num_parameters()
-    assert json.loads((tmp_path / "out" / "degradation.json").read_text()) == record
+    assert read_object(tmp_path / "out" / "degradation.json") == signed(record)
 
 
 def test_the_cache_works_in_the_shallower_model(deep_dir: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from helpers.tiny import TEMPLATE, build_model, build_tokenizer
 from remend.degrade.finetune import finetune
 from remend.degrade.making import job
 from remend.degrade.quantize import quantize
+from remend.files.reading import read_object
+from remend.files.signed import signed
 
 SYSTEM = (
     "{% if add_generation_prompt and messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -52,7 +53,7 @@ def test_own_data_is_probed_too_where_the_template_refuses_the_bundled_prompts(
     pairs = rows(tmp_path / "pairs.jsonl", 6, completion="Hi there")
     record = finetune(model, tmp_path / "ft", data=pairs, steps=2, device="cpu", dtype="float32")
     assert record["probe"]["prompts"] == 4
-    assert json.loads((tmp_path / "ft" / "degradation.json").read_text()) == record
+    assert read_object(tmp_path / "ft" / "degradation.json") == signed(record)
 
 
 def test_calibration_and_probe_take_different_rows(
@@ -76,7 +77,7 @@ def test_a_probe_that_fails_loses_nothing_and_says_what_repeats_it(
     record = quantize(str(strict[0]), tmp_path / "q", **INT4)
     assert "probe" not in record
     assert (tmp_path / "q" / "model.safetensors").is_file()
-    assert json.loads((tmp_path / "q" / "degradation.json").read_text()) == record
+    assert read_object(tmp_path / "q" / "degradation.json") == signed(record)
     err = " ".join(capsys.readouterr().err.split())
     assert f"{tmp_path / 'q'} is saved, but what it lost could not be measured" in err
     assert f"remend diagnose --reference {strict[0]} --student {tmp_path / 'q'} --data PROMPTS.jsonl" in err

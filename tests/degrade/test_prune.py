@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from remend.degrade.making import job
 from remend.degrade.making.zeros import Sparsity, zero_smallest
 from remend.degrade.prune import prune
 from remend.errors import InputError
+from remend.files.reading import read_object
+from remend.files.signed import signed
 from remend.models.sampling.rollout import Rollout
 
 
@@ -59,7 +60,7 @@ def test_magnitude_zeroes_the_smallest_half_of_each_matrix(
     assert record["sparsity"] == 0.5
     assert record["bits_per_weight"] == 9.0
     assert record["packed_bytes"] == packed_by_hand(reference_dir, 0.5)
-    assert json.loads((tmp_path / "out" / "degradation.json").read_text()) == record
+    assert read_object(tmp_path / "out" / "degradation.json") == signed(record)
 
 
 def packed_by_hand(reference_dir: Path, sparsity: float) -> int:
