@@ -107,13 +107,11 @@ def test_a_matrix_that_was_not_reached_is_a_refusal() -> None:
     assert shares(model, "masked", keys[1:], ["*0.self_attn.q_proj"])["masked"] < 1
 
 
-def test_the_command_prints_the_shares(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from remend.cli.show import show_damage
-
-    record = quantize(str(mixtral), tmp_path / "out", format="int4-g32-sym", probe=False)
-    show_damage("out", json.loads((tmp_path / "out" / "degradation.json").read_text()))
-    said = capsys.readouterr().out
-    assert f"decoder: 100.0% on the grid, 0.0% untouched of {record['decoder']['weights']} matrix weights" in said
+def test_the_command_prints_the_shares(mixtral: Path, tmp_path: Path, run: Any) -> None:
+    words = ("--format", "int4-g32-sym", "--no-probe", "--out", tmp_path / "out")
+    _, said, _ = run("degrade", "quantize", mixtral, *words)
+    weights = json.loads((tmp_path / "out" / "degradation.json").read_text())["decoder"]["weights"]
+    assert f"decoder: 100.0% on the grid, 0.0% untouched of {weights} matrix weights" in said
     assert "192 weights of routers stay dense" in said
 
 
