@@ -219,7 +219,7 @@ def test_lora_beside_a_grid_leaves_the_base_and_learns(
 ) -> None:
     """Nothing is repaired under it, so training begins on-policy."""
     before = {p: p.read_bytes() for p in student_dir.rglob("*") if p.is_file()}
-    rest = {"steps": 10, "learning_rate": 3e-2, "save_every": 0, "repair": True, "bootstrap": "repair"}
+    rest = {"steps": 20, "learning_rate": 2e-2, "save_every": 0, "repair": True, "bootstrap": "repair"}
     result = recover(**{**recipe, **rest, "lora": {"rank": 8}})
     assert {p: p.read_bytes() for p in student_dir.rglob("*") if p.is_file()} == before
     names = {p.name for p in result.model.iterdir()}
