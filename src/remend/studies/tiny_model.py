@@ -19,6 +19,7 @@ import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from random import Random
 from typing import cast
@@ -149,7 +150,7 @@ DEEDS = ["cleans", "paints", "drops", "hides", "mends", "weighs", "draws", "sell
 MANNERS = ["slowly", "quickly", "with care", "in the dark", "at noon", "for fun", "in a hurry", "twice"]
 MOODS = ["glad", "sad", "tired", "angry", "proud", "surprised"]
 STORIES = 20
-"""A thing."""
+"""Of each thing, each with two other owners."""
 
 STORY = (
     "{one} has a {size} {colour} {thing}.",
@@ -217,11 +218,10 @@ def story_rows(held_out: bool) -> list[JsonObject]:
     """Prompts with a story each, in the form of `general_rows`."""
     rows = []
     for thing in THINGS:
-        for number in range(STORIES):
-            if _held("story", thing, number) != held_out:
+        for one, two in _draw("pairs", thing).sample([*permutations(OWNERS, 2)], STORIES):
+            if _held("story", thing, one, two) != held_out:
                 continue
-            draw = _draw("story", thing, number)
-            one, two = draw.sample(OWNERS, 2)
+            draw = _draw("story", thing, one, two)
             facts = {"thing": thing, "one": one, "two": two}
             pools = {"size": SIZES, "day": DAYS, "other": THINGS, "mood": MOODS}
             facts |= {f"{kind}{again}": draw.choice(pool) for kind, pool in pools.items() for again in ("", "2")}
