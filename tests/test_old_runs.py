@@ -59,7 +59,8 @@ def test_its_report_says_the_same() -> None:
 
 
 def _tables(page: Path) -> list[list[str]]:
-    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    text = page.read_text(encoding="utf-8").replace("nats a token", "nats per token")  # as it read then
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
