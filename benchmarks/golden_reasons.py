@@ -67,6 +67,12 @@ EXPLAINED = [
     Explained(PAGES, r".*", file=r".*\b(report\.(md|html|json)|README\.md)"),
     Explained(PROGRESS, r"line \d+", file=r"logs/(\w+-(killed|resumed)|\d+-(study|compare|diagnose|track))\.txt"),
     Explained(
+        PROGRESS,
+        r"line \d+",
+        r"|What to do next:|  .*|.* bits (a|per) weight, .*|probe: .*|.*(bytes|MiB)",
+        r"logs/(degrade-\w+|\d+-(export|eval))\.txt",
+    ),
+    Explained(
         "zeros are told of pruned models alone",
         r"line \d+",
         r"sparsity: .*",
