@@ -77,7 +77,7 @@ def test_all_problems_are_told_at_once() -> None:
     assert all(line.startswith("r.yaml: ") for line in lines)
     for part in ('"teacher" is missing (the healthy model', '"out" is missing'):
         assert sum(part in line for line in lines) == 1
-    assert 'r.yaml: "steps" is -1: allowed: a number of steps from 0, or auto' in lines
+    assert 'r.yaml: "steps" is -1: allowed: a number of steps from 0 to 1000000, or auto' in lines
     assert 'r.yaml: "beta" is 2.0: input should be less than or equal to 1' in lines
     assert any('unknown key "colour"' in line for line in lines)
 

@@ -27,6 +27,9 @@ from remend.models.lora import LoraConfig
 
 OptionalNumber = Annotated[float | None, BeforeValidator(as_number)]
 
+MOST = 1_000_000
+"""Prompts per step, and steps: beyond any run, and what is counted one by one still ends."""
+
 WARM_UP = 5
 """Steps of warm-up where the recipe names none."""
 
@@ -69,9 +72,9 @@ class Auto(int):
 def _steps(value: object) -> int:
     if value == AUTO or isinstance(value, Auto):
         return Auto(AUTO_STEPS)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST:
         return value
-    raise ValueError("allowed: a number of steps from 0, or auto")
+    raise ValueError(f"allowed: a number of steps from 0 to {MOST}, or auto")
 
 
 ShardSize = Annotated[str, PlainValidator(shard_size)]
@@ -306,17 +309,20 @@ class RecoverConfig(Settings):
     prompts_per_step: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="prompts per step, of all processes together; by default batch_size · gradient_accumulation, "
         "however many processes there are",
     )
     batch_size: int = Field(
         8,
         ge=1,
+        le=MOST,
         description="prompts per micro-batch at most (TRL's trainers have 8; the figures here were measured with 8)",
     )
     gradient_accumulation: int = Field(
         1,
         ge=1,
+        le=MOST,
         description="how many micro-batches a step of one process has, where prompts_per_step is left out; a step "
         "samples all its rollouts first",
     )
