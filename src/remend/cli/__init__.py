@@ -202,7 +202,7 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-PATIENCE = 3
+PATIENCE = 10
 """Seconds."""
 
 LONGEST = 2000
