@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 import remend.files.atomic as atomic
 from remend.errors import FileError
-from remend.files.atomic import OLD, TEMPORARY, new_directory, put_aside, remove_temporary, write_text
+from remend.files.atomic import OLD, TEMPORARY, new_directory, put_aside, remove_temporary, write_text, writing
 from remend.files.lock import take
 
 
@@ -175,3 +176,14 @@ def test_names_aside_are_free(tmp_path: Path) -> None:
         (tmp_path / "cell").mkdir()
         put_aside(tmp_path / "cell")
     assert names(tmp_path) == ["cell.aside-1", "cell.aside-2"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), Exception("No space left on device (os error 28)")])
+def test_a_full_disk_is_one_message_whoever_notices_it(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(FileError, match="the disk is full"), writing(tmp_path / "file"):
+        raise error
+
+
+def test_what_is_no_error_of_the_system_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), writing(tmp_path / "file"):
+        raise ZeroDivisionError

@@ -42,8 +42,10 @@ def writing(target: Path) -> Iterator[None]:
     """Turn the system's errors while writing `target` into one message. What stood there before is untouched."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, FileError):
+    except Exception as error:
+        # tokenizers raises a plain Exception, with the system's words
+        of_system = isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
+        if isinstance(error, FileError) or not of_system:
             raise
         full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error)
         if full:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -77,7 +78,18 @@ def _steps(value: object) -> int:
     raise ValueError(f"allowed: a number of steps from 0 to {MOST}, or auto")
 
 
+def _nameable(value: str) -> str:
+    longest = max(len(part.encode("utf-8", "replace")) for part in value.split("/"))
+    if longest > 255:
+        raise ValueError(f"a name of {longest} bytes; no file and no folder can have one of over 255")
+    return value
+
+
 ShardSize = Annotated[str, PlainValidator(shard_size)]
+
+
+Name = Annotated[str, AfterValidator(_nameable)]
+"""Of a file, a folder or a hub id."""
 
 
 Steps = Annotated[int, PlainValidator(_steps), PlainSerializer(lambda n: AUTO if isinstance(n, Auto) else n)]
@@ -158,11 +170,11 @@ class StreamConfig(Settings):
 
     aliases: ClassVar[Mapping[str, str]] = {"max_completion_length": "max_new_tokens"}
 
-    data: str | None = Field(
+    data: Name | None = Field(
         None, min_length=1, description="prompts, as in the recipe; self: the reference writes them"
     )
     columns: ColumnsSetting | None = Field(None, strict=False, description="as in the recipe")
-    teacher: str | None = Field(
+    teacher: Name | None = Field(
         None, min_length=1, description="a model, a cache, or ema, live, initial, base (views of the student)"
     )
     demonstrations: bool = Field(False, description="show the teacher the row's demonstration")
@@ -177,7 +189,7 @@ class StreamConfig(Settings):
     max_new_tokens: Length | None = Field(None, description="as in the recipe")
     temperature: OptionalNumber = Field(None, gt=0, le=5, description="as in the recipe")
     skip_first_tokens: int | None = Field(None, ge=0, description="as in the recipe")
-    eval_data: str | None = Field(None, description="as in the recipe")
+    eval_data: Name | None = Field(None, description="as in the recipe")
     held_out: int | None = Field(None, ge=1, description="as in the recipe")
     task: str | None = Field(None, description="graders by name (remend tasks ls): the gate then measures task scores")
 
@@ -278,15 +290,15 @@ class RecoverConfig(Settings):
         ),
     }
 
-    student: str = Field(
+    student: Name = Field(
         min_length=1, description="the damaged model: directory, GGUF file, hub id[@revision], smollm2"
     )
-    teacher: str | None = Field(
+    teacher: Name | None = Field(
         None,
         min_length=1,
         description="the healthy model, in the same forms as the student; base: the model under the student's adapter",
     )
-    data: str | None = Field(
+    data: Name | None = Field(
         None,
         min_length=1,
         description="prompts: a file (JSON lines, JSON, CSV, parquet), a folder, a hub id, or self: the reference "
@@ -431,7 +443,7 @@ class RecoverConfig(Settings):
         1.0, gt=0, le=5, description="sampling temperature of the rollouts; 1 samples what the student itself would say"
     )
 
-    eval_data: str | None = Field(
+    eval_data: Name | None = Field(
         None, description="prompts to measure with, in the same forms; without it, held_out of the data are set apart"
     )
     held_out: int | None = Field(None, ge=1, description="prompts set apart; by default the smaller of 64 and 10%")
