@@ -18,8 +18,8 @@ RECOVERIES = [case for case in CASES.values() if case.resumes]
 OTHERS = [case for case in CASES.values() if not case.resumes]
 THERE = r"is not empty; name a new|exists; name a new|exists, and nothing is overwritten|left as it is; name a new"
 """What a command says where its result was whole before it was killed."""
-PROBE = r"README\.md|degradation\.json (probe|sha256)"
-"""What is measured of a degraded model after it was saved, with which its record is signed anew."""
+PROBE = r"README\.md|degradation\.json (probe|sha256)|\.remend-tmp-(README\.md|degradation\.json)"
+"""What is measured of a degraded model after it was saved, with which its record is written and signed anew."""
 
 
 def kills(place: Place, random: Random) -> Tried:
