@@ -144,6 +144,8 @@ def _plain(value: object) -> object:
         return [_plain(part) for part in value]
     if isinstance(value, str) and "\0" in value:
         raise InputError(f"{shortened(repr(value))} holds a zero byte, which no path and no text may; take it out")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{shortened(repr(value))} holds half a character, which can't be written; write it whole")
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
