@@ -100,6 +100,8 @@ EXPLAINED = [
     Explained(NAMED, r"reference\.model|source", file=r".*(degradation|export)\.json"),
     Explained(HASHED, r"(files|logged|sha256)(\..*)?", file=r".*(degradation|export|state|summary|best)\.json"),
     Explained(HASHED, r".*line \d+", rf"\s*{QUOTE}files{QUOTE}: .*|\s*{QUOTE}[\w./-]+{QUOTE}: {QUOTE}[0-9a-f]{{64}}.*"),
+    Explained("models without hashes are told of", r"line \d+", r"warning: .* without hashes.*", r"logs/.*"),
+    Explained("per token, in words", r"line \d+|estimator\.row_policy", r".* (a|per) (token|sequence)\b.*"),
     Explained(
         "files that hold hashes have another hash",
         r"(.*models\.student(\.degradation\.json)?|data\.cache)",
@@ -143,7 +145,8 @@ EXPLAINED = [
     Explained(
         STRANGERS,
         r"line \d+",
-        r".*: (dense|nf4|gguf:\w+|compressed-tensors.*), \d+ bytes.*|(all weights equal bit for bit|opening it with).*",
+        r".*: (dense|nf4|gguf:\w+|compressed-tensors.*), (\d+ bytes|below 1 MiB|[\d.]+ MiB).*|"
+        r"(all weights equal bit for bit|opening it with).*|",
         r"logs/(\d+-export|degrade-\w+)\.txt",
     ),
     Explained(

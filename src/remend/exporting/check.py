@@ -68,9 +68,9 @@ def compare_file(target: Path, measured: Measured) -> JsonObject:
             f"the logits by {check['max_logit_difference']:.3g}. "
             "Nothing was kept; use --format dense, and report this model"
         )
-    for found in check["strangers"]:
-        for dtype, fault in _faults(found).items():
-            text = f"{found['reader']} does not read what was written{dtype and f' as {dtype}'}: {fault}"
+    for answer in check["strangers"]:
+        for dtype, fault in _faults(answer).items():
+            text = f"{answer['reader']} does not read what was written{dtype and f' as {dtype}'}: {fault}"
             if dtype not in ("", "auto"):
                 warn(text)
                 continue
@@ -131,18 +131,18 @@ def ask_stranger(reader: str, request: JsonObject) -> JsonObject:
         if not result.is_file():
             said = " ".join(done.stderr.split())[-300:]
             return {"reader": reader, "error": f"its process ended with {done.returncode}: {said}"}
-        found: JsonObject = json.loads(result.read_text(encoding="utf-8"))
-        return found
+        answer: JsonObject = json.loads(result.read_text(encoding="utf-8"))
+        return answer
 
 
-def _faults(found: JsonObject) -> dict[str, str]:
-    """What is wrong with what a stranger found, by dtype; under '' where it has none."""
-    if "error" in found:
-        return {"": found["error"]}
-    if found.get("tokens_equal") is False:
+def _faults(answer: JsonObject) -> dict[str, str]:
+    """What is wrong with what a stranger read, by dtype; under '' where it has none."""
+    if "error" in answer:
+        return {"": answer["error"]}
+    if answer.get("tokens_equal") is False:
         return {"": "it cuts a text into other tokens than the measured model's tokenizer"}
     faults: dict[str, str] = {}
-    for dtype, one in found.get("dtypes", {}).items():
+    for dtype, one in answer.get("dtypes", {}).items():
         if "error" in one:
             faults[dtype] = one["error"]
         elif not one["kl"] <= LARGEST_KL:
@@ -150,16 +150,16 @@ def _faults(found: JsonObject) -> dict[str, str]:
     return faults
 
 
-def _claim(found: JsonObject) -> str:
+def _claim(answer: JsonObject) -> str:
     """The reader, and the dtypes at which it read the model; empty where it did not."""
-    faults = _faults(found)
+    faults = _faults(answer)
     if "" in faults:
         return ""
-    dtypes: dict[str, Any] = {d: one for d, one in found.get("dtypes", {}).items() if d not in faults}
+    dtypes: dict[str, Any] = {d: one for d, one in answer.get("dtypes", {}).items() if d not in faults}
     names = [f"auto, which is {one['dtype']}" if d == "auto" else d for d, one in dtypes.items()]
-    if "dtypes" in found and not names:
+    if "dtypes" in answer and not names:
         return ""
-    return str(found["reader"]) + (f" ({'; '.join(names)})" if names else "")
+    return str(answer["reader"]) + (f" ({'; '.join(names)})" if names else "")
 
 
 def compare(new: CausalLM, old: CausalLM) -> JsonObject:

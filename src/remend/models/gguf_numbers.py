@@ -60,22 +60,22 @@ def apply_numbers(config: PreTrainedConfig, reader: gguf.GGUFReader, what: str) 
     for name, neutral in _NEUTRAL.items():
         if header.get(name, neutral[0]) not in neutral:
             raise InputError(_refusal(what, start + name, header[name]))
-    found: dict[str, float | int | None] = {}
+    given: dict[str, float | int | None] = {}
     for name, called in _READ.items():
         if name not in header:
             continue
         own = next((key for key in called if hasattr(config, key)), None)
         if own is None:
             raise InputError(_refusal(what, start + name, header[name]))
-        found[own] = float(str(header[name])) or None
+        given[own] = float(str(header[name])) or None
     if architecture in _WINDOWS and "attention.sliding_window" in header:
-        found["sliding_window"] = int(str(header["attention.sliding_window"])) or None
+        given["sliding_window"] = int(str(header["attention.sliding_window"])) or None
     if architecture in _LARGEST:
         largest = config.num_hidden_layers == _LARGEST[architecture]
-        found["query_pre_attn_scalar"] = (
+        given["query_pre_attn_scalar"] = (
             config.hidden_size // config.num_attention_heads if largest else config.head_dim
         )
-    changed = {key: value for key, value in found.items() if getattr(config, key, None) != value}
+    changed = {key: value for key, value in given.items() if getattr(config, key, None) != value}
     for key, value in changed.items():
         setattr(config, key, value)
     return bool(changed)
