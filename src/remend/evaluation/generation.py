@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 import torch
@@ -19,7 +20,8 @@ from remend.console import stage
 from remend.data.order import batches_by_length
 from remend.data.templates import Encoded
 from remend.errors import FileError, InputError
-from remend.files.atomic import JsonObject, flush, json_line, write_text, writing
+from remend.files.atomic import JsonObject, flush, json_line, writing
+from remend.files.lock import take
 from remend.files.reading import object_of
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM, Scored, Tokenizer
@@ -107,9 +109,10 @@ def answers_path(out: Path) -> Path:
 class Answers:
     """The file's lines by their `key`; see `open_answers`."""
 
-    def __init__(self, path: Path, lines: Mapping[str, JsonObject]) -> None:
+    def __init__(self, path: Path, lines: Mapping[str, JsonObject], held: BinaryIO | None = None) -> None:
         self.path = path
         self._lines = dict(lines)
+        self._held = held  # open as long as this is, and locked
 
     def __contains__(self, key: str) -> bool:
         return key in self._lines
@@ -140,13 +143,21 @@ class Answers:
 
 
 def open_answers(path: Path) -> Answers:
-    """The answers that are there. What a killed process left of a last line is taken away.
+    """The answers that are there, for this process alone to add to. What a killed process left of a last line is
+    taken away.
 
-    Raises FileError when the file can't be read.
+    Raises FileError when the file can't be read or written, and InputError while another process adds to it.
     """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = path.open("ab+")
+    if take(held.fileno()) is False:
+        raise InputError(
+            f"another process adds to {path}; wait until it has ended, or end it, and give the command again"
+        )
+    held.seek(0)
     try:
-        data = path.read_bytes() if path.is_file() else b""
-        whole, _, torn = data.rpartition(b"\n")
+        whole, _, torn = held.read().rpartition(b"\n")
         lines = [object_of(line) for line in whole.decode().split("\n") if line.strip()]
         by_key = {line["key"]: line for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -155,8 +166,8 @@ def open_answers(path: Path) -> Answers:
             "Move that file away to begin anew"
         ) from None
     if torn:
-        write_text(path, f"{whole.decode()}\n" if whole else "")
-    return Answers(path, by_key)
+        held.truncate(len(whole) + 1 if whole else 0)
+    return Answers(path, by_key, held)
 
 
 def fill(

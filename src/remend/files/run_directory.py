@@ -383,7 +383,8 @@ def _timings(path: Path) -> list[JsonObject]:
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             row = object_of(line.decode())
-            whole = isinstance(row["step"], int) and math.isfinite(row["seconds"])
+            figures = (row["seconds"], row.get("rss_mib", 0), row.get("gpu_mib", 0))
+            whole = isinstance(row["step"], int) and all(map(math.isfinite, figures))
         except (ValueError, KeyError, TypeError):
             whole = not line
         if not whole:

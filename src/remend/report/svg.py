@@ -78,9 +78,9 @@ def padded(values: Iterable[float]) -> tuple[float, float]:
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers between low and high, `about` of them."""
-    if high <= low:
-        return [low]
     raw = (high - low) / about
+    if not 0 < raw < math.inf or not math.isfinite(low / raw) or not math.isfinite(high / raw):
+        return [low]
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw)
     first = math.ceil(low / step - 1e-9)
