@@ -49,7 +49,6 @@ def _read(path: str, _changed: int, _size: int) -> gguf.GGUFReader:
         return _plain_reader()(path)
 
 
-@lru_cache(maxsize=1)
 def _plain_reader() -> type[gguf.GGUFReader]:
     """The reader, with plain arrays over the file's pages: slices of numpy's memmap take three times as long."""
     import numpy as np
