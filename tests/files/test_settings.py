@@ -131,7 +131,7 @@ def test_a_functions_signature_and_docstring_show_the_settings_that_it_takes() -
         float | None,
         Literal["auto", "float32", "bfloat16"],
     )
-    assert "    batch_size: rows per step\n" in (remend.finetune.__doc__ or "")
+    assert "    batch_size: rows per micro-batch\n" in (remend.finetune.__doc__ or "")
     inspect.signature(remend.recover).bind("recipe.yaml", steps=2)  # what the recipe gives may be left out
     for function in (remend.quantize, remend.prune, remend.prune_depth, remend.prune_width, remend.finetune,
                      remend.cache_teacher, remend.diagnose, remend.evaluate, remend.recover, remend.check):  # fmt: skip
