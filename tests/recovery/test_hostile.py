@@ -22,15 +22,14 @@ def written(recipe: dict[str, Any], path: Path, **more: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("damage", [b'{"a": \xff}\n', b"[1]\n", b"{}\n"])
 def test_what_can_be_made_again_is(
-    damage: bytes, repaired_run: RecoverResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    repaired_run: RecoverResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torn = torn_copy(repaired_run.out, tmp_path / "torn", 8)
     for name in ("timing.jsonl", "reference.jsonl"):
-        (torn / name).write_bytes((torn / name).read_bytes() + damage)
+        (torn / name).write_bytes((torn / name).read_bytes() + b'{"a": \xff}\n[1]\n{}\n')
     assert_equal_runs(repaired_run, recover(resume=torn))
-    assert "damaged lines of" in capsys.readouterr().err
+    assert "3 damaged lines of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", MANIFEST, "baseline.json"])
@@ -47,7 +46,7 @@ def test_what_a_run_can_not_go_on_without(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}"])
+@pytest.mark.parametrize("text", ["", "{}"])
 def test_a_summary_that_says_nothing(text: str, repaired_run: RecoverResult, tmp_path: Path, run: Any) -> None:
     place = Path(shutil.copytree(repaired_run.out, tmp_path / "run"))
     (place / SUMMARY).write_text(text)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -43,13 +43,6 @@ _SCALE = re.compile(r"(_scale\w*|\.scales|zero_points?|qzeros|absmax)$")
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 """Types that need no unpacking, as the header of a safetensors file names them."""
-
-
-class Stored(Protocol):
-    """A tensor that lies in a safetensors file."""
-
-    def get_shape(self) -> list[int]: ...
-    def get_dtype(self) -> str: ...
 
 
 @dataclass
