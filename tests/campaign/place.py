@@ -415,7 +415,7 @@ class Running:
 # two results ---------------------------------------------------------------------------------------------------------
 
 NO_MATTER = re.compile(
-    r"(^|/)(timing\.jsonl|\.remend-lock|report\.(html|md|json)|study\.(html|md)|results\.html|work\.log)$"
+    r"\.aside-\d+/(.*/)?\.remend-tmp-|(^|/)(timing\.jsonl|\.remend-lock|report\.(html|md|json)|study\.(html|md)|results\.html|work\.log)$"
 )
 """Files that say when and how quickly, or a page of other files."""
 TIMES = re.compile(

@@ -145,9 +145,10 @@ def _with_ends(y: float | None, ends: tuple[float | None, float | None] | None) 
 
 
 def _frame(series: Sequence[Series], levels: Sequence[Level], low: float | None, high: float | None) -> Frame:
-    xs = [x for s in series for x, _ in s.points]
+    xs = [x for s in series for x, _ in s.points if math.isfinite(x)] or [0.0]  # a damaged file may say anything
     ys = [y for s in series for _, y in s.points if y is not None] + [level.y for level in levels]
     ys += [y for s in series for _, *ends in s.band for y in ends if y is not None]
+    ys = [y for y in ys if math.isfinite(y)] or [0.0]
     bottom, top = min(ys), max(ys)
     if low is not None:
         bottom = min(low, bottom)

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 from remend.console import console
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, JsonRow, write_json, write_text
+from remend.files.atomic import JsonObject, JsonRow, visible, write_json, write_text
 from remend.files.lock import only_writer
 from remend.files.reading import read_object
 from remend.files.settings import require_said
@@ -147,7 +147,7 @@ def _require_own(plan: Study, out: Path) -> None:
                 f'out {out} holds the study "{there.get("study")}" of {_named(there)}, and this is "{plan.name}" of '
                 f"{_named(mine)}; name another out"
             )
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and visible(out):  # a study that was killed at its start leaves names of remend's own
         raise InputError(f"out {out} is not empty and holds no study; name a new directory")
 
 
