@@ -11,8 +11,9 @@ from random import Random
 from campaign.kills import finished
 from campaign.place import CASES, Ended, Hook, Place, Tried
 
-OLDER = r"^out/checkpoints/step-00000[1-5]/"
-"""A signal has one checkpoint more written, and one that an undisturbed run keeps may be too old then."""
+OLDER = r"^out/checkpoints/step-00000[1-5]/|state\.json (logged\.repair\.json\.)?sha256"
+"""A signal has one checkpoint more written, and one that an undisturbed run keeps may be too old then. repair.json says
+how long repair took, and the clock stands still only in processes that are forked."""
 BEGINNING = ".remend-tmp-beginning"
 """By it the same command knows that a run which has no manifest yet is its own; the next one takes it away."""
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
