@@ -76,7 +76,8 @@ def default_of(field: Any) -> str:
         return "required"
     if isinstance(value, BaseModel):
         return f"`{{{', '.join(f'{name}: {part}' for name, part in value.model_dump().items())}}}`"
-    return "none" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    told = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else repr(value)
+    return "none" if value is None else f"`{told}`"
 
 
 def fields(model: type[BaseModel], names: Sequence[str]) -> Iterator[str]:

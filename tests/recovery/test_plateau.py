@@ -14,7 +14,7 @@ from remend.errors import InputError
 from remend.files.run_directory import METRICS, RunDirectory
 from remend.models.sampling.rollout import Rollout
 from remend.recovery import plateau
-from remend.recovery.job import recover, settings
+from remend.recovery.job import check, recover, settings
 from remend.recovery.plateau import Plateau
 
 ANSWER = Rollout("a", (1, 2), (3,), False)
@@ -89,3 +89,8 @@ def test_steps_are_a_number_or_auto() -> None:
     for wrong in (-1, "many", True, 1.5, 10**30):
         with pytest.raises(InputError, match="a number of steps from 0 to 1000000, or auto"):
             settings(overrides={**given, "steps": wrong})
+
+
+def test_a_sentence_has_the_number_of_steps(many: dict[str, Any]) -> None:
+    checked = check(**{**many, "bootstrap": "on", "bootstrap_steps": 60})
+    assert any("bootstrap_steps 60 is above steps 40" in problem for problem in checked.problems)

@@ -107,7 +107,7 @@ def _recipe_option(path: tuple[str, ...], field: FieldInfo, heading: str) -> Ite
     kinds = list(_kinds(field.annotation))
     default = field.get_default(call_default_factory=True)
     untold = field.is_required() or default is None or isinstance(default, bool | Settings)
-    told = "" if untold else f"  [default: {default}]"
+    told = "" if untold else f"  [default: {default if isinstance(default, str) else repr(default)}]"
     help_text = _sentence(field.description or "", "") + told
     inner = next((one for one in kinds if isinstance(one, type) and issubclass(one, Settings)), None)
     if inner and inner.model_config.get("extra") == "allow":

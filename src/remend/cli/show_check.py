@@ -139,7 +139,7 @@ def _show_figures(console: PlainConsole, plan: Plan, measure: bool) -> None:
 def _training(plan: Plan, ahead: Forecast) -> str:
     """How many tokens are trained on, and what is measured on the way."""
     tokens, config = ahead.tokens, plan.config
-    total = f"{tokens.total:,} in {_steps(config.steps)}"
+    total = f"{tokens.total:,} in {'at most ' if plan.ends_early else ''}{_steps(config.steps)}"
     expected = ""
     if ahead.answered is not None:
         expected = f" By earlier runs it will be about {ahead.answered * tokens.total:,.0f}."

@@ -64,10 +64,10 @@ def _length(value: Any) -> int | list[int]:
 class Auto(int):
     """`steps: auto`: at most so many; fewer after a repair that leaves nothing to win (`recovery.plateau`)."""
 
+    __str__ = int.__repr__  # in a sentence it is the number
+
     def __repr__(self) -> str:
         return AUTO
-
-    __str__ = __repr__
 
 
 def _steps(value: object) -> int:
