@@ -35,10 +35,13 @@ CASES: Mapping[str, str] = {
     "forgetting": "--out OUT/forgetting --steps 1 --rows 2 --prompts 4",
     "download_size": "",
     "served": "--types f32 --tokens 2",
+    "estimates": "--out OUT/estimates --steps 1 --answers 8 --held-out 4 --max-new-tokens 4",
+    "durability": "--out OUT/durability steps=1 repair_samples=8 held_out=4 max_new_tokens=4",
+    "architectures": "--out OUT/architectures --only SHORTEST --damage int3-g64 --steps 2 --answers 16",
 }
 """Options of each; OUT is a directory that is gone afterwards, SHORTEST the name in ONLY."""
 
-ONLY = {"degradations": "int3-g64 rtn", "time_to_recover": "on-policy, 1e-4"}
+ONLY = {"degradations": "int3-g64 rtn", "time_to_recover": "on-policy, 1e-4", "architectures": "llama"}
 NEEDS = {"cka": "ckatorch", "step_time": "trl", "served": "xllamacpp"}
 PARTS = {
     "time_lines": "is a part of time_to_recover",
@@ -47,6 +50,7 @@ PARTS = {
     "golden": "make golden",
     "golden_reasons": "is a part of golden",
     "count": "make count",
+    "reference": "make docs",
     "oldest": "make test-oldest",
     "docs_commands": "make docs-commands",
     "engines": "make test-engines",

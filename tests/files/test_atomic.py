@@ -20,10 +20,13 @@ def names(directory: Path) -> list[str]:
 
 
 def test_a_file_and_the_name_of_it_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed: list[Path] = []
-    monkeypatch.setattr(atomic, "flush", flushed.append)
+    flushed: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(atomic, "flush", lambda path: flushed.append((path.name[:12], names(tmp_path))))
     write_text(tmp_path / "a.json", "{}")
-    assert flushed == [tmp_path]
+    (content, before), (parent, after) = flushed
+    assert (content, parent) == (TEMPORARY, tmp_path.name[:12])
+    assert "a.json" not in before
+    assert after == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "{}"
 
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from remend.files.run_directory import METRICS, SUMMARY, TRACK, RunDirectory
+from remend.files.signed import SIGNATURE
 from remend.recovery.bootstrap import GATE
 from remend.recovery.distillation import Distillation
 from remend.recovery.job import RecoverResult, recover
@@ -55,10 +56,8 @@ def assert_equal_runs(one: RecoverResult, other: RecoverResult) -> None:
     ours, theirs = weights(one.model), weights(other.model)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
-    summaries = [
-        {k: v for k, v in run.summary.items() if k not in ("seconds", "training_seconds", "peak_rss_mib", "repair")}
-        for run in (one, other)
-    ]
+    times = ("seconds", "training_seconds", "peak_rss_mib", "repair", SIGNATURE)
+    summaries = [{k: v for k, v in run.summary.items() if k not in times} for run in (one, other)]
     assert summaries[0] == summaries[1]
     repairs = [{**(run.summary["repair"] or {}), "seconds": 0} for run in (one, other)]
     assert repairs[0] == repairs[1]

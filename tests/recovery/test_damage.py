@@ -16,6 +16,7 @@ from remend.errors import FileError, InputError
 from remend.files.lock import only_writer
 from remend.files.run_directory import MANIFEST, METRICS, SUMMARY, RunDirectory
 from remend.recovery.job import RecoverResult, recover
+from remend.report import report
 
 
 def flip(path: Path, at: int = -5) -> None:
@@ -185,10 +186,25 @@ def test_a_run_s_model_without_hashes_is_read_with_a_warning(
     run = shutil.copytree(grid_run.out, tmp_path / "run")
     (run / "model" / "degradation.json").unlink()
     summary = json.loads((run / "summary.json").read_text())
-    del summary["saved"]["files"]
+    del summary["saved"]["files"], summary["sha256"]
     (run / "summary.json").write_text(json.dumps(summary))
     remend.export(run, tmp_path / "out", format="dense")
     assert f"{run / 'model'} is of a version without hashes" in capsys.readouterr().err
+
+
+def test_a_summary_knows_when_it_changed(
+    grid_run: RecoverResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(grid_run.out, tmp_path / "run"))
+    summary = json.loads((run / SUMMARY).read_text())
+    summary["recovered"]["kl"] /= 2
+    (run / SUMMARY).write_text(json.dumps(summary))
+    with pytest.raises(FileError, match=rf"{SUMMARY} changed since remend wrote it: remend recover --resume"):
+        report([run])
+    with pytest.raises(FileError, match=rf'{SUMMARY} of .* changed .* remove "sha256" from {run / SUMMARY}'):
+        remend.export(run, tmp_path / "out", format="dense")
+    assert_equal_runs(grid_run, recover(resume=run))
+    assert "the run counts as interrupted" in capsys.readouterr().err
 
 
 def test_a_row_of_the_track_knows_when_it_changed(grid_run: RecoverResult, tmp_path: Path) -> None:

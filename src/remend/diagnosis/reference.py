@@ -16,8 +16,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +31,7 @@ from remend.console import stage
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded
 from remend.errors import InputError
-from remend.files.atomic import write_json, writing
+from remend.files.atomic import new_file, write_json
 from remend.files.reading import read_object
 from remend.files.run_directory import RunDirectory
 from remend.maths import cka
@@ -172,15 +170,8 @@ def gathered(mine: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    with writing(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, name)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    with new_file(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def _anchors(

@@ -76,24 +76,35 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically and durably. What a killed process left of an earlier try is removed."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_temporary(path.parent, path.name)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{_short(path.name)}-")
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A temporary file that becomes `target`, durably, when the block ends well, and vanishes when it does not.
+
+    What a killed process left of an earlier try is removed.
+    """
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_temporary(target.parent, target.name)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f"{TEMPORARY}{_short(target.name)}-")
+        temporary = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                take(stream.fileno())  # says that its maker lives
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(name).chmod(0o666 & ~_UMASK)
-            Path(name).replace(path)
+            take(descriptor)  # says that its maker lives
+            yield temporary
+            temporary.chmod(0o666 & ~_UMASK)
+            flush(temporary)
+            temporary.replace(target)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
-        flush(path.parent)
+        finally:
+            os.close(descriptor)
+        flush(target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically and durably."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -348,11 +348,11 @@ class RunDirectory:
 
 
 def measured(directory: Path) -> bool:
-    """Whether a run's summary.json can be read and holds a measurement. If not, a warning says that it counts as
-    interrupted."""
+    """Whether a run's summary.json can be read, holds a measurement, and says what it said when it was written. If not,
+    a warning says that it counts as interrupted."""
     path = directory / SUMMARY
     try:
-        summary = read_object(path)
+        summary = summary_of(directory)
     except FileError as error:
         warn(f"{error}; the run counts as interrupted")
         return False
@@ -360,6 +360,22 @@ def measured(directory: Path) -> bool:
         warn(f"{path} lacks what was measured; the run counts as interrupted")
         return False
     return True
+
+
+def summary_of(directory: Path) -> JsonObject:
+    """What a run measured. Raises FileError where it can't be read, or changed since it was written."""
+    path = directory / SUMMARY
+    summary = read_object(path, DAMAGED_SUMMARY.format(directory))
+    if not as_signed(summary):
+        raise FileError(
+            f"{path} changed since remend wrote it: {DAMAGED_SUMMARY.format(directory)}. If you changed it yourself "
+            f'and mean it, remove "{SIGNATURE}" from it'
+        )
+    return summary
+
+
+DAMAGED_SUMMARY = "remend recover --resume {} writes it again from the last checkpoint"
+"""What to do about a summary; with the run's directory."""
 
 
 def manifest_of(directory: Path) -> JsonObject:

@@ -51,7 +51,13 @@ def recorded(directory: Path) -> Mapping[str, str] | None:
 def changed(directory: Path) -> list[str]:
     """The names of files that are missing or have another content than was recorded, and of records that changed."""
     names = [name for name, digest in (recorded(directory) or {}).items() if _digest(directory / name) != digest]
-    return names + [n for n in (EXPORT_FILE, RECORD) if not as_signed(_record(directory / n))]
+    return names + [path.name for path in _records(directory) if not as_signed(_record(path))]
+
+
+def _records(directory: Path) -> list[Path]:
+    """The files that say what a model's directory holds: beside its weights, and of a run its summary."""
+    of_run = [directory.parent / SUMMARY] if directory.name == MODEL else []
+    return [path for path in (*of_run, directory / EXPORT_FILE, directory / RECORD) if path.is_file()]
 
 
 def _record(path: Path) -> JsonObject:
@@ -71,8 +77,8 @@ def require_as_written(directory: Path) -> None:
         if of_run
         else "copy it again, or make it again with the command that made it"
     )
-    present = [directory / name for name in (EXPORT_FILE, RECORD) if (directory / name).is_file()]
-    holder = directory.parent / SUMMARY if of_run else present[0]
+    present = _records(directory)
+    holder = present[0]
     records = [path for path in present if path.name in names]
     keys = [] if len(records) == len(names) else [f'"{FILES}" from {holder}']
     keys += [f'"{SIGNATURE}" from {p}' for p in present if p in records or (keys and p == holder)]

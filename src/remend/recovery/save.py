@@ -128,4 +128,4 @@ def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str
     write_model_card(directory.path, plan, summary)
     write_report(directory.path, summary)
     directory.flush()
-    write_json(directory.path / SUMMARY, summary)  # last: its presence says that the run is complete
+    write_json(directory.path / SUMMARY, signed(summary))  # last: its presence says that the run is complete

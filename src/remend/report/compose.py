@@ -12,7 +12,7 @@ from pathlib import Path
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
 from remend.files.reading import read_object, understood
-from remend.files.run_directory import MANIFEST, RECIPE, SUMMARY, TRACK, RunDirectory, occupied
+from remend.files.run_directory import MANIFEST, RECIPE, SUMMARY, TRACK, RunDirectory, occupied, summary_of
 from remend.report.comparison import Compared, Diagnosis, Run, comparison_page
 from remend.report.diagnosis import diagnosis_page
 from remend.report.page import Page
@@ -98,8 +98,7 @@ def _read(place: Path, name: str) -> Compared:
             f"the recovery in {place} is not complete: {SUMMARY} is written last, and is not there; continue it "
             f"with remend recover --resume {place}"
         )
-    summary, manifest = _object(place / SUMMARY), _object(place / MANIFEST)
-    return Run(name, place, summary, manifest, RunDirectory(place).rows(TRACK))
+    return Run(name, place, summary_of(place), _object(place / MANIFEST), RunDirectory(place).rows(TRACK))
 
 
 def _object(path: Path) -> JsonObject:

@@ -24,7 +24,7 @@ from remend.errors import InputError
 from remend.evaluation.job import evaluate
 from remend.files.atomic import JsonObject, JsonRow, put_aside, write_json
 from remend.files.reading import read_object
-from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDirectory, manifest_of
+from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDirectory, manifest_of, summary_of
 from remend.files.settings import Settings, build, merged
 from remend.models.find import find_model
 from remend.models.load import load_tokenizer
@@ -222,7 +222,7 @@ def completion_tokens(recipe: JsonRow, idle: Path | None, task_rows: str | None)
 
 def _outcome(path: Path) -> JsonObject:
     """What the run's files say."""
-    summary, manifest = read_object(path / SUMMARY), manifest_of(path)
+    summary, manifest = summary_of(path), manifest_of(path)
     repair = (summary["repair"] or {}).get("seconds", 0.0)
     answers = RunDirectory(path).setup_seconds("pool")
     labels = path / INPUTS / "labels" / LABELS_RECORD

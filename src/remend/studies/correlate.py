@@ -17,7 +17,7 @@ from remend.diagnosis.severity import Sentence
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, JsonRow, write_json
 from remend.files.reading import read_object, understood
-from remend.files.run_directory import MANIFEST, SUMMARY, TRACK, RunDirectory
+from remend.files.run_directory import MANIFEST, SUMMARY, TRACK, RunDirectory, summary_of
 from remend.maths.correlation import CONFIDENCE, LEVELS, RUNS_TO_RESAMPLE, Correlation, Level, pearson, spearman
 from remend.maths.gap import MEASURABLE_KL
 
@@ -286,7 +286,7 @@ def _degraded_kl(path: Path, rows: Sequence[Row]) -> float:
     """KL of the student as it came in: from the track, measured as the other rows are, else from the summary."""
     values = [row.kl for row in rows if row.stage == "degraded"]
     if not values and (path / SUMMARY).is_file():
-        values = [_finite(read_object(path / SUMMARY).get("degraded", {}).get("kl"))]
+        values = [_finite(summary_of(path).get("degraded", {}).get("kl"))]
     if not values or values[0] is None:
         raise InputError(
             f"{path} does not say the degraded student's KL: {TRACK} has no row of the stage degraded with a KL, nor "
