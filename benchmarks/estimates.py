@@ -47,7 +47,7 @@ def estimate(recipe: dict[str, Any], *, measure: bool) -> dict[str, Any]:
     """What this process says of a recipe."""
     from remend.recovery.forecast import forecast
     from remend.recovery.job import settings
-    from remend.recovery.measured import measured_costs
+    from remend.recovery.measure_speed import measured_costs
     from remend.recovery.preflight import preflight
 
     began = time.monotonic()

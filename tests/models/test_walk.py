@@ -14,7 +14,8 @@ from remend.degrade.making.blocks import without_blocks
 from remend.degrade.making.channels import narrowed
 from remend.errors import InputError
 from remend.models.activations.apart import divided
-from remend.models.activations.passes import ROWS, products
+from remend.models.activations.passes import ROWS, gram, products
+from remend.models.activations.targets import Linear, Wanted, crossed
 from remend.models.activations.walk import Sites, walk
 from remend.models.device import mixed_precision
 from remend.models.layers import infer_layer_map, infer_rows
@@ -138,8 +139,27 @@ def test_sums_of_products_match_float64(tokens: int) -> None:
         assert bool(((sums_OI - exact_OI).abs() <= share * size_OI).all())
 
 
+@pytest.mark.parametrize("width", [1, 3, 12, 13])
+def test_a_gram_is_symmetric_and_the_sum_of_products(width: int) -> None:
+    x_NI = torch.randn(50, width, generator=torch.Generator().manual_seed(width))
+    gram_II = gram(x_NI)
+    assert gram_II.equal(gram_II.T)
+    torch.testing.assert_close(gram_II.double(), x_NI.double().T @ x_NI.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_sums_of_what_a_linear_layer_gives_are_those_of_its_outputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_NI, t_NP = (torch.randn(30, width, generator=generator) for width in (5, 7))
+    weight_OP, bias_O = torch.randn(4, 7, generator=generator), torch.randn(4, generator=generator)
+    like, same = Linear(t_NP, weight_OP, bias_O), Linear(t_NP, 2 * weight_OP, None)
+    first, nothing, second = crossed([Wanted(like), None, Wanted(same)], x_NI, None)
+    assert nothing is None
+    torch.testing.assert_close(first, (t_NP @ weight_OP.T + bias_O).T @ x_NI)
+    torch.testing.assert_close(second, (2 * t_NP @ weight_OP.T).T @ x_NI)
+
+
 def test_a_bfloat16_gram_can_be_factored_with_the_pull_of_repair() -> None:
     x_NI = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).repeat(60, 1)  # of low rank
-    gram_II = products(x_NI, x_NI, mixed_precision(torch.bfloat16, torch.device("cpu")))
+    gram_II = gram(x_NI, mixed_precision(torch.bfloat16, torch.device("cpu")))
     _, failed = torch.linalg.cholesky_ex(gram_II + torch.diag(0.1 * gram_II.diagonal()))
     assert not failed

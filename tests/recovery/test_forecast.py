@@ -13,7 +13,7 @@ from remend.recovery import speeds
 from remend.recovery.estimate import COST
 from remend.recovery.forecast import disk_at_most, facts_of, forecast
 from remend.recovery.job import recover, settings
-from remend.recovery.measured import measured_costs
+from remend.recovery.measure_speed import measured_costs
 from remend.recovery.plan import Plan
 from remend.recovery.preflight import preflight
 

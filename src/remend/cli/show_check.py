@@ -116,7 +116,7 @@ def _show_figures(console: PlainConsole, plan: Plan, measure: bool) -> None:
 
     costs = None
     if measure:
-        from remend.recovery.measured import measured_costs
+        from remend.recovery.measure_speed import measured_costs
 
         costs = measured_costs(plan)
     ahead = forecast(plan, costs, "a step that was timed now" if measure else "")

@@ -45,6 +45,7 @@ class Run:
     resumed: the checkpoint that the run goes on from, or None.
     prompts: the plan's, and those that the reference wrote since.
     held: what is let go when the run ends: its lock.
+    longer: whether a run that was complete goes on; its results stand until the new ones take their place.
     """
 
     plan: Plan
@@ -53,6 +54,7 @@ class Run:
     resumed: Checkpoint | None
     prompts: Prompts
     held: ExitStack = field(default_factory=ExitStack)
+    longer: bool = False
 
     @property
     def main(self) -> bool:
@@ -79,7 +81,7 @@ class Run:
     def results(self) -> Path:
         """Where model and final measurements go: into the directory, or beside those of a run that goes on."""
         place = self.directory.path
-        return place / NEXT if self.plan.segments and (place / SUMMARY).is_file() else place
+        return place / NEXT if self.longer else place
 
     def precision(self) -> torch.autocast:
         """The context of forward passes over float32 weights."""
@@ -107,7 +109,9 @@ class Run:
 
 
 def begin(plan: Plan, directory: RunDirectory | None, held: ExitStack) -> Run:
-    """Start the processes. Of a new run nothing is written before `create`.
+    """Start the processes; of a run to continue, lock it, and take its newest whole checkpoint.
+
+    Of a new run nothing is written before `create`.
 
     Args:
         plan: the run's.
@@ -147,7 +151,9 @@ def begin(plan: Plan, directory: RunDirectory | None, held: ExitStack) -> Run:
     resumed = _newest(directory, accelerator, config.keep_checkpoints) if directory else None
     if accelerator.is_main_process and directory and resumed:
         directory.require_logged(resumed)
-    return Run(plan, directory or RunDirectory(Path(config.out)), accelerator, resumed, plan.prompts, held)
+    directory = directory or RunDirectory(Path(config.out))
+    longer = bool(plan.segments) and (directory.path / SUMMARY).is_file()
+    return Run(plan, directory, accelerator, resumed, plan.prompts, held, longer)
 
 
 def _lock(directory: RunDirectory, held: ExitStack) -> None:

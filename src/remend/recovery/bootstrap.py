@@ -197,7 +197,9 @@ class Gate:
         return bool(row["open"])
 
 
-def gate_of(run: Run, measure: Callable[[], Verdict] | None, decided: Sequence[tuple[int, bool]], answers: int) -> Gate:
+def ask_gate(
+    run: Run, measure: Callable[[], Verdict] | None, decided: Sequence[tuple[int, bool]], answers: int
+) -> Gate:
     """The gate, asked once before the first step.
 
     Args:

@@ -33,7 +33,7 @@ from remend.recovery.estimate import (
     work_by_phase,
 )
 from remend.recovery.memory import COPY_BYTES, SHARE, STATE_BYTES
-from remend.recovery.place import nearest
+from remend.recovery.output_directory import nearest
 from remend.recovery.plan import Plan
 from remend.recovery.prompts import StreamData
 from remend.recovery.repair import MOST_ROWS
@@ -118,7 +118,7 @@ def guessed_costs(plan: Plan) -> dict[str, float]:
     return {**costs, "start": plan.checked_in, "save": COST["save"]}
 
 
-def note_phases(run: Run, seconds: Mapping[str, float]) -> None:
+def record_speed(run: Run, seconds: Mapping[str, float], steps: int) -> None:
     """Keep what the phases of a finished run took: in its directory, and for the next check on this machine.
 
     A run that several processes share says nothing of this machine alone, nor does one that ended early.
@@ -126,7 +126,7 @@ def note_phases(run: Run, seconds: Mapping[str, float]) -> None:
     plan, directory = run.plan, run.directory
     directory.note_phases(seconds)
     rows = [row for row in directory.rows(METRICS) if "loss" in row]
-    if run.accelerator.num_processes > 1 or len(rows) < plan.config.steps:
+    if run.accelerator.num_processes > 1 or steps < plan.config.steps:
         return
     plan = replace(plan, prompts=run.prompts)
     facts, answered = facts_of(plan), _answered(plan, rows)

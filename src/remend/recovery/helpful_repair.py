@@ -26,7 +26,7 @@ def repair_if_it_helps(run: Run, student: CausalLM, reference: Teacher, observer
     if observer:
         run.directory.note_seconds("repair", repaired.seconds)
         walked = repaired.start.walked
-        sums, verdict[0] = observer.judge.repaired(
+        sums, verdict[0] = observer.judge.measure_repaired(
             student, observer.degraded, repaired.seconds, repaired.answers, walked
         )
     if run.accelerator.num_processes > 1:

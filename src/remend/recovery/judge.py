@@ -127,7 +127,7 @@ def summarize(degraded: HeldOut, recovered: HeldOut, seed: int) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures models against one reference, on the main stream's held-out prompts; `judge_of` makes it.
+    """Measures models against one reference, on the main stream's held-out prompts; `prepare_judge` makes it.
 
     run: whose held-out prompts they are.
     reference: what is measured against.
@@ -153,13 +153,13 @@ class Judge:
         shown = _sample(self.run, model, self.prompts[:SHOWN], "generating sample answers for the report", 0.0)
         return HeldOut(on_reference, on_policy, [as_text(self.run.plan.tokenizer, r) for r in shown]), own
 
-    def degraded(self, student: CausalLM) -> HeldOut:
+    def measure_degraded(self, student: CausalLM) -> HeldOut:
         """The measurement of the student as it came in; writes baseline.json."""
         measured = self.measure(student, "degraded")
         write_json(self.run.directory.path / BASELINE, asdict(measured))
         return measured
 
-    def repaired(
+    def measure_repaired(
         self, student: CausalLM, before: HeldOut, seconds: float, answers: Sequence[Rollout], walked: Walked
     ) -> tuple[list[PromptSums], JsonObject]:
         """Measure a student repaired on `answers`; writes repair.json and held_out_repaired.jsonl.
@@ -187,7 +187,7 @@ class Judge:
         write_json(directory / REPAIR, record)
         return sums, record
 
-    def recovered(self, model: CausalLM, before: HeldOut) -> HeldOut:
+    def measure_recovered(self, model: CausalLM, before: HeldOut) -> HeldOut:
         """The recovered model's measurement; writes held_out.jsonl (per prompt), samples.jsonl and worst.jsonl."""
         measured, own = self._measured(model, "recovered")
         directory = self.run.results
@@ -276,7 +276,7 @@ def figures_of(sums: Sequence[PromptSums]) -> dict[str, float]:
     return {key: pooled[key] for key in ("kl", "top1_agreement")}
 
 
-def judge_of(run: Run, reference: Teacher) -> Judge | None:
+def prepare_judge(run: Run, reference: Teacher) -> Judge | None:
     """The judge, once the reference has answered the held-out prompts; None in a process that only shares the steps."""
     if not run.main:
         return None
@@ -315,7 +315,7 @@ def _sample(run: Run, model: CausalLM, prompts: Sequence[Encoded], title: str, t
 
 @dataclass(frozen=True)
 class SideJudge:
-    """Measures the streams beside the main one; `side_judge_of` makes it.
+    """Measures the streams beside the main one; `prepare_side_judge` makes it.
 
     run: whose streams they are.
     sources: by name, with their teachers as at the start.
@@ -374,7 +374,7 @@ def gate_verdict(student: CausalLM, judge: Judge, side: SideJudge) -> Verdict:
     return Verdict(reasons, {name: value for verdict in verdicts for name, value in verdict.figures.items()})
 
 
-def side_judge_of(run: Run, sources: Sequence[Source], student: Scorer) -> SideJudge:
+def prepare_side_judge(run: Run, sources: Sequence[Source], student: Scorer) -> SideJudge:
     """The judge of the streams beside the main one, once their teachers have answered what the rows don't answer."""
     named = {source.stream.name: source for source in sources}
     streams = run.prompts.streams

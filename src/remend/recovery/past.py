@@ -1,4 +1,4 @@
-"""What an earlier process of a run measured and decided: the one place where a resumed run reads it."""
+"""What an earlier process of a run measured and decided, read before a resumed one goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from remend.recovery.bootstrap import GATE
 from remend.recovery.judge import BASELINE, SIDE_BASELINE, HeldOut
 from remend.recovery.plateau import APART
 from remend.recovery.repair import REPAIR_ANSWERS, Repaired, trained_on
-from remend.recovery.selection import SCORE
+from remend.recovery.selection import SCORE, Best
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Past:
     repaired: a repair whose weights are in the checkpoint: what was said of it, and the answers where it was kept.
     gate: steps done at each decision of the gate, and whether it opened.
     scores: of the evaluations, in order.
+    best: which weights are kept as the best so far.
     apart: KL on the prompts that `steps: auto` looks at, in order.
     """
 
@@ -35,10 +36,11 @@ class Past:
     repaired: Repaired
     gate: Sequence[tuple[int, bool]]
     scores: Sequence[float]
+    best: Best | None
     apart: Sequence[float]
 
 
-def past_of(run: Run) -> Past:
+def rewind_and_read(run: Run) -> Past:
     """Read the run's directory, once what was written after its last checkpoint is gone: it will be made again."""
     directory = run.directory
     if run.main:
@@ -59,6 +61,7 @@ def _read(run: Run) -> Past:
         repaired=Repaired(answers=_repair_answers(run), record=record),
         gate=[(row["step"], row["open"]) for row in directory.rows(GATE)],
         scores=[row[SCORE] for row in directory.rows(METRICS) if SCORE in row],
+        best=Best.read(directory) if run.plan.config.selects == "best" else None,
         apart=[row[APART] for row in directory.rows(METRICS) if APART in row],
     )
 

@@ -1,7 +1,7 @@
 """`steps: auto`: training after a repair goes on while it wins something.
 
 That is looked at on training prompts that are set apart: nothing is fitted to them or trained on them, and the held-out
-prompts, by which the run is measured, decide nothing.
+prompts, by which the run is measured, decide nothing here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def with_prompts_apart(prompts: Prompts, plan: Plan) -> Prompts:
 
 @dataclass
 class Plateau:
-    """Looks at the prompts that are set apart, and says when to stop; `plateau_of` makes it.
+    """Looks at the prompts that are set apart, and says when to stop; `begin_plateau` makes it.
 
     completions: the reference's answers to them.
     kls: after the repair, and after every EVERY steps.
@@ -108,7 +108,7 @@ class Plateau:
         return {"why": self.why, "prompts": len(self.completions), "kl": self.kls}
 
 
-def plateau_of(run: Run, judge: Judge, student: Scorer, kls: Sequence[float]) -> Plateau | None:
+def begin_plateau(run: Run, judge: Judge, student: Scorer, kls: Sequence[float]) -> Plateau | None:
     """What ends training early, once the student is repaired; None where no prompts are set apart.
 
     kls: what an earlier process of the run saw.

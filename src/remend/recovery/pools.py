@@ -48,7 +48,7 @@ def _order(data: StreamData, seed: int) -> Order[Encoded]:
     return Order(data.train, seed if name == RECOVER else derive_seed(seed, "stream", name))
 
 
-def with_pools(
+def sample_pools(
     run: Run, sources: Sequence[Source], *, bootstrapping: int, answers: Sequence[Rollout] = ()
 ) -> list[Source]:
     """Give the sources that need one their pool of the teacher's completions.

@@ -35,7 +35,7 @@ from remend.recovery.epochs import in_steps
 from remend.recovery.findings import Findings
 from remend.recovery.forecast import disk_at_most, free_disk, streams_of
 from remend.recovery.memory import activation_bytes
-from remend.recovery.place import inside, unwritable
+from remend.recovery.output_directory import inside, unwritable
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.prompts import Prompts, StreamData, kept_apart, load_stream
 from remend.recovery.repair import TOKENS as REPAIR_TOKENS

@@ -10,25 +10,22 @@ from remend.console import phase, phases
 from remend.files.atomic import JsonObject
 from remend.files.run_directory import RunDirectory
 from remend.recovery.begin import Run, begin, create, load
-from remend.recovery.bootstrap import gate_of
+from remend.recovery.bootstrap import ask_gate
 from remend.recovery.clock import Clock
-from remend.recovery.forecast import note_phases
+from remend.recovery.forecast import record_speed
 from remend.recovery.helpful_repair import repair_if_it_helps
 from remend.recovery.hold import hold
-from remend.recovery.judge import gate_verdict, side_judge_of
-from remend.recovery.past import past_of
+from remend.recovery.judge import gate_verdict, prepare_side_judge
+from remend.recovery.past import rewind_and_read
 from remend.recovery.plan import Plan
-from remend.recovery.plateau import Plateau, plateau_of, with_prompts_apart
-from remend.recovery.pools import build_sources, with_pools
-from remend.recovery.repair import (
-    check_repair,
-    initial_weights,
-)
+from remend.recovery.plateau import Plateau, begin_plateau, with_prompts_apart
+from remend.recovery.pools import build_sources, sample_pools
+from remend.recovery.repair import check_repair, initial_weights
 from remend.recovery.save import finish, reopened, save
 from remend.recovery.selection import Selection
-from remend.recovery.tracking import Observer, observer_of
+from remend.recovery.tracking import Observer, measure_baseline
 from remend.recovery.training import hooks_of, step_function, train_student, trained_parts
-from remend.recovery.written_prompts import all_prompts
+from remend.recovery.written_prompts import write_missing_prompts
 from remend.training.agreement import require_alike
 from remend.training.constraints import kind_of
 
@@ -46,17 +43,18 @@ def carry_out(plan: Plan, directory: RunDirectory | None, began: float) -> RunDi
     clock = Clock(began)
     with ExitStack() as held, phases(plan.phases):
         run = begin(plan, directory, held)
-        # the trained student goes with its frame
+        # what the function holds, the trained student above all, is let go when it returns
         observer, outcome = train_and_save(run, clock, new=directory is None)
         if observer:
             clock.enter("measuring")
-            run, judge, degraded = observer.judge.run, observer.judge, observer.degraded
+            judge, degraded = observer.judge, observer.degraded
+            run = judge.run  # with the prompts that were written since
             saved = reopened(run, judge.reference)
-            recovered = judge.recovered(saved, degraded)
+            recovered = judge.measure_recovered(saved, degraded)
             observer.note(saved, outcome["selected"]["step"], "recovered", recovered.on_reference)
             finish(run, degraded, recovered, outcome, began)
             if directory is None:
-                note_phases(run, clock.stop())
+                record_speed(run, clock.stop(), outcome["steps"])
         run.wait()
     return run.directory
 
@@ -73,11 +71,11 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
     if new:
         create(run)
     clock.enter("prompts", shown=False)
-    run = replace(run, prompts=with_prompts_apart(all_prompts(run, reference), plan))
-    past = past_of(run)
+    run = replace(run, prompts=with_prompts_apart(write_missing_prompts(run, reference), plan))
+    past = rewind_and_read(run)
 
     clock.enter("baseline")
-    observer = observer_of(run, reference, student, past.degraded)
+    observer = measure_baseline(run, reference, student, past.degraded)
     run.wait()
 
     clock.enter("repair")
@@ -96,14 +94,16 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
     clock.enter("training")
     parts = trained_parts(run, student)
     sources = build_sources(run, parts, teachers, initial)
-    side = side_judge_of(run, sources, parts) if observer else None
+    side = prepare_side_judge(run, sources, parts) if observer else None
     before = (past.streams or side.baseline()) if side else {}
     readiness = partial(gate_verdict, student, observer.judge, side) if observer and side else None
-    gate = gate_of(run, readiness, past.gate, len(answers))
-    sources = with_pools(run, sources, bootstrapping=gate.bootstrapping, answers=answers)
-    selection = Selection(run.directory, constraint, config.selects == "best", config.patience, [*past.scores])
+    gate = ask_gate(run, readiness, past.gate, len(answers))
+    sources = sample_pools(run, sources, bootstrapping=gate.bootstrapping, answers=answers)
+    selection = Selection(
+        run.directory, constraint, config.selects == "best", config.patience, [*past.scores], past.best
+    )
     hooks = hooks_of(run, parts, observer, side, before, selection) if observer and side else []
-    plateau = plateau_of(run, observer.judge, parts, past.apart) if observer and repair and repair["kept"] else None
+    plateau = begin_plateau(run, observer.judge, parts, past.apart) if observer and repair and repair["kept"] else None
     hooks += [plateau.hook] if plateau else []
     objective = step_function(run, parts, sources, gate)
     steps = train_student(run, objective, constraint, hooks, partial(_stops, selection, plateau), repair)

@@ -1,4 +1,4 @@
-"""How a run ends: the model is saved, loaded again and measured, and the summary says what was won back."""
+"""How a run ends: the model is saved and loaded again; the summary says what was won back, once it is measured."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def finish(run: Run, degraded: HeldOut, recovered: HeldOut, outcome: Mapping[str
     degraded, recovered: the student as it came in, and as saved and loaded again.
     """
     directory, plan = run.directory, run.plan
-    if run.results != directory.path:
+    if run.longer:
         take_place(directory)
     summary = {
         **summarize(degraded, recovered, plan.config.seed),

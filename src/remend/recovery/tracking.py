@@ -29,11 +29,11 @@ from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer
 from remend.recovery.begin import Run, begin, load
 from remend.recovery.hold import hold
-from remend.recovery.judge import HeldOut, Judge, figures_of, judge_of
+from remend.recovery.judge import HeldOut, Judge, figures_of, prepare_judge
 from remend.recovery.plan import Plan
 from remend.recovery.repair import Repaired
 from remend.recovery.save import saved_model
-from remend.recovery.written_prompts import all_prompts
+from remend.recovery.written_prompts import write_missing_prompts
 from remend.training.loop import restore_masters
 from remend.training.measure import PromptSums
 from remend.training.teachers import Teacher
@@ -107,7 +107,7 @@ class Tracker:
 
 @dataclass(frozen=True)
 class Observer:
-    """Who measures the main stream, in the main process; `observer_of` makes it.
+    """Who measures the main stream, in the main process; `measure_baseline` makes it.
 
     degraded: the judge's measurement of the student as it came in.
     tracker: of the layers, where the recipe asks for one.
@@ -123,16 +123,16 @@ class Observer:
             self.tracker.note_once(model, step, name, figures_of(sums))
 
 
-def observer_of(run: Run, reference: Teacher, student: CausalLM, degraded: HeldOut | None) -> Observer | None:
+def measure_baseline(run: Run, reference: Teacher, student: CausalLM, degraded: HeldOut | None) -> Observer | None:
     """The observer, once the student as it came in is measured; None in a process that only shares the steps.
 
     `degraded` is that measurement, where an earlier process has made it.
     """
-    judge = judge_of(run, reference)
+    judge = prepare_judge(run, reference)
     if judge is None:
         return None
     tracker = tracker_of(run, reference, judge) if run.plan.config.diagnose_every else None
-    observer = Observer(judge, degraded or judge.degraded(student), tracker)
+    observer = Observer(judge, degraded or judge.measure_degraded(student), tracker)
     observer.note(student, 0, "degraded", observer.degraded.on_reference)
     return observer
 
@@ -160,8 +160,8 @@ def _tracked(run: Run) -> list[dict[str, Any]]:
     plan, directory = run.plan, run.directory
     student, teachers = load(run)
     reference = teachers[plan.reference]
-    run = replace(run, prompts=all_prompts(run, reference))
-    judge = judge_of(run, reference)
+    run = replace(run, prompts=write_missing_prompts(run, reference))
+    judge = prepare_judge(run, reference)
     tracker = tracker_of(run, reference, judge) if judge else None
     if judge is None or tracker is None:
         kind = "a cache, which has no layers" if reference.held_out is not None else "no model of its own"

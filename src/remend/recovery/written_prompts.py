@@ -22,7 +22,7 @@ from remend.training.teachers import Teacher
 WRITTEN = "prompts.jsonl"
 
 
-def all_prompts(run: Run, reference: Teacher) -> Prompts:
+def write_missing_prompts(run: Run, reference: Teacher) -> Prompts:
     """The plan's prompts, with those that the reference writes for the streams that have none.
 
     Raises InputError where too few are left.

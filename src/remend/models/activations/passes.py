@@ -345,3 +345,20 @@ def products(outputs_NO: Tensor, inputs_NI: Tensor, precision: AbstractContextMa
             part_OI = torch.mm(outputs_NO[start : start + ROWS].T, inputs_NI[start : start + ROWS])
         total_OI += part_OI
     return total_OI
+
+
+STRIPS = 4
+"""Into so many a Gram matrix is cut, since what lies below its diagonal need not be multiplied: 5/8 of the work."""
+
+
+def gram(inputs_NI: Tensor, precision: AbstractContextManager[object] | None = None) -> Tensor:
+    """Σ x xᵀ over the tokens: float32 [I, I], symmetric; as `products` of the inputs with themselves."""
+    if inputs_NI.device.type != "cpu":
+        return inputs_NI.T @ inputs_NI
+    width = inputs_NI.shape[1]
+    strip, upper_II = -(-width // STRIPS), inputs_NI.new_zeros(width, width)
+    for start in range(0, width, strip):
+        upper_II[start : start + strip, start:] = products(
+            inputs_NI[:, start : start + strip], inputs_NI[:, start:], precision
+        )
+    return upper_II.triu() + upper_II.triu(1).T

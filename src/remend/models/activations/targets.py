@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from remend.models.activations.passes import (
     first_given,
     hidden_batches,
     look,
+    products,
     real_states,
     run_block,
     start,
@@ -67,17 +68,30 @@ LEAST_GAIN = 0.05
 """Of a norm's mean gain: channels below it are all but closed."""
 
 
+@dataclass(frozen=True)
+class Linear:
+    """A teacher's layer, or the part of it that the student kept: it gives weight · t + bias for what it was given.
+
+    inputs_NP: t, in the pass's dtype; layers that share an input share the tensor.
+    """
+
+    inputs_NP: Tensor
+    weight_OP: Tensor
+    bias_O: Tensor | None
+
+
 @dataclass
 class Taught:
     """What a teacher's block shows.
 
-    outputs: of its layers [N, O], by the layer's name in the block, of all experts together, and of the norms behind
-        writers.
+    layers: what it takes to say what its layers give, by the layer's name in the block.
+    outputs: of its writers [N, O], of all experts together, and of the norms behind writers, by name.
     experts: its modules of experts, with what they were given, by name.
     writers: what adds to the stream; None where that is not known.
     before_ND, after_ND: the stream before and after the whole span of blocks that the student's block stands for.
     """
 
+    layers: dict[str, Linear]
     outputs: dict[str, Tensor]
     experts: dict[str, tuple[Experts, Routed]]
     writers: Sequence[Writer] | None
@@ -122,17 +136,29 @@ class TeacherStates:
         experts = {n: m for n, m in own.items() if n not in layers}
         writers, parts = writers_of(block, self.probe, at, self.matrices), dict(block.named_modules())
         norms = {w.given: parts[w.given] for w in writers or () if w.offset is not None}
-        before_ND, watched = real_states(self.batches), [*own.values(), *norms.values()]
-        seen = look(block, self.batches, at, out_of=watched, experts=list(experts.values()))
+        # what a writer gives is compared with streams; of every other layer its input says all, and is smaller
+        written = {w.layer for w in writers or ()} & layers.keys()
+        watched = [*(own[n] for n in written), *experts.values(), *norms.values()]
+        sharing = groups_of(block, self.probe, at, self.matrices)
+        first = {m: group[0] for group in sharing for m in group}
+        into = list(dict.fromkeys(first[m] for n, m in layers.items() if n not in written))
+        before_ND = real_states(self.batches)
+        seen = look(block, self.batches, at, into=into, out_of=watched, experts=list(experts.values()))
         for batch, states_BTD in zip(self.batches, seen.states, strict=True):
             batch.states_BTD = states_BTD
         self.advance(at + 1, self.places[index + 1])
-        kept = {
-            n: _kept(seen.outputs[m], ours[n], self.matrices[m][0])
+        alike = {
+            n: _alike(seen.inputs[first[m]], ours[n], self.matrices[m][0])
             for n, m in layers.items()
-            if n in ours and m in seen.outputs
+            if n in ours and n not in written and first[m] in seen.inputs
+        }
+        kept = {
+            n: _kept(seen.outputs[layers[n]], ours[n], self.matrices[layers[n]][0])
+            for n in written
+            if n in ours and layers[n] in seen.outputs
         } | {n: seen.outputs[m] for n, m in (experts | norms).items()}
         return Taught(
+            {n: linear for n, linear in alike.items() if linear is not None},
             {n: y_NO for n, y_NO in kept.items() if y_NO is not None},
             {n: (Experts(m, self.matrices[m]), seen.routed[m]) for n, m in experts.items()},
             writers,
@@ -174,12 +200,53 @@ def _kept(outputs_NP: Tensor, ours: Matrix, theirs: Matrix) -> Tensor | None:
     return None if rows_O is None else outputs_NP[:, rows_O]
 
 
+def _alike(inputs_NP: Tensor, ours: Matrix, theirs: Matrix) -> Linear | None:
+    """The same of a layer that is told by its input."""
+    weight_OP, bias_O = theirs.weight_OI, theirs.bias_O
+    if ours.out_features != theirs.out_features:
+        rows_O = infer_rows(ours.weight_OI, weight_OP)
+        if rows_O is None:
+            return None
+        weight_OP, bias_O = weight_OP[rows_O], None if bias_O is None else bias_O[rows_O]
+    return Linear(inputs_NP, weight_OP, bias_O)
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """What a layer ought to give: y_NO, its bias taken off, and by what each token counts [N, 1] (None: alike)."""
+    """What a layer ought to give, its own bias taken off, and by what each token counts [N, 1] (None: alike).
 
-    y_NO: Tensor
+    y: as numbers [N, O], or as what the teacher's layer makes of its inputs.
+    """
+
+    y: Tensor | Linear
     weight_N1: Tensor | None = None
+
+    def weighed(self) -> Wanted:
+        """Each token counted as it should."""
+        assert isinstance(self.y, Tensor)
+        assert self.weight_N1 is not None
+        return Wanted(self.y * self.weight_N1)
+
+
+def crossed(
+    wanted: Sequence[Wanted | None], x_NI: Tensor, precision: AbstractContextManager[object] | None
+) -> tuple[Tensor | None, ...]:
+    """Σ y xᵀ, float32 [O, I], of layers that read the same x [N, I], float32.
+
+    Where y is linear in a teacher's inputs t, that is weight · Σ t xᵀ + bias · Σ xᵀ, and the layers share the sums over
+    tokens.
+    """
+    shared: dict[int, Tensor] = {}
+
+    def one(y: Tensor | Linear) -> Tensor:
+        if isinstance(y, Tensor):
+            return products(y, x_NI, precision)
+        if id(y.inputs_NP) not in shared:
+            shared[id(y.inputs_NP)] = products(y.inputs_NP.float(), x_NI, precision)
+        cross_OI = y.weight_OP.float() @ shared[id(y.inputs_NP)]
+        return cross_OI if y.bias_O is None else cross_OI + torch.outer(y.bias_O.float(), x_NI.sum(0))
+
+    return tuple(None if want is None else one(want.y) for want in wanted)
 
 
 class Targets:
@@ -208,7 +275,9 @@ class Targets:
     ) -> None:
         self.known = taught.writers is not None
         fitted = self.known or beside
-        self._given = {m: taught.outputs.get(n) if fitted else None for n, m in modules.items() if m in matrices}
+        own = {n: m for n, m in modules.items() if m in matrices}
+        self._layers = {m: taught.layers[n] for n, m in own.items() if fitted and n in taught.layers}
+        self._given = {m: taught.outputs.get(n) if fitted else None for n, m in own.items()}
         self._before_ND = before_ND
         self._writers: dict[nn.Module, Writer] = {}
         self._stream: dict[nn.Module, Tensor] = {}
@@ -228,6 +297,9 @@ class Targets:
     def wanted(self, matrix: Matrix, written: Mapping[nn.Module, Tensor]) -> Wanted | None:
         """For a layer; None where it is not known. `written`: what the modules of `self.written` gave."""
         layer = matrix.module
+        linear = self._layers.pop(layer, None)
+        if linear is not None:
+            return Wanted(_without_bias(linear, matrix)) if len(linear.weight_OP) == matrix.out_features else None
         y_NO, weight_N1 = self._given.pop(layer), None  # asked for once
         if layer in self._stream:
             writer = self._writers[layer]
@@ -268,6 +340,13 @@ class Targets:
         kept_D = energy_D > 0
         weight: Tensor = norm.weight  # type: ignore[assignment]
         weight[kept_D] = (gain_D - offset)[kept_D].to(weight.dtype)
+
+
+def _without_bias(linear: Linear, ours: Matrix) -> Linear:
+    if ours.bias_O is None:
+        return linear
+    bias_O = -ours.bias_O.float() if linear.bias_O is None else linear.bias_O.float() - ours.bias_O.float()
+    return replace(linear, bias_O=bias_O)
 
 
 def _through(norm: nn.Module, offset: float, missing_ND: Tensor, taught_ND: Tensor) -> tuple[Tensor, Tensor]:

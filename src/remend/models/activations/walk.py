@@ -33,6 +33,7 @@ from remend.models.activations.passes import (
     HiddenBatch,
     Seen,
     Settled,
+    gram,
     hidden_batches,
     look,
     outside,
@@ -42,7 +43,7 @@ from remend.models.activations.passes import (
     start,
 )
 from remend.models.activations.stacks import inputs_of
-from remend.models.activations.targets import Targets, Wanted, groups_of, teacher_states
+from remend.models.activations.targets import Targets, crossed, groups_of, teacher_states
 from remend.models.activations.walkable import blocks_of, holds_experts, is_stack, modules_of_matrices, sees_some
 from remend.models.matrices import Matrix
 from remend.models.protocols import CausalLM, Tokenizer
@@ -174,7 +175,7 @@ def walk(
     def visit_outside(index: int, modules: Sequence[nn.Module]) -> None:
         for module in modules:
             x_NI = outside(blocks, batches, module).float()
-            visit(Sites(index, tuple(kept[module]), products(x_NI, x_NI, precision), None, len(x_NI)))
+            visit(Sites(index, tuple(kept[module]), gram(x_NI, precision), None, len(x_NI)))
 
     if blocks.before:
         visit_outside(-1, blocks.before)
@@ -257,9 +258,9 @@ def _sites_of(
     if targets and not sees_some(group[0].name):
         wanted = [targets.wanted(matrix, written) for matrix in group]
         if len(wanted) == 1 and wanted[0] and wanted[0].weight_N1 is not None:  # others share the gram of their input
-            x_NI, wanted = x_NI * wanted[0].weight_N1, [Wanted(wanted[0].y_NO * wanted[0].weight_N1)]
-        cross = tuple(None if one is None else products(one.y_NO, x_NI, precision) for one in wanted)
-    return Sites(index, tuple(group), products(x_NI, x_NI, precision), cross, len(x_NI))
+            x_NI, wanted = x_NI * wanted[0].weight_N1, [wanted[0].weighed()]
+        cross = crossed(wanted, x_NI, precision)
+    return Sites(index, tuple(group), gram(x_NI, precision), cross, len(x_NI))
 
 
 def _unseen(index: int, matrix: Matrix) -> Sites:
@@ -288,7 +289,7 @@ def _sites_of_stack(
                 yield _unseen(index, matrix)
                 continue
             x_NI = seen[matrix].float()
-            yield Sites(index, (matrix,), products(x_NI, x_NI, precision), None, len(x_NI))
+            yield Sites(index, (matrix,), gram(x_NI, precision), None, len(x_NI))
         left = [m for m in left if m.parameter != parameter]
 
 
@@ -315,7 +316,7 @@ def _sites_of_experts(
                 if taught and len(rows):
                     y_NO = _taught(*taught, matrix, second, rows)
             cross = None if y_NO is None else (products(y_NO, x_NI.float(), precision),)
-            yield Sites(index, (matrix,), products(x_NI.float(), x_NI.float(), precision), cross, len(rows))
+            yield Sites(index, (matrix,), gram(x_NI.float(), precision), cross, len(rows))
 
 
 def _taught(theirs: Experts, routed: Routed, matrix: Matrix, second: bool, rows: Tensor) -> Tensor | None:

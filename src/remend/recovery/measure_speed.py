@@ -32,7 +32,7 @@ from remend.recovery.bootstrap import Gate
 from remend.recovery.estimate import COST, decoding, scoring, solving, walking
 from remend.recovery.forecast import facts_of
 from remend.recovery.hold import hold
-from remend.recovery.place import nearest
+from remend.recovery.output_directory import nearest
 from remend.recovery.plan import Plan
 from remend.recovery.pools import build_sources
 from remend.recovery.prompts import Prompts
