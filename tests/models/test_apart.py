@@ -13,6 +13,7 @@ from helpers.random_text import random_text
 from helpers.tiny import build_model, build_tokenizer
 from remend.models.activations.apart import divided
 from remend.models.activations.walk import Sites, walk
+from remend.models.sampling.rollout import Rollout
 
 SPOILED = "model.layers.1.mlp.down_proj"
 
@@ -48,6 +49,11 @@ def test_every_eighth_is_held_apart_and_of_few_none() -> None:
     assert [r.id for r in held] == ["7", "15", "23"]
     assert sorted([*fitted, *held], key=lambda r: int(r.id)) == text
     assert divided(text[:7]) == (text[:7], [])
+
+
+def test_no_more_is_held_apart_than_it_takes_to_judge() -> None:
+    fitted, held = divided([Rollout(str(i), (1,), (2,), False) for i in range(400)])
+    assert (len(fitted), len(held)) == (368, 32)
 
 
 def test_what_does_harm_on_that_text_is_taken_back_and_named(teacher: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -13,10 +14,12 @@ from helpers.tiny import build_model, build_tokenizer
 from remend.degrade.making.blocks import without_blocks
 from remend.degrade.making.channels import narrowed
 from remend.errors import InputError
+from remend.models.activations import passes
 from remend.models.activations.apart import divided
 from remend.models.activations.passes import ROWS, gram, products
 from remend.models.activations.targets import Linear, Wanted, crossed
 from remend.models.activations.walk import Sites, walk
+from remend.models.activations.walkable import blocks_of, modules_of_matrices
 from remend.models.device import mixed_precision
 from remend.models.layers import infer_layer_map, infer_rows
 from remend.models.sampling.rollout import Rollout
@@ -104,9 +107,42 @@ def test_what_is_settled_in_a_block_runs_once_more_and_is_then_replayed(teacher:
     student.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     walk(student, text[:2], lambda s: seen.append(s.matrices[0].name), teacher=teacher)  # one batch
     assert len([name for name in seen if "layers.1." in name]) == 4
-    # four short passes of the trial, then the probe, up to the output matrix's input, and once whole: not for the MLP's
-    # two groups and the end again
+    # four short passes of the trial, then two probes, and up to the output matrix's input: from there on what attention
+    # gives is known, for the MLP's two groups and for the block's end
     assert len(calls) == 4 + 3
+
+
+@torch.no_grad()
+def test_what_is_computed_again_is_what_was_kept(
+    teacher: Any, text: list[Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def visit(sites: Sites) -> None:
+        for matrix in sites.matrices:
+            matrix.weight_OI.mul_(0.9)
+
+    kept, again = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    calls: list[str] = []
+    for student, most in ((kept, passes.MOST_KEPT), (again, 0)):
+        monkeypatch.setattr(passes, "MOST_KEPT", most)
+        up_proj, name = student.model.layers[1].mlp.up_proj, "kept" if most else "again"
+        up_proj.register_forward_hook(lambda *_, name=name: calls.append(name))
+        walk(student, text[:7], visit, teacher=teacher)  # too few to judge by
+    assert calls.count("kept") < calls.count("again")
+    assert all(a.equal(b) for a, b in zip(kept.parameters(), again.parameters(), strict=True))
+
+
+def test_a_child_ends_in_a_layer_where_it_gives_what_the_layer_gives(teacher: Any, text: list[Rollout]) -> None:
+    blocks, kept = blocks_of(teacher, [[*r.prompt, *r.completion] for r in text]), modules_of_matrices(teacher)
+    probe = passes.start(blocks, text[:1], contextlib.nullcontext())
+    block = blocks.items[0]
+    ends = {end.child: end for end in passes.ends_of(block, probe, 0, kept)}
+    assert ends[block.mlp].layer is block.mlp.down_proj
+    assert ends[block.mlp].beside is None
+    assert ends[block.self_attn].layer is block.self_attn.o_proj
+    assert ends[block.self_attn].beside == 1
+    with torch.no_grad():
+        block.mlp.register_forward_hook(lambda _m, _a, output: output * 2)
+    assert block.mlp not in {end.child for end in passes.ends_of(block, probe, 0, kept)}
 
 
 def test_more_layers_than_the_teacher_are_refused(teacher: Any) -> None:

@@ -28,7 +28,7 @@ from remend.report.card import Card, named, ways_to_use
 
 FORMAT = "int3-g64-asym"
 HELD_OUT = 32
-STEPS = 12
+STEPS = 4
 ANSWERS = 320
 """That repair is fitted to. With STEPS it takes as long as PLAIN did alone."""
 PLAIN_RUN, COMPARISON = "without-repair", "comparison"

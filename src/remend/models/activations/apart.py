@@ -20,16 +20,19 @@ from remend.models.matrices import Matrix
 from remend.models.sampling.rollout import Rollout
 
 ONE_OF = 8
-"""Of so many sequences of calibration text one is held apart."""
+"""Of so many sequences of calibration text one is held apart,"""
+
+AT_MOST = 32
+"""and no more than so many: they hold thousands of tokens, and every block runs over them three times."""
 
 NOTED = 1e-6
 """By how much a block's squared relative error must have grown for the change to be named: not by rounding."""
 
 
 def divided(rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[Rollout]]:
-    """What is fitted, and what is held apart: every eighth. Of fewer than eight none is."""
-    fitted = [r for i, r in enumerate(rollouts) if i % ONE_OF != ONE_OF - 1]
-    return fitted, list(rollouts[ONE_OF - 1 :: ONE_OF])
+    """What is fitted, and what is held apart: every eighth, 32 at most. Of fewer than eight none is."""
+    held = range(ONE_OF - 1, len(rollouts), ONE_OF)[:AT_MOST]
+    return [r for i, r in enumerate(rollouts) if i not in held], [rollouts[i] for i in held]
 
 
 @dataclass

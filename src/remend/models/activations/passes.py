@@ -198,18 +198,73 @@ def real_rows(tensor: Tensor, real_BT: Tensor) -> Tensor:
     raise InputError(f"a layer is given {tuple(tensor.shape)} for {rows} sequences of {time} tokens; {INSTEAD}")
 
 
+@dataclass(frozen=True)
+class End:
+    """Where a child of a block ends in a layer: what the child gives is what the layer gives.
+
+    beside: how many times None stands behind that in the child's tuple; None where it gives no tuple.
+    """
+
+    child: nn.Module
+    layer: nn.Module
+    beside: int | None
+
+    def given(self, inputs: Tensor, *_args: object, **_keywords: object) -> object:
+        """What the child gives once the layer sees these inputs."""
+        output = self.layer(inputs)
+        return output if self.beside is None else (output, *[None] * self.beside)
+
+
+def ends_of(block: nn.Module, probe: HiddenBatch, index: int, kept: Container[nn.Module]) -> list[End]:
+    """The children of a block that end in a layer with matrices, found by running it.
+
+    Args:
+        block, index: of the model.
+        probe: what enters the block, or anything like it.
+        kept: the modules that hold matrices.
+    """
+    gave: dict[nn.Module, object] = {}
+    with ExitStack() as hooks:
+        for module in {*block.children(), *(m for m in block.modules() if m in kept)}:
+            hooks.callback(module.register_forward_hook(lambda m, _args, output: gave.update({m: output})).remove)
+        run_block(block, probe, index)
+    ends = []
+    for child in block.children():
+        output = gave.get(child)
+        rest = output[1:] if isinstance(output, tuple) else ()
+        last = next((m for m in child.modules() if m in kept and m in gave and gave[m] is first_of(output)), None)
+        if last is not None and all(part is None for part in rest):
+            ends.append(End(child, last, len(rest) if isinstance(output, tuple) else None))
+    return ends
+
+
+MOST_KEPT = 2**30
+"""Bytes of inputs of a block's last layers that are kept; what is beyond that is computed again."""
+
+
 class Settled:
     """Children of a block whose matrices have all been visited: each runs once more and is then replayed.
 
-    Without this every later group of the block would pay for the attention before it again. `written` keeps what the
-    settled layers gave that write into the residual stream.
+    Without this every later group of the block would pay for the attention before it again. A child that ends in a
+    layer does not run once more: the layer's inputs were seen when it was visited. `written` keeps what the settled
+    layers gave that write into the residual stream.
     """
 
-    def __init__(self, block: nn.Module, kept: Container[nn.Module]) -> None:
+    def __init__(self, block: nn.Module, kept: Container[nn.Module], ends: Sequence[End] = ()) -> None:
         self._inner = {c: {m for m in c.modules() if m in kept} for c in block.children()}
+        self._ends = {end.layer: end for end in ends}
+        self._kept: dict[tuple[nn.Module, int], Callable[..., object]] = {}
+        self._free = MOST_KEPT
         self._given: dict[nn.Module, list[object]] = {}
         self.written: dict[nn.Module, Tensor] = {}
         self.visited: set[nn.Module] = set()
+
+    def keep(self, layer: nn.Module, batch: int, inputs: Tensor) -> None:
+        """Note what a layer that is about to be visited sees, padding and all."""
+        end, size = self._ends.get(layer), inputs.numel() * inputs.element_size()
+        if end is not None and size <= self._free:
+            self._free -= size
+            self._kept[end.child, batch] = partial(end.given, inputs)
 
     @contextmanager
     def at(self, batch: int) -> Iterator[None]:
@@ -222,6 +277,8 @@ class Settled:
                 if len(given) > batch:
                     undo.enter_context(_forward(child, partial(_replay, given[batch])))
                 else:
+                    if instead := self._kept.pop((child, batch), None):
+                        undo.enter_context(_forward(child, instead))
                     hook = child.register_forward_hook(lambda _m, _a, out, given=given: given.append(_copied(out)))
                     undo.callback(hook.remove)
             yield
@@ -296,13 +353,17 @@ def look(
     for number, batch in enumerate(batches):
         real_BT = batch.real_BT
 
-        def on_input(layer: nn.Module, args: Given, keywords: Keywords, real_BT: Tensor = real_BT) -> None:
+        def on_input(
+            layer: nn.Module, args: Given, keywords: Keywords, real_BT: Tensor = real_BT, number: int = number
+        ) -> None:
             if layer in routed:
                 given = routing(layer, args, keywords)
                 routed[layer].append(Routed(real_rows(given[0], real_BT), real_rows(given[1], real_BT)))
             else:
                 inputs[layer].append(real_rows(first_given(args, keywords), real_BT))
             if layer is stop_at:
+                if settled and layer in inputs:
+                    settled.keep(layer, number, first_given(args, keywords))
                 raise _Stop
 
         def on_output(layer: nn.Module, args: object, output: Tensor, real_BT: Tensor = real_BT) -> None:

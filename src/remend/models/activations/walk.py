@@ -33,6 +33,7 @@ from remend.models.activations.passes import (
     HiddenBatch,
     Seen,
     Settled,
+    ends_of,
     gram,
     hidden_batches,
     look,
@@ -143,7 +144,7 @@ def walk(
 
     Args:
         model: walked, and changed by `visit`, which may write into `weight_OI` of a matrix.
-        rollouts: calibration text; prompts and completions both count. With a teacher, every eighth is held apart
+        rollouts: calibration text; prompts and completions both count. With a teacher, some is held apart
             (`apart`): a block's change stays where its output on that comes no farther from what it ought to be.
         visit: called once a group, in order of execution.
         teacher: a healthy model with the same kinds of blocks; then Sites.cross_OI is given, and what all prompts of a
@@ -193,7 +194,7 @@ def walk(
                 targets = Targets(parts, kept, taught, real_states(batches), beside=healthy.beside)
                 if not targets.known:
                     unexplained.append(index)
-            settled, change = Settled(block, kept), Change()
+            settled, change = Settled(block, kept, ends_of(block, probe, index, kept)), Change()
             if apart:
                 apart.enter(index)
             for group in groups:
