@@ -93,8 +93,9 @@ def recipe() -> str:
     """The page about recipe keys."""
     lines = [
         *("# Recipe keys", "", MADE, ""),
-        "A recipe is a YAML file with these keys. On the command line each key is an option (`--batch-size 4`) or a",
-        "word (`batch_size=4`), for `remend recover` and for `remend check`; what is given there goes over the recipe.",
+        "A recipe is a YAML file with these keys. On the command line each key is an option (`--batch-size 4`;",
+        "`lora`, `ema` and `alignment` one for each part, `--lora-rank 16`) or a word (`batch_size=4`), for",
+        "`remend recover` and for `remend check`; what is given there goes over the recipe.",
         "Unknown keys are errors. [Where the defaults come from](../explanation/defaults.md) has the source of each,",
         "and what was measured.",
         "",

@@ -23,7 +23,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model di
 
 def demo(
     out: Out = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps after the repair; by default 12.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps after the repair; by default 4.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     model: Annotated[str, typer.Option(help="The healthy model to start from.")] = "smollm2",
     compare: Annotated[

@@ -301,11 +301,14 @@ class RecoverConfig(Settings):
     data: Name | None = Field(
         None,
         min_length=1,
-        description="prompts: a file (JSON lines, JSON, CSV, parquet), a folder, a hub id, or self: the reference "
-        "writes them",
+        description="prompts: a file (JSON lines, JSON, CSV, parquet), a folder, a hub id, or self, the default: the "
+        "reference writes them",
     )
     columns: ColumnsSetting | None = Field(None, strict=False, description=COLUMNS_HELP)
-    out: str = Field(min_length=1, description="a new directory for everything the run writes")
+    out: str = Field(
+        min_length=1,
+        description="a new directory for everything the run writes; by default runs/DATE-STUDENT, with one process",
+    )
     streams: dict[str, StreamConfig] | None = Field(
         None, strict=False, description="several sources of signal at once: {name: {data, teacher, weight, …}}"
     )
@@ -463,13 +466,13 @@ class RecoverConfig(Settings):
         None,
         ge=0,
         description="write a checkpoint every n steps, where a round of sampling ends, and at the end; 0: none; by "
-        "default "
-        "four times a run, at least every 50 steps",
+        "default every quarter of the steps, or every 50 if that is fewer",
     )
     keep_checkpoints: int = Field(
         2,
         ge=1,
-        description="how many checkpoints stay; one holds weights and both AdamW moments, 12 bytes per parameter",
+        description="how many checkpoints stay; one holds weights and both AdamW moments, 12 bytes per trained "
+        "parameter",
     )
 
     dtype: Arithmetic = Field(
