@@ -13,6 +13,7 @@ import yaml
 from helpers.recovering import assert_equal_runs, weights
 from remend.errors import InputError, TrainingError
 from remend.files.run_directory import METRICS, NEXT, SUMMARY, TRACK, RunDirectory, planned_steps
+from remend.files.signed import signed
 from remend.recovery import segments
 from remend.recovery.job import RecoverResult, recover, track
 from remend.report import report
@@ -171,7 +172,7 @@ def test_runs_without_a_schedule_or_checkpoints_are_refused(recipe: dict[str, An
 def test_a_run_that_patience_stopped_would_stop_again(five: RecoverResult, tmp_path: Path) -> None:
     copy = shutil.copytree(five.out, tmp_path / "copy")
     summary = json.loads((copy / SUMMARY).read_text())
-    (copy / SUMMARY).write_text(json.dumps({**summary, "steps": 4}))
+    (copy / SUMMARY).write_text(json.dumps(signed({**summary, "steps": 4})))
     with pytest.raises(InputError, match="stopped at step 4 of 5, since patience"):
         recover(resume=copy, steps=9)
 

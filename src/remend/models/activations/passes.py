@@ -232,8 +232,9 @@ def ends_of(block: nn.Module, probe: HiddenBatch, index: int, kept: Container[nn
     for child in block.children():
         output = gave.get(child)
         rest = output[1:] if isinstance(output, tuple) else ()
-        last = next((m for m in child.modules() if m in kept and m in gave and gave[m] is first_of(output)), None)
-        if last is not None and all(part is None for part in rest):
+        inner = [m for m in child.modules() if m in kept and m is not child]
+        last = next((m for m in inner if m in gave and gave[m] is first_of(output)), None)
+        if last is not None and isinstance(output, Tensor | tuple) and all(part is None for part in rest):
             ends.append(End(child, last, len(rest) if isinstance(output, tuple) else None))
     return ends
 
