@@ -203,7 +203,20 @@ def test_a_loaded_compressed_model_saves_as_a_plain_one(tmp_path: Path, tokenize
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), again.parameters(), strict=True))
 
 
-def test_what_is_asked_of_activations_and_cache_is_carried_into_the_next_export(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_model_whose_cache_alone_is_quantized_lies_on_no_grid(tmp_path: Path, tokenizer: Any) -> None:
+    save_model(build_model(len(tokenizer)), tokenizer, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    packing = {"quant_method": "compressed-tensors", "format": "dense", "quantization_status": "frozen"}
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config["quantization_config"] = {**packing, "config_groups": {}, "ignore": [], "kv_cache_scheme": cache}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="its weights are not quantized, only its key/value cache"):
+        recognise(tmp_path / "m")
+
+
+def test_what_is_asked_of_activations_and_cache_is_carried_into_the_next_export(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
     compress(tmp_path / "m", torch.bfloat16, SCHEMES["fp8-e4m3"], tokenizer, input_activations=activations)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -218,6 +231,9 @@ def test_what_is_asked_of_activations_and_cache_is_carried_into_the_next_export(
     assert "float-quantized" in held.why
     assert "its kv_cache_scheme and input_activations are not trained or measured" in held.why
     model = load_model(find_model(str(tmp_path / "m")), dtype=torch.float32, device=CPU)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "scales of its key/value cache are neither trained nor measured" in told
+    assert "left out" not in told
     assert_lies_on(held.stored, model)
     save_model(model, tokenizer, tmp_path / "recovered")  # as a recovery does it
     OnGrid(model, held.stored).save(tmp_path / "recovered")

@@ -19,6 +19,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+PATIENCE = 600
+"""Seconds that llama.cpp's server is waited for: four tokens of a large model on a busy machine take minutes."""
+
 
 def transformers(request: dict[str, Any]) -> dict[str, Any]:
     """Load with transformers alone and run one forward pass, dtype by dtype.
@@ -82,7 +85,8 @@ def llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
         def ask(what: str, **content: Any) -> Any:
             headers = {"Content-Type": "application/json"}
             address = f"{server.listening_address}/{what}"
-            with urllib.request.urlopen(urllib.request.Request(address, json.dumps(content).encode(), headers)) as said:
+            asked = urllib.request.Request(address, json.dumps(content).encode(), headers)
+            with urllib.request.urlopen(asked, timeout=PATIENCE) as said:
                 return json.load(said)
 
         ids = ask("tokenize", content=request["text"], add_special=False, parse_special=True)["tokens"]

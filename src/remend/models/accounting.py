@@ -134,10 +134,23 @@ class Account:
 
 def said_of(names: Sequence[str]) -> str:
     """A sentence on what a model lacks; `names` as `patterns` gives them."""
-    return (
-        f"parts of its files have no place in transformers' model, which does without them, and are left out: "
-        f"{_some(names)}"
-    )
+    scales = [name for name in names if _CACHE_SCALE.search(name)]
+    rest = [name for name in names if name not in scales]
+    said = []
+    if rest:
+        said = [
+            f"parts of its files have no place in transformers' model, which does without them, and are left out: "
+            f"{_some(rest)}"
+        ]
+    if scales:
+        said += [
+            f"scales of its key/value cache are neither trained nor measured, and stay in an export to "
+            f"compressed-tensors: {_some(scales)}"
+        ]
+    return "; ".join(said)
+
+
+_CACHE_SCALE = re.compile(r"[.][qkv]_(scale|global_scale|zero_point)$")
 
 
 def patterns(names: Iterable[str]) -> list[str]:

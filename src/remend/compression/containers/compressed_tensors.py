@@ -52,6 +52,8 @@ def _grid_of(directory: Path, config: JsonObject) -> tuple[StoredGrid, str]:
     """The grid, and in one sentence what it is. Raises InputError for a scheme that no grid here describes."""
     require_compressed_tensors(str(directory))
     groups = list(config.get("config_groups", {}).values())
+    if not groups and config.get("kv_cache_scheme"):
+        raise InputError("its weights are not quantized, only its key/value cache, which is no grid to hold")
     if len(groups) != 1:
         raise InputError(f"it mixes {len(groups)} quantization schemes, and one grid a model is held")
     args, form = groups[0].get("weights"), groups[0].get("format") or config.get("format")
