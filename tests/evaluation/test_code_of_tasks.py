@@ -71,3 +71,19 @@ def test_the_variable_that_allows_code_is_left_alone(before: str | None, monkeyp
     with harness._guarded(allow_code=True):
         assert os.environ.get("HF_ALLOW_CODE_EVAL") == before
     assert os.environ.get("HF_ALLOW_CODE_EVAL") == before
+
+
+@pytest.mark.parametrize("tag", ["!%66unction u.f", "!function u.f"])
+def test_python_that_the_harness_finds_is_refused_however_it_is_spelt(tmp_path: Path, tag: str) -> None:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    place = folder(tmp_path, f"doc_to_text: {tag}\n")
+    with (
+        harness._guarded(allow_code=False),
+        pytest.raises(InputError, match=r"Python of its own run \(u\.f of .*tasks"),
+    ):
+        load_yaml(place / "mine.yaml", resolve_func=True)
+    assert not (tmp_path / "ran").exists()
+    with harness._guarded(allow_code=True):
+        load_yaml(place / "mine.yaml", resolve_func=True)
+    assert (tmp_path / "ran").exists()

@@ -52,3 +52,22 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(lock, "fcntl", None)
     with only_writer(tmp_path, "run") as known:
         assert not known
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_is_never_taken_through_a_link(tmp_path: Path, there: bool) -> None:
+    victim, place = tmp_path / "victim", tmp_path / "run"
+    place.mkdir()
+    if there:
+        victim.write_text("precious")
+    (place / lock.LOCK).symlink_to(victim)
+    with pytest.raises(InputError, match="no plain file, so the run can't be locked"), only_writer(place, "run"):
+        pass
+    assert victim.exists() == there
+    assert not there or victim.read_text() == "precious"
+    (place / lock.LOCK).unlink()
+    victim.write_text("precious")
+    os.link(victim, place / lock.LOCK)
+    with pytest.raises(InputError, match="no plain file"), only_writer(place, "run"):
+        pass
+    assert victim.read_text() == "precious"

@@ -43,3 +43,20 @@ def test_what_a_recipe_may_hold(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_bytes(b"\xef\xbb\xbfbase: &b {rank: 4, alpha: 8}\nlora: {<<: *b, rank: 2}\n")
     assert read_yaml(tmp_path / "r.yaml") == {"base": {"rank": 4, "alpha": 8}, "lora": {"rank": 2, "alpha": 8}}
     assert yaml_of("") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'student: "\\UFFFFFFFF"',
+        'steps: !!int ""',
+        '? !!seq ""\n: 1',
+        "a: !!bool x",
+        "a: " + ":".join(["1", *["59"] * 400]) + ".5",
+        'a: !!timestamp "x"',
+        "a: !!set [a]",
+    ],
+)
+def test_a_value_that_can_t_be_made_is_one_message(text: str) -> None:
+    with pytest.raises(InputError):
+        yaml_of(text)

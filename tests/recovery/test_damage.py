@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from helpers.recovering import assert_equal_runs, torn_copy
 from remend.errors import FileError, InputError
 from remend.files.lock import only_writer
 from remend.files.run_directory import MANIFEST, METRICS, SUMMARY, RunDirectory
+from remend.files.signed import signed
 from remend.recovery.job import RecoverResult, recover
 from remend.report import report
 
@@ -262,3 +264,14 @@ def test_a_machine_that_changed_is_told(
     assert "since the run began, torch 1.0.0 to" in told
     assert "threads 64 to" in told
     assert (torn / SUMMARY).is_file()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe", "a\0b"])
+def test_a_record_that_names_what_has_no_end_is_told_at_once(reference_dir: Path, tmp_path: Path, name: str) -> None:
+    model = tmp_path / "q4"
+    remend.quantize(str(reference_dir), model, format="int4-g32-sym", probe=False)
+    os.mkfifo(model / "pipe")
+    record = json.loads((model / "degradation.json").read_text())
+    (model / "degradation.json").write_text(json.dumps(signed({**record, "files": {name: "x"}})))
+    with pytest.raises(FileError, match="changed or can't be read since remend wrote it"):
+        remend.export(model, tmp_path / "out", format="dense")

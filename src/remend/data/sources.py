@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def _opened(path: Path, what: str = "data") -> str:
         raise InputError(
             f"{what} file {path} is not UTF-8 text: {error.reason} at byte {error.start}. What is read: {ALLOWED}"
         ) from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise FileError(f"{what} file {path} is no whole gzip file: {error}") from None
     except OSError as error:
         if isinstance(error, FileError):

@@ -269,13 +269,35 @@ def _guarded(*, allow_code: bool) -> Iterator[None]:
             )
         return load(path, *words, **options)
 
+    loader: Any = importlib.import_module("lm_eval.tasks._yaml_loader")
+    package = Path(str(importlib.import_module("lm_eval").__file__)).parent.resolve()
+    by_name, by_path = loader._import_func_in_yml, loader._import_fun_from_str
+
+    def theirs(function: str, place: Path) -> None:
+        """However a task file spells it, Python is found here, and only the harness's own may run."""
+        if not allow_code and not place.resolve().is_relative_to(package):
+            raise InputError(
+                f"a task file has Python of its own run ({function} of {place}). Look at it, and if you trust it say "
+                "--allow-code (Python: allow_code=True)"
+            )
+
+    def named(function: str, folder: Path) -> Any:
+        theirs(function, Path(folder))
+        return by_name(function, folder)
+
+    def placed(function: str) -> Any:
+        theirs(function, Path(function).parent)
+        return by_path(function)
+
     apart = SandboxedEnvironment(undefined=templates.undefined, keep_trailing_newline=True)
     apart.filters.update(templates.filters)
     evaluate.load, utils.env = loaded, apart
+    loader._import_func_in_yml, loader._import_fun_from_str = named, placed
     try:
         yield
     finally:
         evaluate.load, utils.env = load, templates
+        loader._import_func_in_yml, loader._import_fun_from_str = by_name, by_path
 
 
 @contextmanager

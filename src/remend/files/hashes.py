@@ -34,7 +34,7 @@ def damaged(directory: Path, recorded: Mapping[str, str]) -> list[str]:
         path = directory / name
         try:
             same = path.is_file() and hash_file(path) == digest
-        except OSError:  # a disk that can't give the file's bytes
+        except (OSError, ValueError):  # a disk that can't give the file's bytes, or a name that no file can have
             same = False
         if not same:
             unlike.append(name)

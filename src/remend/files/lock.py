@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,19 @@ def only_writer(directory: Path, what: str) -> Iterator[bool]:
     Raises:
         InputError: another process is at work there; it is named by process id and host.
     """
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:  # never through a link, which would have what it points to overwritten
+        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1:
+            os.close(descriptor)
+            raise OSError(errno.ELOOP, "it is no file of its own")
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise InputError(
+            f"{directory / LOCK} is a link, or no plain file, so the {what} can't be locked; remove it and give the "
+            "command again"
+        ) from None
     try:
         taken = take(descriptor)
         if taken is False:

@@ -68,10 +68,12 @@ def yaml_of(text: str) -> Any:
             return loader.get_single_data()
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except yaml.YAMLError as error:
         raise InputError(shortened(error, 400)) from None
+    except Exception as error:  # of what a tag or an impossible date, number or letter makes PyYAML do
+        raise InputError(f"a value in it can't be made: {shortened(error, 400)}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

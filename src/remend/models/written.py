@@ -6,6 +6,7 @@ model it is. The first two hold their own too. Files that are not recorded there
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
@@ -38,8 +39,9 @@ def recorded(directory: Path) -> Mapping[str, str] | None:
     """The hashes that were recorded when remend wrote a directory; None where there are none."""
     summary = directory.parent / SUMMARY if directory.name == MODEL else None
     if summary and summary.is_file():
-        saved: JsonObject = read_object(summary).get("saved") or {}
-        return saved.get(FILES)
+        saved = read_object(summary).get("saved")
+        files = saved.get(FILES) if isinstance(saved, dict) else None
+        return files if isinstance(files, dict) else None
     for name in (EXPORT_FILE, RECORD):
         if (directory / name).is_file():
             record = read_object(directory / name)
@@ -99,8 +101,10 @@ def _warn_without_hashes(directory: Path, of_run: bool) -> None:
 def _digest(path: Path) -> str | None:
     try:
         facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a device or a pipe gives no end
+            return None
         return _hashed(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return None
 
 

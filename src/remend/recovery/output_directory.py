@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ def unwritable(out: str) -> str | None:
 
 def inside(out: str, models: Mapping[str, Path | None]) -> Iterator[str]:
     """A problem for each model, by what it is to the run, in whose own directory `out` lies."""
-    target = Path(out).resolve()
+    target = Path(os.path.realpath(out))  # of a loop of links too
     for what, path in models.items():
         if path is not None and path.is_dir() and path.resolve() in target.parents:
             yield (
