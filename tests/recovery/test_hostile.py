@@ -156,3 +156,18 @@ def test_names_are_no_markup_and_steer_no_terminal(recipe: dict[str, Any], tmp_p
     assert code == 0, err
     assert "[/b]?[31m" in out
     assert "\x1b" not in out + err
+
+
+def test_an_out_that_is_a_link_to_nothing_or_to_itself_is_found_before_the_run(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    for target in ("nowhere", "link"):
+        (tmp_path / "link").symlink_to(tmp_path / target)
+        problems = check(**{**recipe, "out": str(tmp_path / "link")}).problems
+        assert any("is a link to nothing" in problem for problem in problems), problems
+        (tmp_path / "link").unlink()
+
+
+def test_a_number_beyond_any_range_is_a_problem_of_its_key(recipe: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"learning_rate.*larger than a number"):
+        check(**{**recipe, "learning_rate": 10**400})

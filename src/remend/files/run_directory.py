@@ -454,6 +454,8 @@ def occupied(path: Path, *, inputs: bool = False) -> str | None:
         return f"out {str(path)[:200]} can't be written: {error.strerror}; name another directory"
     if path.is_file():
         return f"out {path} is a file; name a new directory"
+    if path.is_symlink() and not path.exists():
+        return f"out {path} is a link to nothing; remove it, or name a new directory"
     if (path / MANIFEST).exists():
         return f"out {path} holds another run; name a new directory, or continue that run with --resume {path}"
     own = {INPUTS} if inputs else set()

@@ -22,7 +22,10 @@ def as_number(value: object) -> object:
             return float(value)
         except ValueError:
             return value
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    try:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    except OverflowError:
+        raise ValueError("it is larger than a number with a decimal point can be") from None
 
 
 Number = Annotated[float, BeforeValidator(as_number)]

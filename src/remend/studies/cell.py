@@ -161,7 +161,10 @@ def run_cell(**settings: Any) -> None:
 def _train(path: Path, cell: CellSettings) -> None:
     """Start the recovery, or go on with it."""
     if (path / MANIFEST).is_file():
-        recover(resume=path)
+        said: JsonObject = (
+            {"trust_remote_code": True} if cell.recipe.get("trust_remote_code") else {}
+        )  # the study asked for it
+        recover(resume=path, **said)
         return
     for left in path.iterdir():  # of a start that came to nothing
         if left.name != INPUTS:
