@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from remend.errors import FileError
 from remend.files.run_directory import RunDirectory
-from remend.recovery.selection import Selection, score
+from remend.recovery.selection import Best, Selection, score
 from remend.training.constraints import Free
 
 
@@ -40,3 +41,13 @@ def test_patience(tmp_path: Path) -> None:
         made.seen(step, value)
         stops.append(made.stop())
     assert stops == [False, False, False, True, False]
+
+
+def test_a_record_of_the_best_step_that_changed_is_told(tmp_path: Path) -> None:
+    made = selection(tmp_path / "run", nn.Linear(2, 1))
+    made.seen(3, 0.5)
+    assert Best.read(made.directory) == Best(3, 0.5)
+    record = made.directory.path / "best" / "best.json"
+    record.write_text(record.read_text().replace("0.5", "0.6"))
+    with pytest.raises(FileError, match=r"best\.json changed since it was written"):
+        Best.read(made.directory)

@@ -49,10 +49,11 @@ def read_text(path: Path, remedy: str = AGAIN) -> str:
 
 
 def require_finite(path: Path) -> None:
-    """Raise FileError for a device, which may never end."""
+    """Raise FileError for a device, which may never end, and for a pipe or socket, which may never begin."""
     mode = path.stat().st_mode
-    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-        raise FileError(f"{path} can't be read: it is a device; give a file")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else "pipe or socket"
+        raise FileError(f"{path} can't be read: it is a {kind}; give a file")
 
 
 def parsed(text: str) -> Any:

@@ -17,7 +17,8 @@ from remend.errors import FileError
 from remend.files.atomic import JsonObject, new_directory, write_json
 from remend.files.hashes import damaged, hash_directory
 from remend.files.reading import read_object
-from remend.files.run_directory import Checkpoint, RunDirectory
+from remend.files.run_directory import DAMAGED, Checkpoint, RunDirectory
+from remend.files.signed import as_signed, signed
 from remend.maths.gap import MEASURABLE_KL
 from remend.models.written import FILES
 from remend.training.constraints import Constraint
@@ -49,6 +50,8 @@ class Best:
         if not path.is_file():
             return None
         record = read_object(path)
+        if not as_signed(record):
+            raise FileError(f"{path} changed since it was written: {DAMAGED}")
         return cls(int(record["step"]), float(record["score"]))
 
 
@@ -81,7 +84,7 @@ class Selection:
             with new_directory(target) as directory:
                 tensors = {k: t.detach().contiguous() for k, t in self.constraint.masters().items()}
                 save_file(tensors, directory / "masters.safetensors")
-                write_json(directory / RECORD, {**asdict(self.best), FILES: hash_directory(directory)})
+                write_json(directory / RECORD, signed({**asdict(self.best), FILES: hash_directory(directory)}))
 
     def stop(self) -> bool:
         """Whether the last `patience` evaluations brought nothing better."""
