@@ -144,8 +144,8 @@ def said_of(names: Sequence[str]) -> str:
         ]
     if scales:
         said += [
-            f"scales of its key/value cache are neither trained nor measured, and stay in an export to "
-            f"compressed-tensors: {_some(scales)}"
+            "scales of its key/value cache are neither trained nor measured; of a model that is held on its grid an "
+            f"export to compressed-tensors keeps them, and nothing else does: {_some(scales)}"
         ]
     return "; ".join(said)
 

@@ -30,7 +30,7 @@ FORMAT = "int3-g64-asym"
 HELD_OUT = 32
 STEPS = 4
 ANSWERS = 320
-"""That repair is fitted to. With STEPS it takes as long as PLAIN did alone."""
+"""That repair is fitted to."""
 PLAIN_RUN, COMPARISON = "without-repair", "comparison"
 """Directories in a demo's own, of --compare."""
 RECOVERY: Mapping[str, object] = {"repair_samples": ANSWERS, "warmup_steps": 2, "final_learning_rate": 0.3}
