@@ -8,6 +8,7 @@ without a word falls short as well.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.csv
+import pyarrow.ipc
 import pyarrow.parquet
 
 from campaign.mutate import damaged, pick
@@ -249,12 +251,27 @@ def _data(suffix: str) -> Kind:
             _lines(file, ROWS)
         elif suffix == ".json":
             file.write_text(json.dumps(ROWS), encoding="utf-8")
-        elif suffix == ".csv":
-            pyarrow.csv.write_csv(table, file)
+        elif suffix == ".jsonl.gz":
+            file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+        elif suffix in (".csv", ".tsv"):
+            options = pyarrow.csv.WriteOptions(delimiter="," if suffix == ".csv" else "\t")
+            pyarrow.csv.write_csv(table, file, options)
+        elif suffix == ".arrow":
+            with pyarrow.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
         else:
             pyarrow.parquet.write_table(table, file)
 
     return Kind(f"prompts, {suffix}", [f"data{suffix}"], make, lambda where: _check(data=str(where / f"data{suffix}")))
+
+
+def _folder(place: Place, where: Path) -> None:
+    """As save_to_disk writes one."""
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    Dataset.from_list(ROWS).save_to_disk(str(where / "rows"))
 
 
 def _student(where: Path) -> bool:
@@ -304,6 +321,32 @@ def _correlate(where: Path) -> bool:
 
     correlate([where / "out"], permutations=50)
     return True
+
+
+def _kept_answers(place: Place, where: Path) -> None:
+    from remend.evaluation.generation import open_answers
+
+    kept = open_answers(where / "kept.answers.jsonl")
+    kept.add([{"key": f"k{i}", "answer": "It is wet.", "tokens": 4, "clipped": False} for i in range(5)])
+    kept.add([{"key": f"l{i}", "log_likelihoods": {"A": -1.5, "B": -2.5}} for i in range(5)])
+
+
+def _answers(where: Path) -> bool:
+    from remend.evaluation.generation import open_answers
+
+    open_answers(where / "kept.answers.jsonl")
+    return True
+
+
+def _model_card(place: Place, where: Path) -> None:
+    head = "---\nlicense: apache-2.0\nbase_model: [a/b]\ntags:\n- x\nnumber: 1\ndate: 2026-01-02\n---\n# A model\n"
+    (where / "README.md").write_text(head, encoding="utf-8")
+
+
+def _origin(where: Path) -> bool:
+    from remend.models.origin import head_of
+
+    return bool(head_of(where / "README.md"))
 
 
 def _letters(place: Place, where: Path) -> None:
@@ -364,7 +407,10 @@ KINDS = (
         _read_recipe,
     ),
     Kind("study", ["study.yaml"], _yaml("study.yaml", STUDY), _read_study),
-    *map(_data, (".jsonl", ".json", ".csv", ".parquet")),
+    *map(_data, (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet", ".arrow")),
+    Kind("prompts, a folder", ["rows/*"], _folder, lambda where: _check(data=str(where / "rows"))),
+    Kind("answers of an evaluation", ["kept.answers.jsonl"], _kept_answers, _answers),
+    Kind("model card", ["README.md"], _model_card, _origin),
     Kind("degradation.json", ["model/degradation.json"], _copied("given/int3"), _student),
     Kind("model's texts", MODEL_TEXTS, _copied("reference"), _student),
     Kind("model's texts, loaded", MODEL_TEXTS, _copied("reference"), _load),

@@ -35,6 +35,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 RAW = (
     "{", "]", "'", "\n  - x", "\t", "%", "!!python/object/apply:os.system ['touch HACKED']\n", "&a *a", "? ", "---\n",
     "\ufeff", "\x00", "[" * 3000, "{a: " * 1000, "9" * 5000, "\nsteps: 3\nsteps: 4\n", BOMB, "{{ cycler.__init__ }}",
+    "!!bool x", "!!int 0x", "!!timestamp x", "!!float q", "!!binary ~", "!!set {a, b}", "!!%70ython/none ", "!x ",
+    "%TAG ! tag:yaml.org,2002:python/\n---\n", "0x" + "f" * 5000, "2026-13-45", "1:99:99", "\"\\ud800\"", "<<: *a",
 )  # fmt: skip
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.ipc
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from remend.data import sources
 from remend.data.answers import with_answer
 from remend.data.examples import Example, completion_of, load_examples, load_pairs, shapes_text
 from remend.data.sources import read_rows
@@ -68,6 +72,13 @@ def parquet(path: Path) -> Path:
     return path
 
 
+def feather(path: Path) -> Path:
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_file(path, table.schema) as stream:
+        stream.write_table(table)
+    return path
+
+
 FILES: dict[str, Callable[[Path], Path]] = {
     "JSON lines": lambda d: jsonl(d / "a.jsonl"),
     "JSON lines, other name": lambda d: jsonl(d / "a.txt"),
@@ -79,6 +90,7 @@ FILES: dict[str, Callable[[Path], Path]] = {
     "parquet": lambda d: parquet(d / "a.parquet"),
     "data set on disk": lambda d: saved(d / "saved", split=False),
     "arrow file": lambda d: next(saved(d / "saved", split=False).glob("*.arrow")),
+    "arrow file of another form": lambda d: feather(d / "a.arrow"),
     "data sets on disk": lambda d: saved(d / "saved", split=True),
     "folder of splits": lambda d: splits(d / "folder"),
 }
@@ -120,6 +132,33 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: 
     (tmp_path / name).write_bytes(content)
     with pytest.raises((FileError, InputError), match=why.replace(".", r"\.")):
         read_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_arrow_file_that_leads_outside_itself_is_refused(tmp_path: Path, folder: bool) -> None:
+    path = next(saved(tmp_path / "saved", split=False).glob("*.arrow"))
+    content = bytearray(path.read_bytes())
+    at = content.index(ROWS[0]["prompt"].encode()) - 64  # where each text begins stands before the texts
+    content[at : at + 64] = b"\x7f" * 64
+    path.write_bytes(content)
+    with pytest.raises(FileError, match="no arrow file that can be read"):
+        read_rows(str(path.parent if folder else path))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".arrow", ".parquet"])
+def test_a_pipe_is_refused(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"a{suffix}")
+    with pytest.raises(FileError, match="is a pipe or socket; give a file"):
+        read_rows(str(tmp_path / f"a{suffix}"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_text_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.setattr(sources, "MOST_BYTES", 2**20)
+    content = b" " * 2**21
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    with pytest.raises(InputError, match="holds over 1 MiB of text, which is more than is read at once"):
+        read_rows(str(tmp_path / f"a{suffix}"))
 
 
 def test_a_parquet_column_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -175,6 +175,29 @@ def test_the_second_time_the_reference_is_not_asked_again(
         diagnose(reference_dir, [student_dir], tmp_path / "c", prompt_file, **{**options, "seed": 1})
 
 
+@pytest.mark.parametrize("name", ["completions.jsonl", "rows.safetensors", "states-00000.safetensors", "done.json"])
+def test_a_cache_that_changed_is_made_again(
+    reference_dir: Path,
+    student_dir: Path,
+    tmp_path: Path,
+    prompt_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    first = diagnose(reference_dir, [student_dir], tmp_path / "a", prompt_file, cache=str(tmp_path / "cache"))
+    (damaged,) = tmp_path.glob(f"cache/diagnosis/*/{name}")
+    content = bytearray(damaged.read_bytes())
+    content[-10] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    second = diagnose(reference_dir, [student_dir], tmp_path / "b", prompt_file, cache=str(tmp_path / "cache"))
+    assert "changed since it was written" in " ".join(capsys.readouterr().err.split())
+    assert (first["layers"], first["behaviour"]) == (second["layers"], second["behaviour"])
+    third = diagnose(reference_dir, [student_dir], tmp_path / "c", prompt_file, cache=str(tmp_path / "cache"))
+    assert "changed since" not in capsys.readouterr().err
+    assert third["layers"] == second["layers"]
+
+
 def test_answers_that_are_cut_at_their_row_give_the_same_rows(
     reference_dir: Path, student_dir: Path, tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

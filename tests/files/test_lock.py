@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import remend.files.lock as lock
-from remend.errors import InputError
+from remend.errors import FileError, InputError
 from remend.files.lock import only_writer
 
 HOLDER = """
@@ -61,13 +61,13 @@ def test_a_lock_is_never_taken_through_a_link(tmp_path: Path, there: bool) -> No
     if there:
         victim.write_text("precious")
     (place / lock.LOCK).symlink_to(victim)
-    with pytest.raises(InputError, match="no plain file, so the run can't be locked"), only_writer(place, "run"):
+    with pytest.raises(FileError, match="is a link, or no plain file, and is not written"), only_writer(place, "run"):
         pass
     assert victim.exists() == there
     assert not there or victim.read_text() == "precious"
     (place / lock.LOCK).unlink()
     victim.write_text("precious")
     os.link(victim, place / lock.LOCK)
-    with pytest.raises(InputError, match="no plain file"), only_writer(place, "run"):
+    with pytest.raises(InputError, match="is a link, so the run can't be locked"), only_writer(place, "run"):
         pass
     assert victim.read_text() == "precious"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 import remend
-from remend.errors import InputError
+from remend.errors import FileError, InputError
 from remend.files import run_directory
 from remend.files.run_directory import INPUTS, METRICS, SUMMARY, RunDirectory, occupied
+from remend.files.signed import signed
 
 
 @pytest.fixture
@@ -86,3 +88,43 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
         directory.save_checkpoint(step, {}, {}, keep=9)
     directory.keep_newest(directory.checkpoints(), 2)
     assert [checkpoint.step for checkpoint in directory.checkpoints()] == [2, 3]
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe", "directory"])
+def test_rows_are_never_added_through_a_link_or_to_a_pipe(tmp_path: Path, kind: str) -> None:
+    victim, directory = tmp_path / "victim", RunDirectory.create(tmp_path / "run")
+    path = directory.path / METRICS
+    if kind == "link":
+        victim.write_text("precious")
+    if kind.startswith("link"):
+        path.symlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(FileError, match=f"{METRICS} is a link, or no plain file, and is not written"):
+        directory.append(METRICS, {"step": 1})
+    assert victim.exists() == (kind == "link")
+    assert kind != "link" or victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "logged",
+    [
+        [],
+        {"/dev/zero": {"bytes": 8, "sha256": "0"}},
+        {"../metrics.jsonl": {"bytes": 8, "sha256": "0"}},
+        {"off-policy-/../../x.jsonl": {"bytes": 8, "sha256": "0"}},
+        {METRICS: {"bytes": "8", "sha256": "0"}},
+        {METRICS: 8},
+    ],
+)
+def test_a_checkpoint_that_names_what_no_run_logs_is_left_aside(
+    tmp_path: Path, logged: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    state = directory.save_checkpoint(1, {}, {}, keep=9).path / "state.json"
+    assert directory.whole_checkpoints()
+    state.write_text(json.dumps(signed({**json.loads(state.read_text()), "logged": logged})))
+    assert not directory.whole_checkpoints()
+    assert "names what no run logs" in " ".join(capsys.readouterr().err.split())

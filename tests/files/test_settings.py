@@ -16,6 +16,7 @@ from remend.diagnosis.settings import DiagnoseSettings
 from remend.errors import FileError, InputError
 from remend.files.settings import Gone, Settings, build, merged, parse_overrides, takes
 from remend.files.yaml_files import read_yaml
+from remend.recovery.settings import RecoverConfig
 
 
 class Inner(Settings):
@@ -105,6 +106,12 @@ def test_overrides(words: list[str], values: dict[str, Any]) -> None:
 def test_overrides_that_cannot_be_read(word: str, part: str) -> None:
     with pytest.raises(InputError, match=part):
         parse_overrides([word])
+
+
+def test_a_whole_number_beyond_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"steps: 0x{'f' * 5000}\n")
+    with pytest.raises(InputError, match="a whole number of 20000 binary digits is larger than any"):
+        build(RecoverConfig, read_yaml(tmp_path / "recipe.yaml"), "recipe")
 
 
 def test_a_mapping_over_a_mapping_changes_the_keys_that_it_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from helpers.made_reports import made_summary
 from remend.models.find import ModelSource
-from remend.models.origin import origin_of
+from remend.models.origin import head_of, origin_of
 from remend.report.card import Card, Part, escape, named, part_of_damage, parts_of_run, relation_of, ways_to_use
 
 MANIFEST = {
@@ -132,3 +133,14 @@ def test_the_origin_is_read_from_a_gguf_header(tmp_path: Path) -> None:
         "license": "apache-2.0",
         "base_model": "org/base",
     }
+
+
+@pytest.mark.parametrize("head", ["license: !!bool x", "license: mit\n? ", 'license: "\\ud800"', "a: &a [*a]"])
+def test_a_card_whose_head_cannot_be_read_counts_as_none(tmp_path: Path, head: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# A model\n")
+    assert not head_of(tmp_path / "README.md").get("base_model")
+
+
+def test_a_card_that_is_a_pipe_counts_as_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "README.md")
+    assert head_of(tmp_path / "README.md") == {}

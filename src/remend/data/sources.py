@@ -18,7 +18,7 @@ from pydantic import BeforeValidator
 
 from remend.data.given import table_at
 from remend.errors import FileError, InputError, did_you_mean
-from remend.files.reading import require_finite
+from remend.files.reading import MOST_BYTES, require_finite
 
 Placed = tuple[str, Any]
 """Where a value stands ('file:line'), and the value as JSON gave it."""
@@ -158,9 +158,13 @@ def _opened(path: Path, what: str = "data") -> str:
     """The text of a file, plain or gzipped, UTF-8 with or without a mark at its start."""
     try:
         require_finite(path)
-        raw = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            raw = gzip.decompress(raw)
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            raw = stream.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise InputError(
+                f"{what} file {path} holds over {MOST_BYTES // 2**20} MiB of text, which is more than is read at once; "
+                "give a part of it"
+            )
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
@@ -242,6 +246,7 @@ def _table(path: Path, separator: str) -> list[Placed]:
 def _parquet(path: Path) -> list[Placed]:
     from pyarrow import parquet
 
+    require_finite(path)
     try:
         return _numbered(str(path), parquet.read_table(path).to_pylist())
     except Exception as error:  # the library raises many kinds, of names that are no text and times beyond any too
@@ -249,11 +254,17 @@ def _parquet(path: Path) -> list[Placed]:
 
 
 def _arrow(path: Path) -> list[Placed]:
-    from datasets import Dataset
+    from pyarrow import OSFile, Table, ipc
 
+    require_finite(path)
     try:
-        return _numbered(str(path), Dataset.from_file(str(path)))
-    except Exception as error:  # the library raises many kinds; the user needs one message
+        with OSFile(str(path)) as stream:  # not mapped: what leads outside the file would end the process
+            magic = stream.read(6)
+            stream.seek(0)
+            table: Table = (ipc.open_file(stream) if magic == b"ARROW1" else ipc.open_stream(stream)).read_all()
+        table.validate(full=True)
+        return _numbered(str(path), table.to_pylist())
+    except Exception as error:  # as above
         raise FileError(f"data file {path} is no arrow file that can be read: {_short(error)}") from None
 
 
@@ -281,6 +292,8 @@ def _folder(path: Path, split: str | None) -> list[Placed]:
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if not saved and not any(_kind(p) in READERS for p in path.rglob("*") if p.is_file() and p.name != "state.json"):
         raise FileError(f"data {path} is a folder without data files. What is read: {ALLOWED}")
+    for file in [path for path in path.rglob("*.arrow") if not path.is_dir()]:
+        _arrow(file)  # datasets maps it into memory, whatever stands in it
     try:
         with _without_bars():
             data = load_from_disk(str(path)) if saved else load_dataset(str(path))

@@ -3,10 +3,12 @@
 Made once and kept in a cache by the hashes of the reference's files, the prompts and the settings. Files appear one by
 one, each under a temporary name first; done.json comes last and says that all are there.
 
-completions.jsonl      the reference's greedy answers, as token ids
+completions.jsonl      the reference's greedy answers, as token ids;  answers.json  their SHA-256
 states-00000.safetensors  …  the states behind its logits, one file a batch, read again batch by batch
 rows.safetensors       one row a sequence, layer and site
-done.json              the key's parts, anchors, how many batches
+done.json              the key's parts, anchors, SHA-256 of all other files
+
+What is not as it was written is told of and made again.
 
 Legend: L layers, S sequences, D width, N completion tokens of a batch.
 """
@@ -27,13 +29,15 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from remend.console import stage
+from remend.console import stage, warn
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded
-from remend.errors import InputError
+from remend.errors import FileError, InputError
 from remend.files.atomic import new_file, write_json
+from remend.files.hashes import damaged, hash_directory, hash_file
 from remend.files.reading import read_object
 from remend.files.run_directory import RunDirectory
+from remend.files.signed import SIGNATURE, as_signed, signed
 from remend.maths import cka
 from remend.models.activations.capture import LEAST_ROWS, Batch, as_layers, capture, pick_positions, usable
 from remend.models.protocols import CausalLM, Tokenizer
@@ -41,8 +45,8 @@ from remend.models.sampling.answers import answer, read_answers, write_answers
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import Scorer, scorer
 
-VERSION = 3
-COMPLETIONS = "completions.jsonl"
+VERSION = 4
+COMPLETIONS, ANSWERED, DONE = "completions.jsonl", "answers.json", "done.json"
 WHOLE = 128
 """At least so many sequences, and at least half of them, are read to the end of the answer, for behaviour. Of the
 others a pass stops at the token whose row is kept."""
@@ -104,10 +108,11 @@ def reference_answers(
     Raises InputError where the reference answers with nothing, or its layers are not finite.
     """
     place = RunDirectory(folder)
-    if state.is_main_process and not (folder / COMPLETIONS).is_file():
+    if state.is_main_process and not _whole(folder, DONE) and not _whole(folder, ANSWERED):
         length, shared = conditions.max_new_tokens, conditions.shared
         answers = answer(parts.model, tokenizer, prompts, "the reference answers", max_new_tokens=length, shared=shared)
         write_answers(place, COMPLETIONS, tokenizer, answers)
+        write_json(folder / ANSWERED, signed({"files": {COMPLETIONS: hash_file(folder / COMPLETIONS)}}))
     state.wait_for_everyone()
     rollouts = [r for r in read_answers(place, COMPLETIONS, prompts) if r.completion]
     if len(rollouts) < LEAST_ROWS:
@@ -121,12 +126,29 @@ def reference_answers(
     rollouts[whole:] = [
         replace(r, completion=r.completion[: pick + 1]) for r, pick in zip(rollouts[whole:], picks[whole:], strict=True)
     ]
-    if not (folder / "done.json").is_file():
+    if not (folder / DONE).is_file():
         _pass(parts, rollouts, picks, whole, conditions, folder, state)
     state.wait_for_everyone()
-    done = read_object(folder / "done.json")
+    done = read_object(folder / DONE)
     kept = load_file(folder / "rows.safetensors") if state.is_main_process else {}
     return ReferenceAnswers(folder, rollouts, picks, whole, kept, done["anchors"])
+
+
+def _whole(folder: Path, record: str) -> bool:
+    """Whether a record is there and all that it names is as it was written. One that is not is told of and removed."""
+    path = folder / record
+    if not path.is_file():
+        return False
+    try:
+        facts = read_object(path)
+        files = facts.get("files")
+        if SIGNATURE in facts and as_signed(facts) and isinstance(files, dict) and not damaged(folder, files):
+            return True
+    except FileError:
+        pass
+    warn(f"the cache {folder} changed since it was written; what {record} stands for is made again")
+    path.unlink()
+    return False
 
 
 def _pass(
@@ -161,7 +183,8 @@ def _pass(
     if state.is_main_process:
         anchors = _anchors(parts, rollouts, picks, rows, conditions)
         _save(folder / "rows.safetensors", rows)
-        write_json(folder / "done.json", {**vars(conditions), "sequences": len(rollouts), "anchors": anchors})
+        about = {**vars(conditions), "sequences": len(rollouts), "anchors": anchors}
+        write_json(folder / DONE, signed({**about, "files": hash_directory(folder)}))
 
 
 def gathered(mine: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,15 @@ import psutil
 import torch
 from torch import nn
 
-from remend.console import stage
+from remend.console import stage, warn
 from remend.data.order import batches_by_length
 from remend.data.templates import Encoded
-from remend.errors import FileError, InputError
+from remend.errors import FileError, InputError, shortened
 from remend.files.atomic import JsonObject, flush, json_line, writing
 from remend.files.lock import take
+from remend.files.own import open_own
 from remend.files.reading import object_of
+from remend.files.signed import SIGNATURE, as_signed, signed, unsigned
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM, Scored, Tokenizer
 from remend.models.sampling.rollout import Rollout, Sampler
@@ -124,8 +128,8 @@ class Answers:
         """Append lines, each with its `key`. Raises FileError when they can't be written."""
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write("".join(map(json_line, lines)))
+            with os.fdopen(open_own(self.path, os.O_APPEND), "a", encoding="utf-8") as stream:
+                stream.write("".join(json_line(signed(line)) for line in lines))
         self._lines |= {line["key"]: line for line in lines}
 
     def flush(self) -> None:
@@ -144,13 +148,14 @@ class Answers:
 
 def open_answers(path: Path) -> Answers:
     """The answers that are there, for this process alone to add to. What a killed process left of a last line is
-    taken away.
+    taken away. Those of versions that did not sign their lines are taken with a warning.
 
-    Raises FileError when the file can't be read or written, and InputError while another process adds to it.
+    Raises FileError when the file can't be read or written or changed since, and InputError while another process adds
+    to it.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = path.open("ab+")
+        held = os.fdopen(open_own(path, os.O_APPEND), "ab+")
     if take(held.fileno()) is False:
         raise InputError(
             f"another process adds to {path}; wait until it has ended, or end it, and give the command again"
@@ -159,15 +164,31 @@ def open_answers(path: Path) -> Answers:
     try:
         whole, _, torn = held.read().rpartition(b"\n")
         lines = [object_of(line) for line in whole.decode().split("\n") if line.strip()]
-        by_key = {line["key"]: line for line in lines}
+        by_key = {_checked(line)["key"]: unsigned(line) for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"a line lacks {error}" if isinstance(error, KeyError) else shortened(error)
         raise FileError(
-            f"the answers of an earlier call in {path} can't be read: {type(error).__name__}: {error}. "
-            "Move that file away to begin anew"
+            f"the answers of an earlier call in {path} can't be used: {reason}. Move that file away to begin anew"
         ) from None
+    signatures = {SIGNATURE in line for line in lines}
+    if len(signatures) > 1:
+        raise FileError(f"some lines of {path} changed since they were written. Move that file away to begin anew")
+    if signatures == {False}:
+        warn(f"the lines of {path} carry no signatures, as older versions wrote them; damage would not be noticed")
     if torn:
         held.truncate(len(whole) + 1 if whole else 0)
     return Answers(path, by_key, held)
+
+
+def _checked(line: JsonObject) -> JsonObject:
+    """A line that is as it was written. Raises ValueError, KeyError or TypeError for another."""
+    if not as_signed(line):
+        raise ValueError(f"the line of {shortened(line['key'], 40)} changed since it was written")
+    kinds = {"key": str, "answer": str, "tokens": int, "clipped": bool, "log_likelihoods": dict, "parts": list}
+    wrong = [name for name, kind in kinds.items() if name in line and not isinstance(line[name], kind)]
+    if wrong or not all(map(math.isfinite, line.get("log_likelihoods", {}).values())):
+        raise ValueError(f"the line of {shortened(line['key'], 40)} has values of another kind than are written there")
+    return line
 
 
 def fill(

@@ -16,7 +16,7 @@ from remend.compression.containers import CONTAINERS, Container, Measured, read_
 from remend.compression.recognise import recognise
 from remend.console import stage
 from remend.errors import InputError, did_you_mean
-from remend.exporting.card import write_card
+from remend.exporting.card import told_of, write_card
 from remend.exporting.check import compare_file, verify
 from remend.files.atomic import JsonObject, new_directory, write_json, write_text
 from remend.files.reading import read_object
@@ -66,6 +66,7 @@ def export(
     assert container.write is not None
     measured = open_measured(source, lambda grid: container.fits(grid, kind), trust_remote_code=trust_remote_code)
     measured = replace(measured, max_shard_size=shard)
+    told = told_of(measured)
     with new_directory(out) as target:
         with stage(f"writing {format}"):
             facts = container.write(measured, target, kind)
@@ -73,7 +74,7 @@ def export(
             check = compare_file(target, measured)
         if measured.degradation is not None:
             write_json(target / RECORD, signed(measured.degradation))
-        write_text(target / "README.md", write_card(measured, facts, check))
+        write_text(target / "README.md", write_card(measured, told, facts, check))
         result = {
             "source": named(source),
             "format": format,

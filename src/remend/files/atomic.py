@@ -163,14 +163,15 @@ def _put(temporary: Path, target: Path) -> None:
         temporary.rename(target)
         return
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{OLD}{_short(target.name)}-"))
-    try:
-        target.rename(aside / target.name)
-        temporary.rename(target)
-        flush(target.parent)
-    finally:
-        if not target.exists() and (aside / target.name).exists():  # an error, or a signal, in between
-            (aside / target.name).rename(target)
-        shutil.rmtree(aside)
+    with _held(aside):
+        try:
+            target.rename(aside / target.name)
+            temporary.rename(target)
+            flush(target.parent)
+        finally:
+            if not target.exists() and (aside / target.name).exists():  # an error, or a signal, in between
+                (aside / target.name).rename(target)
+            shutil.rmtree(aside)
 
 
 def remove_directory(path: Path) -> None:

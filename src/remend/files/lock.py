@@ -8,12 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from remend.errors import InputError
+from remend.files.own import open_own
 
 try:
     import fcntl
@@ -48,21 +48,14 @@ def only_writer(directory: Path, what: str) -> Iterator[bool]:
 
     Raises:
         InputError: another process is at work there; it is named by process id and host.
+        FileError: the lock's file is a link, or no file.
     """
-    try:  # never through a link, which would have what it points to overwritten
-        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1:
-            os.close(descriptor)
-            raise OSError(errno.ELOOP, "it is no file of its own")
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        raise InputError(
-            f"{directory / LOCK} is a link, or no plain file, so the {what} can't be locked; remove it and give the "
-            "command again"
-        ) from None
+    descriptor = open_own(directory / LOCK)
     try:
+        if os.fstat(descriptor).st_nlink > 1:  # a link that can't be told from the file
+            raise InputError(
+                f"{directory / LOCK} is a link, so the {what} can't be locked; remove it and give the command again"
+            )
         taken = take(descriptor)
         if taken is False:
             holder = os.read(descriptor, 300).decode(errors="replace").strip() or "an unknown one"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,25 @@ def changed(directory: Path, recorded: Mapping[str, Mapping[str, Any]]) -> Seque
     return [name for name, was in recorded.items() if _digest(directory / name, was["bytes"]) != was["sha256"]]
 
 
+def understandable(recorded: object) -> bool:
+    """Whether this is what `logged` gives: names of such files, each with bytes and SHA-256."""
+    return isinstance(recorded, Mapping) and all(
+        any(fnmatchcase(str(name), known) for known in NAMES)
+        and "/" not in name
+        and isinstance(was, Mapping)
+        and isinstance(was.get("bytes"), int)
+        and isinstance(was.get("sha256"), str)
+        for name, was in recorded.items()
+    )
+
+
 def _digest(path: Path, size: int) -> str | None:
-    """SHA-256 of the first `size` bytes; None where they can't be read. No bytes need no file."""
+    """SHA-256 of the first `size` bytes; None where it has fewer, or can't be read. No bytes need no file."""
     if not size:
         return hashlib.sha256().hexdigest()
     try:
+        if not path.is_file() or path.stat().st_size < size:
+            return None
         with path.open("rb") as stream:
             return hashlib.sha256(stream.read(size)).hexdigest()
     except OSError:

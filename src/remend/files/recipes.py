@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from remend.errors import FileError, InputError, did_you_mean
+from remend.files.atomic import write_text
 
 
 def folder() -> Path:
@@ -53,16 +53,18 @@ def copy(name: str, directory: str | Path = ".") -> list[Path]:
     Raises InputError for an unknown name or where the file is there already, FileError where it can't be written.
     """
     source, target = path_of(name), Path(directory) / f"{name.rpartition('/')[2]}.yaml"
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise InputError(f"{target} is there already and is left as it is; name another directory")
     written, sample = [target], target.with_name(SAMPLE)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-        if f"data: {SAMPLE}" in source.read_text(encoding="utf-8") and not sample.exists():
-            sample.write_text(_sample_prompts(), encoding="utf-8")
+        write_text(target, source.read_text(encoding="utf-8"))
+        if f"data: {SAMPLE}" in source.read_text(encoding="utf-8") and not (sample.exists() or sample.is_symlink()):
+            write_text(sample, _sample_prompts())
             written.append(sample)
     except OSError as error:
+        if isinstance(error, FileError):
+            raise
         raise FileError(f"{target} can't be written: {error.strerror or error}") from None
     return written
 

@@ -46,7 +46,8 @@ from remend.files.atomic import (
     writing,
 )
 from remend.files.hashes import damaged, hash_directory
-from remend.files.logged import REFERENCE, changed, logged
+from remend.files.logged import REFERENCE, changed, logged, understandable
+from remend.files.own import open_own
 from remend.files.reading import object_of, read_object, read_objects
 from remend.files.signed import SIGNATURE, as_signed, signed
 
@@ -119,6 +120,8 @@ class Checkpoint:
         files = state.get("files", {})
         if not isinstance(files, dict):
             return f"{STATE} holds no hashes"
+        if not understandable(state.get("logged", {})):
+            return f"{STATE} names what no run logs"
         wrong = damaged(self.path, files)
         return f"{' and '.join(wrong)} changed or can't be read since it was written" if wrong else None
 
@@ -209,7 +212,7 @@ class RunDirectory:
 
     def append(self, name: str, row: JsonRow) -> None:
         """Add one JSON line; one that was cut short by a killed process is dropped."""
-        with writing(self.path / name), (self.path / name).open("ab+") as stream:
+        with writing(self.path / name), os.fdopen(open_own(self.path / name, os.O_APPEND), "ab+") as stream:
             _drop_torn_line(stream)
             stream.write(json_line(row).encode("utf-8"))
 

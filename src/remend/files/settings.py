@@ -139,12 +139,18 @@ def build(model: type[Config], values: Mapping[str, object], origin: str) -> Con
     return built
 
 
+MOST_BITS = 1024
+"""Of a whole number: those beyond can't be compared with others, and Python refuses to write the largest."""
+
+
 def _plain(value: object) -> object:
     """A value of Python's as YAML would have it."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(part) for part in value]
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise InputError(f"a whole number of {value.bit_length()} binary digits is larger than any that is of use here")
     if isinstance(value, str) and "\0" in value:
         raise InputError(f"{shortened(repr(value))} holds a zero byte, which no path and no text may; take it out")
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):

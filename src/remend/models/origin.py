@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from remend.errors import InputError
+from remend.errors import FileError, InputError
+from remend.files.reading import read_text
 from remend.files.yaml_files import yaml_of
 from remend.models.find import CARD, ModelSource
 from remend.models.gguf_header import general
@@ -55,10 +56,10 @@ def _repo(value: object) -> str | None:
 def head_of(card: Path) -> dict[str, Any]:
     """The YAML head of a card; empty where there is no card, no head, or none that can be read."""
     try:
-        text = card.read_text(encoding="utf-8")
+        text = read_text(card)
         match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
         head = yaml_of(match[1]) if match else None
-    except (OSError, UnicodeDecodeError, InputError):
+    except (FileError, InputError):
         return {}
     return head if isinstance(head, dict) else {}
 

@@ -23,7 +23,7 @@ from remend.data.examples import demonstration_of, load_examples
 from remend.errors import InputError
 from remend.evaluation.job import evaluate
 from remend.files.atomic import JsonObject, JsonRow, put_aside, write_json
-from remend.files.reading import read_object
+from remend.files.reading import read_object, understood
 from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDirectory, manifest_of, summary_of
 from remend.files.settings import Settings, build, merged
 from remend.models.find import find_model
@@ -53,13 +53,14 @@ def state_of(place: Path, inputs: JsonRow) -> str:
     """
     if not inputs_file(place).is_file():
         return "stale" if place.exists() else "new"
-    before = read_object(inputs_file(place))
-    if _as_today(before.get("training")) != _as_today(inputs["training"]):
-        return "stale"
-    if not (place / OUTCOME).is_file():
-        return "started"
-    if not ungraded(place, inputs):
-        return "done"
+    with understood(inputs_file(place), f"move {place} away to have the cell made anew"):
+        before = read_object(inputs_file(place))
+        if _as_today(before.get("training")) != _as_today(inputs["training"]):
+            return "stale"
+        if not (place / OUTCOME).is_file():
+            return "started"
+        if not ungraded(place, inputs):
+            return "done"
     return "graded otherwise" if (place / "model").is_dir() else "ungraded"
 
 
@@ -166,9 +167,6 @@ def _train(path: Path, cell: CellSettings) -> None:
         )  # the study asked for it
         recover(resume=path, **said)
         return
-    for left in path.iterdir():  # of a start that came to nothing
-        if left.name != INPUTS:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
     given: JsonObject = {"out": str(path), "select": "last", "keep_checkpoints": 1}
     config = build(RecoverConfig, merged(cell.recipe, given), str(path))
     mean = {}
