@@ -90,6 +90,11 @@ def make_input(name: str) -> None:
         make_input("student")
         remend("export", "student", "--format", "gguf", "--out", "of-student")
         shutil.copy(next(Path("of-student").glob("*.gguf")), name)
+    elif name == "adapter":
+        rows = [{"prompt": text, "completion": "Tea and rain."} for text in prompts()]
+        Path("learned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        words = ["--data", "learned.jsonl", "--lora-rank", "2", "--steps", "2", "--no-probe", "--device", "cpu"]
+        remend("degrade", "finetune", "reference", *words, "--out", name)
     elif name in MODELS:
         remend("degrade", "quantize", "reference", "--format", "gguf:q4_0", "--no-probe", "--out", name)
     elif name in RUNS:

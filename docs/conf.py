@@ -18,17 +18,18 @@ NAVIGATION = {
     "Start": ["tutorial"],
     "How to": [
         "how-to/index",
-        *("how-to/quantized-model", "how-to/gguf", "how-to/pruned-model", "how-to/forgetting", "how-to/large-teacher"),
+        *("how-to/quantized-model", "how-to/gguf", "how-to/pruned-model", "how-to/forgetting", "how-to/adapter"),
+        "how-to/large-teacher",
         *("how-to/no-data", "how-to/processes", "how-to/resume", "how-to/read-a-diagnosis", "how-to/evaluate"),
-        "how-to/study",
+        *("how-to/serve", "how-to/study"),
     ],
     "Reference": [
         *("reference/cli", "reference/recipe", "reference/data", "reference/streams", "reference/runs"),
         *("reference/export", "reference/degradations", "reference/glossary"),
     ],
     "Explanation": [
-        *("explanation/how-it-works", "explanation/what-is-used", "explanation/defaults", "explanation/architecture"),
-        *("explanation/statistics", "explanation/papers"),
+        *("explanation/how-it-works", "explanation/what-is-used", "explanation/diagnosis", "explanation/defaults"),
+        *("explanation/architecture", "explanation/statistics", "explanation/papers"),
     ],
     "Extending": [
         *("extending/index", "extending/loss", "extending/teacher", "extending/constraint", "extending/container"),
