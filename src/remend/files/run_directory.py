@@ -13,7 +13,7 @@ checkpoints/     step-000050/ with masters, optimizer tensors and counters
 model/           the recovered model, as measured
 samples.jsonl    what reference, degraded and recovered say to the same prompts
 worst.jsonl      the held-out prompts with the highest KL: each token of the reference's and of the model's own answer
-summary.json     what was measured;  report.html, report.md, report.json  the same to look at, for a card, as data
+summary.json     what was measured;  report.html, report.md, report.json  the same to look at, as Markdown, as data
 """
 
 from __future__ import annotations
