@@ -185,7 +185,7 @@ def setup(place: Path) -> dict[str, float]:
     files = RunDirectory(place)
     spent: dict[str, float] = {}
     for row in files.rows("timing.jsonl"):
-        if row["step"] == 0:
+        if row["step"] == 0 and "stage" in row:  # other rows tell of whole phases
             spent[row["stage"]] = spent.get(row["stage"], 0.0) + row["seconds"]
     if not spent:  # a run that did not time its stages
         before, pools = place / SIDE_BASELINE, list(place.glob("off-policy-*.jsonl"))

@@ -15,7 +15,7 @@ def test_the_tiny_study_recovers_every_degradation(tmp_path: Path) -> None:
     found = study("tiny", tmp_path / "out")
     assert found["failures"] == {}
     assert {cell["state"] for cell in found["cells"]} == {"done"}
-    for group in ("forgetting", "int2-g64-sym", "layers-removed"):
+    for group in ("forgetting", "magnitude-70", "layers-removed"):
         rows = {row["method"]: row for row in found["rows"] if row["group"] == group}
         assert set(rows) == {"none", "sft", "off-policy", "repair-sdft"}
         row = rows["repair-sdft"]
@@ -27,8 +27,8 @@ def test_the_tiny_study_recovers_every_degradation(tmp_path: Path) -> None:
         for spent in ("at_equal_tokens", "at_equal_seconds"):
             (equal,) = (entry for entry in found[spent] if entry["group"] == group)
             assert [m["method"] for m in equal["methods"]] == ["sft", "off-policy", "repair-sdft"]
-    # quantized it lost some of the task too, and wins some of that back; removed layers took the task for good
-    lost = next(r for r in found["rows"] if (r["group"], r["method"]) == ("int2-g64-sym", "repair-sdft"))
+    # pruned it lost much of the task too, and wins some of that back; removed layers took the task for good
+    lost = next(r for r in found["rows"] if (r["group"], r["method"]) == ("magnitude-70", "repair-sdft"))
     (grade,) = lost["grades"]
     assert grade["change"]["interval"][0] > 0
     for level in ("within", "between"):
