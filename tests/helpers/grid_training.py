@@ -12,7 +12,7 @@ from helpers.tiny import build_model
 from remend.compression.grids import GridFormat
 from remend.compression.stored_grid import StoredGrid
 from remend.degrade.making.onto_grid import quantize_in_place
-from remend.training.constraints import Free, OnGrid
+from remend.training.constraints import Constraint
 
 TOKENS = torch.arange(3, 35).view(2, 16)
 
@@ -33,7 +33,7 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def train(model: LlamaForCausalLM, constraint: Free | OnGrid, steps: int) -> None:
+def train(model: LlamaForCausalLM, constraint: Constraint, steps: int) -> None:
     optimizer = torch.optim.AdamW(constraint.masters().values(), lr=1e-2)
     for _ in range(steps):
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()

@@ -55,6 +55,8 @@ def _show_plan(console: PlainConsole, plan: Plan) -> None:
 def _held(plan: Plan) -> str:
     if plan.facts.adapted:
         return "Held: all weights of the student; an adapter beside them is trained."
+    if plan.config.train != "all":
+        return f"Held: {plan.constraint}. Nothing else is trained."
     if plan.constraint == "none":
         return "Held: nothing; all weights of the student are trained freely."
     return f"Held: {plan.constraint}. Training keeps the student on it."

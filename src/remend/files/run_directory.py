@@ -146,6 +146,11 @@ class Checkpoint:
         """What follows the weights: a teacher that is their moving average."""
         return _tensors(self.path / "follower.safetensors")
 
+    def kept(self) -> dict[str, Tensor]:
+        """What neither the masters nor the student's files hold; empty where all is trained."""
+        path = self.path / "kept.safetensors"
+        return _tensors(path) if path.is_file() else {}
+
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file  # it brings torch, and settings only need the names of files
@@ -288,14 +293,23 @@ class RunDirectory:
         keep: int,
         follower: Mapping[str, Tensor] | None = None,
         about: Mapping[str, int] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> Checkpoint:
-        """Write a checkpoint, then remove the oldest beyond `keep`. `about`: what its state says beside the step."""
+        """Write a checkpoint, then remove the oldest beyond `keep`.
+
+        Args:
+            step: after which it is written.
+            masters, optimizer, follower, kept: see Checkpoint.
+            keep: how many stay.
+            about: what its state says beside the step.
+        """
         from safetensors.torch import save_file
 
         self.flush()
         target = self.path / "checkpoints" / f"step-{step:06d}"
         with new_directory(target) as directory:
-            for name, tensors in (("masters", masters), ("optimizer", optimizer), ("follower", follower or {})):
+            parts = {"masters": masters, "optimizer": optimizer, "follower": follower or {}}
+            for name, tensors in (parts | ({"kept": kept} if kept else {})).items():
                 save_file({k: t.detach().contiguous() for k, t in tensors.items()}, directory / f"{name}.safetensors")
             state = {"step": step, **(about or {}), "files": hash_directory(directory), "logged": logged(self.path)}
             (directory / STATE).write_text(json.dumps(signed(state)), encoding="utf-8")

@@ -166,7 +166,7 @@ def disk_at_most(plan: Plan) -> Disk:
     config = plan.config
     return disk(
         plan.parameters,
-        _trained(plan) if plan.facts.adapted else plan.parameters,
+        _trained(plan) if plan.facts.adapted or config.train != "all" else plan.parameters,
         checkpoints=min(config.keep_checkpoints + 1, _checkpoints(plan)),
         averages=any(teacher.saved for teacher in _teachers(plan)),
         best=config.selects == "best",
@@ -178,6 +178,11 @@ def _trained(plan: Plan) -> int:
     size = plan.size
     if plan.facts.adapted:
         return size.parameters // ADAPTER_SHARE
+    if plan.config.train != "all":
+        stored = plan.facts.recognised.stored if plan.config.train == "scales" else None
+        grids = [grid for _, grid in stored.matrices.values()] if stored else []
+        vectors = size.parameters - size.matrices - size.embeddings
+        return vectors + sum(grid.scales.numel() * (1 + (grid.zeros is not None)) for grid in grids)
     kept = plan.facts.compressed and not plan.config.train_embeddings
     return size.parameters - (size.embeddings if kept else 0)
 
@@ -196,7 +201,8 @@ def facts_of(plan: Plan) -> Facts:
     """The facts of a plan."""
     config, size, trained = plan.config, plan.size, _trained(plan)
     stored = plan.facts.recognised.stored
-    held = sum(codes.numel() for codes, _ in stored.matrices.values()) if stored and not plan.facts.adapted else 0
+    whole = stored and not plan.facts.adapted and config.train == "all"
+    held = sum(codes.numel() for codes, _ in stored.matrices.values()) if stored and whole else 0
     copies = sum(teacher.copies for teacher in _teachers(plan))
     evaluations = config.steps // config.eval_every if config.eval_every else 0
     if config.selects == "best" and config.eval_every and config.steps % config.eval_every:

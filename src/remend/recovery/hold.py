@@ -26,7 +26,7 @@ def hold(run: Run, student: CausalLM, reference: Teacher, repaired: Repaired) ->
             base=config.student,
         )
     facts = plan.facts
-    if facts.compressed and not config.train_embeddings:
+    if facts.compressed and not config.train_embeddings and config.train == "all":
         freeze_healthy_embeddings(student, reference.model)
     start, rate = repaired.start, plan.learning_rate
     return kind_of(facts).hold(student, facts, origin=reference.model, start=start, rate=rate)

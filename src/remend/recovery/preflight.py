@@ -414,10 +414,16 @@ def _facts(config: RecoverConfig, source: ModelSource, say: Findings) -> Student
         held, dense = recognise(source, as_dense=config.as_dense), config.as_dense
         placed = config.layer_map or _recorded_map(record, say)
         say.warnings += _other_grid(record, held)
-        facts = StudentFacts(held, directory, record, adapted=adapted, as_dense=dense, layer_map=placed)
+        facts = StudentFacts(
+            held, directory, record, adapted=adapted, as_dense=dense, layer_map=placed, train=config.train
+        )
         say.problems.extend(what for kind in CONSTRAINTS.entries.values() if (what := kind.lost(facts)))
         if held.kind != "remend" and held.why != PLAIN:
             say.notes.append(f"student {config.student}: {held.why}")
+        if config.train != "all" and adapted:
+            say.problems.append(f"train: {config.train} trains no adapter; leave train out, or lora")
+        if config.train_embeddings and config.train != "all":
+            say.problems.append(f"train_embeddings has no effect with train: {config.train}; leave one of them out")
         if config.train_embeddings and adapted:
             say.warnings.append("train_embeddings has no effect, since an adapter is trained")
         return facts

@@ -281,7 +281,8 @@ class RecoverConfig(Settings):
             *("bootstrap_steps", "off_policy_passes", "alignment"),
         ),
         "Compression and adapters": (
-            *("repair", "repair_samples", "train_embeddings", "as_dense", "layer_map", "lora", "merge"),
+            *("repair", "repair_samples", "train_embeddings", "as_dense", "layer_map", "train", "lora"),
+            *("merge",),
         ),
         "Measuring": ("eval_every", "diagnose_every", "select", "patience", "report_to"),
         "Running": (
@@ -432,6 +433,11 @@ class RecoverConfig(Settings):
     )
     layer_map: list[int] | None = Field(
         None, description="for a student with fewer layers: the teacher's number of each; by default found by weights"
+    )
+    train: Literal["all", "scales", "norms"] = Field(
+        "all",
+        description="what moves: all weights; scales of a grid with its norms, its codes staying; or norms alone. An "
+        "adapter is lora",
     )
     lora: LoraConfig | None = Field(
         None,

@@ -364,7 +364,8 @@ def _save(
                 tensors[f"{name}.{key}"] = optimizer.state[master][key]
     # rollouts and prompt order derive from seed and step, so the only random state is the step itself
     followed = follower.state() if follower else {}
-    saving.run.save_checkpoint(step, constraint.masters(), tensors, saving.keep, followed, saving.about)
+    kept = constraint.kept()
+    saving.run.save_checkpoint(step, constraint.masters(), tensors, saving.keep, followed, saving.about, kept)
 
 
 @torch.no_grad()
@@ -380,6 +381,7 @@ def restore_masters(checkpoint: Checkpoint, constraint: Constraint) -> None:
             f"the checkpoint {checkpoint.path} holds weights that are not trained here ({', '.join(extra[:3])}); an "
             "earlier version of remend wrote it, and only that one can continue or measure it"
         )
+    constraint.take_kept(checkpoint.kept())
     for name, master in constraint.masters().items():
         master.copy_(saved[name])
     constraint.project()

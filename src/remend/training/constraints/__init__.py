@@ -22,6 +22,7 @@ from remend.training.constraints.kind import (
     kind_of,
 )
 from remend.training.constraints.mask import Masked, MaskKind
+from remend.training.constraints.scales import NormsKind, OnScales, ScalesKind
 
 __all__ = [
     "CONSTRAINTS",
@@ -32,6 +33,7 @@ __all__ = [
     "Free",
     "Masked",
     "OnGrid",
+    "OnScales",
     "Start",
     "StudentFacts",
     "freeze_healthy_embeddings",
@@ -42,4 +44,6 @@ __all__ = [
 CONSTRAINTS.register("free", source="every weight moves")(FreeKind())
 CONSTRAINTS.register("grid", source="straight-through estimator, arXiv 1308.3432")(GridKind())
 CONSTRAINTS.register("mask", source="SparseGPT's zeros, arXiv 2301.00774")(MaskKind())
+CONSTRAINTS.register("norms", source="every vector, and no matrix")(NormsKind())
+CONSTRAINTS.register("scales", source="EfficientQAT's end-to-end phase, arXiv 2407.11062")(ScalesKind())
 CONSTRAINTS.register("adapter", source="LoRA, arXiv 2106.09685")(AdapterKind())

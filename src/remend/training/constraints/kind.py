@@ -53,6 +53,15 @@ class Constraint(Protocol):
         """Write what describes the constraint beside a saved model."""
         return
 
+    def kept(self) -> dict[str, Tensor]:
+        """What repair changed and training does not move, so that neither the masters nor the student's files hold it:
+        a checkpoint does."""
+        return {}
+
+    def take_kept(self, saved: Mapping[str, Tensor]) -> None:
+        """Inverse of `kept`, before the masters are put in place."""
+        return
+
 
 @dataclass(frozen=True)
 class StudentFacts:
@@ -64,6 +73,7 @@ class StudentFacts:
         record: the content of its degradation.json, empty where there is none.
         adapted: an adapter is trained: one that the student brought along, or a new one.
         as_dense: the user wants its weights trained freely, whatever they lie on.
+        train: what the recipe lets move: all, scales or norms.
         layer_map: for each of its layers the teacher's; None where it is not known to have fewer.
     """
 
@@ -73,6 +83,7 @@ class StudentFacts:
     adapted: bool = False
     as_dense: bool = False
     layer_map: Sequence[int] | None = None
+    train: str = "all"
 
     @property
     def compressed(self) -> bool:
