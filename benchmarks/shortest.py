@@ -37,11 +37,17 @@ CASES: Mapping[str, str] = {
     "served": "--types f32 --tokens 2",
     "estimates": "--out OUT/estimates --steps 1 --answers 8 --held-out 4 --max-new-tokens 4",
     "durability": "--out OUT/durability steps=1 repair_samples=8 held_out=4 max_new_tokens=4",
+    "after_repair": "--out OUT/after --only int3-g64 --idea SHORTEST --seconds 2 --answers 16",
     "architectures": "--out OUT/architectures --only SHORTEST --damage int3-g64 --steps 2 --answers 16",
 }
 """Options of each; OUT is a directory that is gone afterwards, SHORTEST the name in ONLY."""
 
-ONLY = {"degradations": "int3-g64 rtn", "time_to_recover": "on-policy, 1e-4", "architectures": "llama"}
+ONLY = {
+    "degradations": "int3-g64 rtn",
+    "time_to_recover": "on-policy, 1e-4",
+    "architectures": "llama",
+    "after_repair": "norms, 1e-3",
+}
 NEEDS = {"cka": "ckatorch", "step_time": "trl", "served": "xllamacpp"}
 PARTS = {
     "time_lines": "is a part of time_to_recover",
