@@ -40,7 +40,12 @@ QUICK = {
 }
 """Words behind a command of that verb."""
 
-SKIPPED = {"lm-eval:": "reads data of the hub", "push": "uploads to the hub", "--watch": "serves until it is stopped"}
+SKIPPED = {
+    "lm-eval:": "reads data of the hub",
+    "push": "uploads to the hub",
+    "--watch": "serves until it is stopped",
+    "vllm": "needs vLLM",
+}
 UNRUN = ("docs/measurements/", "docs/extending/", "docs/reference/cli.md")
 """Measurements take hours, the pages on extending have a test of their own, and the reference shows verbs by form."""
 
@@ -90,11 +95,12 @@ def make_input(name: str) -> None:
         make_input("student")
         remend("export", "student", "--format", "gguf", "--out", "of-student")
         shutil.copy(next(Path("of-student").glob("*.gguf")), name)
-    elif name == "adapter":
+    elif name in ("adapter", "finetuned"):
         rows = [{"prompt": text, "completion": "Tea and rain."} for text in prompts()]
         Path("learned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        words = ["--data", "learned.jsonl", "--lora-rank", "2", "--steps", "2", "--no-probe", "--device", "cpu"]
-        remend("degrade", "finetune", "reference", *words, "--out", name)
+        words = ["--data", "learned.jsonl", "--steps", "2", "--no-probe", "--device", "cpu"]
+        lora = ["--lora-rank", "2"] if name == "adapter" else []
+        remend("degrade", "finetune", "reference", *words, *lora, "--out", name)
     elif name in MODELS:
         remend("degrade", "quantize", "reference", "--format", "gguf:q4_0", "--no-probe", "--out", name)
     elif name in RUNS:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import remend
+from remend.files.settings import parse_overrides
 
 
 class Timed:
@@ -52,7 +53,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "remend", *words], check=True)
     flushing, hashing = Timed(os.fsync), Timed(hashlib.file_digest)
     os.fsync, hashlib.file_digest = flushing, hashing
-    keys = dict(key.split("=", 1) for key in given.keys)
+    keys = parse_overrides(given.keys)
     began = time.perf_counter()
     remend.recover(student=str(student), teacher="smollm2", out=given.out / "run", **keys)
     whole = time.perf_counter() - began

@@ -19,7 +19,7 @@ Where a group's scale is 0, every code means the same weight; `encode` then give
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from remend.compression.formats import GridFormat, nearest, round_e2m1, table_of
 from remend.errors import InputError
 
 __all__ = ["Grid", "GridFormat", "decode", "encode", "ends", "fit", "part", "quantize", "rescale", "restore", "snap"]
-__all__ += ["scale_gradient", "store", "within_cell"]
+__all__ += ["scale_gradient", "stacked", "store", "within_cell"]
 
 _INSIDE = 0.998
 """Of the way from a point to its cell's border: a weight on the border itself would round to either side."""
@@ -336,6 +336,16 @@ def part(grid: Grid, fmt: GridFormat, start: int, stop: int) -> tuple[Grid, Grid
         raise InputError(f"columns {start} to {stop} are neither whole groups of {fmt.group} nor inside one")
     zeros = None if grid.zeros is None else grid.zeros[:, first:last]
     return Grid(grid.scales[:, first:last], zeros, grid.outer), fmt if whole else replace(fmt, group=0)
+
+
+def stacked(some: Sequence[Grid]) -> Grid:
+    """The grid of matrices one below the other. Not of a format with an outer scale, unless there is one grid alone."""
+    first = some[0]
+    if len(some) == 1:
+        return first
+    assert first.outer is None
+    zeros = None if first.zeros is None else torch.cat([grid.zeros for grid in some if grid.zeros is not None])
+    return Grid(torch.cat([grid.scales for grid in some]), zeros)
 
 
 def ends(grid: Grid, fmt: GridFormat) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 remend diagnose --reference smollm2 --student damaged --student runs/recovered --out runs/diagnosis
 
-One teacher-forced pass over the reference's own answers a model; docs/how-to/read-a-diagnosis.md explains each measure.
+One teacher-forced pass over the reference's own answers a model; docs/explanation/diagnosis.md explains each measure.
 """
 
 from __future__ import annotations
@@ -144,7 +144,11 @@ def _about(exam: Examination, text: ReferenceAnswers, dtype: str, hashes: Mappin
         "whole_answers": text.whole,
         "max_new_tokens": exam.settings.max_new_tokens,
         "seed": exam.settings.seed,
-        "limits": {"kl": severity.KL_LIMITS, "top1_agreement": severity.AGREEMENT_LIMITS},
+        "limits": {
+            "kl": severity.KL_LIMITS,
+            "top1_agreement": severity.AGREEMENT_LIMITS,
+            "repetition": severity.REPETITION,
+        },
         "disclaimer": DISCLAIMER,
         "warnings": list(exam.warnings),
         "environment": environment(),

@@ -41,6 +41,7 @@ from remend.files.atomic import JsonObject, write_json
 from remend.files.environment import environment
 from remend.files.run_directory import MANIFEST
 from remend.files.settings import takes
+from remend.models.adapters import is_adapter
 from remend.models.find import ModelSource, fetch_model, find_model, hash_files
 from remend.models.load import eos_ids, load_config, load_model, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
@@ -115,7 +116,8 @@ def _evaluated(plan: Plan, out: Path) -> JsonObject:
 def _source(model: str, trust_remote_code: bool) -> ModelSource:
     """Where the model is; of a recovery's run directory its model is meant."""
     path = Path(model)
-    if (path / MANIFEST).is_file() and (path / "model" / "config.json").is_file():
+    written = (path / "model" / "config.json").is_file() or is_adapter(path / "model")
+    if (path / MANIFEST).is_file() and written:
         model = str(path / "model")
     return find_model(model, trust_remote_code=trust_remote_code)
 

@@ -9,8 +9,11 @@ from remend.errors import InputError
 from remend.files.launch import on_cpu, on_this_machine, processes
 
 CHUNK_BYTES, CHUNK_LIMIT = 16 * 2**20, 512 * 2**20
-"""Least and largest size of one [chunk, V] float32 tensor. The least leaves no mark on a CPU's peak memory and is large
-enough for its GEMM; at a vocabulary of 152k it is 27 positions, too few to fill a GPU."""
+"""Least and largest size of one [chunk, V] float32 tensor. The least leaves no mark on a CPU's peak memory."""
+
+CHUNK_ROWS = 64
+"""Positions of a chunk at least: a product with fewer reads the head for so little that a CPU waits for its memory. At a
+vocabulary of 152k, CHUNK_BYTES alone would make it 27."""
 
 CHUNK_SHARE = 0.02
 """Of a GPU's free memory that one such tensor takes: about six of them are alive at once."""
@@ -35,7 +38,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     Sums over chunks of other sizes differ by rounding, so a CPU's size is constant: its runs repeat to the byte.
     """
     share = int(CHUNK_SHARE * free_bytes(device)) if device.type == "cuda" else 0
-    return max(16, min(CHUNK_LIMIT, max(CHUNK_BYTES, share)) // (4 * vocabulary))
+    return max(CHUNK_ROWS, min(CHUNK_LIMIT, max(CHUNK_BYTES, share)) // (4 * vocabulary))
 
 
 def choose_device(name: str) -> torch.device:

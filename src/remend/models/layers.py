@@ -48,13 +48,13 @@ def infer_layer_map(student: CausalLM, teacher: CausalLM) -> list[int]:
         )
     if len(ours) == len(theirs):
         return list(range(len(ours)))
-    cost_ST = torch.tensor([[_difference(a, b) for b in theirs] for a in ours])
     spare = len(theirs) - len(ours)
     best = torch.full((len(ours) + 1, len(theirs) + 1), float("inf"))
     best[0, : spare + 1] = 0
     for s in range(len(ours)):
-        for t in range(s, s + spare + 1):
-            best[s + 1, t + 1] = torch.minimum(best[s + 1, t], best[s, t] + cost_ST[s, t])
+        for t in range(s, s + spare + 1):  # no other of the teacher's blocks leaves enough for the rest
+            cost = _difference(ours[s], theirs[t])
+            best[s + 1, t + 1] = torch.minimum(best[s + 1, t], best[s, t] + cost)
     chosen, t = [], len(theirs)
     for s in range(len(ours), 0, -1):
         while best[s, t - 1] <= best[s, t]:

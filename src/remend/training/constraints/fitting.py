@@ -14,7 +14,7 @@ Legend: O rows (outputs), I columns (inputs).
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor
@@ -66,12 +66,23 @@ def priors(teacher: CausalLM, keys: Container[str]) -> dict[str, Tensor]:
     return {m.key: m.weight_OI.float() for m in matrices(teacher).values() if m.key in keys}
 
 
-def targets(sites: Sites, healthy: Mapping[str, Tensor], gram_II: Tensor) -> Iterator[tuple[Matrix, Tensor]]:
-    """The matrices whose prior there is in the same shape, each with its `target` [O, I]."""
-    for at, matrix in enumerate(sites.matrices):
-        prior_OI = healthy.get(matrix.key)
-        if prior_OI is not None and prior_OI.shape == matrix.weight_OI.shape:
-            yield matrix, target(sites, at, prior_OI, gram_II)
+def targets(sites: Sites, healthy: Mapping[str, Tensor], gram_II: Tensor) -> list[tuple[Matrix, Tensor]]:
+    """The matrices whose prior there is in the same shape, each with its `target` [O, I]; one factor serves all."""
+    found = [
+        (at, matrix, healthy[matrix.key])
+        for at, matrix in enumerate(sites.matrices)
+        if matrix.key in healthy and healthy[matrix.key].shape == matrix.weight_OI.shape
+    ]
+    crosses = {at: sites.cross_OI[at] for at, _, _ in found} if sites.cross_OI else {}
+    asked = [(at, prior_OI, cross) for at, _, prior_OI in found if (cross := crosses.get(at)) is not None]
+    solved: dict[int, Tensor] = {}
+    if asked:
+        strength_I = _strength(sites)
+        cross_OI = torch.cat([cross_OI + prior_OI * strength_I for _, prior_OI, cross_OI in asked])
+        whole_OI = least_squares(gram_II, cross_OI.T, prior_OI=torch.cat([prior_OI for _, prior_OI, _ in asked]))
+        parts = whole_OI.split([len(prior_OI) for _, prior_OI, _ in asked])
+        solved = {at: part for (at, _, _), part in zip(asked, parts, strict=True)}
+    return [(matrix, solved.get(at, prior_OI)) for at, matrix, prior_OI in found]
 
 
 def shapes(model: CausalLM) -> dict[str, torch.Size]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from remend.compression.grids import Grid, decode, encode, off_borders, snap, within_cell
+from remend.compression.grids import Grid, decode, encode, off_borders, snap, stacked, within_cell
 from remend.compression.solvers import gptq
 from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.errors import InputError
@@ -218,11 +218,19 @@ def repair_grid(student: CausalLM, stored: StoredGrid, calibration: Calibration)
 
     def visit(sites: Sites) -> None:
         gram_II = anchored_gram(sites)
-        for matrix, target_OI in targets(sites, healthy, gram_II):
-            grid = matrices[matrix.key][1].to(target_OI.device)
-            rounded = gptq(target_OI, gram_II, stored.format, grid)
-            matrix.weight_OI.copy_(decode(rounded.codes, grid, stored.format))
-            matrices[matrix.key], masters[matrix.key] = (rounded.codes, grid), rounded.weight
+        found = targets(sites, healthy, gram_II)
+        # rows don't influence one another, so layers that read one input are rounded as one, unless each has an outer
+        # scale
+        alone = stored.format.rule == "two scales"
+        for some in [[one] for one in found] if alone else [found] if found else []:
+            part = [matrices[matrix.key][1].to(target_OI.device) for matrix, target_OI in some]
+            rounded = gptq(torch.cat([target_OI for _, target_OI in some]), gram_II, stored.format, stacked(part))
+            rows = [len(target_OI) for _, target_OI in some]
+            pieces = zip(some, part, rounded.codes.split(rows), rounded.weight.split(rows), strict=True)
+            for (matrix, _), grid, codes, weight in pieces:
+                codes, weight = codes.clone(), weight.clone()
+                matrix.weight_OI.copy_(decode(codes, grid, stored.format))
+                matrices[matrix.key], masters[matrix.key] = (codes, grid), weight
 
     walked = calibration.walk(student, visit, "repairing on the grid")
     for key in walked.unchanged & masters.keys():
