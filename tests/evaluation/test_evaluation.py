@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+import remend
 from helpers.task_rows import letter_rows, tool_rows, write
 from remend.data import tasks
 from remend.data.templates import Encoded
@@ -49,6 +50,15 @@ def tooluse(reference_dir: Path, tools: str, tmp_path: Path) -> Callable[..., di
 
 def texts(found: dict[str, Any]) -> list[str]:
     return [item["answer"] for item in found["items"]]
+
+
+def test_of_a_runs_directory_its_adapter_is_graded(reference_dir: Path, tools: str, tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"Say {i}.", "completion": "It is."} for i in range(4)])
+    learned = {"data": rows, "steps": 1, "lora": {"rank": 2}, "probe": False, "device": "cpu"}
+    remend.finetune(str(reference_dir), tmp_path / "run" / "model", **learned)
+    (tmp_path / "run" / "manifest.json").write_text('{"recipe": {}}')
+    found = evaluate(str(tmp_path / "run"), ["tooluse"], tmp_path / "results.json", data=tools, **OPTIONS)
+    assert "adapter_model.safetensors" in found["files"]
 
 
 def test_results_hold_every_answer_with_its_grade(

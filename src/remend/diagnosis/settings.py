@@ -20,9 +20,7 @@ class DiagnoseSettings(Settings):
     out: str = Field(description="a new directory")
     data: str | None = Field(None, description="prompts: a file, a folder, or a hub id; by default bundled ones")
     columns: ColumnsSetting | None = Field(None, description=COLUMNS_HELP)
-    rows: int | None = Field(
-        None, description="how many prompts; by default 256 on a CPU and 1,024 on a GPU, as far as there are so many"
-    )
+    rows: int | None = Field(None, description="how many prompts; by default up to 256 on a CPU, 1,024 on a GPU")
     max_new_tokens: int = Field(32, description="tokens of each answer of the reference, at most")
     sites: list[Site] = Field(["residual"], description="where states are compared: residual (always), attention, mlp")
     layer_map: list[int] | None = Field(

@@ -12,8 +12,8 @@ CHUNK_BYTES, CHUNK_LIMIT = 16 * 2**20, 512 * 2**20
 """Least and largest size of one [chunk, V] float32 tensor. The least leaves no mark on a CPU's peak memory."""
 
 CHUNK_ROWS = 64
-"""Positions of a chunk at least: a product with fewer reads the head for so little that a CPU waits for its memory. At a
-vocabulary of 152k, CHUNK_BYTES alone would make it 27."""
+"""Positions of a chunk at least: a product with fewer reads the head for so little that a CPU waits for its memory. At
+a vocabulary of 152k, CHUNK_BYTES alone would make it 27."""
 
 CHUNK_SHARE = 0.02
 """Of a GPU's free memory that one such tensor takes: about six of them are alive at once."""
