@@ -15,6 +15,7 @@ import yaml
 
 from helpers.tiny import prompts
 from remend import cli
+from remend.errors import FileError, InputError
 from remend.files.atomic import write_json
 from remend.files.reading import read_object
 from remend.files.run_directory import SUMMARY
@@ -214,6 +215,112 @@ def test_every_kind_of_degradation_makes_a_student_once(write: Any, tmp_path: Pa
     made = [(out / "students" / name / "degradation.json").stat().st_mtime_ns for name in degradations]
     study(path, out)
     assert [(out / "students" / name / "degradation.json").stat().st_mtime_ns for name in degradations] == made
+
+
+def test_a_degradation_stands_on_another(write: Any, tmp_path: Path) -> None:
+    """Fine-tuned, then quantized: the fine-tuned model is the reference, of the grades too; base can be the teacher."""
+    out = tmp_path / "out"
+    degradations = {
+        "packed": {"kind": "quantize", "format": "int3-g64", "on": "tuned"},
+        "tuned": {"kind": "finetune", "steps": 2, "batch_size": 4},
+    }
+    methods = {
+        "none": "none",
+        "repair": "repair",
+        "from-base": {"how": "on-policy+repair", "teacher": "base"},
+        "sdft": "on-policy+repair",
+    }
+    path = write(degradations=degradations, methods=methods)
+    results = study(path, out, only="packed")
+    assert results["failures"] == {}
+    assert (
+        read_object(out / "students" / "packed.json")["model"] != read_object(out / "students" / "tuned.json")["model"]
+    )
+    rows = {row["method"]: row for row in results["rows"]}
+    assert set(rows) == set(methods)
+    assert rows["repair"]["steps"] == [0]
+    assert rows["repair"]["kl"]["recovered"] < rows["repair"]["kl"]["degraded"]
+    assert not any(entry["method"] == "repair" for equal in results["at_equal_tokens"] for entry in equal["methods"])
+    graded = read_object(out / "reference-students" / "tuned" / "science.json")
+    assert rows["none"]["grades"][0]["scores"]["reference"]["score"] == graded["score"]
+    streams = {
+        name: read_object(out / "cells" / "packed" / name / "0" / "manifest.json")["recipe"]["streams"]
+        for name in ("sdft", "from-base")
+    }
+    assert [streams[name]["recover"]["teacher"] for name in streams] == [None, read_study(path).models["model"].path]
+    for name in streams:
+        manifest = read_object(out / "cells" / "packed" / name / "0" / "manifest.json")
+        assert manifest["reference"] == str(out / "students" / "tuned")
+    before = times(out)
+    assert study(path, out, only="packed")["failures"] == {}
+    assert times(out) == before
+
+
+def test_finished_cells_are_taken_over_without_their_weights(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(methods={"none": "none", "repair": "repair", "sdft": "on-policy"}, seeds=[0])
+    first = study(path, tmp_path / "here")
+    records = tmp_path / "here" / "records"
+    assert sorted(file.name for file in records.iterdir()) == [
+        "int3--none--0.json",
+        "int3--repair--0.json",
+        "int3--sdft--0.json",
+    ]
+    assert all(file.stat().st_size < 30_000 for file in records.iterdir())
+
+    def refuse(*args: Any, **more: Any) -> None:
+        raise AssertionError("something was run again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("remend.studies.study.run_jobs", lambda out, jobs, **more: refuse() if jobs else ())
+        second = study(path, tmp_path / "there", records=records)
+        again = study(path, tmp_path / "there")
+    assert not list((tmp_path / "there").rglob("*.safetensors"))
+    for other in (second, again):
+        assert states(other) == states(first)
+        for key in ("rows", "at_equal_tokens", "at_equal_seconds"):
+            assert json.loads(json.dumps(other[key])) == json.loads(json.dumps(first[key])), key
+    changed = write(methods={"none": "none", "repair": "repair", "sdft": {"how": "on-policy", "recipe": {"beta": 1}}})
+    capsys.readouterr()
+    third = study(changed, tmp_path / "elsewhere", records=records)
+    assert third["failures"] == {}
+    assert "is of other settings or data, and its cell is run" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "elsewhere" / "cells" / "int3" / "sdft" / "0" / "summary.json").is_file()
+    assert not (tmp_path / "elsewhere" / "cells" / "int3" / "repair" / "0" / "summary.json").is_file()
+
+
+def test_a_record_that_changed_is_refused(write: Any, tmp_path: Path) -> None:
+    path = write(methods={"none": "none"})
+    study(path, tmp_path / "here")
+    (record,) = (tmp_path / "here" / "records").iterdir()
+    record.write_text(record.read_text().replace('"tokens":', '"tokens": 1', 1))
+    with pytest.raises((InputError, FileError), match=r"int3--none--0\.json"):
+        study(path, tmp_path / "there", records=record.parent)
+    with pytest.raises(InputError, match="is no folder"):
+        study(path, tmp_path / "other", records=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"degradations": {"a": {"kind": "depth", "layers": 1, "on": "b"}}}, 'on "b" is no degradation'),
+        (
+            {
+                "degradations": {
+                    "a": {"kind": "depth", "layers": 1, "on": "b"},
+                    "b": {"kind": "quantize", "format": "int3-g64", "on": "a"},
+                }
+            },
+            "degradations.a stands on itself: a on b on a",
+        ),
+        ({"methods": {"none": "none", "x": "repair+cka"}}, "repair takes no step, so it takes no additions"),
+        ({"methods": {"none": "none", "x": {"how": "sft", "teacher": "base"}}}, "sft learns from no distribution"),
+    ],
+)
+def test_studies_that_stand_on_nothing_are_refused(write: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_study(write(**changes))
 
 
 def test_bare_letters_are_trained_on_in_their_tags(write: Any, tmp_path: Path) -> None:

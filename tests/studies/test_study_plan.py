@@ -69,7 +69,7 @@ def test_only_names_cells_and_brings_the_degraded_student(tmp_path: Path) -> Non
         ({"degradations": {"x": {"kind": "prune", "sparsity": "4:2"}}}, r"degradations.x: .*4:2"),
         ({"degradations": {}}, "degradations is empty"),
         ({"methods": {"none": "none", "x": "sdft"}},
-         r'methods.x: unknown method "sdft"; known: none, sft, sft-teacher'),
+         r'methods.x: unknown method "sdft"; known: none, repair, sft, sft-teacher'),
         ({"methods": {"none": "none", "x": "on-policy+repare"}}, r'"repare"; known: repair.*Did you mean "repair"'),
         ({"methods": {"x": "sft"}}, "methods has 0 with how: none; it needs one"),
         ({"methods": {"none": "none", "x": "sft+bootstrap"}}, "bootstrap goes before on-policy steps"),

@@ -112,6 +112,10 @@ def study(
     only: Annotated[
         list[str] | None, typer.Option(help="Cells to run: int3-g64, int3-g64/sft/0, '*/*/0'; repeatable.")
     ] = None,
+    records: Annotated[
+        str | None,
+        typer.Option("--from", help="A folder of records of finished cells; these count as done, without weights."),
+    ] = None,
     trust_remote_code: Trust = False,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let tasks run code where the study says allow_code.")
@@ -126,6 +130,7 @@ def study(
         jobs=jobs,
         dry_run=dry_run,
         only=only,
+        records=records,
         trust_remote_code=trust_remote_code,
         allow_code=allow_code,
     )

@@ -28,7 +28,7 @@ def estimate(study: Study, out: Path, cells: Sequence[Cell], finished: Set[str] 
     rows: list[JsonObject] = []
     for cell in cells:
         done = cell.name in finished
-        tokens = study.budget.tokens if cell.method.trained else 0
+        tokens = study.budget.tokens if cell.method.steps else 0
         hours, basis = _hours(study, cell, tokens, measured)
         row = {"name": cell.name, "method": cell.method.name, "steps": _steps(study, out, cell), "tokens": tokens}
         rows.append({**row, "hours": hours, "basis": "done before" if done else basis, "done": done})
@@ -46,7 +46,7 @@ def estimate(study: Study, out: Path, cells: Sequence[Cell], finished: Set[str] 
 
 
 def _steps(study: Study, out: Path, cell: Cell) -> int:
-    if not cell.method.trained:
+    if not cell.method.steps:
         return 0
     config, mean = study.draft(cell), {}
     idle = out / "cells" / Cell(cell.group, study.none, study.spec.seeds[0]).name
@@ -71,7 +71,7 @@ def _hours(study: Study, cell: Cell, tokens: int, measured: Mapping[tuple[str, s
     if known:
         return sum(known) / len(known) / 3600, f"measured by {len(known)} cell{'s' * (len(known) != 1)}"
     speed = study.speed
-    if speed is None or (cell.method.trained and cell.method.base not in speed.tokens_per_second):
+    if speed is None or (cell.method.steps and cell.method.base not in speed.tokens_per_second):
         return None, "nothing: speed has no figure for it"
     parameters = study.parameters_of(cell.group.model)
     scale = parameters / speed.parameters if parameters else 1.0

@@ -42,11 +42,17 @@ class Method:
     base: str
     extras: frozenset[str]
     recipe: JsonRow = field(default_factory=dict, compare=False)
+    teacher: str = "reference"
 
     @property
     def trained(self) -> bool:
         """Whether it is one at all, and not the degraded student as it is."""
         return self.base != "none"
+
+    @property
+    def steps(self) -> bool:
+        """Whether training steps are taken."""
+        return self.base not in ("none", "repair")
 
     @property
     def labelled(self) -> bool:
@@ -101,6 +107,20 @@ class Study:
         """The method that does nothing."""
         return next(m for m in self.methods.values() if not m.trained)
 
+    def below(self, degradation: str) -> list[str]:
+        """What a degradation stands on, from the nearest to the first; one that stands on itself ends the list."""
+        names: list[str] = []
+        while (on := self.degradations[names[-1] if names else degradation].on) in self.degradations:
+            names.append(str(on))
+            if names.count(str(on)) > 1 or on == degradation:
+                break
+        return names
+
+    def parent(self, group: Group) -> Group | None:
+        """The group of the student that a group's student was made from; None where that is the healthy model."""
+        on = self.degradations[group.degradation].on
+        return None if on is None else _group(self, group.model, on, group.task)
+
     def config(self, cell: Cell, **given: Any) -> RecoverConfig:
         """The cell's recipe: study, model and method over each other, and `given` on top.
 
@@ -110,7 +130,7 @@ class Study:
         names = ("recover",) if cell.method.labelled or not self.tasked(cell) else STREAMS
         wanted = values.pop("streams", {})
         streams = {name: merged(given.get("streams", {}).get(name, {}), wanted.get(name, {})) for name in names}
-        own: JsonObject = {"seed": cell.seed, "repair": "repair" in cell.method.extras}
+        own: JsonObject = {"seed": cell.seed, "repair": "repair" in (*cell.method.extras, cell.method.base)}
         if "cka" in cell.method.extras:
             own["alignment"] = merged({"measure": "cka"}, values.pop("alignment", None) or {})
         if "bootstrap" in cell.method.extras:
@@ -125,7 +145,7 @@ class Study:
 
     def tasked(self, cell: Cell) -> bool:
         """Whether a part of the cell's steps is the task's."""
-        return cell.method.trained and self.spec.task_share > 0
+        return cell.method.steps and self.spec.task_share > 0
 
     def draft(self, cell: Cell) -> RecoverConfig:
         """The cell's recipe with words in place of what is made later, for checks and estimates."""
@@ -136,19 +156,20 @@ class Study:
 
 def cells_of(study: Study) -> Iterator[Cell]:
     for model in study.models:
-        for degradation, spec in study.degradations.items():
+        for degradation in study.degradations:
             for task in study.tasks:
-                group = _group(study, model, degradation, task, spec)
+                group = _group(study, model, degradation, task)
                 for method in study.methods.values():
                     # the degraded student is the same whatever the seed
                     seeds = study.spec.seeds if method.trained else study.spec.seeds[:1]
                     yield from (Cell(group, method, seed) for seed in seeds)
 
 
-def _group(study: Study, model: str, degradation: str, task: str, spec: Degradation) -> Group:
+def _group(study: Study, model: str, degradation: str, task: str) -> Group:
     before = [model] if len(study.models) > 1 else []
     after = [task] if len(study.tasks) > 1 else []
-    learned = after if spec.of_task else []
+    chain = [degradation, *study.below(degradation)]
+    learned = after if any(study.degradations[name].of_task for name in chain) else []
     names = ["-".join([*before, degradation, *rest]) for rest in (after, learned)]
     return Group(names[0], model, degradation, task, names[1])
 

@@ -54,6 +54,11 @@ class Made:
         """The directory of a group's degraded student."""
         return self.out / "students" / group.student
 
+    def healthy(self, study: Study, group: Group) -> str:
+        """The model that a group's student was made from: what recovery is measured against."""
+        parent = study.parent(group)
+        return self.models[group.model] if parent is None else str(self.student(parent))
+
     def hash_of(self, place: str | Path | None) -> str | None:
         """SHA-256 of a file, or over those of a model, computed once."""
         if place is None:
@@ -149,14 +154,20 @@ def _rows(name: str, split: str, source: str | None, count: int | None, tiny: Ma
     return choose(rows, count, 0) if count else rows
 
 
-def student_inputs(study: Study, made: Made, group: Group) -> JsonObject:
-    """What settles a degraded student: its model's hash, and the arguments with the hash of the data."""
+def degradation_inputs(study: Study, made: Made, group: Group) -> JsonObject:
+    """The arguments of a group's degradation, with the hash of the data."""
     spec = study.degradations[group.degradation]
     values = spec.settles()
     data = str(made.tasks[group.task].train) if spec.of_task else values.get("data")
     known = isinstance(data, str) and Path(data).is_file()
     values["data"] = hashlib.sha256(Path(str(data)).read_bytes()).hexdigest() if known else data
-    return {"model": made.hash_of(made.models[group.model]), "degradation": values}
+    return values
+
+
+def student_inputs(study: Study, made: Made, group: Group) -> JsonObject:
+    """What settles a degraded student: the hash of the model that it is made from, and `degradation_inputs`."""
+    healthy = made.hash_of(made.healthy(study, group))
+    return {"model": healthy, "degradation": degradation_inputs(study, made, group)}
 
 
 def student_arguments(study: Study, made: Made, group: Group) -> JsonObject:
@@ -167,12 +178,18 @@ def student_arguments(study: Study, made: Made, group: Group) -> JsonObject:
     if spec.of_task:
         values["data"] = str(made.tasks[group.task].train)
     return {
-        "model": made.models[group.model],
+        "model": made.healthy(study, group),
         "out": str(made.student(group)),
         "kind": spec.kind,
         "arguments": values,
         "inputs": student_inputs(study, made, group),
     }
+
+
+def reference_grades(study: Study, out: Path, group: Group) -> Path:
+    """Where the grades of a group's healthy model are."""
+    parent = study.parent(group)
+    return out / "reference" / group.model if parent is None else out / "reference-students" / parent.student
 
 
 def record_of(student: Path) -> Path:
@@ -202,26 +219,32 @@ def make_student(
     write_json(record_of(target), inputs)
 
 
-def cell_inputs(study: Study, made: Made, cell: Cell) -> JsonObject:
-    """What settles a cell: for its training and for its grading apart, so that a new benchmark trains nothing anew."""
+def training_inputs(study: Study, made: Made, cell: Cell) -> JsonObject:
+    """What settles a cell's training, but for the models."""
     files = made.tasks[cell.group.task]
     tasked = study.tasked(cell)
-    training = {
+    return {
         "recipe": study.draft(cell).model_dump(exclude={"out"}),
         "how": cell.method.how,
-        "budget": study.budget.tokens if cell.method.trained else None,
+        **({"teacher": cell.method.teacher} if cell.method.teacher != "reference" else {}),
+        "budget": study.budget.tokens if cell.method.steps else None,
         "measurements": study.spec.measurements,
         "task_share": study.spec.task_share if tasked else 0,
-        "models": {
-            "reference": made.hash_of(made.models[cell.group.model]),
-            "student": made.hash_of(made.student(cell.group)),
-        },
         "data": {
             "train": made.hash_of(made.train),
             "held_out": made.hash_of(made.held_out),
             "task": made.hash_of(files.train) if tasked else None,
         },
     }
+
+
+def cell_inputs(study: Study, made: Made, cell: Cell) -> JsonObject:
+    """What settles a cell: for its training and for its grading apart, so that a new benchmark trains nothing anew."""
+    models = {
+        "reference": made.hash_of(made.healthy(study, cell.group)),
+        "student": made.hash_of(made.student(cell.group)),
+    }
+    training = {**training_inputs(study, made, cell), "models": models}
     return {"training": training, "grading": grading_inputs(study, made, cell.group)}
 
 

@@ -67,7 +67,7 @@ def read_study(path: str | Path) -> Study:
         speed=reader.part("speed", SpeedSpec, spec.speed) if spec.speed is not None else None,
     )
     problems += [f"{origin}: {text}" for text in _whole(study)]
-    if not problems:
+    if not problems:  # what stands on another needs it to be there
         study = Study(**{**vars(study), "cells": tuple(cells_of(study))})
         problems += [f"{origin}: {text}" for text in _clashes(study.cells)]
         problems += _recipes(study)
@@ -148,7 +148,7 @@ class _Reader:
     def degradation(self, place: str, name: str, value: object) -> Degradation | None:
         """By its kind, as the registry of degradations has it."""
         values = dict(value) if isinstance(value, Mapping) else {}
-        kind = values.pop("kind", None)
+        kind, on = values.pop("kind", None), values.pop("on", None)
         try:
             if kind is None:
                 raise InputError(f"kind is missing; known: {', '.join(DEGRADATIONS.names())}.")
@@ -162,7 +162,7 @@ class _Reader:
         except InputError as error:
             self.problems.append(f"{self.origin}: {place}: {error}")
             return None
-        return Degradation(str(kind), settings, of_task)
+        return Degradation(str(kind), settings, of_task, None if on is None else str(on))
 
     def method(self, place: str, name: str, value: object) -> Method | None:
         """From `how`, or {how, recipe}."""
@@ -179,9 +179,13 @@ class _Reader:
             ]
         if len(self.problems) > before:
             return None
-        method = Method(name, spec.how, base, frozenset(extras), spec.recipe)
+        method = Method(name, spec.how, base, frozenset(extras), spec.recipe, spec.teacher)
         if not method.trained and (extras or spec.recipe):
             self.problems.append(f"{self.origin}: {place}: none does nothing, so it takes no additions and no recipe")
+        if method.teacher != "reference" and base not in ("off-policy", "on-policy"):
+            self.problems.append(f"{self.origin}: {place}: {base} learns from no distribution, so it takes no teacher")
+        if method.base == "repair" and extras:
+            self.problems.append(f"{self.origin}: {place}: repair takes no step, so it takes no additions")
         if method.base != "on-policy" and "bootstrap" in extras:
             self.problems.append(f"{self.origin}: {place}: bootstrap goes before on-policy steps, and {base} has none")
         if method.labelled and "streams" in spec.recipe:
@@ -271,6 +275,15 @@ def _whole(study: Study) -> Iterator[str]:
             f"methods has {len(idle)} with how: none; it needs one: the degraded student, which the others are held "
             "against"
         )
+    for name, damage in study.degradations.items():
+        if damage.on is not None and damage.on not in study.degradations:
+            known = [other for other in study.degradations if other != name]
+            yield (
+                f'degradations.{name}: on "{damage.on}" is no degradation.{did_you_mean(damage.on, known)} Known: '
+                + (", ".join(known) or "none")
+            )
+        elif name in study.below(name):
+            yield f"degradations.{name} stands on itself: {' on '.join([name, *study.below(name)])}"
     both = sorted(set(study.tasks) & set(study.benchmarks))
     if both:
         yield f"{', '.join(both)} is a task and a benchmark; name it once"
@@ -281,7 +294,7 @@ def _whole(study: Study) -> Iterator[str]:
     for key in spec.recipe:
         if key in OWNED or key == "streams":
             yield f"recipe.{key} is set by the study itself; leave it out"
-    known = [m for m in BASES if m != "none"]
+    known = [m for m in BASES if m not in ("none", "repair")]
     for key in study.speed.tokens_per_second if study.speed else ():
         if key not in known:
             yield f'speed.tokens_per_second: unknown method "{key}"; known: {", ".join(known)}'

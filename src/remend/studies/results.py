@@ -15,7 +15,7 @@ from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence
 from remend.studies.cell import GRADES, OUTCOME, grades_file
 from remend.studies.correlate import correlate
 from remend.studies.grid import Cell, Group, Method, Study
-from remend.studies.made import graded
+from remend.studies.made import graded, reference_grades
 
 REFERENCE, DEGRADED, RECOVERED = "reference", "degraded", "recovered"
 
@@ -54,7 +54,7 @@ def gather(study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping
             continue
         by_method = {m: [d for d in mine if d.cell.method == m] for m in study.methods.values()}
         rows += [_row(study, out, group, method, cells, idle[0]) for method, cells in by_method.items() if cells]
-        trained = {m: cells for m, cells in by_method.items() if m.trained and cells}
+        trained = {m: cells for m, cells in by_method.items() if m.steps and cells}
         if trained:
             at_tokens.append(_equal(group, trained, "tokens", None))
             at_seconds.append(_equal(group, trained, "seconds", study.budget.seconds))
@@ -88,7 +88,7 @@ def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[
     gap, interval, prompts = _gap(cells)
     # what one of the cells, or the degraded student, was not graded on can't be paired
     not_graded = list(dict.fromkeys(name for d in (*cells, idle) for name in d.ungraded))
-    places = {REFERENCE: [out / "reference" / group.model], DEGRADED: [idle.place / GRADES]}
+    places = {REFERENCE: [reference_grades(study, out, group)], DEGRADED: [idle.place / GRADES]}
     places[RECOVERED] = [d.place / GRADES for d in cells]
     cost = {key: [o["training_seconds_of"][key] for o in outcomes] for key in ("repair", "answers", "steps")}
     return {

@@ -13,6 +13,7 @@ budget: {tokens: 9000}
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import Field
 
@@ -44,6 +45,8 @@ class Degradation:
     settings: DegradeSettings
     of_task: bool
     """Whether it learns the rows of the study's task, since it names none of its own; `data` says nothing then."""
+    on: str | None = None
+    """The degradation whose student this one is done to, in place of the healthy model."""
 
     def settles(self) -> dict[str, object]:
         """What a student depends on, as plain values."""
@@ -59,6 +62,7 @@ NEWER = ("probe", "device", "trust_remote_code", "dtype", "columns")
 
 BASES = {
     "none": "the degraded student as it is",
+    "repair": "a closed-form repair, and no step",
     "sft": "cross-entropy of given answers: the task's demonstrations, and general rows that have a completion",
     "sft-teacher": "cross-entropy of the reference's own answers to general prompts (self-data distillation, arXiv "
     "2410.09982), and of the task's demonstrations",
@@ -76,6 +80,11 @@ class MethodSpec(Settings):
     """A way to recover."""
 
     how: str = Field(min_length=1, description=f"one of {', '.join(BASES)}, and after it +{', +'.join(EXTRAS)}")
+    teacher: Literal["reference", "base", "initial"] = Field(
+        "reference",
+        description="who scores: the model before this damage, the healthy model before all damage, or the student as "
+        "it came in; what is measured is measured against the reference all the same",
+    )
     recipe: JsonObject = Field(default_factory=dict, description="recipe keys for this method alone")
 
 

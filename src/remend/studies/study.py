@@ -6,14 +6,15 @@ remend study small --out runs/small
 OUT/study.json       which study this is
 OUT/data, tiny       prompts, task rows, the model that the study trains itself
 OUT/students/NAME    the degraded students, made once
-OUT/reference/MODEL  grades of the healthy models
+OUT/reference/MODEL  grades of the healthy models; OUT/reference-students/NAME  of students that others stand on
 OUT/cells/GROUP/METHOD/SEED   a recovery each, with its grades (see cell.py)
+OUT/records/  each finished cell in one small file, without its weights; see records.py
 OUT/results.json, results.csv, report.html, report.md, report.json, correlation.json
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,7 @@ from remend.report.writing import write_page
 from remend.studies import tiny_model
 from remend.studies.cell import OUTCOME, CellSettings, Grading, state_of, ungraded
 from remend.studies.cost import estimate
-from remend.studies.grid import Cell, Study, chosen
+from remend.studies.grid import Cell, Group, Study, chosen
 from remend.studies.labels import LabelSettings
 from remend.studies.made import (
     Made,
@@ -41,10 +42,12 @@ from remend.studies.made import (
     grading_inputs,
     is_made,
     make,
+    reference_grades,
     student_arguments,
     student_inputs,
 )
 from remend.studies.plan import read_study, require_benchmarks, shipped_studies
+from remend.studies.records import is_taken_over, take_over, write_record
 from remend.studies.results import gather
 from remend.studies.spec import TINY
 from remend.studies.table import lines, table_of
@@ -65,6 +68,7 @@ def study(
     jobs: int = 1,
     dry_run: bool = False,
     only: str | Sequence[str] | None = None,
+    records: str | Path | None = None,
     trust_remote_code: bool = False,
     allow_code: bool = False,
 ) -> JsonObject:
@@ -77,6 +81,8 @@ def study(
         dry_run: only tell what cells there are and what they cost; nothing is written.
         only: names of cells or patterns, e.g. 'int3-g64', 'int3-g64/sft/0', '*/*/0'; the degraded student is measured
             along.
+        records: a folder of records (records/ of a study, here or elsewhere). A cell that has one of the same settings
+            and data counts as done, without its weights.
         trust_remote_code, allow_code: let code run where the study says so; without them such a study is refused.
 
     Returns:
@@ -100,21 +106,24 @@ def study(
     _require_own(plan, out)
     if dry_run:
         return estimate(plan, out, cells, _finished(plan, out, cells))
+    if records is not None and not Path(records).is_dir():
+        raise InputError(f"records {records} is no folder; name one that holds records of finished cells")
     require_benchmarks(plan)
     out.mkdir(parents=True, exist_ok=True)
     with only_writer(out, "study"):
         write_json(out / STUDY, {**_identity(plan), **({"imports": imports} if imports else {})})
-        return _carried_out(plan, out, jobs, cells)
+        return _carried_out(plan, out, jobs, cells, Path(records) if records else None)
 
 
-def _carried_out(plan: Study, out: Path, jobs: int, cells: Sequence[Cell]) -> JsonObject:
+def _carried_out(plan: Study, out: Path, jobs: int, cells: Sequence[Cell], records: Path | None) -> JsonObject:
     work = _Work(plan, out, jobs, make(plan, out))
     try:
-        work.students(cells)
-        work.references(cells)
-        work.cells([c for c in cells if not c.method.trained])
+        left = work.not_taken_over(cells, records)
+        work.students(left)
+        work.references(left)
+        work.cells([c for c in left if not c.method.trained])
         # seed by seed, so that a study that is stopped has whole seeds
-        trained = [c for c in cells if c.method.trained]
+        trained = [c for c in left if c.method.trained]
         work.cells(sorted(trained, key=lambda c: plan.spec.seeds.index(c.seed)))
     finally:
         results = work.finish()
@@ -198,12 +207,42 @@ class _Work:
             if message:
                 self.failed[job.name.removeprefix("students/")] = message
 
+    def not_taken_over(self, cells: Sequence[Cell], records: Path | None) -> list[Cell]:
+        """The cells that are still to be run: of a group, all or those without a record.
+
+        A group whose trained cells are not all there runs its degraded student too, by which their steps are planned.
+        """
+        if records is None:
+            return [cell for cell in cells if not is_taken_over(self.plan, self.made, cell)]
+        taken = {cell.name for cell in cells if cell.method.trained and take_over(self.plan, self.made, cell, records)}
+        short = {cell.group for cell in cells if cell.method.trained and cell.name not in taken}
+        idle = [cell for cell in cells if not cell.method.trained and cell.group not in short]
+        taken |= {cell.name for cell in idle if take_over(self.plan, self.made, cell, records)}
+        if taken:
+            console.print(f"{len(taken)} cells are counted as done by their records in {records}")
+        return [cell for cell in cells if cell.name not in taken]
+
     def students(self, cells: Sequence[Cell]) -> None:
-        """Make the degraded students that are not there."""
-        groups = {cell.group.student: cell.group for cell in cells}
+        """Make the degraded students that are not there, those first that others stand on."""
+        chains = [list(self._chain(group)) for group in {cell.group.student: cell.group for cell in cells}.values()]
+        for depth in range(max(map(len, chains), default=0)):
+            level = [chain[depth] for chain in chains if depth < len(chain)]
+            self._students({group.student: group for group in level})
+
+    def _chain(self, group: Group) -> Iterator[Group]:
+        """A group and all that its student stands on, from the first."""
+        parent = self.plan.parent(group)
+        if parent is not None:
+            yield from self._chain(parent)
+        yield group
+
+    def _students(self, groups: Mapping[str, Group]) -> None:
         wanted = []
         for name, group in groups.items():
+            parent = self.plan.parent(group)
             try:
+                if parent is not None and parent.student in self.failed:
+                    raise InputError(f"{parent.student}, which it stands on, was not made")
                 if not is_made(self.made.student(group), student_inputs(self.plan, self.made, group)):
                     wanted.append(Job(f"students/{name}", "degrade", student_arguments(self.plan, self.made, group)))
             except (InputError, OSError) as error:
@@ -211,21 +250,25 @@ class _Work:
         self._run(wanted, "student")
 
     def references(self, cells: Sequence[Cell]) -> None:
-        """Grade the healthy models."""
+        """Grade the healthy models, and the students that others stand on."""
+        places = {reference_grades(self.plan, self.out, cell.group): cell.group for cell in cells}
         wanted = []
-        for model in dict.fromkeys(cell.group.model for cell in cells):
-            groups = [c.group for c in self.plan.cells if c.group.model == model]
-            place = self.out / "reference" / model
-            tasks = {name: None for group in groups for name in graded(self.plan, group)}
+        for place, one in places.items():
+            ordered = [c.group for c in self.plan.cells if reference_grades(self.plan, self.out, c.group) == place]
+            tasks = {name: None for group in ordered for name in graded(self.plan, group)}
             rows = {
-                name: entry for group in groups for name, entry in grading_inputs(self.plan, self.made, group).items()
+                name: entry for group in ordered for name, entry in grading_inputs(self.plan, self.made, group).items()
             }
-            inputs = {"model": self.made.hash_of(self.made.models[model]), "grading": rows}
+            healthy = self.made.healthy(self.plan, one)
+            try:
+                inputs = {"model": self.made.hash_of(healthy), "grading": rows}
+            except (InputError, OSError):  # it was not made, and its cells say why
+                continue
             record = place / "graded.json"
             if not record.is_file() or read_object(record) != inputs:
                 grading = [self._grading(name).model_dump() for name in tasks]
-                arguments = {"model": self.made.models[model], "folder": str(place), "grading": grading}
-                wanted.append(Job(f"reference/{model}", "grade", {**arguments, "inputs": inputs}))
+                arguments = {"model": healthy, "folder": str(place), "grading": grading}
+                wanted.append(Job(f"{place.parent.name}/{place.name}", "grade", {**arguments, "inputs": inputs}))
         self._run(wanted, "reference")
 
     def _grading(self, task: str) -> Grading:
@@ -253,17 +296,20 @@ class _Work:
     def _settings(self, cell: Cell, idle: Cell) -> CellSettings:
         plan, made, tasked = self.plan, self.made, self.plan.tasked(cell)
         files, student = made.tasks[cell.group.task], str(made.student(cell.group))
-        reference, place = made.models[cell.group.model], self._place(cell)
+        reference, place = made.healthy(plan, cell.group), self._place(cell)
         forgot = plan.degradations[cell.group.degradation].settings.learns
-        policy = {} if cell.method.base == "on-policy" or not cell.method.trained else {"policy": "off"}
+        policy = {} if cell.method.base == "on-policy" or not cell.method.steps else {"policy": "off"}
+        other = {"base": made.models[cell.group.model], "initial": "initial"}.get(cell.method.teacher)
         share = {"share": 1 - plan.spec.task_share} if tasked else {}
         streams: JsonObject = {
-            "recover": {"data": str(made.train), "eval_data": str(made.held_out)} | share,
+            "recover": {"data": str(made.train), "eval_data": str(made.held_out)}
+            | ({"teacher": other} if other else {})
+            | share,
             "task": {
                 "data": str(files.train),
                 "eval_data": str(files.few),
                 # a student that learned the task is held to what it can, a compressed one learns what it could
-                "teacher": "initial" if forgot else reference,
+                "teacher": "initial" if forgot else other or reference,
                 "share": plan.spec.task_share,
             },
         }
@@ -272,7 +318,7 @@ class _Work:
         return CellSettings(
             place=str(place),
             recipe=recipe.model_dump(),
-            tokens=plan.budget.tokens if cell.method.trained else 0,
+            tokens=plan.budget.tokens if cell.method.steps else 0,
             measurements=plan.spec.measurements,
             checkpoints=not plan.spec.one_process,
             labels=self._labels(cell, recipe) if cell.method.labelled else None,
@@ -297,8 +343,13 @@ class _Work:
     def finish(self) -> JsonObject:
         """Gather what there is, and write it."""
         states = {cell.name: self._known(cell) for cell in self.plan.cells}
+        for cell in self.plan.cells:
+            if states[cell.name] == "done" and not is_taken_over(self.plan, self.made, cell):
+                write_record(self.plan, self.made, cell)
         results = gather(self.plan, self.out, states, self._ungraded(states))
-        failures = {n: m for n, m in self.failed.items() if n.startswith("reference/")} | results["failures"]
+        failures = {
+            n: m for n, m in self.failed.items() if n.startswith(("reference/", "reference-students/"))
+        } | results["failures"]
         results["failures"] = failures
         write_json(self.out / RESULTS, results)
         write_text(self.out / TABLE, table_of(results))
@@ -310,10 +361,14 @@ class _Work:
         """done, not run, or why it failed."""
         if cell.name in self.failed:
             return self.failed[cell.name]
+        if is_taken_over(self.plan, self.made, cell):
+            return "done"
         reached = _state(self.plan, self.made, cell)
         return "done" if reached in FINISHED else failure_of(self.out, cell.name) or "not run"
 
     def _ungraded(self, states: Mapping[str, str]) -> dict[str, list[str]]:
         """Of finished cells, the tasks that they were not graded on."""
         done = [cell for cell in self.plan.cells if states[cell.name] == "done"]
-        return {c.name: ungraded(self._place(c), cell_inputs(self.plan, self.made, c)) for c in done}
+        theirs = {cell.name: list[str]() for cell in done if is_taken_over(self.plan, self.made, cell)}
+        done = [cell for cell in done if cell.name not in theirs]
+        return theirs | {c.name: ungraded(self._place(c), cell_inputs(self.plan, self.made, c)) for c in done}

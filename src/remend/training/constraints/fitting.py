@@ -80,7 +80,7 @@ def targets(sites: Sites, healthy: Mapping[str, Tensor], gram_II: Tensor) -> lis
         strength_I = _strength(sites)
         cross_OI = torch.cat([cross_OI + prior_OI * strength_I for _, prior_OI, cross_OI in asked])
         whole_OI = least_squares(gram_II, cross_OI.T, prior_OI=torch.cat([prior_OI for _, prior_OI, _ in asked]))
-        parts = whole_OI.split([len(prior_OI) for _, prior_OI, _ in asked])
+        parts = torch.split(whole_OI, [len(prior_OI) for _, prior_OI, _ in asked])
         solved = {at: part for (at, _, _), part in zip(asked, parts, strict=True)}
     return [(matrix, solved.get(at, prior_OI)) for at, matrix, prior_OI in found]
 

@@ -226,7 +226,7 @@ def repair_grid(student: CausalLM, stored: StoredGrid, calibration: Calibration)
             part = [matrices[matrix.key][1].to(target_OI.device) for matrix, target_OI in some]
             rounded = gptq(torch.cat([target_OI for _, target_OI in some]), gram_II, stored.format, stacked(part))
             rows = [len(target_OI) for _, target_OI in some]
-            pieces = zip(some, part, rounded.codes.split(rows), rounded.weight.split(rows), strict=True)
+            pieces = zip(some, part, torch.split(rounded.codes, rows), torch.split(rounded.weight, rows), strict=True)
             for (matrix, _), grid, codes, weight in pieces:
                 codes, weight = codes.clone(), weight.clone()
                 matrix.weight_OI.copy_(decode(codes, grid, stored.format))

@@ -1,0 +1,153 @@
+"""A finished cell as one small file: what it says, without its weights.
+
+A study leaves one for each cell in OUT/records/. They can be kept where no weights are, be put into a repository, and
+be given to a study on another machine, which then counts these cells as done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from remend.console import warn
+from remend.errors import InputError
+from remend.files.atomic import JsonObject, JsonRow, json_line, write_json, write_text
+from remend.files.reading import read_object, understood
+from remend.files.run_directory import MANIFEST, RECIPE, TRACK, RunDirectory
+from remend.files.signed import as_signed, signed
+from remend.studies.cell import GRADES, OUTCOME, grades_file
+from remend.studies.grid import Cell, Study
+from remend.studies.made import Made, degradation_inputs, graded, grading_inputs, reference_grades, training_inputs
+
+FOLDER = "records"
+FROM = "from.json"
+"""In the directory of a cell that was taken over: what settles it, and the record's name."""
+
+MOST_BYTES = 30_000
+"""Of a record. One that is larger is written all the same, and told of."""
+
+ITEM = ("id", "correct", "cluster")
+PART = ("task", "grader", "how", "n", "score", "interval_95", "interval_method", "raised", "empty", "clipped")
+PROMPT = ("id", "tokens", "kl_sum_degraded", "kl_sum_recovered")
+"""What is kept of a graded item, of a task's results, and of a held-out prompt."""
+
+TRACKED = ("step", "stage", "kl", "cka", "reference_layers")
+DIGITS = 6
+"""Significant ones of the numbers of a track."""
+
+
+def settles(study: Study, made: Made, cell: Cell) -> JsonObject:
+    """What a cell's figures rest on, whatever machine it runs on: settings and data, and hashes of the healthy model.
+
+    The degraded student is not hashed: made of the same settings elsewhere, it differs by rounding.
+    """
+    chain, group = [degradation_inputs(study, made, cell.group)], cell.group
+    while (parent := study.parent(group)) is not None:
+        chain.append(degradation_inputs(study, made, parent))
+        group = parent
+    settled = {
+        "model": made.hash_of(made.models[cell.group.model]),
+        "damage": chain[::-1],
+        "training": training_inputs(study, made, cell),
+        "grading": grading_inputs(study, made, cell.group),
+    }
+    plain: JsonObject = json.loads(json.dumps(settled))
+    return plain
+
+
+def write_record(study: Study, made: Made, cell: Cell) -> None:
+    """Of a finished cell, into OUT/records/."""
+    place = made.out / "cells" / cell.name
+    healthy = reference_grades(study, made.out, cell.group)
+    manifest = read_object(place / MANIFEST)
+    record: JsonObject = {
+        "cell": cell.name,
+        "study": study.name,
+        "settles": settles(study, made, cell),
+        "outcome": read_object(place / OUTCOME),
+        "grades": {name: _graded(grades_file(place / GRADES, name)) for name in graded(study, cell.group)},
+        "reference_grades": {}
+        if cell.method.trained
+        else {name: _graded(grades_file(healthy, name)) for name in graded(study, cell.group)},
+        "held_out": [_only(row, PROMPT) for row in RunDirectory(place).rows("held_out.jsonl")],
+        "track": [_short(_only(row, TRACKED)) for row in RunDirectory(place).rows(TRACK)],
+        "manifest": {
+            "recipe": {"student": Path(str(manifest["recipe"]["student"])).name},
+            "constraint": manifest.get("constraint"),
+            "models": {"teacher": manifest.get("models", {}).get("teacher")},
+        },
+    }
+    target = file_of(made.out / FOLDER, cell)
+    write_text(target, json.dumps(signed(record), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
+    if target.stat().st_size > MOST_BYTES:
+        warn(f"{target} has {target.stat().st_size} bytes, more than a record should have ({MOST_BYTES})")
+
+
+def file_of(folder: Path, cell: Cell) -> Path:
+    """Where a cell's record is."""
+    return folder / f"{cell.name.replace('/', '--')}.json"
+
+
+def take_over(study: Study, made: Made, cell: Cell, folder: Path) -> bool:
+    """Count a cell as done by its record in a folder, where that has one of the same settings and data.
+
+    Raises FileError for a record that can't be read, or changed since it was written.
+    """
+    source, place = file_of(folder, cell), made.out / "cells" / cell.name
+    if place.exists():
+        return is_taken_over(study, made, cell)
+    if not source.is_file():
+        return False
+    record = read_object(source)
+    with understood(source, "copy it again, or take it out of the folder"):
+        if not as_signed(record):
+            raise InputError(f"{source} changed since it was written; copy it again, or take it out of the folder")
+        if record["settles"] != settles(study, made, cell):
+            warn(f"{source} is of other settings or data, and its cell is run")
+            return False
+        folders = {"grades": place / GRADES}
+        if not (healthy := reference_grades(study, made.out, cell.group)).exists():
+            folders["reference_grades"] = healthy
+        for key, target in folders.items():
+            for name, content in record[key].items():
+                if content is not None:
+                    write_json(grades_file(target, name), content)
+        write_text(place / "held_out.jsonl", "".join(map(json_line, record["held_out"])))
+        if record["track"]:
+            write_text(place / TRACK, "".join(map(json_line, record["track"])))
+        write_json(place / MANIFEST, record["manifest"])
+        write_text(place / RECIPE, "# of a cell that ran elsewhere, see from.json\n")
+        write_json(place / OUTCOME, record["outcome"])
+        write_json(place / FROM, {"record": source.name, "settles": record["settles"]})
+    return True
+
+
+def is_taken_over(study: Study, made: Made, cell: Cell) -> bool:
+    """Whether a cell's directory was filled from a record that still has these settings and data."""
+    path = made.out / "cells" / cell.name / FROM
+    return path.is_file() and read_object(path).get("settles") == settles(study, made, cell)
+
+
+def _graded(path: Path) -> JsonObject | None:
+    """The results of a task, without answers and reasons; None where it was not graded on it."""
+    if not path.is_file():
+        return None
+    content = read_object(path)
+    parts = content.get("results", [content])
+    kept = [{**_only(part, PART), "items": [_only(item, ITEM) for item in part.get("items") or ()]} for part in parts]
+    return {"results": kept}
+
+
+def _only(row: JsonRow, keys: tuple[str, ...]) -> JsonObject:
+    return {key: row[key] for key in keys if key in row}
+
+
+def _short(value: Any) -> Any:
+    """With numbers of DIGITS significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {key: _short(inner) for key, inner in value.items()}
+    return [_short(inner) for inner in value] if isinstance(value, list) else value
