@@ -60,3 +60,9 @@ def test_what_a_recipe_may_hold(tmp_path: Path) -> None:
 def test_a_value_that_can_t_be_made_is_one_message(text: str) -> None:
     with pytest.raises(InputError):
         yaml_of(text)
+
+
+def test_words_that_yaml_takes_for_truth_values_are_words_as_keys() -> None:
+    assert yaml_of("{on: forgetting, no: 1, bootstrap: on}") == {"on": "forgetting", "no": 1, "bootstrap": True}
+    with pytest.raises(InputError, match='the key "on" stands in line 1 and in line 2'):
+        yaml_of("on: 1\non: 2\n")

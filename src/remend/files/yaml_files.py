@@ -48,6 +48,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
+            if key.tag == "tag:yaml.org,2002:bool":  # YAML 1.1 reads on, off, yes and no so; as keys they are words
+                key.tag = "tag:yaml.org,2002:str"
             name, line = self.construct_object(key), key.start_mark.line + 1
             if name in first:
                 raise yaml.YAMLError(f'the key "{shortened(name, 60)}" stands in line {first[name]} and in line {line}')
