@@ -95,12 +95,16 @@ def make_input(name: str) -> None:
         make_input("student")
         remend("export", "student", "--format", "gguf", "--out", "of-student")
         shutil.copy(next(Path("of-student").glob("*.gguf")), name)
-    elif name in ("adapter", "finetuned"):
+    elif name == "finetuned":
         rows = [{"prompt": text, "completion": "Tea and rain."} for text in prompts()]
         Path("learned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         words = ["--data", "learned.jsonl", "--steps", "2", "--no-probe", "--device", "cpu"]
-        lora = ["--lora-rank", "2"] if name == "adapter" else []
-        remend("degrade", "finetune", "reference", *words, *lora, "--out", name)
+        remend("degrade", "finetune", "reference", *words, "--out", name)
+    elif name == "adapter":
+        make_input("finetuned")
+        words = ["student=reference", "teacher=finetuned", "data=prompts.jsonl", "lora.rank=2", *RECOVER.split()]
+        remend("recover", *words, "out=runs/of-adapter")
+        shutil.copytree("runs/of-adapter/model", name)
     elif name in MODELS:
         remend("degrade", "quantize", "reference", "--format", "gguf:q4_0", "--no-probe", "--out", name)
     elif name in RUNS:

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import remend
 from helpers.task_rows import letter_rows, tool_rows, write
 from remend.data import tasks
 from remend.data.templates import Encoded
@@ -22,6 +21,7 @@ from remend.evaluation import job as evaluation_job
 from remend.evaluation.compare import compare
 from remend.evaluation.job import evaluate
 from remend.maths.paired import wilson
+from remend.models import adapters
 from remend.models.sampling.rollout import Rollout
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "device": "cpu"}
@@ -53,9 +53,9 @@ def texts(found: dict[str, Any]) -> list[str]:
 
 
 def test_of_a_runs_directory_its_adapter_is_graded(reference_dir: Path, tools: str, tmp_path: Path) -> None:
-    rows = write(tmp_path / "rows.jsonl", [{"prompt": f"Say {i}.", "completion": "It is."} for i in range(4)])
-    learned = {"data": rows, "steps": 1, "lora": {"rank": 2}, "probe": False, "device": "cpu"}
-    remend.finetune(str(reference_dir), tmp_path / "run" / "model", **learned)
+    model = AutoModelForCausalLM.from_pretrained(reference_dir)
+    adapters.add_lora(model, rank=2, base=str(reference_dir))
+    adapters.save_adapter(model, tmp_path / "run" / "model")
     (tmp_path / "run" / "manifest.json").write_text('{"recipe": {}}')
     found = evaluate(str(tmp_path / "run"), ["tooluse"], tmp_path / "results.json", data=tools, **OPTIONS)
     assert "adapter_model.safetensors" in found["files"]

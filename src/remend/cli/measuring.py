@@ -105,7 +105,10 @@ def compare(
 
 
 def study(
-    path: Annotated[str, typer.Argument(help="A YAML file, or tiny, small, full, paper-small, paper.", metavar="STUDY.yaml|NAME")],
+    path: Annotated[
+        str,
+        typer.Argument(help="A YAML file, or tiny, small, full, paper-small, paper.", metavar="STUDY.yaml|NAME"),
+    ],
     out: Annotated[str, typer.Option(help="The study's directory: a new one, or the one that it was begun in.")],
     jobs: Annotated[int, typer.Option(help="Cells at once, each in a process of its own.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell cells and cost; write nothing.")] = False,

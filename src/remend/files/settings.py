@@ -139,8 +139,8 @@ def build(model: type[Config], values: Mapping[str, object], origin: str) -> Con
     return built
 
 
-MOST_BITS = 1024
-"""Of a whole number: those beyond can't be compared with others, and Python refuses to write the largest."""
+MOST_BITS = 14_000
+"""Of a whole number: Python refuses to write those with over 4,300 digits."""
 
 
 def _plain(value: object) -> object:

@@ -38,7 +38,9 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     Sums over chunks of other sizes differ by rounding, so a CPU's size is constant: its runs repeat to the byte.
     """
     share = int(CHUNK_SHARE * free_bytes(device)) if device.type == "cuda" else 0
-    return max(CHUNK_ROWS, min(CHUNK_LIMIT, max(CHUNK_BYTES, share)) // (4 * vocabulary))
+    row = 4 * vocabulary
+    least = max(16, min(CHUNK_ROWS, CHUNK_LIMIT // row))
+    return max(least, min(CHUNK_LIMIT, max(CHUNK_BYTES, share)) // row)
 
 
 def choose_device(name: str) -> torch.device:
