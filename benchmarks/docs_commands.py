@@ -77,7 +77,15 @@ def make_models() -> None:
     rows = [
         {"prompt": text + options, "answer": "B", "demonstration": "B", "golden_answer": calls} for text in prompts()
     ]
-    parts = {"prompts": rows, "train": rows[:32], "held_out": rows[32:], "dev": rows, "tools": rows, "written": rows}
+    parts = {
+        "prompts": rows,
+        "train": rows[:32],
+        "held_out": rows[32:],
+        "dev": rows,
+        "tools": rows,
+        "written": rows,
+        "science": rows,
+    }
     for name, part in parts.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     recipe = {"student": "student", "teacher": "reference", "data": "prompts.jsonl", "out": "runs/recovered"}
@@ -129,7 +137,7 @@ def run(line: str) -> str | None:
         return reason
     if words[0] == "prompts":
         return "an untrained model writes no prompts that can be used"
-    if words[0] == "recover" and "--student" in words and "--data" not in words:
+    if words[0] == "recover" and "--student" in words and "--data" not in words and "cache" not in words:
         words += ["--data", "prompts.jsonl"]  # for the same reason
     dry = "--dry-run" in words
     words = [{"smollm2": "reference", "small": "small" if dry else "mine.yaml"}.get(word, word) for word in words]
@@ -138,6 +146,8 @@ def run(line: str) -> str | None:
         name = word.removeprefix("student=")
         if name != out:
             make_input(name)
+    if out and "--resume" not in words and words[0] != "study":  # what was made beforehand under the name that it takes
+        shutil.rmtree(out) if Path(out).is_dir() else Path(out).unlink(missing_ok=True)
     remend(*words, *([] if "--resume" in words else QUICK.get(words[0], "").split()), launcher=launcher)
     if words[:2] == ["recipes", "cp"]:
         copied = Path(f"{words[2]}.yaml")
