@@ -425,7 +425,7 @@ TIMES = re.compile(
 """Keys in JSON that say so."""
 
 
-SIGNS_TIMES = re.compile(r"(^|/)(summary\.json|[^/]*\.answers\.jsonl)$")
+SIGNS_TIMES = re.compile(r"(^|/)(summary\.json|[^/]*\.answers\.jsonl|records/[^/]*\.json)$")
 """Files whose records sign such keys too."""
 
 
