@@ -13,7 +13,7 @@ import pytest
 import remend
 from remend.errors import FileError, InputError
 from remend.files import run_directory
-from remend.files.run_directory import INPUTS, METRICS, SUMMARY, RunDirectory, occupied
+from remend.files.run_directory import INPUTS, METRICS, SUMMARY, RunDirectory, manifest_of, occupied
 from remend.files.signed import signed
 
 
@@ -128,3 +128,10 @@ def test_a_checkpoint_that_names_what_no_run_logs_is_left_aside(
     state.write_text(json.dumps(signed({**json.loads(state.read_text()), "logged": logged})))
     assert not directory.whole_checkpoints()
     assert "names what no run logs" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("key", ["versions", "hardware", "prompts", "warnings", "constraint", "models"])
+def test_a_manifest_of_other_kinds_is_one_message(tmp_path: Path, key: str) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"recipe": {}, key: 7}))
+    with pytest.raises(FileError, match=f"has no {key} as a run writes it"):
+        manifest_of(tmp_path)
