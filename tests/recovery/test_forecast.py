@@ -76,7 +76,7 @@ def test_a_run_makes_the_next_estimate(recipe: dict[str, Any], cache: Path) -> N
     result = recover(**recipe)
     spent = RunDirectory(result.out).phase_seconds()
     assert list(spent) == ["loading", "prompts", "baseline", "repair", "training", "saving", "measuring"]
-    # the summary rounds to tenths and is written before the report, which the last phase counts; all takes half a second
+    # the summary rounds to tenths, and is written before the report, which the last phase counts
     assert sum(spent.values()) == pytest.approx(result.summary["seconds"], rel=0.1, abs=0.1)
     (run,) = json.loads(cache.read_text())["runs"]
     assert (run["parameters"], run["held"]) == (94_528, "GridKind")
