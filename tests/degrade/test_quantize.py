@@ -126,7 +126,6 @@ def test_what_gptq_writes_lies_on_its_grid_and_is_described(made: Any) -> None:
     assert record["packed_bytes"] == on_grid * 3.5 / 8 + 2 * (everything - on_grid)
     assert record["sparsity"] == zeros / on_grid
     assert record["calibration"]["prompts"] == 4
-    assert record["seconds"] >= 0
     assert record["probe"]["kl"] > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,12 @@ def test_without_a_record_it_is_a_guess(recipe: dict[str, Any]) -> None:
 
 
 def test_a_run_makes_the_next_estimate(recipe: dict[str, Any], cache: Path) -> None:
+    began = time.monotonic()
     result = recover(**recipe)
+    whole = time.monotonic() - began
     spent = RunDirectory(result.out).phase_seconds()
     assert list(spent) == ["loading", "prompts", "baseline", "repair", "training", "saving", "measuring"]
-    # the summary rounds to tenths, and is written before the report, which the last phase counts
-    assert sum(spent.values()) == pytest.approx(result.summary["seconds"], rel=0.1, abs=0.1)
+    assert 0.7 * whole < sum(spent.values()) <= whole  # no phase counts another's time; checks come before the first
     (run,) = json.loads(cache.read_text())["runs"]
     assert (run["parameters"], run["held"]) == (94_528, "GridKind")
     assert 0 < run["answered"] <= 1

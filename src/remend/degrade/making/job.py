@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +70,6 @@ class Damage:
     tokenizer: Tokenizer
     source: ModelSource
     settings: DegradeSettings
-    calibration_seconds: float = 0.0
     calibration_hash: str | None = None
     calibrated_on: Sequence[Example] = ()
     unreached: list[str] = field(default_factory=list)
@@ -83,7 +81,6 @@ class Damage:
         Raises InputError when there is no prompt, or where the model can't be walked.
         """
         if self._rollouts is None:
-            began = time.perf_counter()
             seed = self.settings.seed
             text = self.settings if isinstance(self.settings, Calibrated) else Calibrated.model_validate({})
             if text.data is None:
@@ -96,7 +93,6 @@ class Damage:
             self._rollouts = completions(
                 self.reference, self.tokenizer, prompts, max_new_tokens=CALIBRATION_TOKENS, seed=seed
             )
-            self.calibration_seconds = time.perf_counter() - began
         return self._rollouts
 
     def encoded(self, examples: Sequence[Example], answer: int) -> list[Encoded]:
@@ -140,18 +136,16 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
         raise InputError(problem)
     damage, hashes = _load(model, settings)
     with stage(settings.title()):
-        began = time.perf_counter()
         changed = settings.change(damage)
         if not changed.entry.get("kind"):
             raise InputError(
                 f'{type(settings).__name__}.change describes its damage without a "kind"; its Changed needs one in '
                 'entry, e.g. {"kind": "noise"}'
             )
-        seconds = time.perf_counter() - began - damage.calibration_seconds
     if isinstance(settings, Calibrated) and settings.data is not None and damage.calibration_hash is None:
         text = f"data {settings.data} has no effect: {settings.title()} needs no calibration"
         warn(text)
-    record = _record(damage, changed, model, hashes, seconds)
+    record = _record(damage, changed, model, hashes)
     with stage(f"saving {out}"), new_directory(out) as target:
         save_model(changed.student, damage.tokenizer, target)
         write_rows(out, target)
@@ -190,23 +184,18 @@ def _write_card(directory: Path, damage: Damage, student: CausalLM, record: Json
     write_text(directory / CARD, text)
 
 
-def _record(damage: Damage, changed: Changed, model: str, hashes: Mapping[str, str], seconds: float) -> JsonObject:
+def _record(damage: Damage, changed: Changed, model: str, hashes: Mapping[str, str]) -> JsonObject:
+    """No time stands in it: the same command gives the same bytes, so that a student that is made again is the same."""
     record: JsonObject = {
         "sparsity": share_of_zeros([matrix.weight_OI for matrix in matrices(changed.student).values()]),
         **changed.entry,
         "reference": {"model": named(model), "files": hashes},
         "bits_per_weight": changed.bits_per_weight,
         "packed_bytes": changed.packed_bytes or DENSE_BITS // 8 * sum(p.numel() for p in changed.student.parameters()),
-        "seconds": round(seconds, 3),
         "seed": damage.settings.seed,
     }
     if damage.calibration_hash:
-        spent = round(damage.calibration_seconds, 3)
-        record["calibration"] = {
-            "prompts": len(damage.calibration()),
-            "hash": damage.calibration_hash,
-            "seconds": spent,
-        }
+        record["calibration"] = {"prompts": len(damage.calibration()), "hash": damage.calibration_hash}
         if damage.unreached:
             record["calibration"]["unreached"] = damage.unreached
     note = origin_note(damage.source)
