@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 
 import typer
@@ -32,7 +33,9 @@ def add_to(app: typer.Typer) -> None:
 
 def _runs(kind: str) -> Callable[[Values, Values], None]:
     def run(fixed: Values, given: Values) -> None:
-        show_damage(fixed["model"], fixed["out"], degrade(kind, fixed["model"], fixed["out"], given))
+        began = time.monotonic()
+        done = degrade(kind, fixed["model"], fixed["out"], given)
+        show_damage(fixed["model"], fixed["out"], done, time.monotonic() - began)
 
     return run
 

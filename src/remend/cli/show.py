@@ -27,14 +27,14 @@ def print_line(text: str) -> None:
     sys.stdout.flush()
 
 
-def show_damage(model: str, out: str, done: JsonRow) -> None:
-    """What a degradation of `model` made, on one line each, and what to do with it."""
+def show_damage(model: str, out: str, done: JsonRow, seconds: float) -> None:
+    """What a degradation of `model` made in so many seconds, on one line each, and what to do with it."""
     from remend.training.teachers import as_directory
 
     size = done["packed_bytes"] / 2**20
     bits = f"{done['bits_per_weight']:g} bits per weight, " if done.get("bits_per_weight") else ""
     what = " ".join(str(done[key]) for key in ("kind", "format", "method") if done.get(key))
-    print_line(f"{out}: {what}: {bits}{size:.1f} MiB as packed, {done['seconds']:.1f} s")
+    print_line(f"{out}: {what}: {bits}{size:.1f} MiB as packed, {seconds:.1f} s")
     if "matrices" in done and done["kind"] != "quantization":
         print_line(f"sparsity: {done['sparsity']:.2%} of the weights in {done['matrices']} matrices are zero")
     if decoder := done.get("decoder"):
