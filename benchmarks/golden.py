@@ -22,6 +22,7 @@ far as a side can see. A difference that is meant has its reason in golden_reaso
 from __future__ import annotations
 
 import argparse
+import csv
 import difflib
 import io
 import itertools
@@ -230,6 +231,7 @@ def compare_files(before: Path, after: Path) -> Differences:
         ".json": json.loads,
         ".jsonl": lambda text: [json.loads(line) for line in text.splitlines()],
         ".yaml": yaml.safe_load,
+        ".csv": lambda text: list(csv.DictReader(text.splitlines())),
     }
     if before.suffix == ".safetensors":
         yield from compare_tensors(before, after)

@@ -218,8 +218,11 @@ def test_times_are_no_difference(tmp_path: Path) -> None:
     for name, seconds, loss in (("a", 1, 2), ("b", 3, 2), ("c", 1, 4)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.json").write_text(json.dumps({"seconds": seconds, "loss": loss}))
+        (tmp_path / name / "x.csv").write_text(f"loss,training_seconds\n{loss},{seconds}\n")
     assert differences(tmp_path / "a", tmp_path / "b") == ""
-    assert "loss: 2 → 4" in differences(tmp_path / "a", tmp_path / "c")
+    told = differences(tmp_path / "a", tmp_path / "c")
+    assert "x.json loss: 2 → 4" in told
+    assert "x.csv [0].loss: 2 → 4" in told
 
 
 def test_tries_are_added_up_and_skipped_ones_named() -> None:
