@@ -28,8 +28,8 @@ from remend.report.card import Card, named, ways_to_use
 
 FORMAT = "int3-g64-asym"
 HELD_OUT = 32
-STEPS = 3
-ANSWERS = 272
+STEPS = 4
+ANSWERS = 288
 """That repair is fitted to."""
 PLAIN_RUN, COMPARISON = "without-repair", "comparison"
 """Directories in a demo's own, of --compare."""
