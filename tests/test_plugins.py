@@ -45,6 +45,18 @@ def test_the_option_may_stand_anywhere(words: list[str], rest: list[str], module
     assert (read.words, read.modules) == (rest, modules)
 
 
+def test_a_relative_place_of_pythons_path_is_no_stranger_s_directory_later(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", ["", "lib", "/usr/lib", "__editable__.x.finder.__path_hook__"])
+    plugins.keep_places()
+    here = str(tmp_path)
+    assert sys.path == [here, f"{here}/lib", "/usr/lib", "__editable__.x.finder.__path_hook__"]
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != here])
+    plugins.import_modules([module])
+    assert (sys.path[-1], "" in sys.path) == (here, False)
+
+
 @pytest.mark.parametrize("words", [["recover", "--import"], ["--import=", "recover"], ["--import", "--out", "x"]])
 def test_an_option_without_a_module_is_refused(words: list[str]) -> None:
     with pytest.raises(InputError, match="--import names no module"):

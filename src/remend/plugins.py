@@ -12,11 +12,15 @@ import importlib
 import sys
 from collections.abc import Iterable
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from remend.errors import InputError, RemendError
 
 GROUP = "remend.plugins"
 """Of entry points; each names a module."""
+
+HOOK = "__editable__"
+"""Begins entries of Python's path that are no places: setuptools' finders for packages in development."""
 
 asked_for: list[str] = []
 """Modules that were imported because a user named them, in order."""
@@ -27,12 +31,19 @@ def import_modules(names: Iterable[str]) -> None:
 
     Raises InputError for a module that is not there, or that fails.
     """
-    if "" not in sys.path:
-        sys.path.append("")  # last, so that no file here hides an installed module
+    keep_places()
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last, so that no file here hides an installed module
     for name in names:
         _import(name, f"--import {name}")
         if name not in asked_for:
             asked_for.append(name)
+
+
+def keep_places() -> None:
+    """Relative places in Python's path mean what they mean now, wherever the process goes: a run's directory may be a
+    stranger's, and what lies there is nobody's module."""
+    sys.path[:] = [p if p.startswith(HOOK) else str(Path(p).absolute()) for p in sys.path]
 
 
 def import_installed() -> None:

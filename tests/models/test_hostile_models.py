@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+import remend
 from remend.errors import FileError, InputError, RemendError
 from remend.exporting import export
 from remend.models.find import find_model, hash_files, weight_files
@@ -119,3 +121,19 @@ def test_tensors_are_those_of_the_index(model: Path) -> None:
         names = dict.fromkeys(tensors.keys(), "model-00001-of-00001.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     assert weight_files(model) == [model / "model-00001-of-00001.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "chat_template.jinja", "generation_config.json"])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_told_at_once(
+    name: str, reference_dir: Path, tmp_path: Path
+) -> None:
+    pipe, device = (shutil.copytree(reference_dir, tmp_path / kind) for kind in ("pipe", "device"))
+    for model in (pipe, device):
+        (model / name).unlink(missing_ok=True)
+    os.mkfifo(pipe / name)
+    (device / name).symlink_to("/dev/zero")
+    for model, kind in ((pipe, "pipe or socket"), (device, "device")):
+        with pytest.raises(FileError, match=f"{name} can't be read: it is a {kind}; give a file"):
+            remend.quantize(str(model), tmp_path / "out", format="int4-g32-sym", probe=False, device="cpu")
+        with pytest.raises(RemendError, match=f"{name} can't be read: it is a {kind}; give a file"):
+            remend.recover(student=str(model), teacher=str(model), data="self", out=tmp_path / "run", device="cpu")

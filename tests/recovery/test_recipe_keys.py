@@ -91,6 +91,8 @@ def test_all_problems_are_told_at_once() -> None:
         ("learning_rate", [0, 1.5, "fast", True, float("nan")]),
         ("beta", [-0.1]),
         ("temperature", [0, float("inf")]),
+        ("max_grad_norm", [float("inf")]),
+        ("max_new_tokens", [10**12, [16, 10**12]]),
         ("max_new_tokens", [0]),
         ("weight_decay", [1]),
         ("max_grad_norm", [float("nan")]),

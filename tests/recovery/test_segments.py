@@ -137,6 +137,16 @@ def test_an_interruption_while_the_results_change_places_loses_nothing(
     assert all(a.equal(weights(nine.model)[n]) for n, a in weights(resumed.model).items())
 
 
+def test_what_a_linked_model_leads_to_stays(five: RecoverResult, nine: RecoverResult, tmp_path: Path) -> None:
+    linked = shutil.copytree(five.out, tmp_path / "linked")
+    (linked / "model").rename(tmp_path / "large-disk")
+    (linked / "model").symlink_to(tmp_path / "large-disk")
+    longer = recover(resume=linked, steps=9)
+    assert not (linked / "model").is_symlink()
+    assert all(a.equal(weights(nine.model)[n]) for n, a in weights(longer.model).items())
+    assert all(a.equal(weights(five.model)[n]) for n, a in weights(tmp_path / "large-disk").items())
+
+
 def test_a_third_segment_and_a_track(nine: RecoverResult, tmp_path: Path) -> None:
     longer = recover(resume=shutil.copytree(nine.out, tmp_path / "longer"), steps=10)
     assert longer.metrics[:9] == nine.metrics

@@ -67,7 +67,7 @@ def _show_next(steps: Sequence[tuple[str, str]], page: Path | None = None) -> No
     """What to do next: look at a page where there is one, and for each other thing the line or lines to copy."""
     print_line("\nWhat to do next:")
     if page:
-        print_line(f"  Look at it: open {page} in a browser")
+        print_line(f"  Look at it: open {shlex.quote(str(page))} in a browser")
     for title, code in steps:
         print_line(f"  {title}:")
         for line in code.splitlines():

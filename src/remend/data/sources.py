@@ -294,9 +294,10 @@ def _folder(path: Path, split: str | None) -> list[Placed]:
         raise FileError(f"data {path} is a folder without data files. What is read: {ALLOWED}")
     for file in [path for path in path.rglob("*.arrow") if not path.is_dir()]:
         _arrow(file)  # datasets maps it into memory, whatever stands in it
+    place = str(path.resolve())  # the library takes "." for no name
     try:
         with _without_bars():
-            data = load_from_disk(str(path)) if saved else load_dataset(str(path))
+            data = load_from_disk(place) if saved else load_dataset(place)
     except Exception as error:  # as above
         raise FileError(f"data folder {path} can't be read: {_short(error)}") from None
     if not isinstance(data, DatasetDict):

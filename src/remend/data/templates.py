@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from remend.data.examples import Example, Message, Prompt, demonstration_of, text_of
+from remend.data.template_trial import require_end
 from remend.data.tokenizer import Tokenizer
 from remend.errors import InputError
 
@@ -134,9 +135,13 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[Message], context: Con
         names = ", ".join(known) if isinstance(known, dict) else "none: it has one without a name"
         raise InputError(f'chat_template is "{name}", and the tokenizer has no template of that name (it has: {names})')
 
+    def by_template(given: Sequence[Message]) -> str:
+        return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompting, **context))
+
     def written(given: Sequence[Message]) -> str:
+        require_end(template_text(tokenizer), lambda: by_template(given))
         try:
-            return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompting, **context))
+            return by_template(given)
         except Exception as error:  # jinja and template code raise anything
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"the chat template refuses the messages: {reason}") from None

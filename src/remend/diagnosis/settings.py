@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
-from remend.files.settings import Settings
+from remend.files.settings import MOST_TOKENS, Settings
 
 Site = Annotated[str, "residual, attention or mlp"]
 
@@ -21,7 +21,7 @@ class DiagnoseSettings(Settings):
     data: str | None = Field(None, description="prompts: a file, a folder, or a hub id; by default bundled ones")
     columns: ColumnsSetting | None = Field(None, description=COLUMNS_HELP)
     rows: int | None = Field(None, description="how many prompts; by default up to 256 on a CPU, 1,024 on a GPU")
-    max_new_tokens: int = Field(32, description="tokens of each answer of the reference, at most")
+    max_new_tokens: int = Field(32, le=MOST_TOKENS, description="tokens of each answer of the reference, at most")
     sites: list[Site] = Field(["residual"], description="where states are compared: residual (always), attention, mlp")
     layer_map: list[int] | None = Field(
         None,

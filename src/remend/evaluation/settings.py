@@ -16,6 +16,8 @@ LM_EVAL = "lm-eval:"
 
 ENGINES = ("hf", "vllm")
 HOW = ("generate", "choices")
+MOST_SAMPLES = 1000
+"""Answers per row; each is kept by itself."""
 GRADERS = (*tasks.MODES, "both")
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -48,7 +50,9 @@ class EvaluateSettings(Settings):
         "meant, or both",
     )
     how: str = Field("generate", description="generate, or choices: log-likelihood of the answer letters")
-    samples: int = Field(1, description="answers per row: 1 is greedy, more are drawn at temperature 1 and give pass@k")
+    samples: int = Field(
+        1, le=MOST_SAMPLES, description="answers per row: 1 is greedy, more are drawn at temperature 1 and give pass@k"
+    )
     max_new_tokens: int | None = Field(
         None, description="tokens of an answer, at most; the default depends on the task"
     )

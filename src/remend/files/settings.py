@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from remend.errors import InputError, did_you_mean, shortened
 from remend.files.yaml_files import yaml_of
@@ -28,7 +29,17 @@ def as_number(value: object) -> object:
         raise ValueError("it is larger than a number with a decimal point can be") from None
 
 
-Number = Annotated[float, BeforeValidator(as_number)]
+def finite(value: float | None) -> float | None:
+    """The number. Raises ValueError for infinity, which no file can hold, and for what is no number."""
+    if value is not None and not math.isfinite(value):
+        raise ValueError("allowed: a finite number")
+    return value
+
+
+MOST_TOKENS = 1_000_000
+"""Of an answer: no model has a longer context, and a larger number is a slip."""
+
+Number = Annotated[float, BeforeValidator(as_number), AfterValidator(finite)]
 
 
 def _no_float16(value: object) -> object:

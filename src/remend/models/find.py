@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from remend.console import console
 from remend.errors import FileError, shortened
 from remend.files.hashes import hash_file
-from remend.files.reading import FETCH, read_object, stays_inside
+from remend.files.reading import FETCH, read_object, require_finite, stays_inside
 from remend.models import adapters
 
 CARD = "README.md"
@@ -156,18 +156,29 @@ def own_file(directory: Path, name: str) -> Path | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory that transformers reads."""
+    """The safetensors files of a model directory that transformers reads.
+
+    Raises FileError for a device or a pipe in the place of one.
+    """
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
     if index.is_file():
         named = {directory / name for name in _shards(index)}
         return sorted(path for path in named if path.is_file())
-    return sorted(directory.glob("*.safetensors"))
+    every = sorted(directory.glob("*.safetensors"))
+    for path in every:
+        if path.exists():
+            require_finite(path)
+    return every
 
 
 def require_readable(directory: Path, what: str) -> None:
-    """Raises FileError for a safetensors file whose header can't be read, or does not fit its length."""
+    """Raises FileError for a safetensors file whose header can't be read, or does not fit its length, and for a device
+    or a pipe in the place of any file that is read."""
+    for path in directory.iterdir():
+        if path.suffix in _READ and path.exists():
+            require_finite(path)
     for path in weight_files(directory):
         try:
             with safe_open(path, framework="pt"):

@@ -32,7 +32,7 @@ from remend.files.run_directory import (
 from remend.files.settings import build, merged, require_said, takes
 from remend.files.yaml_files import read_yaml
 from remend.models.written import MODEL, require_as_written
-from remend.plugins import not_imported, options_of
+from remend.plugins import keep_places, not_imported, options_of
 from remend.recovery.segments import Segment, check_longer, segments_of
 from remend.recovery.settings import SELF, RecoverConfig
 
@@ -206,6 +206,7 @@ def _where_it_began(path: Path) -> Iterator[Path]:
     path = path.absolute()
     where = "where the run began" if place == began else f"since the run, which began in {began}, was moved"
     console.print(f"working in {place}, {where}", soft_wrap=True)
+    keep_places()
     with chdir(place):
         yield path
 

@@ -135,7 +135,9 @@ def take_place(directory: RunDirectory) -> None:
     (path / SUMMARY).unlink()
     for made in new.iterdir():
         target = path / made.name
-        if target.is_dir():
+        if target.is_symlink():  # what it leads to is the user's
+            target.unlink()
+        elif target.is_dir():
             shutil.rmtree(target)
         made.replace(target)
     new.rmdir()

@@ -31,6 +31,7 @@ from remend.data.templates import Encoded, conversation, turns
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject, json_line, write_json, write_text
 from remend.files.reading import read_object
+from remend.files.settings import MOST_TOKENS
 from remend.models.device import choose_device, choose_dtype
 from remend.models.find import find_model, hash_files
 from remend.models.load import eos_ids, load_model, load_tokenizer
@@ -201,8 +202,8 @@ def _require(n: int, temperature: float, max_new_tokens: int) -> None:
         raise InputError(f"n is {n}; allowed is 1 or more prompts")
     if not 0 < temperature < math.inf:
         raise InputError(f"temperature is {temperature}; allowed is above 0 (at 0 all prompts would be the same)")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; allowed is 1 or more")
+    if not 1 <= max_new_tokens <= MOST_TOKENS:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; allowed is 1 to {MOST_TOKENS}")
 
 
 def stats_path(out: Path) -> Path:

@@ -23,10 +23,21 @@ from pydantic import (
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.errors import InputError
 from remend.files.run_directory import AUTO, AUTO_STEPS, steps_a_checkpoint, updates_a_round
-from remend.files.settings import NO_FLOAT16, Arithmetic, Gone, Number, Settings, as_number, build, shard_size
+from remend.files.settings import (
+    MOST_TOKENS,
+    NO_FLOAT16,
+    Arithmetic,
+    Gone,
+    Number,
+    Settings,
+    as_number,
+    build,
+    finite,
+    shard_size,
+)
 from remend.models.lora import LoraConfig
 
-OptionalNumber = Annotated[float | None, BeforeValidator(as_number)]
+OptionalNumber = Annotated[float | None, BeforeValidator(as_number), AfterValidator(finite)]
 
 MOST = 1_000_000
 """Prompts per step, and steps: beyond any run, and what is counted one by one still ends."""
@@ -55,9 +66,11 @@ def _length(value: Any) -> int | list[int]:
     if isinstance(parts, list) and all(isinstance(part, str) and part.strip().isdecimal() for part in parts):
         parts = [int(part) for part in parts]
     ends = parts if isinstance(parts, list) else [parts]
-    whole = all(isinstance(end, int) and not isinstance(end, bool) and end > 0 for end in ends)
+    whole = all(isinstance(end, int) and not isinstance(end, bool) and 0 < end <= MOST_TOKENS for end in ends)
     if not whole or len(ends) != (2 if isinstance(parts, list) else 1) or ends != sorted(ends):
-        raise ValueError("allowed: a number of tokens from 1, or two of them, [16, 96], for one that grows")
+        raise ValueError(
+            f"allowed: a number of tokens from 1 to {MOST_TOKENS}, or two of them, [16, 96], for one that grows"
+        )
     return cast(int | list[int], parts)
 
 

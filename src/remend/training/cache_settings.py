@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
-from remend.files.settings import Number, Settings
+from remend.files.settings import MOST_TOKENS, Number, Settings
 
 
 class CacheSettings(Settings):
@@ -16,7 +16,7 @@ class CacheSettings(Settings):
     k: int = Field(
         64, description="how many log-probs are kept per position, 6 bytes each; the remaining mass is one value"
     )
-    max_new_tokens: int = Field(48, description="tokens per completion")
+    max_new_tokens: int = Field(48, le=MOST_TOKENS, description="tokens per completion")
     held_out: int | None = Field(None, description="prompts set apart, answered greedily; by default as in a recipe")
     eval_data: str | None = Field(None, description="a file of prompts to hold out, in place of held_out")
     max_prompt_tokens: int = Field(1024, description="longer prompts are dropped, never cut")
