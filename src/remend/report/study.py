@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from remend.files.atomic import JsonRow
+from remend.report.certainty import abilities, certainty
 from remend.report.charts import BARS, Arrows, Forest, Lines, Points, Scatter, Series, Share
 from remend.report.page import Block, Code, Facts, Figure, Page, Section, Table, Text
 from remend.report.recovery import FEW
@@ -25,6 +26,8 @@ def study_page(results: JsonRow) -> Page:
     rows = [row for row in results["rows"] if row["how"] != "none"]
     sections = [
         *_table(results["rows"], rows),
+        *abilities(rows),
+        *certainty(results),
         *_ability(results["rows"], rows),
         *_equal(results),
         *_alignment(results["correlation"]),
@@ -302,7 +305,8 @@ def _alignment(correlation: JsonRow) -> list[Section]:
         [_correlated(level, correlation["overall"][level]) for level in ("within", "between", "pooled")],
         caption="Within: along each cell's training. Between: means of cells. Shifts keep the checkpoints' order.",
     )
-    said: list[Block] = [Text(sentence["text"]) for sentence in correlation["sentences"]]
+    said: list[Block] = [Text(sentence) for sentence in correlation["quotable"]]
+    said += [Text(sentence["text"], "soft") for sentence in correlation["sentences"]]
     notes: list[Block] = [Text(note, "soft") for note in correlation["notes"]]
     return [Section("CKA against recovery", "alignment", [*said, table, figure, *notes])]
 

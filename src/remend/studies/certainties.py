@@ -1,0 +1,223 @@
+"""How sure a study's figures are: over items and over seeds apart, adjusted for all tests of its table.
+
+rows    each trained method against the degraded student: gap closed of KL and of agreement, points of each graded task
+pairs   each two methods of a group, the first minus the second, on the seeds and items that both have
+
+A measure is a table of values, one row a seed and one column an item, whose mean it is (remend.maths.seeds). Holm's
+adjustment goes over all rows of the study, and over all its pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from remend.files.atomic import JsonObject
+from remend.maths import paired
+from remend.maths.intervals import Array
+from remend.maths.seeds import Certainty, by_cluster, certainty, gap_values
+from remend.studies.cell import GRADES
+from remend.studies.grid import Group, Study
+from remend.studies.parts import Done, Key, parts_of, prompts_of
+
+LEVEL, POWER = 0.95, 0.8
+BETTER, WORSE, SAME = "better", "worse", "not distinguishable"
+GAPS = {
+    "KL": ("kl_sum_degraded", "kl_sum_recovered"),
+    "agreement": ("disagree_degraded", "disagree_recovered"),
+}
+"""Measures that are a gap closed, 1 − after / before, with the sums that they are of."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A cell's sums before and after, by prompt, of one of GAPS."""
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the cells of a method and group measured, by seed.
+
+    gaps: by measure and seed. scores: by task with grader, seed and item. clusters: of items that have one.
+    """
+
+    gaps: Mapping[str, Mapping[int, Sums]]
+    scores: Mapping[Key, Mapping[int, Mapping[str, float]]]
+    clusters: Mapping[Key, Mapping[str, str]]
+
+
+def certainties(study: Study, done: Sequence[Done]) -> JsonObject:
+    """Of all finished cells, as plain values.
+
+    Returns:
+        level, power; rows and pairs. Each has group, measure, unit (share of a gap, or points of a score as a share),
+        what remend.maths.seeds.Certainty has, test, p, p_holm and verdict. A row has method; a pair first and second.
+    """
+    rows: list[JsonObject] = []
+    pairs: list[JsonObject] = []
+    for group in dict.fromkeys(d.cell.group for d in done):
+        mine = [d for d in done if d.cell.group == group]
+        idle = [d for d in mine if not d.cell.method.trained]
+        if not idle:
+            continue
+        start = measured(study, group, idle)
+        methods = [m for m in study.methods.values() if m.trained]
+        cells = {m.name: [d for d in mine if d.cell.method == m] for m in methods}
+        known = {name: measured(study, group, found) for name, found in cells.items() if found}
+        for name, one in known.items():
+            rows += [{"group": group.name, "method": name, **row} for row in _against_start(one, start)]
+        for first, second in itertools.combinations(known, 2):
+            pairs += [
+                {"group": group.name, "first": first, "second": second, **row}
+                for row in _against(known[first], known[second])
+            ]
+    for family in (rows, pairs):
+        _adjust(family)
+    return {"level": LEVEL, "power": POWER, "rows": rows, "pairs": pairs}
+
+
+def measured(study: Study, group: Group, cells: Sequence[Done]) -> Measured:
+    """What the files of some cells of one method say, by seed."""
+    gaps: dict[str, dict[int, Sums]] = {}
+    scores: dict[Key, dict[int, Mapping[str, float]]] = {}
+    clusters: dict[Key, dict[str, str]] = {}
+    for done in cells:
+        prompts = prompts_of(done.place)
+        for name, (before, after) in GAPS.items():
+            if prompts and all(before in row for row in prompts.values()):
+                sums = Sums(*({at: row[key] for at, row in prompts.items()} for key in (before, after)))
+                gaps.setdefault(name, {})[done.cell.seed] = sums
+        for key, part in parts_of(study, group, [done.place / GRADES], done.ungraded).items():
+            if part["items"]:
+                graded = {item["id"]: float(item["correct"]) for item in part["items"]}
+                scores.setdefault(key, {})[done.cell.seed] = graded
+                named = {item["id"]: item["cluster"] for item in part["items"] if "cluster" in item}
+                clusters.setdefault(key, {}).update(named)
+    return Measured(gaps, scores, clusters)
+
+
+def _against_start(one: Measured, start: Measured) -> list[JsonObject]:
+    """A method against the degraded student."""
+    rows = []
+    for name, by_seed in one.gaps.items():
+        before, after = _tables(by_seed)
+        if before.size and before.mean() > 0:
+            values = gap_values(before, after)
+            rows.append(_entry(f"{name} gap closed", "share", values, change=(before - after).mean(axis=0)))
+    for key, seeds in one.scores.items():
+        if key not in start.scores:
+            continue
+        (degraded,) = start.scores[key].values()
+        ids = [at for at in degraded if all(at in graded for graded in seeds.values())]
+        if ids:
+            ours = np.array([[graded[at] for at in ids] for graded in seeds.values()])
+            values = ours - np.array([degraded[at] for at in ids])
+            rows.append(_entry(_points(key), "points", values, clusters=_clusters(one, key, ids)))
+    return rows
+
+
+def _against(first: Measured, second: Measured) -> list[JsonObject]:
+    """A method minus another, on the seeds and items of both."""
+    rows = []
+    for name in (name for name in first.gaps if name in second.gaps):
+        seeds = [seed for seed in first.gaps[name] if seed in second.gaps[name]]
+        both = [{seed: side.gaps[name][seed] for seed in seeds} for side in (first, second)]
+        shared = _shared([sums.before for side in both for sums in side.values()])
+        tables = [_tables(side, shared) for side in both]
+        if seeds and shared and all(before.mean() > 0 for before, _ in tables):
+            ours, theirs = (gap_values(*table) for table in tables)
+            change = (tables[1][1] - tables[0][1]).mean(axis=0)
+            rows.append(_entry(f"{name} gap closed", "share", ours - theirs, change=change))
+    for key in (key for key in first.scores if key in second.scores):
+        seeds = [seed for seed in first.scores[key] if seed in second.scores[key]]
+        ids = _shared([side.scores[key][seed] for side in (first, second) for seed in seeds])
+        if seeds and ids:
+            ours, theirs = (
+                np.array([[side.scores[key][seed][at] for at in ids] for seed in seeds]) for side in (first, second)
+            )
+            rows.append(_entry(_points(key), "points", ours - theirs, clusters=_clusters(first, key, ids)))
+    return rows
+
+
+def _points(key: Key) -> str:
+    return f"{key[0]} ({key[1]}) points"
+
+
+def _shared(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Ids that all have, in the order of the first."""
+    return [at for at in rows[0] if all(at in row for row in rows)] if rows else []
+
+
+def _tables(by_seed: Mapping[int, Sums], ids: Sequence[str] | None = None) -> tuple[Array, Array]:
+    """[S, N] of before and after, on the prompts that all seeds have."""
+    ids = _shared([sums.before for sums in by_seed.values()]) if ids is None else ids
+    before, after = (
+        np.array([[getattr(sums, when)[at] for at in ids] for sums in by_seed.values()], dtype=np.float64)
+        for when in ("before", "after")
+    )
+    return before, after
+
+
+def _clusters(one: Measured, key: Key, ids: Sequence[str]) -> list[str] | None:
+    named = one.clusters.get(key, {})
+    return [named.get(at, at) for at in ids] if named else None
+
+
+def _entry(
+    measure: str, unit: str, values_SN: Array, *, clusters: Sequence[str] | None = None, change: Array | None = None
+) -> JsonObject:
+    """A measure with its intervals and its test.
+
+    Of several seeds the test is that of the error over both. Of one it is the paired one of its items: exact McNemar
+    for grades, random signs for what is no grade; `change` [N] is what has the signs of a gap closed.
+    """
+    known = certainty(values_SN if clusters is None else by_cluster(values_SN, clusters), level=LEVEL, power=POWER)
+    facts = asdict(known)
+    p_value = facts.pop("p_value")
+    test = "Student's t over seeds and items"
+    if known.seeds == 1:
+        items_N = values_SN[0] if change is None else change
+        test, p_value = _paired(items_N, clusters)
+        if test == "exact McNemar":
+            facts["over_items"] = _bonett_price(values_SN[0])
+    return {"measure": measure, "unit": unit, **facts, "interval": _interval(known, facts), "test": test, "p": p_value}
+
+
+def _interval(known: Certainty, facts: JsonObject) -> tuple[float, float] | None:
+    both: tuple[float, float] | None = facts["over_both"] if known.seeds > 1 else facts["over_items"]
+    return both
+
+
+def _paired(differences_N: Array, clusters: Sequence[str] | None) -> tuple[str, float]:
+    if clusters is None and np.isin(differences_N, (-1.0, 0.0, 1.0)).all():
+        gained, lost = int((differences_N > 0).sum()), int((differences_N < 0).sum())
+        return "exact McNemar", paired.mcnemar_exact(gained, lost)
+    return "sign flips", paired.sign_flip(differences_N, clusters=clusters)
+
+
+def _bonett_price(differences_N: Array) -> tuple[float, float]:
+    gained, lost = int((differences_N > 0).sum()), int((differences_N < 0).sum())
+    return paired.paired_share_interval(gained, lost, differences_N.size, LEVEL)
+
+
+def _adjust(entries: Sequence[JsonObject]) -> None:
+    """Add Holm's p-values over all that have one, and the verdicts."""
+    tested = [entry for entry in entries if entry["p"] is not None]
+    for entry, p in zip(tested, paired.holm([entry["p"] for entry in tested]).tolist(), strict=True):
+        entry["p_holm"] = p
+    for entry in entries:
+        entry.setdefault("p_holm", None)
+        entry["verdict"] = _verdict(entry)
+
+
+def _verdict(entry: JsonObject) -> str:
+    low, high = entry["interval"] or (0.0, 0.0)
+    if entry["p_holm"] is None or entry["p_holm"] >= 1 - LEVEL or low <= 0 <= high:
+        return SAME
+    return BETTER if entry["value"] > 0 else WORSE
