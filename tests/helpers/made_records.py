@@ -27,6 +27,7 @@ def made_record(
     cka: Sequence[Sequence[float]] = (),
     task: str = "tooluse-short",
     recipe: Any = None,
+    budget: int | None = None,
     rows: int = ROWS,
 ) -> dict[str, Any]:
     """A record.
@@ -37,7 +38,7 @@ def made_record(
         reference: of the healthy model on that, in a record of the method none.
         kl: per token, before and after.
         cka: of each layer, a row a checkpoint, from the degraded student to the end.
-        recipe: of the training.
+        recipe, budget: of the training.
     """
     group, method, seed = cell.rsplit("/", 2)
     rng = np.random.default_rng([int(seed), *map(ord, group + method)])
@@ -84,7 +85,12 @@ def made_record(
         "warnings": [],
         "notes": [],
     }
-    training = {"recipe": recipe or {}, "how": how, **({"teacher": teacher} if teacher != "reference" else {})}
+    training = {
+        "recipe": recipe or {},
+        "how": how,
+        "budget": budget,
+        **({"teacher": teacher} if teacher != "reference" else {}),
+    }
     return {
         "cell": cell,
         "study": "paper-small",

@@ -23,7 +23,7 @@ from remend.studies.made import Made, degradation_inputs, graded, grading_inputs
 
 FOLDER = "records"
 FROM = "from.json"
-"""In the directory of a cell that was taken over: what settles it, and the record's name."""
+"""In the directory of a cell that was taken over: what settles it, and the cell that the record is of."""
 
 MOST_BYTES = 30_000
 """Of a record. One that is larger is written all the same, and told of."""
@@ -105,24 +105,25 @@ def read_record(path: Path) -> JsonObject:
 
 
 def unpack(record: JsonRow, place: Path, healthy: Path) -> None:
-    """Put a record's files where a cell has them, and the grades of its healthy model into a folder that is not there.
+    """Put a record's files where a cell has them, and of the healthy model's grades those that are not there.
 
     Args:
         record: as `read_record` gives it.
         place: the cell's directory, a new one.
-        healthy: of the healthy model's grades.
+        healthy: of the healthy model's grades; several tasks' cells share it.
     """
-    folders = {"grades": place / GRADES} | ({} if healthy.exists() else {"reference_grades": healthy})
-    for key, target in folders.items():
+    for key, target in (("grades", place / GRADES), ("reference_grades", healthy)):
         for name, content in record[key].items():
-            if content is not None:
-                write_json(grades_file(target, name), _with_items(content, record["ids"]))
+            path = grades_file(target, name)
+            if content is not None and not path.exists():
+                write_json(path, _with_items(content, record["ids"]))
     write_text(place / "held_out.jsonl", "".join(map(json_line, record["held_out"])))
     if record["track"]:
         write_text(place / TRACK, "".join(map(json_line, record["track"])))
     write_json(place / MANIFEST, record["manifest"])
     write_text(place / RECIPE, "# of a cell that ran elsewhere, see from.json\n")
     write_json(place / OUTCOME, record["outcome"])
+    write_json(place / FROM, {"record": record["cell"], "settles": record["settles"]})
 
 
 def take_over(study: Study, made: Made, cell: Cell, folder: Path) -> bool:
@@ -141,7 +142,6 @@ def take_over(study: Study, made: Made, cell: Cell, folder: Path) -> bool:
             warn(f"{source} is of other settings or data, and its cell is run")
             return False
         unpack(record, place, reference_grades(study, made.out, cell.group))
-        write_json(place / FROM, {"record": source.name, "settles": record["settles"]})
     return True
 
 
