@@ -57,19 +57,19 @@ def test_a_folder_of_records_is_correlated(records: Path) -> None:
 def test_kl_alone_lowers_a_layer_and_the_teachers_are_ordered(records: Path) -> None:
     result = correlate([records], permutations=200)
     by_kl = result["kl_only"]
-    assert len(by_kl["cells"]) == 16  # sft is no divergence
+    assert len(by_kl["cells"]) == 8  # sft is no divergence, and the base is not what CKA is measured to
     fell = {row["layer"] for row in by_kl["layers"] if row["change"] < 0 and row["p_holm"] < 0.05}
     assert fell == {2}
-    assert by_kl["layers"][2]["fell"] == 16
+    assert by_kl["layers"][2]["fell"] == 8
     teachers = result["teachers"]
     assert len(teachers["pairs"]) == 8
     assert teachers["score"]["mean"] == pytest.approx(-0.2)
     assert teachers["cka"]["mean"] > 0.04
     assert teachers["cka"]["p"] == pytest.approx(2 / 2**8)
     recovery, kl, teacher = result["quotable"]
-    assert recovery.startswith("Recovery and CKA go together within cells by Spearman's over all layers ")
+    assert recovery.startswith("Spearman's correlation of recovery with CKA is, within cells, ")
     assert "near the last layer (4)" in recovery
-    assert kl.startswith("In 16 cells trained on KL alone, CKA changed by +0.")
+    assert kl.startswith("In 8 cells trained on KL alone, CKA changed by +0.")
     assert "fell beyond chance in 1 of 6 layers, in layer 2 most (−0." in kl
     assert "the base teacher has the higher CKA over all layers (base less expert +0." in teacher
     assert (

@@ -34,8 +34,9 @@ def abilities(rows: Rows) -> list[Section]:
         shown,
         caption="The task is what was trained on; the other columns are prior abilities. A method that learns the task "
         "anew wins points and closes none of the gaps. Intervals are 95%, paired over rows or prompts, seeds averaged. "
-        "Lost is the reference's score less the degraded student's. A share is given where the loss is beyond chance; "
-        "agreement's gap is closed where no top-1 token is another than the reference's.",
+        "Lost is the reference's score less the degraded student's, below zero where the damage taught the task. A "
+        "share is given where the loss is beyond chance; agreement's gap is closed where no top-1 token is another than "
+        "the reference's.",
     )
     return [Section("The task, and what it could before", "abilities", [table])]
 
@@ -75,8 +76,8 @@ def certainty(results: JsonRow) -> list[Section]:
         caption=f"{found['level']:.0%} intervals: over items, for other rows or prompts and these seeds; over seeds, "
         "for other seeds and these items; over both (a mixed model by its mean squares, Student's t). With one seed "
         "there is none but the first. Least: the difference that this error finds with "
-        f"{found['power']:.0%} power. p: of the error over both, or with one seed exact McNemar or random signs. Holm: "
-        f"over all {len(found['rows'])} rows of this table.",
+        f"{found['power']:.0%} power. p: of the error over both, or with one seed over "
+        f"items, and McNemar's of one seed's grades. Holm: over all {len(found['rows'])} rows of this table.",
     )
     blocks: list[Block] = [table, *_rivals(found["pairs"]), _planned(results["power"])]
     return [Section("Seeds and power", "seeds", blocks)]

@@ -253,6 +253,9 @@ def _equal_table(groups: Rows, what: str, unit: str) -> Table:
         else "Seconds are those of repair, of the reference's answers to train on and of the steps, on the machine "
         "below."
     )
+    elsewhere = [name for group in groups for name in group.get("left_out", ())]
+    if elsewhere:
+        caption += f" Left out, since they ran on another machine than most of their group: {', '.join(elsewhere)}."
     columns = ["degradation", "method", f"{unit} allowed", f"{unit} spent", "KL", "KL gap closed", "over seeds"]
     return Table(columns, rows, caption=caption)
 

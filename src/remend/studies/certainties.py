@@ -1,7 +1,8 @@
 """How sure a study's figures are: over items and over seeds apart, adjusted for all tests of its table.
 
 rows    each trained method against the degraded student: gap closed of KL and of agreement, points of each graded task
-pairs   each two methods of a group, the first minus the second, on the seeds and items that both have
+pairs   an on-policy method of a group and each other method, the first minus the second, on the seeds and items that
+        both have: gap closed of KL, and points of the group's own task
 
 A measure is a table of values, one row a seed and one column an item, whose mean it is (remend.maths.seeds). Holm's
 adjustment goes over all rows of the study, and over all its pairs.
@@ -18,7 +19,7 @@ import numpy as np
 from remend.files.atomic import JsonObject
 from remend.maths import paired
 from remend.maths.intervals import Array
-from remend.maths.seeds import Certainty, by_cluster, certainty, gap_values
+from remend.maths.seeds import by_cluster, certainty, gap_values
 from remend.studies.cell import GRADES
 from remend.studies.grid import Group, Study
 from remend.studies.parts import Done, Key, parts_of, prompts_of
@@ -73,9 +74,11 @@ def certainties(study: Study, done: Sequence[Done]) -> JsonObject:
         for name, one in known.items():
             rows += [{"group": group.name, "method": name, **row} for row in _against_start(one, start)]
         for first, second in itertools.combinations(known, 2):
+            if not any(study.methods[name].base == "on-policy" for name in (first, second)):
+                continue
             pairs += [
                 {"group": group.name, "first": first, "second": second, **row}
-                for row in _against(known[first], known[second])
+                for row in _against(known[first], known[second], group.task)
             ]
     for family in (rows, pairs):
         _adjust(family)
@@ -109,7 +112,7 @@ def _against_start(one: Measured, start: Measured) -> list[JsonObject]:
         before, after = _tables(by_seed)
         if before.size and before.mean() > 0:
             values = gap_values(before, after)
-            rows.append(_entry(f"{name} gap closed", "share", values, change=(before - after).mean(axis=0)))
+            rows.append(_entry(f"{name} gap closed", "share", values))
     for key, seeds in one.scores.items():
         if key not in start.scores:
             continue
@@ -118,30 +121,29 @@ def _against_start(one: Measured, start: Measured) -> list[JsonObject]:
         if ids:
             ours = np.array([[graded[at] for at in ids] for graded in seeds.values()])
             values = ours - np.array([degraded[at] for at in ids])
-            rows.append(_entry(_points(key), "points", values, clusters=_clusters(one, key, ids)))
+            rows.append(_entry(_points(key), "points", values, _clusters(one, key, ids)))
     return rows
 
 
-def _against(first: Measured, second: Measured) -> list[JsonObject]:
-    """A method minus another, on the seeds and items of both."""
+def _against(first: Measured, second: Measured, task: str) -> list[JsonObject]:
+    """A method minus another, on the seeds and items of both, by KL and by points of the group's own task."""
     rows = []
-    for name in (name for name in first.gaps if name in second.gaps):
+    for name in (name for name in first.gaps if name in second.gaps and name == "KL"):
         seeds = [seed for seed in first.gaps[name] if seed in second.gaps[name]]
         both = [{seed: side.gaps[name][seed] for seed in seeds} for side in (first, second)]
         shared = _shared([sums.before for side in both for sums in side.values()])
         tables = [_tables(side, shared) for side in both]
         if seeds and shared and all(before.mean() > 0 for before, _ in tables):
             ours, theirs = (gap_values(*table) for table in tables)
-            change = (tables[1][1] - tables[0][1]).mean(axis=0)
-            rows.append(_entry(f"{name} gap closed", "share", ours - theirs, change=change))
-    for key in (key for key in first.scores if key in second.scores):
+            rows.append(_entry(f"{name} gap closed", "share", ours - theirs))
+    for key in (key for key in first.scores if key in second.scores and key[0] == task):
         seeds = [seed for seed in first.scores[key] if seed in second.scores[key]]
         ids = _shared([side.scores[key][seed] for side in (first, second) for seed in seeds])
         if seeds and ids:
             ours, theirs = (
                 np.array([[side.scores[key][seed][at] for at in ids] for seed in seeds]) for side in (first, second)
             )
-            rows.append(_entry(_points(key), "points", ours - theirs, clusters=_clusters(first, key, ids)))
+            rows.append(_entry(_points(key), "points", ours - theirs, _clusters(first, key, ids)))
     return rows
 
 
@@ -169,41 +171,23 @@ def _clusters(one: Measured, key: Key, ids: Sequence[str]) -> list[str] | None:
     return [named.get(at, at) for at in ids] if named else None
 
 
-def _entry(
-    measure: str, unit: str, values_SN: Array, *, clusters: Sequence[str] | None = None, change: Array | None = None
-) -> JsonObject:
+def _entry(measure: str, unit: str, values_SN: Array, clusters: Sequence[str] | None = None) -> JsonObject:
     """A measure with its intervals and its test.
 
-    Of several seeds the test is that of the error over both. Of one it is the paired one of its items: exact McNemar
-    for grades, random signs for what is no grade; `change` [N] is what has the signs of a gap closed.
+    The test is Student's, of the error over both, or with one seed over items. Grades of one seed, which are right or
+    wrong, have the exact test of McNemar and the interval of Bonett and Price instead.
     """
-    known = certainty(values_SN if clusters is None else by_cluster(values_SN, clusters), level=LEVEL, power=POWER)
-    facts = asdict(known)
-    p_value = facts.pop("p_value")
-    test = "Student's t over seeds and items"
-    if known.seeds == 1:
-        items_N = values_SN[0] if change is None else change
-        test, p_value = _paired(items_N, clusters)
-        if test == "exact McNemar":
-            facts["over_items"] = _bonett_price(values_SN[0])
-    return {"measure": measure, "unit": unit, **facts, "interval": _interval(known, facts), "test": test, "p": p_value}
-
-
-def _interval(known: Certainty, facts: JsonObject) -> tuple[float, float] | None:
-    both: tuple[float, float] | None = facts["over_both"] if known.seeds > 1 else facts["over_items"]
-    return both
-
-
-def _paired(differences_N: Array, clusters: Sequence[str] | None) -> tuple[str, float]:
-    if clusters is None and np.isin(differences_N, (-1.0, 0.0, 1.0)).all():
-        gained, lost = int((differences_N > 0).sum()), int((differences_N < 0).sum())
-        return "exact McNemar", paired.mcnemar_exact(gained, lost)
-    return "sign flips", paired.sign_flip(differences_N, clusters=clusters)
-
-
-def _bonett_price(differences_N: Array) -> tuple[float, float]:
-    gained, lost = int((differences_N > 0).sum()), int((differences_N < 0).sum())
-    return paired.paired_share_interval(gained, lost, differences_N.size, LEVEL)
+    facts = asdict(
+        certainty(values_SN if clusters is None else by_cluster(values_SN, clusters), level=LEVEL, power=POWER)
+    )
+    test, p_value = "Student's t", facts.pop("p_value")
+    graded = unit == "points" and clusters is None and np.isin(values_SN, (-1.0, 0.0, 1.0)).all()
+    if len(values_SN) == 1 and graded:
+        gained, lost = int((values_SN > 0).sum()), int((values_SN < 0).sum())
+        test, p_value = "exact McNemar", paired.mcnemar_exact(gained, lost)
+        facts["over_items"] = paired.paired_share_interval(gained, lost, values_SN.size, LEVEL)
+    interval = facts["over_both"] if len(values_SN) > 1 else facts["over_items"]
+    return {"measure": measure, "unit": unit, **facts, "interval": interval, "test": test, "p": p_value}
 
 
 def _adjust(entries: Sequence[JsonObject]) -> None:

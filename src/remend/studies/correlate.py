@@ -199,14 +199,14 @@ def _sentences(overall: Relation, layers: Mapping[int, Relation], runs: Sequence
 def _in_one(overall: Relation, near_the_end: Relation, late: int) -> str:
     """What is found of recovery and CKA, in one sentence to be quoted."""
     within, between = (
-        "; ".join(
-            f"{where} {_brief(relation.by[level]['spearman'])}"
-            for where, relation in (("over all layers", overall), (f"near the last layer ({late})", near_the_end))
-        )
+        [_brief(relation.by[level]["spearman"]) for relation in (overall, near_the_end)]
         for level in ("within", "between")
     )
-    text = f"Recovery and CKA go together within cells by Spearman's {within}, and between cells by {between}."
-    return minus(text)
+    return minus(
+        f"Spearman's correlation of recovery with CKA is, within cells, {within[0]} over all layers and {within[1]} "
+        f"near the last layer ({late}); between cells it is {between[0]} over all layers and {between[1]} near the "
+        "last."
+    )
 
 
 def _brief(one: Correlation) -> str:

@@ -49,7 +49,9 @@ def gather(study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping
         trained = {m: cells for m, cells in by_method.items() if m.steps and cells}
         if trained:
             at_tokens.append(_equal(group, trained, "tokens", None))
-            at_seconds.append(_equal(group, trained, "seconds", study.budget.seconds))
+            alike, elsewhere = _on_one_machine(trained)
+            timed = _equal(group, alike, "seconds", study.budget.seconds)
+            at_seconds.append({**timed, "left_out": [d.cell.name for d in elsewhere]})
     failures = {name: state for name, state in states.items() if state not in ("done", "not run")}
     outcomes = {d.cell.name: d.outcome for d in done}
     return {
@@ -177,6 +179,21 @@ def _equal(group: Group, trained: Mapping[Method, Sequence[Done]], what: str, wa
             }
         )
     return {"group": group.name, "at": at, "chosen": wanted is not None, "methods": rows}
+
+
+def _on_one_machine(trained: Mapping[Method, Sequence[Done]]) -> tuple[dict[Method, list[Done]], list[Done]]:
+    """The cells of the machine that most of them ran on, and the others: seconds of two machines compare nothing."""
+    cells = [d for some in trained.values() for d in some]
+    machines = [_machine(d) for d in cells]
+    most = max(dict.fromkeys(machines), key=machines.count)
+    kept = {method: [d for d in some if _machine(d) == most] for method, some in trained.items()}
+    return {method: some for method, some in kept.items() if some}, [d for d in cells if _machine(d) != most]
+
+
+def _machine(done: Done) -> str:
+    """Processor, threads and GPUs."""
+    hardware = done.outcome["hardware"]
+    return repr([hardware.get(key) for key in ("processor", "threads", "gpus")])
 
 
 def read_at(curve: Sequence[JsonRow], what: str, at: float) -> float:

@@ -40,7 +40,8 @@ def kl_only(tracks: Sequence[Track], seed: int) -> JsonObject:
     """Change of CKA by training on KL alone, from before the first step to the end, over cells.
 
     Args:
-        tracks: those of cells whose method is KL_METHODS without `+cka` count.
+        tracks: those of cells count whose method is KL_METHODS without `+cka`, and whose teacher is the reference, to
+            which CKA is measured.
         seed: of resamples and sign flips.
 
     Returns:
@@ -50,7 +51,7 @@ def kl_only(tracks: Sequence[Track], seed: int) -> JsonObject:
     """
     changes: dict[str, Mapping[int, float]] = {}
     for track in tracks:
-        if track.cell is not None and _kl_alone(track.cell.how):
+        if track.cell is not None and track.cell.teacher == "reference" and _kl_alone(track.cell.how):
             ends = _ends(track)
             if ends is not None:
                 before, after = ends
