@@ -35,8 +35,8 @@ def abilities(rows: Rows) -> list[Section]:
         caption="The task is what was trained on; the other columns are prior abilities. A method that learns the task "
         "anew wins points and closes none of the gaps. Intervals are 95%, paired over rows or prompts, seeds averaged. "
         "Lost is the reference's score less the degraded student's, below zero where the damage taught the task. A "
-        "share is given where the loss is beyond chance; agreement's gap is closed where no top-1 token is another than "
-        "the reference's.",
+        "share is given where the loss is beyond chance. Agreement's gap is closed where every top-1 token is the "
+        "reference's.",
     )
     return [Section("The task, and what it could before", "abilities", [table])]
 
