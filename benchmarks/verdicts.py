@@ -120,7 +120,7 @@ def turned(row: Entry) -> Entry:
     return {
         **row,
         "value": -row["value"],
-        "interval": None if low is None else (-high, -low),
+        "interval": None if low is None or high is None else (-high, -low),
         "verdict": other.get(row["verdict"], row["verdict"]),
     }
 
