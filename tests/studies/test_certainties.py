@@ -121,6 +121,15 @@ def test_the_page_and_the_table_say_it(results: dict[str, Any]) -> None:
     assert all(line["agreement_gap_closed"] for line in table if line["method"] != "none")
 
 
+def test_a_study_from_before_has_its_page_still(results: dict[str, Any]) -> None:
+    old = json.loads(json.dumps({**results, "certainty": None}))
+    for row in old["rows"]:
+        del row["agreement_gap_closed"]
+    page = markdown(study_page(old))
+    assert "## Degraded and recovered" in page
+    assert "## Seeds and power" not in page
+
+
 def test_seconds_are_compared_on_one_machine(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "records"
     for path in folder.iterdir():

@@ -22,7 +22,7 @@ def abilities(rows: Rows) -> list[Section]:
 
     Learning the task anew moves the first and not the others; a recovery moves both.
     """
-    if not rows:
+    if not rows or "agreement_gap_closed" not in rows[0]:  # as studies were written before they had it
         return []
     prior = list(dict.fromkeys(_name(g) for row in rows for g in row["grades"] if g["ability"] == "prior"))
     columns = ["degradation", "method", "task points lost", "task points won back", "share of the task's loss"]
@@ -67,8 +67,8 @@ def _name(grade: JsonRow) -> str:
 
 def certainty(results: JsonRow) -> list[Section]:
     """Intervals over items and over seeds apart, and the least difference that could be seen."""
-    found = results["certainty"]
-    if not found["rows"]:
+    found = results.get("certainty")
+    if not found or not found["rows"]:  # nothing was trained, or a study was written before it had it
         return []
     table = Table(
         ["degradation", "method", "measure", *FIGURES],

@@ -169,6 +169,7 @@ def _caption(rows: Rows) -> str:
         "the method none of the degraded one, averaged over seeds item by item; changes are in points from the "
         "degraded to the recovered, paired by item, and better and worse are adjusted by Holm over the tasks of a row. "
         f"Detectable: the least change in points that this number of items finds with 80% power. {won}{made}"
+        "All of it is about other items, and not about other seeds: see seeds and power. "
         f"Items: {items or 'none'}.{_few(rows)}"
     )
 
@@ -308,7 +309,7 @@ def _alignment(correlation: JsonRow) -> list[Section]:
         [_correlated(level, correlation["overall"][level]) for level in ("within", "between", "pooled")],
         caption="Within: along each cell's training. Between: means of cells. Shifts keep the checkpoints' order.",
     )
-    said: list[Block] = [Text(sentence) for sentence in correlation["quotable"]]
+    said: list[Block] = [Text(sentence) for sentence in correlation.get("quotable", [])]
     said += [Text(sentence["text"], "soft") for sentence in correlation["sentences"]]
     notes: list[Block] = [Text(note, "soft") for note in correlation["notes"]]
     return [Section("CKA against recovery", "alignment", [*said, table, figure, *notes])]
