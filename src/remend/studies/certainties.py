@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from remend.evaluation.compare import BETTER, SAME, WORSE
 from remend.files.atomic import JsonObject
 from remend.maths import paired
+from remend.maths.gap import MEASURABLE_KL
 from remend.maths.intervals import Array
 from remend.maths.seeds import by_cluster, certainty, gap_values
 from remend.studies.cell import GRADES
@@ -25,7 +27,6 @@ from remend.studies.grid import Group, Study
 from remend.studies.parts import Done, Key, parts_of, prompts_of
 
 LEVEL, POWER = 0.95, 0.8
-BETTER, WORSE, SAME = "better", "worse", "not distinguishable"
 GAPS = {
     "KL": ("kl_sum_degraded", "kl_sum_recovered"),
     "agreement": ("disagree_degraded", "disagree_recovered"),
@@ -92,8 +93,11 @@ def measured(study: Study, group: Group, cells: Sequence[Done]) -> Measured:
     clusters: dict[Key, dict[str, str]] = {}
     for done in cells:
         prompts = prompts_of(done.place)
+        tokens = sum(row["tokens"] for row in prompts.values())
         for name, (before, after) in GAPS.items():
-            if prompts and all(before in row for row in prompts.values()):
+            # as for a gap closed: files that don't have the sums give none, nor does damage that can't be measured
+            known = prompts and all(before in row for row in prompts.values())
+            if known and sum(row[before] for row in prompts.values()) >= MEASURABLE_KL * tokens:
                 sums = Sums(*({at: row[key] for at, row in prompts.items()} for key in (before, after)))
                 gaps.setdefault(name, {})[done.cell.seed] = sums
         for key, part in parts_of(study, group, [done.place / GRADES], done.ungraded).items():
@@ -109,7 +113,8 @@ def _against_start(one: Measured, start: Measured) -> list[JsonObject]:
     """A method against the degraded student."""
     rows = []
     for name, by_seed in one.gaps.items():
-        before, after = _tables(by_seed)
+        cells = list(by_seed.values())
+        before, after = _tables(cells, _shared([sums.before for sums in cells]))
         if before.size and before.mean() > 0:
             values = gap_values(before, after)
             rows.append(_entry(f"{name} gap closed", "share", values))
@@ -128,14 +133,13 @@ def _against_start(one: Measured, start: Measured) -> list[JsonObject]:
 def _against(first: Measured, second: Measured, task: str) -> list[JsonObject]:
     """A method minus another, on the seeds and items of both, by KL and by points of the group's own task."""
     rows = []
-    for name in (name for name in first.gaps if name in second.gaps and name == "KL"):
-        seeds = [seed for seed in first.gaps[name] if seed in second.gaps[name]]
-        both = [{seed: side.gaps[name][seed] for seed in seeds} for side in (first, second)]
-        shared = _shared([sums.before for side in both for sums in side.values()])
-        tables = [_tables(side, shared) for side in both]
-        if seeds and shared and all(before.mean() > 0 for before, _ in tables):
-            ours, theirs = (gap_values(*table) for table in tables)
-            rows.append(_entry(f"{name} gap closed", "share", ours - theirs))
+    ours_by_seed, theirs_by_seed = (side.gaps.get("KL", {}) for side in (first, second))
+    both = [(ours, theirs_by_seed[seed]) for seed, ours in ours_by_seed.items() if seed in theirs_by_seed]
+    prompts = _shared([sums.before for pair in both for sums in pair])
+    if prompts:
+        (before, ours), (also_before, theirs) = (_tables(side, prompts) for side in zip(*both, strict=True))
+        if before.mean() > 0 and also_before.mean() > 0:
+            rows.append(_entry("KL gap closed", "share", gap_values(before, ours) - gap_values(also_before, theirs)))
     for key in (key for key in first.scores if key in second.scores and key[0] == task):
         seeds = [seed for seed in first.scores[key] if seed in second.scores[key]]
         ids = _shared([side.scores[key][seed] for side in (first, second) for seed in seeds])
@@ -156,11 +160,10 @@ def _shared(rows: Sequence[Mapping[str, float]]) -> list[str]:
     return [at for at in rows[0] if all(at in row for row in rows)] if rows else []
 
 
-def _tables(by_seed: Mapping[int, Sums], ids: Sequence[str] | None = None) -> tuple[Array, Array]:
-    """[S, N] of before and after, on the prompts that all seeds have."""
-    ids = _shared([sums.before for sums in by_seed.values()]) if ids is None else ids
+def _tables(seeds: Sequence[Sums], prompts: Sequence[str]) -> tuple[Array, Array]:
+    """[S, N] of before and after, on these prompts."""
     before, after = (
-        np.array([[getattr(sums, when)[at] for at in ids] for sums in by_seed.values()], dtype=np.float64)
+        np.array([[getattr(sums, when)[at] for at in prompts] for sums in seeds], dtype=np.float64)
         for when in ("before", "after")
     )
     return before, after
