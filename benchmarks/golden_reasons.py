@@ -93,6 +93,7 @@ EXPLAINED = [
     Explained("the page names what fits", r"exports", file=r".*\bsummary\.json"),
     Explained("the page says which stream keeps the task", r"streams\.\w+\.teacher", file=r".*\bsummary\.json"),
     Explained("a table says how many prompts were held out", r"rows\[\d+\]\.held_out_prompts", r"\d+"),
+    Explained("held-out prompts say their equal tokens", r"\[\d+\]\.agree_\w+", r"\d+", r".*\bheld_out\.jsonl"),
     Explained("a diagnosis says it in other words", r"(.*\.)?sentences\[\d+\]\.text", file=r".*diagnosis\.json"),
     Explained("a run says in what it saved the model", r"(.*\.)?saved(\..*)?"),
     Explained(HASHED, "(prompts_)?sha256", file=r".*teacher-cache\.json"),

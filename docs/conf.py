@@ -38,6 +38,7 @@ NAVIGATION = {
     "Measurements": [
         *("measurements/degradations", "measurements/results", "measurements/speed", "measurements/zoo"),
         "measurements/reliability",
+        "measurements/claims",
         *("measurements/streams", "measurements/diagnosis", "measurements/evaluation", "measurements/runs"),
     ],
 }

@@ -59,6 +59,7 @@ def test_norms_alone_leave_every_matrix(repaired_recipe: dict[str, Any], tmp_pat
         ({"student": "smollm2", "train": "scales"}, "the student lies on none that is held"),
         ({"train": "scales", "train_embeddings": True}, "train_embeddings has no effect with train: scales"),
         ({"train": "norms", "lora": {"rank": 2}}, "train: norms trains no adapter"),
+        ({"train": "last"}, "train: last moves weights freely, and the student is held to int3-g64-asym"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(repaired_recipe: dict[str, Any], keys: dict[str, Any], why: str) -> None:

@@ -61,7 +61,7 @@ def track(
 
 
 def correlate(
-    runs: Annotated[list[str], typer.Argument(help="Recoveries with a track.jsonl (diagnose_every, remend track).")],
+    runs: Annotated[list[str], typer.Argument(help="Recoveries with a track.jsonl, or a folder of a study's records.")],
     out: Annotated[str | None, typer.Option(help="Also write correlation.json into this new directory.")] = None,
     permutations: Annotated[int, typer.Option(help="Number of permutations for the p-values.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed for permutations and bootstrap.")] = 0,

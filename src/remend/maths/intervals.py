@@ -44,7 +44,7 @@ def percentile_interval(values: ArrayLike, level: float) -> Interval:
     return float(low), float(high)
 
 
-def student_t(level: float, degrees: int) -> float:
+def student_t(level: float, degrees: float) -> float:
     """Two-sided quantile of Student's t: |T| is below it with the chance `level`, between 0 and 1."""
     from scipy.special import stdtrit  # a fifth of a second
 

@@ -42,6 +42,7 @@ from remend.recovery.settings import SELF
 from remend.recovery.speeds import RecordedRun, best_of, factors_of, guessed_factor, machine_of, record, recorded
 from remend.recovery.streams import SELF_PROMPTS, rows_of
 from remend.training.constraints import kind_of
+from remend.training.constraints.last import LAYERS
 from remend.training.teachers import NamedTeacher
 
 IN_DTYPE = ("decode", "forward", "backward", "walk")
@@ -178,6 +179,9 @@ def _trained(plan: Plan) -> int:
     size = plan.size
     if plan.facts.adapted:
         return size.parameters // ADAPTER_SHARE
+    if plan.config.train == "last":
+        inside = size.parameters - size.embeddings
+        return inside * min(LAYERS, size.layers) // size.layers + size.vocabulary * size.width
     if plan.config.train != "all":
         stored = plan.facts.recognised.stored if plan.config.train == "scales" else None
         grids = [grid for _, grid in stored.matrices.values()] if stored else []

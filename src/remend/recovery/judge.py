@@ -192,7 +192,12 @@ class Judge:
         measured, own = self._measured(model, "recovered")
         directory = self.run.results
         pairs = zip(before.on_reference, measured.on_reference, strict=True)
-        rows = [{"id": a.id, "tokens": a.tokens, "kl_sum_degraded": a.kl, "kl_sum_recovered": b.kl} for a, b in pairs]
+        rows = [
+            {"id": a.id, "tokens": a.tokens}
+            | {"kl_sum_degraded": a.kl, "kl_sum_recovered": b.kl}
+            | {"agree_degraded": a.agree, "agree_recovered": b.agree}
+            for a, b in pairs
+        ]
         write_text(directory / "held_out.jsonl", "".join(json_line(row) for row in rows))
         samples = [
             {

@@ -447,10 +447,10 @@ class RecoverConfig(Settings):
     layer_map: list[int] | None = Field(
         None, description="for a student with fewer layers: the teacher's number of each; by default found by weights"
     )
-    train: Literal["all", "scales", "norms"] = Field(
+    train: Literal["all", "scales", "norms", "last"] = Field(
         "all",
-        description="what moves: all weights; scales of a grid with its norms, its codes staying; or norms alone. An "
-        "adapter is lora",
+        description="what moves: all weights; scales of a grid with its norms, its codes staying; norms alone; or "
+        "last, the head and the last three layers (arXiv 2411.15558). An adapter is lora",
     )
     lora: LoraConfig | None = Field(
         None,

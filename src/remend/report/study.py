@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from remend.files.atomic import JsonRow
+from remend.report.certainty import abilities, certainty
 from remend.report.charts import BARS, Arrows, Forest, Lines, Points, Scatter, Series, Share
 from remend.report.page import Block, Code, Facts, Figure, Page, Section, Table, Text
 from remend.report.recovery import FEW
@@ -25,6 +26,8 @@ def study_page(results: JsonRow) -> Page:
     rows = [row for row in results["rows"] if row["how"] != "none"]
     sections = [
         *_table(results["rows"], rows),
+        *abilities(rows),
+        *certainty(results),
         *_ability(results["rows"], rows),
         *_equal(results),
         *_alignment(results["correlation"]),
@@ -166,6 +169,7 @@ def _caption(rows: Rows) -> str:
         "the method none of the degraded one, averaged over seeds item by item; changes are in points from the "
         "degraded to the recovered, paired by item, and better and worse are adjusted by Holm over the tasks of a row. "
         f"Detectable: the least change in points that this number of items finds with 80% power. {won}{made}"
+        "All of it is about other items, and not about other seeds: see seeds and power. "
         f"Items: {items or 'none'}.{_few(rows)}"
     )
 
@@ -250,6 +254,9 @@ def _equal_table(groups: Rows, what: str, unit: str) -> Table:
         else "Seconds are those of repair, of the reference's answers to train on and of the steps, on the machine "
         "below."
     )
+    elsewhere = [name for group in groups for name in group.get("left_out", ())]
+    if elsewhere:
+        caption += f" Left out, since they ran on another machine than most of their group: {', '.join(elsewhere)}."
     columns = ["degradation", "method", f"{unit} allowed", f"{unit} spent", "KL", "KL gap closed", "over seeds"]
     return Table(columns, rows, caption=caption)
 
@@ -302,7 +309,8 @@ def _alignment(correlation: JsonRow) -> list[Section]:
         [_correlated(level, correlation["overall"][level]) for level in ("within", "between", "pooled")],
         caption="Within: along each cell's training. Between: means of cells. Shifts keep the checkpoints' order.",
     )
-    said: list[Block] = [Text(sentence["text"]) for sentence in correlation["sentences"]]
+    said: list[Block] = [Text(sentence) for sentence in correlation.get("quotable", [])]
+    said += [Text(sentence["text"], "soft") for sentence in correlation["sentences"]]
     notes: list[Block] = [Text(note, "soft") for note in correlation["notes"]]
     return [Section("CKA against recovery", "alignment", [*said, table, figure, *notes])]
 

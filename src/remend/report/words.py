@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from remend.files.atomic import JsonRow
 
@@ -33,3 +34,8 @@ def machine_facts(about: JsonRow, dtype: str | None = None) -> list[tuple[str, s
         ("versions", versions),
         ("commit", str(about.get("git_commit") or "–")),
     ]
+
+
+def minus(text: str) -> str:
+    """The text with a minus sign, and no hyphen, before its negative numbers."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "−", text)

@@ -1,6 +1,7 @@
 """Does recovery go with alignment? Over the checkpoints of recovery runs, within runs and between them.
 
 remend correlate runs/a runs/b runs/c
+remend correlate docs/measurements/records/paper-small      committed records of a study's cells
 
 Recovery is 1 − KL / KL of the degraded student, alignment the mean CKA over the student's layers, both as a run with
 `diagnose_every: n` keeps them in track.jsonl. What is found is said as found, and nothing of cause (arXiv 2210.16156).
@@ -9,17 +10,18 @@ Recovery is 1 − KL / KL of the degraded student, alignment the mean CKA over t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from remend.diagnosis.severity import Sentence
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, JsonRow, write_json
-from remend.files.reading import read_object, understood
-from remend.files.run_directory import MANIFEST, SUMMARY, TRACK, RunDirectory, summary_of
 from remend.maths.correlation import CONFIDENCE, LEVELS, RUNS_TO_RESAMPLE, Correlation, Level, pearson, spearman
-from remend.maths.gap import MEASURABLE_KL
+from remend.report.words import minus
+from remend.studies.teachers import base_and_expert, kl_only, kl_sentence, late_cka, late_layer, teacher_sentence
+from remend.studies.tracks import Point, read_tracks
 
 CORRELATION = "correlation.json"
 
@@ -34,42 +36,6 @@ CAUTION = (
     "This says nothing of cause. Both measures change as training goes on, which alone makes curves correlate, and CKA "
     "can change while behaviour does not, or the other way round (arXiv 2210.16156)."
 )
-
-
-@dataclass(frozen=True)
-class Point:
-    """A checkpoint: `alignment` is None where a layer's CKA is missing; `cka` by the reference's layer."""
-
-    step: int
-    stage: str
-    kl: float
-    recovery: float
-    alignment: float | None
-    cka: Mapping[int, float]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of track.jsonl, its CKA by the reference's layer; what is not a finite number is None."""
-
-    step: int
-    stage: str
-    kl: float | None
-    cka: Mapping[int, float | None]
-
-    def left_out(self, why: str) -> JsonObject:
-        """As the result names it."""
-        return {"step": self.step, "stage": self.stage, "why": why}
-
-
-@dataclass(frozen=True)
-class Track:
-    """What a run's checkpoints measured; `about` is what the result says of the run, `reference` its files' hashes."""
-
-    name: str
-    points: list[Point]
-    about: JsonObject
-    reference: JsonObject | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +64,8 @@ def correlate(
     """Relate recovery to alignment over the checkpoints of runs.
 
     Args:
-        runs: directories of recovery runs that have a track.jsonl (`diagnose_every: n` in the recipe).
+        runs: directories of recovery runs that have a track.jsonl (`diagnose_every: n` in the recipe), records of a
+            study's cells, or folders of records; see remend.studies.tracks.
         out: a directory for correlation.json, made where it is missing; None writes nothing.
         permutations: rearrangements for each p-value.
         seed: of rearrangements and resamples.
@@ -106,8 +73,9 @@ def correlate(
     Returns:
         `overall` and each of `layers` (numbered as in the reference) hold pooled, within, between, each with spearman
         and pearson as remend.maths.correlation.Correlation; `disagree` tells for each measure whether pooled and within
-        have different signs; `sentences` say what was found, each with the places that it rests on; `runs`, `points`,
-        `notes`, and how it was computed.
+        have different signs; `near_the_end` is the same of the reference's last layer but one; `kl_only` and `teachers`
+        are as remend.studies.teachers has them; `quotable` are three sentences on all of these; `sentences` say what
+        was found, each with the places that it rests on; `runs`, `points`, `notes`, and how it was computed.
 
     Raises:
         InputError: no run, one named twice, a path that is no run, a run without track or measurable damage, a row
@@ -115,7 +83,7 @@ def correlate(
         FileError: a file that can't be read or written.
     """
     target = _target(out)
-    tracks = _tracks(runs)
+    tracks = read_tracks(runs)
     total = sum(point.alignment is not None for track in tracks for point in track.points)
     if total < 3:
         raise InputError(
@@ -123,18 +91,17 @@ def correlate(
             "Give more runs, or run again with a smaller diagnose_every."
         )
 
-    def related(layer: int | None = None) -> Relation:
-        """Of one layer's CKA, by default of the mean over layers."""
-        triples = [
-            (track.name, point.alignment if layer is None else point.cka.get(layer), point.recovery)
-            for track in tracks
-            for point in track.points
-        ]
-        return _related(triples, "alignment" if layer is None else "CKA", permutations, seed)
+    def related(aligned: Callable[[Point], float | None], what: str = "CKA") -> Relation:
+        """Of what is taken for a point's alignment."""
+        triples = [(track.name, aligned(point), point.recovery) for track in tracks for point in track.points]
+        return _related(triples, what, permutations, seed)
 
-    overall = related()
+    overall = related(lambda point: point.alignment, "alignment")
+    late = late_layer(tracks)
+    near_the_end = related(lambda point: late_cka(point, late))
+    by_kl, by_teacher = kl_only(tracks, seed), base_and_expert(tracks, late, seed)
     numbers = sorted({layer for track in tracks for point in track.points for layer in point.cka})
-    layers = {layer: related(layer) for layer in numbers}
+    layers = {layer: related(partial(_cka, layer)) for layer in numbers}
     about = [track.about for track in tracks]
     references = {repr(track.reference) for track in tracks if track.reference is not None}
     result: JsonObject = {
@@ -142,12 +109,20 @@ def correlate(
         "alignment": "mean CKA with the reference over the student's layers",
         "checkpoints": total,
         "overall": overall.to_json(),
+        "near_the_end": {"layer": late, **near_the_end.to_json()},
         "layers": [{"layer": layer, **relation.to_json()} for layer, relation in layers.items()],
+        "kl_only": by_kl,
+        "teachers": by_teacher,
         "runs": about,
         "points": [{"run": t.name, **_plain(point)} for t in tracks for point in t.points],
         "permutations": permutations,
         "seed": seed,
         "confidence": CONFIDENCE,
+        "quotable": [
+            _in_one(overall, near_the_end, late),
+            kl_sentence(by_kl),
+            teacher_sentence(by_teacher),
+        ],
         "sentences": [sentence.to_json() for sentence in _sentences(overall, layers, about)],
         "notes": _notes(overall, about, len(references)),
     }
@@ -162,6 +137,10 @@ def _target(out: str | Path | None) -> Path | None:
     if Path(out).is_file():
         raise InputError(f"out {out} is a file; name a directory, {CORRELATION} is written into it")
     return Path(out) / CORRELATION
+
+
+def _cka(layer: int, point: Point) -> float | None:
+    return point.cka.get(layer)
 
 
 def _plain(point: Point) -> JsonObject:
@@ -191,115 +170,6 @@ def _related(triples: Sequence[tuple[str, float | None, float]], what: str, perm
     )
 
 
-def _tracks(runs: Sequence[str | Path]) -> list[Track]:
-    paths = [Path(path) for path in runs]
-    if not paths:
-        raise InputError("no run is given; name the directories of one or more recovery runs")
-    seen: dict[Path, Path] = {}
-    for path in paths:
-        if path.resolve() in seen:
-            raise InputError(f"{path} and {seen[path.resolve()]} are the same run; name each once")
-        seen[path.resolve()] = path
-    short = [path.resolve().name for path in paths]
-    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
-    tracks = []
-    for path, name in zip(paths, names, strict=True):
-        with understood(path, "run it again with another out"):
-            tracks.append(_track(path, name))
-    return tracks
-
-
-def _track(path: Path, name: str) -> Track:
-    directory = RunDirectory.open(path)
-    try:
-        rows = [_row(row, f"{path / TRACK}, row {i}") for i, row in enumerate(directory.rows(TRACK), 1)]
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path / TRACK} can't be read: {error}; run again with another out") from None
-    if not rows:
-        raise InputError(f"{path} has no {TRACK}; measure it with: remend track {path}")
-    manifest = read_object(path / MANIFEST)
-    finished = (path / SUMMARY).is_file()
-    degraded = _degraded_kl(path, rows)
-    rows, left_out = _once(rows)
-    layers = sorted({layer for row in rows for layer, cka in row.cka.items() if cka is not None})
-    points = []
-    for row in rows:
-        if row.kl is None or not layers:
-            left_out.append(row.left_out("KL is not a number" if row.kl is None else "no layer has a CKA"))
-            continue
-        cka = {layer: value for layer, value in row.cka.items() if value is not None}
-        whole = len(cka) == len(layers)  # a mean over fewer layers than at other steps would not be comparable
-        if not whole:
-            left_out.append(row.left_out(f"{len(layers) - len(cka)} of {len(layers)} layers have no CKA"))
-        alignment = math.fsum(cka.values()) / len(cka) if whole else None
-        points.append(Point(row.step, row.stage, row.kl, 1 - row.kl / degraded, alignment, cka))
-    about = {
-        "name": name,
-        "path": str(path),
-        "student": manifest.get("recipe", {}).get("student"),
-        "constraint": manifest.get("constraint"),
-        "degraded_kl": degraded,
-        "checkpoints": sum(point.alignment is not None for point in points),
-        "layers": layers,
-        "left_out": left_out,
-        "finished": finished,
-    }
-    return Track(name, points, about, manifest.get("models", {}).get("teacher"))
-
-
-def _row(row: JsonObject, where: str) -> Row:
-    """A row that was checked."""
-    allowed = {"step": int, "stage": str, "kl": float | int | None, "cka": list, "reference_layers": list}
-    row = row if isinstance(row, dict) else {}
-    wrong = [key for key in allowed if key not in row]
-    wrong += [f"{key} = {row[key]!r}" for key, kind in allowed.items() if key in row and not isinstance(row[key], kind)]
-    if not wrong:
-        values, layers = row["cka"], row["reference_layers"]
-        if len(values) != len(layers) or len(set(layers)) != len(layers):
-            wrong.append(f"{len(values)} values of cka for the reference_layers {layers}")
-        elif not all(isinstance(value, float | int | None) for value in values):
-            wrong.append(f"cka = {values}")
-    if wrong:
-        raise InputError(
-            f"{where}: missing or wrong: {', '.join(wrong)}. A row needs step, stage, kl, and for each of the "
-            "student's layers one cka and one of reference_layers."
-        )
-    cka = {layer: _finite(value) for layer, value in zip(layers, values, strict=True)}
-    return Row(row["step"], row["stage"], _finite(row["kl"]), cka)
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _once(rows: Sequence[Row]) -> tuple[list[Row], list[JsonObject]]:
-    """Rows without the recovered model where it is a checkpoint that has its row already, and those left out."""
-    others = {row.step for row in rows if row.stage != "recovered"}
-    twice = [row for row in rows if row.stage == "recovered" and row.step in others]
-    why = "the checkpoint of this step, measured again after saving"
-    return [row for row in rows if row not in twice], [row.left_out(why) for row in twice]
-
-
-def _degraded_kl(path: Path, rows: Sequence[Row]) -> float:
-    """KL of the student as it came in: from the track, measured as the other rows are, else from the summary."""
-    values = [row.kl for row in rows if row.stage == "degraded"]
-    if not values and (path / SUMMARY).is_file():
-        values = [_finite(summary_of(path).get("degraded", {}).get("kl"))]
-    if not values or values[0] is None:
-        raise InputError(
-            f"{path} does not say the degraded student's KL: {TRACK} has no row of the stage degraded with a KL, nor "
-            f"has {SUMMARY} one. Without it there is no recovery to compute; leave this run out or run it again."
-        )
-    if values[0] < MEASURABLE_KL:
-        raise InputError(
-            f"{path} has no measurable damage: the degraded student's KL is {values[0]:.2g} nats per token, below "
-            f"{MEASURABLE_KL}. There is nothing to recover; leave this run out."
-        )
-    return float(values[0])
-
-
 def _sentences(overall: Relation, layers: Mapping[int, Relation], runs: Sequence[JsonObject]) -> list[Sentence]:
     """What the figures say, in plain words."""
     least = 1 / math.prod(run["checkpoints"] for run in runs if run["checkpoints"] > 1)
@@ -324,6 +194,27 @@ def _sentences(overall: Relation, layers: Mapping[int, Relation], runs: Sequence
         )
         said.append(Sentence(text, (f"/layers/{i}/within/spearman", f"/layers/{j}/within/spearman")))
     return [*said, Sentence(CAUTION, ())]
+
+
+def _in_one(overall: Relation, near_the_end: Relation, late: int) -> str:
+    """What is found of recovery and CKA, in one sentence to be quoted."""
+    within, between = (
+        [_brief(relation.by[level]["spearman"]) for relation in (overall, near_the_end)]
+        for level in ("within", "between")
+    )
+    return minus(
+        f"Spearman's correlation of recovery with CKA is, within cells, {within[0]} over all layers and {within[1]} "
+        f"near the last layer ({late}); between cells it is {between[0]} over all layers and {between[1]} near the "
+        "last."
+    )
+
+
+def _brief(one: Correlation) -> str:
+    """A coefficient with its p-value, the larger of the two where there are two."""
+    if one.coefficient is None or one.p_value is None:
+        return f"no coefficient ({one.reason})"
+    ends = "" if one.low is None else f"95% interval {one.low:.2f} to {one.high:.2f}, "
+    return f"{one.coefficient:.2f} ({ends}p {max(one.p_value, one.shift_p_value or 0.0):.2g})"
 
 
 def _sentence(overall: Relation, level: Level, title: str, least: float = 0.0) -> Sentence:
@@ -405,7 +296,8 @@ def lines(result: JsonRow) -> list[str]:
     for layer in result["layers"]:
         cells = "".join(f"{_number(layer[level][key]['coefficient']):>10}" for level, key in columns)
         by_layer.append(f"{layer['layer']:>6}{cells}")
-    said = [sentence["text"] for sentence in result["sentences"]]
+    said = [*(f"in short: {sentence}" for sentence in result["quotable"]), ""]
+    said += [sentence["text"] for sentence in result["sentences"]]
     return [
         f"recovery: {result['recovery']}",
         f"alignment: {result['alignment']}",

@@ -9,6 +9,7 @@ from remend.files.atomic import JsonObject, JsonRow
 from remend.files.reading import read_object
 from remend.studies.cell import OUTCOME, completion_tokens, steps_for
 from remend.studies.grid import Cell, Study
+from remend.studies.power import planned
 
 Figure = tuple[float | None, str]
 """Hours, None where nothing is known, and where the figure is from."""
@@ -22,7 +23,7 @@ def estimate(study: Study, out: Path, cells: Sequence[Cell], finished: Set[str] 
     the study's `speed`.
 
     Returns:
-        dry_run True; cells: name, steps, tokens, hours, basis, done; total; notes.
+        dry_run True; cells: name, steps, tokens, hours, basis, done; total; power, see remend.studies.power; notes.
     """
     measured = _measured(study, out)
     rows: list[JsonObject] = []
@@ -42,7 +43,8 @@ def estimate(study: Study, out: Path, cells: Sequence[Cell], finished: Set[str] 
         "tokens": sum(row["tokens"] for row in left),
         "hours": None if any(hours is None for hours in known) else sum(known),
     }
-    return {"dry_run": True, "study": study.name, "cells": rows, "total": total, "notes": _notes(study, rows)}
+    told: JsonObject = {"cells": rows, "total": total, "power": planned(study), "notes": _notes(study, rows)}
+    return {"dry_run": True, "study": study.name, **told}
 
 
 def _steps(study: Study, out: Path, cell: Cell) -> int:

@@ -43,6 +43,12 @@ class Method:
     extras: frozenset[str]
     recipe: JsonRow = field(default_factory=dict, compare=False)
     teacher: str = "reference"
+    degradations: tuple[str, ...] | None = None
+    """Those that it is run on; None is all."""
+
+    def meets(self, degradation: str) -> bool:
+        """Whether it is run on a degradation."""
+        return self.degradations is None or degradation in self.degradations
 
     @property
     def trained(self) -> bool:
@@ -159,7 +165,7 @@ def cells_of(study: Study) -> Iterator[Cell]:
         for degradation in study.degradations:
             for task in study.tasks:
                 group = _group(study, model, degradation, task)
-                for method in study.methods.values():
+                for method in (m for m in study.methods.values() if m.meets(degradation)):
                     # the degraded student is the same whatever the seed
                     seeds = study.spec.seeds if method.trained else study.spec.seeds[:1]
                     yield from (Cell(group, method, seed) for seed in seeds)

@@ -179,7 +179,12 @@ class _Reader:
             ]
         if len(self.problems) > before:
             return None
-        method = Method(name, spec.how, base, frozenset(extras), spec.recipe, spec.teacher)
+        on = None if spec.degradations is None else tuple(spec.degradations)
+        method = Method(name, spec.how, base, frozenset(extras), spec.recipe, spec.teacher, on)
+        if not method.trained and on is not None:
+            self.problems.append(
+                f"{self.origin}: {place}: none is what the others are held against, on every degradation"
+            )
         if not method.trained and (extras or spec.recipe):
             self.problems.append(f"{self.origin}: {place}: none does nothing, so it takes no additions and no recipe")
         if method.teacher != "reference" and base not in ("off-policy", "on-policy"):
@@ -284,6 +289,14 @@ def _whole(study: Study) -> Iterator[str]:
             )
         elif name in study.below(name):
             yield f"degradations.{name} stands on itself: {' on '.join([name, *study.below(name)])}"
+    for method in study.methods.values():
+        for name in method.degradations or ():
+            if name not in study.degradations:
+                known = list(study.degradations)
+                yield (
+                    f'methods.{method.name}: "{name}" is no degradation.{did_you_mean(name, known)} Known: '
+                    + ", ".join(known)
+                )
     both = sorted(set(study.tasks) & set(study.benchmarks))
     if both:
         yield f"{', '.join(both)} is a task and a benchmark; name it once"

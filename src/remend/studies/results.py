@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from remend.errors import RemendError
 from remend.evaluation.compare import compare
 from remend.files.atomic import JsonObject, JsonRow
 from remend.files.reading import read_object
-from remend.files.run_directory import TRACK, RunDirectory
+from remend.files.run_directory import TRACK
 from remend.maths.gap import bootstrap_gap_closed, gap_closed_divergence
-from remend.studies.cell import GRADES, OUTCOME, grades_file
+from remend.studies.cell import GRADES, OUTCOME
+from remend.studies.certainties import GAPS, certainties
 from remend.studies.correlate import correlate
 from remend.studies.grid import Cell, Group, Method, Study
-from remend.studies.made import graded, reference_grades
+from remend.studies.made import reference_grades
+from remend.studies.parts import Done, mean, parts_of, prompts_of
+from remend.studies.power import planned
 
 REFERENCE, DEGRADED, RECOVERED = "reference", "degraded", "recovered"
-
-
-@dataclass(frozen=True)
-class Done:
-    """A finished cell: its directory, cell.json, and the wanted tasks that it was not graded on."""
-
-    cell: Cell
-    place: Path
-    outcome: JsonRow
-    ungraded: Sequence[str]
 
 
 def gather(study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping[str, Sequence[str]]) -> JsonObject:
@@ -57,7 +49,9 @@ def gather(study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping
         trained = {m: cells for m, cells in by_method.items() if m.steps and cells}
         if trained:
             at_tokens.append(_equal(group, trained, "tokens", None))
-            at_seconds.append(_equal(group, trained, "seconds", study.budget.seconds))
+            alike, elsewhere = _on_one_machine(trained)
+            timed = _equal(group, alike, "seconds", study.budget.seconds)
+            at_seconds.append({**timed, "left_out": [d.cell.name for d in elsewhere]})
     failures = {name: state for name, state in states.items() if state not in ("done", "not run")}
     outcomes = {d.cell.name: d.outcome for d in done}
     return {
@@ -69,6 +63,8 @@ def gather(study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping
         "rows": rows,
         "at_equal_tokens": at_tokens,
         "at_equal_seconds": at_seconds,
+        "power": planned(study),
+        "certainty": certainties(study, done),
         "correlation": _correlation(done, out),
         "cells": [_cell(cell, states[cell.name], outcomes.get(cell.name)) for cell in study.cells],
         "failures": failures,
@@ -78,14 +74,10 @@ def gather(study: Study, out: Path, states: Mapping[str, str], ungraded: Mapping
     }
 
 
-def mean(values: Sequence[float]) -> float:
-    """Of some numbers, added in their order."""
-    return sum(values) / len(values)
-
-
 def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[Done], idle: Done) -> JsonObject:
     outcomes = [d.outcome for d in cells]
-    gap, interval, prompts = _gap(cells)
+    gap, interval, prompts = _gap(cells, *GAPS["KL"])
+    agreed, agreed_95, _ = _gap(cells, *GAPS["agreement"])
     # what one of the cells, or the degraded student, was not graded on can't be paired
     not_graded = list(dict.fromkeys(name for d in (*cells, idle) for name in d.ungraded))
     places = {REFERENCE: [reference_grades(study, out, group)], DEGRADED: [idle.place / GRADES]}
@@ -103,6 +95,8 @@ def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[
         "agreement": {when: mean([o["agreement"][when] for o in outcomes]) for when in (DEGRADED, RECOVERED)},
         "gap_closed": gap,
         "gap_closed_95": interval,
+        "agreement_gap_closed": agreed,
+        "agreement_gap_closed_95": agreed_95,
         "held_out_prompts": prompts,
         "gap_closed_by_seed": [o["gap_closed"] for o in outcomes],
         "grades": _grades(study, group, places, not_graded),
@@ -115,12 +109,15 @@ def _row(study: Study, out: Path, group: Group, method: Method, cells: Sequence[
     }
 
 
-def _gap(cells: Sequence[Done]) -> tuple[float | None, tuple[float, float] | None, int]:
-    """Gap closed of the mean over seeds, its interval over held-out prompts, and how many prompts these are."""
-    by_seed = [{row["id"]: row for row in RunDirectory(d.place).rows("held_out.jsonl")} for d in cells]
-    ids = [name for name in by_seed[0] if all(name in rows for rows in by_seed)]
-    before = [mean([rows[name]["kl_sum_degraded"] for rows in by_seed]) for name in ids]
-    after = [mean([rows[name]["kl_sum_recovered"] for rows in by_seed]) for name in ids]
+def _gap(cells: Sequence[Done], start: str, end: str) -> tuple[float | None, tuple[float, float] | None, int]:
+    """Gap closed of the mean over seeds, its interval over held-out prompts, and how many prompts these are.
+
+    `start` and `end` name a prompt's sums before and after. Files that don't have them give no gap.
+    """
+    by_seed = [prompts_of(d.place) for d in cells]
+    ids = [name for name in by_seed[0] if all(name in rows and start in rows[name] for rows in by_seed)]
+    before = [mean([rows[name][start] for rows in by_seed]) for name in ids]
+    after = [mean([rows[name][end] for rows in by_seed]) for name in ids]
     tokens = sum(by_seed[0][name]["tokens"] for name in ids)
     value = gap_closed_divergence(sum(before) / tokens, sum(after) / tokens) if tokens else None
     return value, bootstrap_gap_closed(before, after) if value is not None else None, len(ids)
@@ -128,7 +125,7 @@ def _gap(cells: Sequence[Done]) -> tuple[float | None, tuple[float, float] | Non
 
 def _grades(study: Study, group: Group, places: Mapping[str, Sequence[Path]], left: Sequence[str]) -> list[JsonObject]:
     """Scores and paired comparisons by task; the recovered models' are averaged over seeds, item by item."""
-    parts = {who: _parts(study, group, folders, left) for who, folders in places.items()}
+    parts = {who: parts_of(study, group, folders, left) for who, folders in places.items()}
     keys = [key for key in parts[RECOVERED] if all(key in parts[who] for who in places)]
     paired = [key for key in keys if all(parts[who][key]["items"] for who in places)]
     grades: list[JsonObject] = []
@@ -144,6 +141,7 @@ def _grades(study: Study, group: Group, places: Mapping[str, Sequence[Path]], le
     for grade in grades:  # a task with several graders or metrics has a name for each
         once = several.count(grade["task"]) == 1
         grade["name"] = grade["task"] if once else f"{grade['task']} ({grade['grader']})"
+        grade["ability"] = "task" if grade["task"] == group.task else "prior"
     return grades
 
 
@@ -158,33 +156,6 @@ def _compared(task: JsonRow) -> JsonObject:
         "damage": pairs[REFERENCE, DEGRADED],
         "gap": task["gap_closed"][0],
     }
-
-
-def _parts(
-    study: Study, group: Group, folders: Sequence[Path], left: Sequence[str]
-) -> dict[tuple[str, str], JsonObject]:
-    """The results of every task but those `left` out by (task, grader), of several models averaged by item."""
-    by_key: dict[tuple[str, str], list[JsonRow]] = {}
-    for name in (name for name in graded(study, group) if name not in left):
-        for folder in folders:
-            path = grades_file(folder, name)
-            content = read_object(path) if path.is_file() else {}
-            for part in content.get("results", [content] if content else []):
-                by_key.setdefault((part["task"], part["grader"]), []).append(part)
-    return {key: _averaged(parts) for key, parts in by_key.items() if len(parts) == len(folders)}
-
-
-def _averaged(parts: Sequence[JsonRow]) -> JsonObject:
-    lists = [{item["id"]: item for item in part.get("items") or ()} for part in parts]
-    items = []
-    for name, item in lists[0].items():
-        if all(name in others for others in lists):
-            scores = [float(others[name]["correct"]) for others in lists]
-            cluster = {"cluster": item["cluster"]} if item.get("cluster") is not None else {}
-            items.append({"id": name, "correct": mean(scores), **cluster})
-    first = parts[0]
-    score = mean([float(part["score"]) for part in parts])
-    return {"task": first["task"], "grader": first["grader"], "score": score, "items": items}
 
 
 def _equal(group: Group, trained: Mapping[Method, Sequence[Done]], what: str, wanted: float | None) -> JsonObject:
@@ -208,6 +179,21 @@ def _equal(group: Group, trained: Mapping[Method, Sequence[Done]], what: str, wa
             }
         )
     return {"group": group.name, "at": at, "chosen": wanted is not None, "methods": rows}
+
+
+def _on_one_machine(trained: Mapping[Method, Sequence[Done]]) -> tuple[dict[Method, list[Done]], list[Done]]:
+    """The cells of the machine that most of them ran on, and the others: seconds of two machines compare nothing."""
+    cells = [d for some in trained.values() for d in some]
+    machines = [_machine(d) for d in cells]
+    most = max(dict.fromkeys(machines), key=machines.count)
+    kept = {method: [d for d in some if _machine(d) == most] for method, some in trained.items()}
+    return {method: some for method, some in kept.items() if some}, [d for d in cells if _machine(d) != most]
+
+
+def _machine(done: Done) -> str:
+    """Processor, threads and GPUs."""
+    hardware = done.outcome["hardware"]
+    return repr([hardware.get(key) for key in ("processor", "threads", "gpus")])
 
 
 def read_at(curve: Sequence[JsonRow], what: str, at: float) -> float:
@@ -236,7 +222,8 @@ def _correlation(done: Sequence[Done], out: Path) -> JsonObject:
     names = {about["name"]: d.cell.name for about, d in zip(correlation["runs"], tracked, strict=True)}
     groups = {d.cell.name: d.cell.group.name for d in tracked}
     points = [{**p, "run": names[p["run"]], "group": groups[names[p["run"]]]} for p in correlation["points"]]
-    kept = {key: correlation[key] for key in ("recovery", "alignment", "checkpoints", "overall", "sentences", "notes")}
+    shown = ("recovery", "alignment", "checkpoints", "overall", "near_the_end", "kl_only", "teachers")
+    kept = {key: correlation[key] for key in (*shown, "quotable", "sentences", "notes")}
     return {**kept, "points": points, "cells": list(groups)}
 
 

@@ -85,6 +85,9 @@ class MethodSpec(Settings):
         description="who scores: the model before this damage, the healthy model before all damage, or the student as "
         "it came in; what is measured is measured against the reference all the same",
     )
+    degradations: list[str] | None = Field(
+        None, min_length=1, description="names of the degradations that it is a rival on; by default all"
+    )
     recipe: JsonObject = Field(default_factory=dict, description="recipe keys for this method alone")
 
 

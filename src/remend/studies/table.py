@@ -6,11 +6,13 @@ import csv
 import io
 
 from remend.files.atomic import JsonObject, JsonRow
-from remend.studies.results import DEGRADED, RECOVERED, REFERENCE, mean
+from remend.studies.parts import mean
+from remend.studies.results import DEGRADED, RECOVERED, REFERENCE
 
 COLUMNS = (
     "group model degradation task method how seeds kl_degraded kl_recovered gap_closed gap_closed_low gap_closed_high "
-    "agreement_degraded agreement_recovered graded grader n reference degraded recovered recovered_low recovered_high "
+    "agreement_degraded agreement_recovered agreement_gap_closed agreement_gap_closed_low agreement_gap_closed_high "
+    "ability graded grader n reference degraded recovered recovered_low recovered_high "
     "interval_method difference difference_low difference_high difference_method p_holm verdict can_show "
     "task_gap_closed task_gap_closed_low task_gap_closed_high not_graded steps tokens_trained training_seconds"
 )
@@ -33,6 +35,9 @@ def _plain(row: JsonRow) -> JsonObject:
     by_time = {f"{what}_{when}": row[what][when] for what in ("kl", "agreement") for when in (DEGRADED, RECOVERED)}
     seeds = " ".join(map(str, row["seeds"]))
     ends = {"gap_closed_low": low, "gap_closed_high": high}
+    agreed = row["agreement_gap_closed"]
+    low, high = row["agreement_gap_closed_95"] or (None, None)
+    ends |= {"agreement_gap_closed": agreed, "agreement_gap_closed_low": low, "agreement_gap_closed_high": high}
     return {**kept, **means, **by_time, "seeds": seeds, **ends, "not_graded": " ".join(row["not_graded"])}
 
 
@@ -45,6 +50,7 @@ def _graded(grade: JsonRow | None) -> JsonObject:
     gap = grade["gap"] or {}
     closed = gap.get("interval") or (None, None)
     return {
+        "ability": grade["ability"],
         "graded": grade["name"],
         "grader": grade["grader"],
         "n": grade["n"],
@@ -82,7 +88,27 @@ def _cost(results: JsonRow) -> list[str]:
         f"{total['cells']} cells, {total['trained']} of them trained, {total['done']} done before; to do: "
         f"{total['steps']} steps, {total['tokens']} tokens, {hours} hours one after the other"
     )
-    return [*said, *(f"note: {note}" for note in results["notes"])]
+    return [*said, *_power(results["power"]), *(f"note: {note}" for note in results["notes"])]
+
+
+def _power(power: JsonRow) -> list[str]:
+    """The least difference that can be found, for the middle of what is assumed of items."""
+    said = []
+    for measure in power["measures"]:
+        one = measure["least"][1]
+        words = [_amount(one[key], measure["unit"]) for key in ("alone", "in_table")]
+        assumed = "of rows flip" if measure["unit"] == "points" else "is the spread over prompts"
+        seeds = f"{power['seeds']} seed{'s' * (power['seeds'] != 1)}"
+        said.append(
+            f"least difference in {measure['measure']}, {measure['items']} items × {seeds}: {words[0]} by one test, "
+            f"{words[1]} by the first of all {power['tests']} (power {power['power']:.0%}, where {one['spread']:.0%} "
+            f"{assumed})"
+        )
+    return said
+
+
+def _amount(value: float | None, unit: str) -> str:
+    return "none" if value is None else f"{100 * value:.1f} points" if unit == "points" else f"{value:.1%} of the gap"
 
 
 def _results(results: JsonRow) -> list[str]:
@@ -100,6 +126,7 @@ def _results(results: JsonRow) -> list[str]:
         if row["not_graded"]:
             text += f"; not graded on {', '.join(row['not_graded'])}, since its model was not kept"
         said.append(text)
+    said += results["correlation"].get("quotable", [])
     said += [sentence["text"] for sentence in results["correlation"].get("sentences", [])]
     if "reason" in results["correlation"]:
         said.append(f"CKA and recovery: {results['correlation']['reason']}")

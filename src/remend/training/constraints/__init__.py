@@ -21,6 +21,7 @@ from remend.training.constraints.kind import (
     StudentFacts,
     kind_of,
 )
+from remend.training.constraints.last import LastKind
 from remend.training.constraints.mask import Masked, MaskKind
 from remend.training.constraints.scales import NormsKind, OnScales, ScalesKind
 
@@ -46,4 +47,5 @@ CONSTRAINTS.register("grid", source="straight-through estimator, arXiv 1308.3432
 CONSTRAINTS.register("mask", source="SparseGPT's zeros, arXiv 2301.00774")(MaskKind())
 CONSTRAINTS.register("norms", source="every vector, and no matrix")(NormsKind())
 CONSTRAINTS.register("scales", source="EfficientQAT's end-to-end phase, arXiv 2407.11062")(ScalesKind())
+CONSTRAINTS.register("last", source="Reassessing Layer Pruning in LLMs, arXiv 2411.15558")(LastKind())
 CONSTRAINTS.register("adapter", source="LoRA, arXiv 2106.09685")(AdapterKind())

@@ -73,7 +73,7 @@ class StudentFacts:
         record: the content of its degradation.json, empty where there is none.
         adapted: an adapter is trained: one that the student brought along, or a new one.
         as_dense: the user wants its weights trained freely, whatever they lie on.
-        train: what the recipe lets move: all, scales or norms.
+        train: what the recipe lets move: all, scales, norms or last.
         layer_map: for each of its layers the teacher's; None where it is not known to have fewer.
     """
 

@@ -9,7 +9,7 @@ Legend: O rows (outputs), I columns (inputs), K groups a row, G group size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,16 +21,8 @@ from remend.compression.grids import Grid, decode, rescale
 from remend.compression.stored_grid import StoredGrid
 from remend.models.matrices import Matrix, by_key
 from remend.models.protocols import CausalLM
-from remend.training.constraints.free import Free
-from remend.training.constraints.kind import (
-    Calibration,
-    Constraint,
-    ConstraintKind,
-    Shapes,
-    Start,
-    StudentFacts,
-    kind_of,
-)
+from remend.training.constraints.kind import Constraint, Start, StudentFacts
+from remend.training.constraints.part import OnPart, PartKind
 
 SCALES_RATE = 1e-3
 """AdamW's peak of scales, which move by a share of themselves, and of norms, whose weights are near 1."""
@@ -141,47 +133,11 @@ class OnScales(Constraint):
         StoredGrid(self.format, matrices, self.carried).write(directory)
 
 
-class OnVectors(Free):
-    """The vectors of a student that lies on no grid move; whatever else repair changed is kept.
-
-    Args:
-        model: the student. Every parameter that is no vector stops to need a gradient.
-        repaired: whether repair changed it.
-    """
-
-    def __init__(self, model: CausalLM, *, repaired: bool) -> None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.ndim == 1)
-        super().__init__(model)
-        self._still = {name: p for name, p in model.named_parameters() if p.ndim != 1}
-        self._repaired = repaired
-
-    def kept(self) -> dict[str, Tensor]:
-        return dict(self._still) if self._repaired else {}
-
-    @torch.no_grad()
-    def take_kept(self, saved: Mapping[str, Tensor]) -> None:
-        self._repaired = bool(saved)
-        for name, tensor in saved.items():
-            self._still[name].copy_(tensor)
-
-
-class NormsKind(ConstraintKind):
+class NormsKind(PartKind):
     """Students of which vectors alone are trained: whatever else training must keep, it keeps."""
 
     moving = "norms"
     words = "norms and biases alone move"
-
-    def holds(self, facts: StudentFacts) -> bool:
-        return facts.train == self.moving and not facts.adapted
-
-    def describe(self, facts: StudentFacts) -> str:
-        """What the student lies on, and what moves."""
-        return f"{_rest(facts)[0].describe(_rest(facts)[1])}; {self.words}"
-
-    def check(self, model: CausalLM, facts: StudentFacts) -> None:
-        kind, rest = _rest(facts)
-        kind.check(model, rest)
 
     def hold(
         self, model: CausalLM, facts: StudentFacts, *, origin: CausalLM | None, start: Start | None, rate: float
@@ -189,20 +145,8 @@ class NormsKind(ConstraintKind):
         stored = (start.stored if start else None) or facts.recognised.stored
         if stored is not None:
             return OnScales(model, stored, scales=self.moving == "scales")
-        return OnVectors(model, repaired=start is not None)
-
-    def no_repair(self, facts: StudentFacts, ours: Shapes, theirs: Shapes | None) -> str | None:
-        kind, rest = _rest(facts)
-        return kind.no_repair(rest, ours, theirs)
-
-    def repairs(self, model: CausalLM, facts: StudentFacts, teacher: CausalLM) -> bool:
-        kind, rest = _rest(facts)
-        return kind.repairs(model, rest, teacher)
-
-    def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
-        """As of the same student if all of it were trained."""
-        kind, rest = _rest(facts)
-        return kind.repair(model, rest, calibration)
+        vectors = {name for name, p in model.named_parameters() if p.ndim == 1}
+        return OnPart(model, vectors, repaired=start is not None)
 
     def learning_rate(self, facts: StudentFacts, *, repaired: bool) -> float:
         return SCALES_RATE
@@ -234,9 +178,3 @@ class ScalesKind(NormsKind):
 
 def _add_gradient(master: Tensor, gradient: Tensor) -> None:
     master.grad = gradient if master.grad is None else master.grad + gradient
-
-
-def _rest(facts: StudentFacts) -> tuple[ConstraintKind, StudentFacts]:
-    """The kind that would hold the student if all of it were trained, and the facts for it."""
-    rest = replace(facts, train="all")
-    return kind_of(rest), rest
