@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from remend.console import stage, warn
+from remend.console import console, stage, warn
 from remend.data.given import write_rows
 from remend.errors import InputError
 from remend.files.atomic import write_json, write_text
@@ -25,6 +26,7 @@ from remend.models.find import ModelSource, hash_files
 from remend.models.load import load_model
 from remend.models.protocols import CausalLM
 from remend.models.scorer import Scorer, scorer
+from remend.recovery.base import Base, is_base
 from remend.recovery.plan import Plan
 from remend.recovery.prompts import Prompts
 from remend.recovery.segments import note_segments
@@ -46,6 +48,7 @@ class Run:
     prompts: the plan's, and those that the reference wrote since.
     held: what is let go when the run ends: its lock.
     longer: whether a run that was complete goes on; its results stand until the new ones take their place.
+    base: what is frozen under an adapter.
     """
 
     plan: Plan
@@ -55,6 +58,7 @@ class Run:
     prompts: Prompts
     held: ExitStack = field(default_factory=ExitStack)
     longer: bool = False
+    base: Base = field(default_factory=Base)
 
     @property
     def main(self) -> bool:
@@ -88,10 +92,14 @@ class Run:
         return mixed_precision(self.plan.dtype, self.device)
 
     def read(self, source: ModelSource, dtype: torch.dtype = torch.float32) -> CausalLM:
-        """Load a model onto the device."""
+        """Load a model onto the device. Of a base that is frozen under an adapter there is one copy of the weights."""
         with stage(f"loading {source.spec}"):
-            attention = self.plan.config.attn_implementation
-            return load_model(source, dtype=dtype, device=self.device, attention=attention)
+            load = partial(load_model, device=self.device, attention=self.plan.config.attn_implementation)
+            under = source.base or source
+            base = None
+            if is_base(self.plan, source):
+                base = self.base.model(dtype, lambda: load(under, dtype=torch.float32, frozen=True))
+            return base if base and under is source else load(source, dtype=dtype, base=base)
 
     def parts(self, model: CausalLM) -> Scorer:
         """A model as body and head over the shared ids."""
@@ -254,7 +262,10 @@ def load(run: Run) -> tuple[CausalLM, dict[str, Teacher]]:
     student = run.read(plan.student)
     workplace = run.workplace(run.parts(student))
     early = (name for name, teacher in plan.teachers.items() if not teacher.moving or name == plan.reference)
-    return student, {name: at_work(plan.teachers[name], workplace) for name in early}
+    teachers = {name: at_work(plan.teachers[name], workplace) for name in early}
+    if run.main and (line := run.base.line(plan)):
+        console.print(line, soft_wrap=True)
+    return student, teachers
 
 
 def _inputs(plan: Plan) -> dict[str, Any]:
@@ -291,6 +302,7 @@ def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory) -> Non
         "dropped": plan.prompts.dropped,
         "shared_vocabulary": plan.shared,
         "constraint": plan.constraint,
+        **run.base.record(plan),
         **run.shared,
         **_arithmetic(plan),
         "warnings": list(plan.warnings),
