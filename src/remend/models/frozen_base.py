@@ -65,10 +65,6 @@ def over_the_same_weights(model: CausalLM, dtype: torch.dtype = torch.float32) -
 
 
 def held_in(model: CausalLM) -> str:
-    """In what the decoder's linear layers are held, in words: the dtypes, and 'float32' for plain ones."""
-    kinds = {m.held.dtype if isinstance(m, NarrowLinear) else torch.float32 for m in _linear(model)}
-    return " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
-
-
-def _linear(model: CausalLM) -> list[nn.Module]:
-    return [matrix.module for matrix in matrices(model).values()]
+    """In what the decoder's matrices are held, in words: dtypes and names of grids, 'float32' for plain ones."""
+    layers = [matrix.module for matrix in matrices(model).values()]
+    return " and ".join(sorted({m.held_as if isinstance(m, FrozenLinear) else "float32" for m in layers}))

@@ -37,6 +37,11 @@ class FrozenLinear(nn.Linear):
         """The weight [O, I] for one product: float32's numbers, in `dtype`."""
 
     @property
+    @abstractmethod
+    def held_as(self) -> str:
+        """The dtype or the grid of what is held, in words."""
+
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight [O, I] in float32, made anew each time it is asked for."""
         return self.dense(torch.float32)
@@ -56,6 +61,10 @@ class NarrowLinear(FrozenLinear):
     def __init__(self, layer: nn.Linear, held_OI: Tensor) -> None:
         super().__init__(layer)
         self.register_buffer("held", held_OI)
+
+    @property
+    def held_as(self) -> str:
+        return str(self.held.dtype).removeprefix("torch.")
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.held.to(dtype)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
+from remend.compression.packed_linear import pack_layers
 from remend.console import console, stage, warn
 from remend.data.given import write_rows
 from remend.errors import InputError
@@ -94,12 +94,25 @@ class Run:
     def read(self, source: ModelSource, dtype: torch.dtype = torch.float32) -> CausalLM:
         """Load a model onto the device. Of a base that is frozen under an adapter there is one copy of the weights."""
         with stage(f"loading {source.spec}"):
-            load = partial(load_model, device=self.device, attention=self.plan.config.attn_implementation)
-            under = source.base or source
-            base = None
+            under, base = source.base or source, None
             if is_base(self.plan, source):
-                base = self.base.model(dtype, lambda: load(under, dtype=torch.float32, frozen=True))
-            return base if base and under is source else load(source, dtype=dtype, base=base)
+                base = self.base.model(dtype, lambda: self._frozen(under))
+            if base and under is source:
+                return base
+            attention = self.plan.config.attn_implementation
+            return load_model(source, dtype=dtype, device=self.device, attention=attention, base=base)
+
+    def _frozen(self, source: ModelSource) -> CausalLM:
+        """The base under an adapter: its linear layers by their codes where it lies on a grid, else in their dtype.
+
+        It comes to the device when it is small.
+        """
+        stored, attention = self.plan.facts.recognised.stored, self.plan.config.attn_implementation
+        host = torch.device("cpu")
+        model = load_model(source, dtype=torch.float32, device=host, attention=attention, frozen=True)
+        if stored:
+            pack_layers(model, stored)
+        return model.to(self.device)
 
     def parts(self, model: CausalLM) -> Scorer:
         """A model as body and head over the shared ids."""
