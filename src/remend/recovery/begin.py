@@ -25,6 +25,7 @@ from remend.models.device import mixed_precision
 from remend.models.find import ModelSource, hash_files
 from remend.models.load import load_model
 from remend.models.protocols import CausalLM
+from remend.models.sampling.transformers_engine import ROWS
 from remend.models.scorer import Scorer, scorer
 from remend.recovery.base import Base, is_base
 from remend.recovery.plan import Plan
@@ -35,6 +36,9 @@ from remend.training.teachers.teacher import Workplace
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+ROWS_AT_ONCE = "rows_at_once"
+"""In the manifest; runs of earlier versions have none, and sampled ROWS."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,13 @@ class Run:
     def shared(self) -> dict[str, int]:
         """How many processes share how many prompts a step, for the manifest and each checkpoint."""
         return {"processes": self.accelerator.num_processes, "prompts_per_step": self.plan.rows}
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that are sampled together: as the manifest says, so that a resumed run samples as it began."""
+        path = self.directory.path
+        said = manifest_of(path).get(ROWS_AT_ONCE, ROWS) if (path / MANIFEST).is_file() else ROWS
+        return max(1, int(said))
 
     @property
     def step(self) -> int:
@@ -257,15 +268,16 @@ def _newest(directory: RunDirectory, accelerator: Accelerator, keep: int) -> Che
     return next((checkpoint for checkpoint in saved if checkpoint.step == chosen[0]), None)
 
 
-def create(run: Run) -> None:
+def create(run: Run, rows: int) -> None:
     """Make a new run's directory, once its models are loaded and known to fit. Raises InputError where it is taken.
 
-    Creating the Accelerator has joined all processes, so none still looks whether `out` is free.
+    `rows` will be sampled at once. Creating the Accelerator has joined all processes, so none still looks whether `out`
+    is free.
     """
     if run.main:
         directory = RunDirectory.create(run.directory.path)
         _lock(directory, run.held)
-        _create(run, _inputs(run.plan), directory)
+        _create(run, _inputs(run.plan), directory, rows)
     run.wait()
 
 
@@ -296,7 +308,7 @@ def _inputs(plan: Plan) -> dict[str, Any]:
     return {"models": hashes, "data": plan.prompts.hashes}
 
 
-def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory) -> None:
+def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory, rows: int) -> None:
     plan = run.plan
     recipe, counts = plan.config.model_dump(), plan.prompts.counts()
     manifest = {
@@ -316,6 +328,7 @@ def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory) -> Non
         "shared_vocabulary": plan.shared,
         "constraint": plan.constraint,
         **run.base.record(plan),
+        ROWS_AT_ONCE: rows,
         **run.shared,
         **_arithmetic(plan),
         "warnings": list(plan.warnings),

@@ -18,6 +18,9 @@ from remend.models.sampling.decoding import decoding
 from remend.models.sampling.prepacked import packed_linears
 from remend.models.sampling.rollout import Rollout
 
+ROWS = 64
+"""That are sampled at once where nobody says."""
+
 
 @dataclass
 class TransformersSampler:
@@ -30,13 +33,15 @@ class TransformersSampler:
     Args:
         shared: only ids below it are sampled (both models must know them).
         eos: ids that end a completion; the ending token belongs to it.
+        max_rows: of a batch. Products of another number of rows may be summed in another order, which can turn one of
+            two tokens that are nearly as likely into the other.
         shown: answer the teacher's prompts instead, where there are any.
     """
 
     model: CausalLM
     shared: int
     eos: tuple[int, ...]
-    max_rows: int = 64
+    max_rows: int = ROWS
     on_rows: Callable[[int], None] | None = None
     shown: bool = False
 
