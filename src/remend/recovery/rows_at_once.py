@@ -1,8 +1,8 @@
 """How many rows are sampled at once: what the free memory has room for.
 
 A row draws from its own seed, so its answer follows from its prompt. But products of other numbers of rows may be
-summed in another order, and where two tokens are nearly as likely, that can turn one into the other. So the number is
-settled once, when a run begins, and stands in its manifest: a resumed run keeps it, whatever is free then.
+summed in another order, which can turn one token into another: hardly ever in float32, often in bfloat16. So the number
+is settled once, when a run begins, and stands in its manifest: a resumed run keeps it, whatever is free then.
 """
 
 from __future__ import annotations

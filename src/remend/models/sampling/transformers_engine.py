@@ -27,14 +27,14 @@ class TransformersSampler:
     """Batched decoding with transformers' cache, or without it where it can't be trusted.
 
     Every row draws from its own uniform numbers by inverting the cumulative distribution, so that a row's tokens don't
-    depend on which rows share its batch, and finished rows can leave the batch. top-p is 1: a truncated distribution
-    would not be the policy whose divergence is taken.
+    depend on which rows share its batch but for the rounding of products, and finished rows can leave the batch. top-p
+    is 1: a truncated distribution would not be the policy whose divergence is taken.
 
     Args:
         shared: only ids below it are sampled (both models must know them).
         eos: ids that end a completion; the ending token belongs to it.
-        max_rows: of a batch. Products of another number of rows may be summed in another order, which can turn one of
-            two tokens that are nearly as likely into the other.
+        max_rows: of a batch. Products of another number of rows may be summed in another order, which can turn one
+            token into another: hardly ever in float32, often in bfloat16.
         shown: answer the teacher's prompts instead, where there are any.
     """
 
