@@ -52,8 +52,9 @@ class PackedLinear(FrozenLinear):
         return self.format.name
 
     @torch.no_grad()
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        weight_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.packed.device)
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        shape = (self.out_features, self.in_features)
+        weight_OI = torch.empty(shape, dtype=dtype, device=self.packed.device) if out is None else out
         step = max(1, (CHUNK if weight_OI.device.type == "cpu" else GPU_CHUNK) // self.in_features)
         for row in range(0, self.out_features, step):
             rows = slice(row, row + step)

@@ -33,8 +33,8 @@ class FrozenLinear(nn.Linear):
         """Stands for the weight where its shape alone is asked for."""
 
     @abstractmethod
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight [O, I] for one product: float32's numbers, in `dtype`."""
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight [O, I] for one product: float32's numbers, in `dtype`. Where it must be made it may use `out`."""
 
     @property
     @abstractmethod
@@ -66,8 +66,8 @@ class NarrowLinear(FrozenLinear):
     def held_as(self) -> str:
         return str(self.held.dtype).removeprefix("torch.")
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.held.to(dtype)
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return self.held.to(dtype) if out is None or dtype == self.held.dtype else out.copy_(self.held)
 
 
 class _Product(torch.autograd.Function):
@@ -75,13 +75,28 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
+        ctx.layer = layer
         bias_O = None if layer.bias is None else layer.bias.detach().to(x.dtype)
-        return linear(x, layer.dense(x.dtype), bias_O)
+        return linear(x, _widened(layer, x), bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return gradient @ ctx.layer.dense(ctx.dtype), None
+        return gradient @ _widened(ctx.layer, gradient), None
+
+
+_ROOM: dict[torch.dtype, Tensor] = {}
+"""Where a CPU widens weights, as large as the largest so far. Between activations that stay, the C library would leave
+the place of each wide weight empty."""
+
+
+def _widened(layer: FrozenLinear, beside: Tensor) -> Tensor:
+    """The weight for one product with `beside`, in its dtype; it is overwritten by the next one."""
+    dtype, count = beside.dtype, layer.out_features * layer.in_features
+    if beside.device.type != "cpu":
+        return layer.dense(dtype)
+    if dtype not in _ROOM or _ROOM[dtype].numel() < count:
+        _ROOM[dtype] = torch.empty(count, dtype=dtype)
+    return layer.dense(dtype, _ROOM[dtype][:count].view(layer.out_features, layer.in_features))
