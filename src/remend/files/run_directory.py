@@ -399,9 +399,9 @@ def manifest_of(directory: Path) -> JsonObject:
     """A run's manifest. Raises FileError where it can't be read, or its parts are none that a run writes."""
     path = directory / MANIFEST
     manifest = read_object(path, DAMAGED)
-    kinds = {"recipe": dict, "models": dict, "segments": list, "imports": list, "directory": str}
+    kinds: dict[str, type] = {"recipe": dict, "models": dict, "segments": list, "imports": list, "directory": str}
     kinds |= {"prompts": dict, "streams": dict, "seeds": dict, "hardware": dict, "versions": dict}
-    kinds |= {"warnings": list, "notes": list, "constraint": str, "dtype": str, "reference": str}
+    kinds |= {"warnings": list, "notes": list, "constraint": str, "dtype": str, "reference": str, "rows_at_once": int}
     wrong = [key for key, kind in kinds.items() if key in manifest and not isinstance(manifest[key], kind)]
     if "recipe" not in manifest or wrong:
         raise FileError(f"{path} has no {' or '.join(wrong or ['recipe'])} as a run writes it; {DAMAGED}")

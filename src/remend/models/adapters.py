@@ -22,6 +22,8 @@ from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject
 from remend.files.reading import read_object
 from remend.models.accounting import FLOATS
+from remend.models.frozen_base import widen
+from remend.models.frozen_linear import FrozenLinear
 from remend.models.matrices import matrices
 from remend.models.protocols import CausalLM
 
@@ -256,7 +258,8 @@ def base_print(model: CausalLM) -> str:
     layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
     digest = hashlib.sha256()
     for layer in (layers[0], layers[-1]):
-        weight: Tensor = next(layer.parameters()).detach()
+        held = layer.weight if isinstance(layer, FrozenLinear) else next(layer.parameters())
+        weight: Tensor = held.detach()
         weight = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
         digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -399,9 +402,10 @@ def merge(model: CausalLM) -> None:
     kept = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if kept:
         raise InputError(f"an adapter that replaces {kept[0]} can't be folded into its base; leave merge out")
+    widen(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     for module in layers.values():
-        module.merge()
+        module.merge(safe_merge=True)  # into a weight of its own: others may read the base's
     for name, module in layers.items():
         if name.rpartition(".base_layer")[0] not in layers:  # one around two parameters of a module is inside another
             model.set_submodule(name, module.get_base_layer())

@@ -24,6 +24,7 @@ from remend.models import adapters
 from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of
 from remend.models.depth_check import require_plausible_depth
 from remend.models.find import CARD, ModelSource, complete, fetch_model, require_readable, weight_files
+from remend.models.frozen_base import narrow
 from remend.models.gguf_header import forget, parsed_once
 from remend.models.gguf_numbers import apply_numbers
 from remend.models.gguf_rope import FACTORS, apply_rope
@@ -182,7 +183,13 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
 
 
 def load_model(
-    source: ModelSource, *, dtype: torch.dtype, device: torch.device, attention: str | None = None
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None = None,
+    frozen: bool = False,
+    base: CausalLM | None = None,
 ) -> CausalLM:
     """The model, in evaluation mode.
 
@@ -197,6 +204,9 @@ def load_model(
         dtype: of the weights.
         device: where they go.
         attention: transformers' attn_implementation; None leaves it to transformers.
+        frozen: no weight will be trained: linear layers keep the dtype of their files (`frozen_base`), while `dtype`
+            is float32.
+        base: the model under an adapter, where it is in memory already. The adapter is put into it.
 
     Raises:
         FileError: the files lack a tensor, hold one that the model has no place for, or a number that is none.
@@ -205,7 +215,7 @@ def load_model(
     source = fetch_model(source, weights=True)
     _require_as_written(source)
     if source.base and source.path:
-        model = load_model(source.base, dtype=dtype, device=device, attention=attention)
+        model = base or load_model(source.base, dtype=dtype, device=device, attention=attention, frozen=frozen)
         adapters.load_adapter(model, source.path)
         return model
     account, opened = _open(source, dtype, attention=attention)
@@ -218,6 +228,8 @@ def load_model(
     if account.left_out:
         _tell(source, account)
         setattr(opened.config, LEFT_OUT, patterns(account.left_out))
+    if frozen and dtype == torch.float32:
+        narrow(opened, stored_dtype(source))
     ready: CausalLM = opened.to(device).eval()
     return ready
 

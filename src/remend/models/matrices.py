@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from remend.models.frozen_linear import FrozenLinear
 from remend.models.protocols import CausalLM
 
 EXPERT_PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -147,7 +148,8 @@ def account(model: CausalLM) -> Account:
     for name, module in model.named_modules():
         if module in ends or (apart and id(module) not in read):
             continue
-        for own, parameter in module.named_parameters(recurse=False):
+        held = [("weight", module.outline)] if isinstance(module, FrozenLinear) else []
+        for own, parameter in (*held, *module.named_parameters(recurse=False)):
             full = f"{name}.{own}" if name else own
             if id(parameter) in met:
                 continue

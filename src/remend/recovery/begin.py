@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from remend.console import stage, warn
+from remend.compression.packed_linear import pack_layers
+from remend.console import console, stage, warn
 from remend.data.given import write_rows
 from remend.errors import InputError
 from remend.files.atomic import write_json, write_text
@@ -24,7 +25,9 @@ from remend.models.device import mixed_precision
 from remend.models.find import ModelSource, hash_files
 from remend.models.load import load_model
 from remend.models.protocols import CausalLM
+from remend.models.sampling.transformers_engine import ROWS
 from remend.models.scorer import Scorer, scorer
+from remend.recovery.base import Base, is_base
 from remend.recovery.plan import Plan
 from remend.recovery.prompts import Prompts
 from remend.recovery.segments import note_segments
@@ -33,6 +36,9 @@ from remend.training.teachers.teacher import Workplace
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+ROWS_AT_ONCE = "rows_at_once"
+"""In the manifest; runs of earlier versions have none, and sampled ROWS."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Run:
     prompts: the plan's, and those that the reference wrote since.
     held: what is let go when the run ends: its lock.
     longer: whether a run that was complete goes on; its results stand until the new ones take their place.
+    base: what is frozen under an adapter.
     """
 
     plan: Plan
@@ -55,6 +62,7 @@ class Run:
     prompts: Prompts
     held: ExitStack = field(default_factory=ExitStack)
     longer: bool = False
+    base: Base = field(default_factory=Base)
 
     @property
     def main(self) -> bool:
@@ -73,6 +81,13 @@ class Run:
         return {"processes": self.accelerator.num_processes, "prompts_per_step": self.plan.rows}
 
     @property
+    def rows_at_once(self) -> int:
+        """Rows that are sampled together: as the manifest says, so that a resumed run samples as it began."""
+        path = self.directory.path
+        said = manifest_of(path).get(ROWS_AT_ONCE, ROWS) if (path / MANIFEST).is_file() else ROWS
+        return max(1, int(said))
+
+    @property
     def step(self) -> int:
         """Steps that are done."""
         return self.resumed.step if self.resumed else 0
@@ -88,10 +103,27 @@ class Run:
         return mixed_precision(self.plan.dtype, self.device)
 
     def read(self, source: ModelSource, dtype: torch.dtype = torch.float32) -> CausalLM:
-        """Load a model onto the device."""
+        """Load a model onto the device. Of a base that is frozen under an adapter there is one copy of the weights."""
         with stage(f"loading {source.spec}"):
+            under, base = source.base or source, None
+            if is_base(self.plan, source):
+                base = self.base.model(dtype, lambda: self._frozen(under))
+            if base and under is source:
+                return base
             attention = self.plan.config.attn_implementation
-            return load_model(source, dtype=dtype, device=self.device, attention=attention)
+            return load_model(source, dtype=dtype, device=self.device, attention=attention, base=base)
+
+    def _frozen(self, source: ModelSource) -> CausalLM:
+        """The base under an adapter: its linear layers by their codes where it lies on a grid, else in their dtype.
+
+        It comes to the device when it is small.
+        """
+        stored, attention = self.plan.facts.recognised.stored, self.plan.config.attn_implementation
+        host = torch.device("cpu")
+        model = load_model(source, dtype=torch.float32, device=host, attention=attention, frozen=True)
+        if stored:
+            pack_layers(model, stored)
+        return model.to(self.device)
 
     def parts(self, model: CausalLM) -> Scorer:
         """A model as body and head over the shared ids."""
@@ -236,15 +268,16 @@ def _newest(directory: RunDirectory, accelerator: Accelerator, keep: int) -> Che
     return next((checkpoint for checkpoint in saved if checkpoint.step == chosen[0]), None)
 
 
-def create(run: Run) -> None:
+def create(run: Run, rows: int) -> None:
     """Make a new run's directory, once its models are loaded and known to fit. Raises InputError where it is taken.
 
-    Creating the Accelerator has joined all processes, so none still looks whether `out` is free.
+    `rows` will be sampled at once. Creating the Accelerator has joined all processes, so none still looks whether `out`
+    is free.
     """
     if run.main:
         directory = RunDirectory.create(run.directory.path)
         _lock(directory, run.held)
-        _create(run, _inputs(run.plan), directory)
+        _create(run, _inputs(run.plan), directory, rows)
     run.wait()
 
 
@@ -254,7 +287,10 @@ def load(run: Run) -> tuple[CausalLM, dict[str, Teacher]]:
     student = run.read(plan.student)
     workplace = run.workplace(run.parts(student))
     early = (name for name, teacher in plan.teachers.items() if not teacher.moving or name == plan.reference)
-    return student, {name: at_work(plan.teachers[name], workplace) for name in early}
+    teachers = {name: at_work(plan.teachers[name], workplace) for name in early}
+    if run.main and (line := run.base.line(plan)):
+        console.print(line, soft_wrap=True)
+    return student, teachers
 
 
 def _inputs(plan: Plan) -> dict[str, Any]:
@@ -272,7 +308,7 @@ def _inputs(plan: Plan) -> dict[str, Any]:
     return {"models": hashes, "data": plan.prompts.hashes}
 
 
-def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory) -> None:
+def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory, rows: int) -> None:
     plan = run.plan
     recipe, counts = plan.config.model_dump(), plan.prompts.counts()
     manifest = {
@@ -291,6 +327,8 @@ def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory) -> Non
         "dropped": plan.prompts.dropped,
         "shared_vocabulary": plan.shared,
         "constraint": plan.constraint,
+        **run.base.record(plan),
+        ROWS_AT_ONCE: rows,
         **run.shared,
         **_arithmetic(plan),
         "warnings": list(plan.warnings),

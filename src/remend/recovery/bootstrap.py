@@ -99,11 +99,11 @@ def likelihood_gain(teacher: Teacher, rollouts: Sequence[Rollout]) -> list[float
     return [a - b for a, b in zip(without, shown, strict=True)]
 
 
-def score_gain(data: StreamData, teacher: Teacher, tokenizer: Tokenizer, shared: int) -> list[float]:
+def score_gain(data: StreamData, teacher: Teacher, tokenizer: Tokenizer, shared: int, rows: int) -> list[float]:
     """Does the teacher solve more of the stream's task when it sees the row's demonstration?
 
     Its greedy answers to the first GRADED_ROWS held-out prompts are graded in `robust` mode: 1 for a row that is solved
-    only with its demonstration, −1 for one solved only without, else 0.
+    only with its demonstration, −1 for one solved only without, else 0. `rows` are answered at once.
     """
     assert data.stream.task is not None
     task, prompts = tasks.get(data.stream.task), data.held_out[:GRADED_ROWS]
@@ -111,10 +111,14 @@ def score_gain(data: StreamData, teacher: Teacher, tokenizer: Tokenizer, shared:
     with teacher.policy() as model:
         for shown in (False, True):
             title = f"the teacher of {data.stream.name} answers {'with' if shown else 'without'} demonstrations"
-            answers = answer(model, tokenizer, prompts, title, max_new_tokens=GRADED_TOKENS, shared=shared, shown=shown)
+            length = GRADED_TOKENS
+            answers = answer(
+                model, tokenizer, prompts, title, max_new_tokens=length, shared=shared, shown=shown, rows=rows
+            )
             texts = [tokenizer.decode(r.completion, skip_special_tokens=True) for r in answers]
-            rows = [data.examples[p.id].row for p in prompts]
-            solved.append([task.grade(text, row, mode="robust").correct for text, row in zip(texts, rows, strict=True)])
+            asked = [data.examples[p.id].row for p in prompts]
+            pairs = zip(texts, asked, strict=True)
+            solved.append([task.grade(text, row, mode="robust").correct for text, row in pairs])
     return [float(b) - float(a) for a, b in zip(*solved, strict=True)]
 
 

@@ -301,7 +301,8 @@ def _greedy_answers(
 
     def write() -> list[Rollout]:
         with teacher.policy() as model:
-            return answer(model, plan.tokenizer, prompts, title, max_new_tokens=length, shared=plan.shared)
+            rows = run.rows_at_once
+            return answer(model, plan.tokenizer, prompts, title, max_new_tokens=length, shared=plan.shared, rows=rows)
 
     return answered_once(run.directory, file, prompts, plan.tokenizer, write)
 
@@ -315,6 +316,7 @@ def _sample(run: Run, model: CausalLM, prompts: Sequence[Encoded], title: str, t
         max_new_tokens=run.prompts.main.stream.lengths[1],
         shared=run.plan.shared,
         draws=Draws(temperature, [derive_seed(run.plan.config.seed, "held-out", i) for i in range(len(prompts))]),
+        rows=run.rows_at_once,
     )
 
 
@@ -365,7 +367,8 @@ class SideJudge:
                 continue
             gains = {"nll": likelihood_gain(teacher, self.completions[name])}
             if stream.task:
-                gains["score"] = score_gain(data, teacher, self.run.plan.tokenizer, self.student.shared)
+                rows = self.run.rows_at_once
+                gains["score"] = score_gain(data, teacher, self.run.plan.tokenizer, self.student.shared, rows)
             verdicts.append(judge_demonstrations(name, gains, self.run.plan.config.seed))
         return verdicts
 

@@ -39,6 +39,7 @@ from remend.recovery.prompts import Prompts
 from remend.recovery.repair import Repaired
 from remend.recovery.training import step_function
 from remend.training.constraints import Calibration, Constraint, kind_of
+from remend.training.optimizers import OPTIMIZERS
 from remend.training.teachers import Teacher
 
 BLOCKS = 2
@@ -145,13 +146,14 @@ def _step(
             costs["answer"] = spent / decoding(facts.student, len(prompts), SHORT, asked, facts.device)
             _, spent = _timed(lambda: source.teacher.score(rollouts), plan.device)
             costs["judge"] = spent / theirs
-        costs["update"] = _update(constraint, plan.device) / (facts.trained / 1e6)
+        costs["update"] = _update(constraint, plan.config.optimizer, plan.device) / (facts.trained / 1e6)
     return rollouts
 
 
-def _update(constraint: Constraint, device: torch.device) -> float:
-    """Seconds of one update: AdamW over the masters, and the constraint."""
-    optimizer = torch.optim.AdamW(list(constraint.masters().values()), lr=1e-9, fused=True)
+def _update(constraint: Constraint, name: str, device: torch.device) -> float:
+    """Seconds of one update: AdamW over the masters, as the recipe's optimizer, and the constraint."""
+    group = {"params": list(constraint.masters().values()), "weight_decay": 0.0}
+    optimizer = OPTIMIZERS.get(name).make([group], 1e-9)
 
     def update() -> None:
         constraint.take_gradients()

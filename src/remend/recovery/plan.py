@@ -80,6 +80,7 @@ class Plan:
             config.weight_decay,
             config.max_grad_norm,
             self.ends[1:],
+            config.optimizer,
         )
 
     @property

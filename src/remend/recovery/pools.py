@@ -119,6 +119,7 @@ def _sampled_pool(run: Run, source: Source, data: StreamData, bootstrapping: int
                 shared=run.plan.shared,
                 draws=Draws(stream.temperature, [source.seed(config.seed, "off-policy", i) for i in range(count)]),
                 shown=True,
+                rows=run.rows_at_once,
             )
         run.directory.note_seconds("pool", time.perf_counter() - began, stream.name)
         return rollouts

@@ -45,6 +45,7 @@ from remend.recovery.streams import Stream, reference_of, resolve, rows_of
 from remend.report.recovery import FEW
 from remend.training.constraints import CONSTRAINTS, StudentFacts, kind_of
 from remend.training.constraints.fitting import shapes
+from remend.training.optimizers import OPTIMIZERS
 from remend.training.teachers import NamedTeacher, as_directory, named
 
 SELF_WRITTEN = Example("that the reference writes", "text", {})
@@ -77,6 +78,7 @@ def preflight(config: RecoverConfig, *, resuming: bool = False, files: bool = Tr
     device = torch.device("cpu")
     with say.collecting():
         device = choose_device(config.device)
+        say.problems += [problem] if (problem := OPTIMIZERS.get(config.optimizer).problem(device)) else []
     _check_settings(config, say)
     _check_launch(config, device, say)
     if config.dtype == "bfloat16" and device.type == "cuda" and not gpu_has_bfloat16():

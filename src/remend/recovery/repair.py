@@ -22,6 +22,7 @@ from remend.files.atomic import JsonObject
 from remend.models.activations.walk import check_walk, completions
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Rollout
+from remend.models.sampling.transformers_engine import ROWS
 from remend.recovery.begin import Run
 from remend.training.constraints import Calibration, Start, StudentFacts, kind_of
 from remend.training.teachers import Teacher
@@ -77,6 +78,7 @@ def repair(
     seed: int,
     shared: int,
     precision: AbstractContextManager[object] | None = None,
+    rows: int = ROWS,
 ) -> Repaired:
     """Repair a compressed student in place. One that is not compressed, or not cut from the teacher, is left as it is.
 
@@ -87,13 +89,14 @@ def repair(
         seed: of its answers.
         shared: ids that both models know; a padded teacher writes no others.
         precision: context of the forward passes, and of sampling.
+        rows: that are sampled at once.
     """
     kind = kind_of(facts)
     if not kind.repairs(student, facts, teacher):
         return Repaired()
     began = time.perf_counter()
     with precision or nullcontext():
-        text = completions(teacher, tokenizer, prompts, max_new_tokens=TOKENS, seed=seed, shared=shared)
+        text = completions(teacher, tokenizer, prompts, max_new_tokens=TOKENS, seed=seed, shared=shared, rows=rows)
     if next(teacher.parameters()).dtype != torch.float32:
         # what a layer ought to add is a difference of large states, which bfloat16 (a GPU's teacher) would blur
         teacher = copy.deepcopy(teacher).to(torch.float32)
@@ -136,8 +139,17 @@ def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaire
     if teacher is None or not _repairs(run, student, reference):
         return Repaired()
     prompts = calibration_prompts(run.prompts.main.train, config.repair_samples, config.seed)
-    seed, how = config.seed, run.precision()
-    return repair(student, teacher, plan.facts, plan.tokenizer, prompts, seed=seed, shared=plan.shared, precision=how)
+    return repair(
+        student,
+        teacher,
+        plan.facts,
+        plan.tokenizer,
+        prompts,
+        seed=config.seed,
+        shared=plan.shared,
+        precision=run.precision(),
+        rows=run.rows_at_once,
+    )
 
 
 @torch.no_grad()

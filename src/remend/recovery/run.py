@@ -9,6 +9,7 @@ from functools import partial
 from remend.console import phase, phases
 from remend.files.atomic import JsonObject
 from remend.files.run_directory import RunDirectory
+from remend.models.device import free_bytes
 from remend.recovery.begin import Run, begin, create, load
 from remend.recovery.bootstrap import ask_gate
 from remend.recovery.clock import Clock
@@ -21,6 +22,7 @@ from remend.recovery.plan import Plan
 from remend.recovery.plateau import Plateau, begin_plateau, with_prompts_apart
 from remend.recovery.pools import build_sources, sample_pools
 from remend.recovery.repair import check_repair, initial_weights
+from remend.recovery.rows_at_once import rows_at_once
 from remend.recovery.save import finish, reopened, save
 from remend.recovery.selection import Selection
 from remend.recovery.tracking import Observer, measure_baseline
@@ -69,7 +71,7 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
     if not run.resumed:
         check_repair(run, student, reference)
     if new:
-        create(run)
+        create(run, rows_at_once(plan, free_bytes(run.device)))
     clock.enter("prompts", shown=False)
     run = replace(run, prompts=with_prompts_apart(write_missing_prompts(run, reference), plan))
     past = rewind_and_read(run)

@@ -256,7 +256,7 @@ class RecoverConfig(Settings):
         "resume_from_checkpoint": "remend recover --resume RUN goes on from the last checkpoint",
         "warmup_ratio": "warmup_steps is a number of steps",
         "lr_scheduler_type": "the rate warms up for warmup_steps, then a cosine takes it to final_learning_rate",
-        "optim": "the optimizer is AdamW",
+        "optim": "the optimizer is AdamW; optimizer says where its moments are",
         "per_device_eval_batch_size": "measuring chooses its own batches",
         "use_peft": "lora: {rank: 16} trains an adapter",
         "lora_r": "adapters are lora: {rank: 16, alpha: 32}, or lora.r=16",
@@ -285,6 +285,7 @@ class RecoverConfig(Settings):
                 "warmup_steps",
                 "final_learning_rate",
                 "weight_decay",
+                "optimizer",
                 "max_grad_norm",
                 "beta",
                 "loss",
@@ -374,6 +375,11 @@ class RecoverConfig(Settings):
     final_learning_rate: Number = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of the peak")
     weight_decay: Number = Field(
         0.0, ge=0, lt=1, description="AdamW's weight decay; 0 as in TRL's and the SDFT authors' configurations"
+    )
+    optimizer: Literal["adamw", "adamw-host", "adamw-8bit"] = Field(
+        "adamw",
+        description="where AdamW's moments are: beside the weights; in the host's memory (adamw-host, as exact); or in "
+        "8 bits (adamw-8bit, by bitsandbytes)",
     )
     max_grad_norm: Number = Field(
         1.0, gt=0, description="gradients longer than this are clipped (transformers' default)"

@@ -41,7 +41,9 @@ def step_function(run: Run, student: Scorer, sources: Sequence[Source], gate: Ga
     precision = run.precision()
     rounds = Rounds(
         sources,
-        TransformersSampler(student.model, run.plan.shared, eos_ids(student.model, run.plan.tokenizer)),
+        TransformersSampler(
+            student.model, run.plan.shared, eos_ids(student.model, run.plan.tokenizer), run.rows_at_once
+        ),
         steps=config.steps,
         seed=config.seed,
         precision=precision,

@@ -26,6 +26,7 @@ from remend.files.environment import memory_mib
 from remend.files.run_directory import METRICS, TIMING, Checkpoint, RunDirectory
 from remend.training.agreement import require_alike
 from remend.training.constraints import Constraint
+from remend.training.optimizers import OPTIMIZERS, Group, OptimizerKind
 from remend.training.stopping import Stopped, Wish, at_the_end_of_a_round
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Optimization:
     ends: steps at which further segments end, whose rate is `final` · peak.
     weight_decay: of matrices; vectors have none.
     max_grad_norm: the limit of the gradients' norm, over all of them.
+    optimizer: how its moments are held, see training/optimizers.
     """
 
     steps: int
@@ -99,6 +101,7 @@ class Optimization:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ends: tuple[int, ...] = ()
+    optimizer: str = "adamw"
 
     @property
     def last(self) -> int:
@@ -199,12 +202,14 @@ def train(
         Stopped: a signal came, and a checkpoint was saved after the last step.
     """
     watch, resume = watch or Watch(), saving.resume
-    optimizer = _optimizer(constraint.masters(), optimization)
+    kind = OPTIMIZERS.get(optimization.optimizer)
+    optimizer = kind.make(_groups(constraint.masters(), optimization.weight_decay), optimization.peak)
+    state = _State(constraint, kind, optimizer, follower)
     device, start = next(iter(constraint.masters().values())).device, resume.step if resume else 0
     if resume is not None:
-        _restore(resume, constraint, optimizer, follower)
+        _restore(resume, state)
     elif saving.first and accelerator.is_main_process:
-        _save(saving, 0, constraint, optimizer, follower)
+        _save(saving, 0, state)
     if _asked_to_stop(watch, accelerator, device):
         return start
     with at_the_end_of_a_round() as wish:
@@ -231,7 +236,7 @@ def train(
             if saves or step == optimization.last:
                 require_alike(accelerator, constraint.masters(), f"after step {step}")
             if saves and accelerator.is_main_process:
-                _save(saving, step, constraint, optimizer, follower)
+                _save(saving, step, state)
             if ends:
                 raise Stopped(ends)
             if _asked_to_stop(watch, accelerator, device):
@@ -336,12 +341,12 @@ def _laid_out_as(master: Tensor, gradient: Tensor) -> Tensor:
     return gradient if gradient.stride() == master.stride() else torch.empty_like(master).copy_(gradient)
 
 
-def _optimizer(masters: Mapping[str, Tensor], optimization: Optimization) -> torch.optim.AdamW:
-    groups = [
-        {"params": [t for t in masters.values() if t.ndim >= 2], "weight_decay": optimization.weight_decay},
+def _groups(masters: Mapping[str, Tensor], weight_decay: float) -> list[Group]:
+    groups: list[Group] = [
+        {"params": [t for t in masters.values() if t.ndim >= 2], "weight_decay": weight_decay},
         {"params": [t for t in masters.values() if t.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optimization.peak, betas=(0.9, 0.999), fused=True)
+    return [group for group in groups if group["params"]]
 
 
 def _not_finite(what: str, value: float, step: int, ids: Sequence[str], saving: Saving) -> str:
@@ -354,18 +359,27 @@ def _not_finite(what: str, value: float, step: int, ids: Sequence[str], saving: 
     )
 
 
-def _save(
-    saving: Saving, step: int, constraint: Constraint, optimizer: torch.optim.Optimizer, follower: Follower | None
-) -> None:
-    tensors = {}
-    for name, master in constraint.masters().items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in optimizer.state[master]:
-                tensors[f"{name}.{key}"] = optimizer.state[master][key]
+@dataclass(frozen=True)
+class _State:
+    """What a checkpoint holds: masters, their moments, and what follows the weights."""
+
+    constraint: Constraint
+    kind: OptimizerKind
+    optimizer: torch.optim.Optimizer
+    follower: Follower | None
+
+
+def _save(saving: Saving, step: int, state: _State) -> None:
+    masters = state.constraint.masters()
+    tensors = {
+        f"{name}.{key}": tensor
+        for name, master in masters.items()
+        for key, tensor in state.kind.state(state.optimizer, master).items()
+    }
     # rollouts and prompt order derive from seed and step, so the only random state is the step itself
-    followed = follower.state() if follower else {}
-    kept = constraint.kept()
-    saving.run.save_checkpoint(step, constraint.masters(), tensors, saving.keep, followed, saving.about, kept)
+    followed = state.follower.state() if state.follower else {}
+    kept = state.constraint.kept()
+    saving.run.save_checkpoint(step, masters, tensors, saving.keep, followed, saving.about, kept)
 
 
 @torch.no_grad()
@@ -388,14 +402,12 @@ def restore_masters(checkpoint: Checkpoint, constraint: Constraint) -> None:
 
 
 @torch.no_grad()
-def _restore(
-    checkpoint: Checkpoint, constraint: Constraint, optimizer: torch.optim.Optimizer, follower: Follower | None
-) -> None:
-    restore_masters(checkpoint, constraint)
+def _restore(checkpoint: Checkpoint, state: _State) -> None:
+    restore_masters(checkpoint, state.constraint)
     moments = checkpoint.optimizer()
-    for name, master in constraint.masters().items():
-        if f"{name}.exp_avg" in moments:
-            state = {key: torch.empty_like(master).copy_(moments[f"{name}.{key}"]) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[master] = {"step": torch.tensor(float(checkpoint.step), device=master.device), **state}
-    if follower:
-        follower.load(checkpoint.follower())
+    for name, master in state.constraint.masters().items():
+        names = {key: f"{name}.{key}" for key in state.kind.saved}
+        if saved := {key: moments[full] for key, full in names.items() if full in moments}:
+            state.kind.restore(state.optimizer, master, saved, checkpoint.step)
+    if state.follower:
+        state.follower.load(checkpoint.follower())

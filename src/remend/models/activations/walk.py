@@ -50,6 +50,7 @@ from remend.models.matrices import Matrix
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Draws, Rollout
+from remend.models.sampling.transformers_engine import ROWS
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,11 @@ def completions(
     max_new_tokens: int,
     seed: int,
     shared: int | None = None,
+    rows: int = ROWS,
 ) -> list[Rollout]:
     """The reference's own answers to prompts, sampled at temperature 1: the text that it lives on.
 
-    Only ids below `shared` are sampled; None is the reference's whole vocabulary.
+    Only ids below `shared` are sampled; None is the reference's whole vocabulary. `rows` are sampled at once.
 
     Raises InputError when there is no prompt.
     """
@@ -119,7 +121,14 @@ def completions(
     title = "the reference writes calibration text"
     seeds = [derive_seed(seed, "calibration", i) for i in range(len(prompts))]
     return answer(
-        reference, tokenizer, prompts, title, max_new_tokens=max_new_tokens, shared=shared, draws=Draws(1.0, seeds)
+        reference,
+        tokenizer,
+        prompts,
+        title,
+        max_new_tokens=max_new_tokens,
+        shared=shared,
+        draws=Draws(1.0, seeds),
+        rows=rows,
     )
 
 

@@ -14,7 +14,7 @@ from remend.files.run_directory import DAMAGED, RunDirectory
 from remend.models.load import eos_ids
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.rollout import Draws, Rollout
-from remend.models.sampling.transformers_engine import TransformersSampler
+from remend.models.sampling.transformers_engine import ROWS, TransformersSampler
 
 
 def answer(
@@ -27,6 +27,7 @@ def answer(
     shared: int | None = None,
     draws: Draws | None = None,
     shown: bool = False,
+    rows: int = ROWS,
 ) -> list[Rollout]:
     """A model's completions of prompts, in order.
 
@@ -34,10 +35,11 @@ def answer(
         shared: only ids below it are sampled; None is the model's whole vocabulary.
         draws: None is greedy.
         shown: answer the teacher's prompts, where there are any.
+        rows: that are sampled at once.
     """
     ids = model.get_output_embeddings().weight.shape[0] if shared is None else shared
     with stage(title, len(prompts)) as advance:
-        sampler = TransformersSampler(model, ids, eos_ids(model, tokenizer), on_rows=advance, shown=shown)
+        sampler = TransformersSampler(model, ids, eos_ids(model, tokenizer), rows, on_rows=advance, shown=shown)
         draws = draws or Draws(0.0, [0] * len(prompts))
         return sampler(prompts, max_new_tokens=max_new_tokens, temperature=draws.temperature, seeds=draws.seeds)
 

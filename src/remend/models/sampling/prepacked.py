@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from remend.models.frozen_linear import NarrowLinear
 from remend.models.protocols import CausalLM
 
 MOST_BYTES = 4 * 2**30
@@ -30,16 +31,18 @@ def packed_linears(model: CausalLM) -> Iterator[None]:
     Args:
         model: a transformers model, float32 or bfloat16; under CPU autocast the copies have autocast's dtype.
     """
-    layers = []
+    layers: list[nn.Linear] = []
     if model.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    kept = [m for m in layers if _packs(dtype or m.weight.dtype)]
-    if sum(m.weight.numel() * (dtype or m.weight.dtype).itemsize for m in kept) > MOST_BYTES:
+        plain = (m for m in model.modules() if type(m) is nn.Linear or type(m) is NarrowLinear)
+        layers = [m for m in plain if "forward" not in vars(m)]
+    given = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    dtypes = {m: given or _multiplied_in(m) for m in layers}
+    kept = [m for m in layers if _packs(dtypes[m])]
+    if sum(m.out_features * m.in_features * dtypes[m].itemsize for m in kept) > MOST_BYTES:
         kept = []
     with torch.no_grad():
         for layer in kept:
-            weight_OI = layer.weight.detach().to(dtype or layer.weight.dtype)
+            weight_OI = layer.weight.detach().to(dtypes[layer])
             bias_O = None if layer.bias is None else layer.bias.detach().to(weight_OI.dtype)
             packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
             layer.forward = partial(_product, packed, bias_O, weight_OI.dtype)  # type: ignore[method-assign]
@@ -48,6 +51,11 @@ def packed_linears(model: CausalLM) -> Iterator[None]:
     finally:
         for layer in kept:
             del layer.forward
+
+
+def _multiplied_in(layer: nn.Linear) -> torch.dtype:
+    """The dtype of a layer's products without autocast; a frozen one is held in a narrower one."""
+    return torch.float32 if isinstance(layer, NarrowLinear) else layer.weight.dtype
 
 
 def _packs(dtype: torch.dtype) -> bool:

@@ -18,25 +18,30 @@ from remend.models.sampling.decoding import decoding
 from remend.models.sampling.prepacked import packed_linears
 from remend.models.sampling.rollout import Rollout
 
+ROWS = 64
+"""That are sampled at once where nobody says."""
+
 
 @dataclass
 class TransformersSampler:
     """Batched decoding with transformers' cache, or without it where it can't be trusted.
 
     Every row draws from its own uniform numbers by inverting the cumulative distribution, so that a row's tokens don't
-    depend on which rows share its batch, and finished rows can leave the batch. top-p is 1: a truncated distribution
-    would not be the policy whose divergence is taken.
+    depend on which rows share its batch but for the rounding of products, and finished rows can leave the batch. top-p
+    is 1: a truncated distribution would not be the policy whose divergence is taken.
 
     Args:
         shared: only ids below it are sampled (both models must know them).
         eos: ids that end a completion; the ending token belongs to it.
+        max_rows: of a batch. Products of another number of rows may be summed in another order, which can turn one
+            token into another: hardly ever in float32, often in bfloat16.
         shown: answer the teacher's prompts instead, where there are any.
     """
 
     model: CausalLM
     shared: int
     eos: tuple[int, ...]
-    max_rows: int = 64
+    max_rows: int = ROWS
     on_rows: Callable[[int], None] | None = None
     shown: bool = False
 
