@@ -180,7 +180,7 @@ def watch(words: Sequence[str], target: Path) -> None:
         seen.phase = phase or "report"
         enter(clock, phase, shown=shown)
 
-    Clock.enter = noted  # type: ignore[method-assign]
+    Clock.enter = noted  # type: ignore[method-assign, assignment]
     sampler = threading.Thread(target=seen.look, daemon=True)
     sampler.start()
     sys.argv = ["remend", *words]
@@ -215,7 +215,7 @@ def recipe(out: Path, size: str, way: str, steps: int) -> list[str]:
 def predicted(words: Sequence[str]) -> Mapping[str, int]:
     """Bytes by phase of a recipe, as `remend check` has them, above what the imports take."""
     from remend.files.settings import parse_overrides
-    from remend.recovery.footprint import PROGRAM, RUNNING, memory_of
+    from remend.recovery.footprint import BUFFERS, OBJECTS, PROGRAM, memory_of
     from remend.recovery.forecast import facts_of
     from remend.recovery.job import settings
     from remend.recovery.preflight import preflight
@@ -224,7 +224,7 @@ def predicted(words: Sequence[str]) -> Mapping[str, int]:
     checked = preflight(settings(overrides={**overrides, "out": "not-run"}))
     checked.raise_problems()
     assert checked.plan is not None
-    imports = PROGRAM - RUNNING
+    imports = PROGRAM - OBJECTS - BUFFERS
     return {phase: held - imports for phase, held in memory_of(facts_of(checked.plan)).phases.items()}
 
 

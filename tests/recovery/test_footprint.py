@@ -22,6 +22,7 @@ from remend.models.sampling.kv_cache import decoding_cache
 from remend.models.sizes import size_of
 from remend.recovery.estimate import Facts, Train
 from remend.recovery.footprint import (
+    BUFFERS,
     KINDS,
     LOSS,
     MEASURE,
@@ -58,7 +59,7 @@ def test_kinds_by_hand() -> None:
         "logits": LOSS * 4 * 80 * 5_000,
     }
     came = PLAIN + 16_160_000
-    assert memory.phases["loading"] == came
+    assert memory.phases["loading"] == came - BUFFERS
     assert memory.phases["training"] == memory.peak == sum(memory.parts.values())
     assert memory.phases["saving"] == came + 4_000_000 + 1_000_000
     # measuring: 8 completions of 10 tokens; sampling: 16 rows with room for 84 tokens, and the weights once more
@@ -78,6 +79,15 @@ def test_an_update_needs_gradients_in_place_of_activations() -> None:
     assert trained["gradients"] == 6_000_000 + 4 * 5_000 * 100
     scales = memory_of(replace(long, train="scales", trained=600_000, held=0)).parts
     assert scales["gradients"] == 2_400_000 + 2 * 4 * SMALL.largest
+
+
+def test_what_all_prompts_open_with_is_run_once() -> None:
+    """Of 8 rows of 40 tokens 10 are shared; their keys and values are repeated, and joined with the others."""
+    shared = replace(STEPS, streams=[replace(STREAM, on_policy=0.0, opening=10)])
+    kept = 3_000 * (8 * 30 + 10) + 2 * 4 * 400 * 8 * 10
+    assert memory_of(shared).parts["activations"] == kept + 3 * 4 * 80 * 100
+    again = memory_of(replace(shared, recomputes=True)).parts
+    assert again == memory_of(replace(STEPS, recomputes=True)).parts
 
 
 def test_a_mapped_file_counts_where_it_is_written() -> None:

@@ -63,7 +63,7 @@ def test_what_fits_nowhere_says_what_would() -> None:
     found = plan(params="405b", gpu=80, gpus=8)
     assert not found.fits
     needed, cpu, stored, smaller = found.advice
-    assert needed.endswith("GB of one GPU, with an adapter (lora)") or "GB of one GPU, with" in needed
+    assert "GB of one GPU, with" in needed
     assert "a CPU with" in cpu
     assert "cache-teacher" in stored
     assert "does not fit either" in stored
@@ -71,8 +71,8 @@ def test_what_fits_nowhere_says_what_would() -> None:
     name = smaller.split("known shapes ")[1].split(" is")[0]
     assert plan(shape=name, gpu=80, gpus=8).fits
     enough = float(needed.split(" GB")[0])
-    assert plan(params="405b", gpu=enough).fits
-    assert not plan(params="405b", gpu=enough - 2).fits
+    assert plan(params="405b", gpu=enough, gpus=8).fits
+    assert not plan(params="405b", gpu=0.98 * enough, gpus=8).fits
 
 
 def test_memory_of_a_cpu() -> None:
@@ -112,7 +112,7 @@ def test_it_is_the_arithmetic_of_check(recipe: dict[str, Any], monkeypatch: pyte
     facts = replace(facts_of(checked.plan), mapped=False, reference_mapped=False, recomputes=False)
     stream = facts.streams[0]
     longest = round(stream.longest)
-    facts = replace(facts, streams=[replace(stream, prompt=float(longest), held_out=64)])
+    facts = replace(facts, streams=[replace(stream, prompt=float(longest), held_out=64, opening=0)])
     stored = checked.plan.facts.recognised.stored
     assert stored is not None
     found = plan(

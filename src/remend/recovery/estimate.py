@@ -85,6 +85,7 @@ class StreamWork:
     answer: tokens at most; skipped: of these the first, which are not trained on.
     on_policy: the student's share of the answers. pool: answers that its teacher writes beforehand.
     held_out: prompts that are measured. scored: its teacher runs a model.
+    opening: tokens that all its prompts open with, where these are run once for all rows.
     """
 
     name: str
@@ -98,6 +99,7 @@ class StreamWork:
     pool: int = 0
     held_out: int = 0
     scored: bool = True
+    opening: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ matrices that read one input, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from remend.models.sizes import Size
@@ -36,9 +36,12 @@ KINDS: Mapping[str, str] = {
 }
 """What a kind is."""
 
-PROGRAM, RUNNING = 650 * 2**20, 48 * 2**20
-"""Bytes of Python with torch and transformers, mapped libraries among them; and of these what comes after the imports:
-objects of configurations and models, and buffers that oneDNN and MKL keep, whatever the size of the model."""
+PROGRAM = 650 * 2**20
+"""Bytes of Python with torch and transformers, mapped libraries among them."""
+
+OBJECTS, BUFFERS = 16 * 2**20, 32 * 2**20
+"""Of these what comes after the imports: objects of configurations and models, and from the first pass on what oneDNN
+and MKL keep for themselves, whatever the size of the model; measured with 10 million parameters."""
 
 NAMED = 512
 """Bytes of a token in the tokenizers of student and teacher and in what compares them; measured with 98,304 tokens."""
@@ -108,12 +111,13 @@ def moments_of(facts: Facts) -> dict[str, Bytes]:
         _measuring(facts, main.held_out, main.answer),
     ]
     measured = _fullest(*(_plus(came, moment) for moment in answering))
-    phases: dict[str, Bytes] = {"loading": came}
+    buffers = BUFFERS if came["program"] else 0
+    phases: dict[str, Bytes] = {"loading": {**came, "program": came["program"] - buffers}}
     if facts.written:
         phases["prompts"] = measured
     phases["baseline"] = measured
     if facts.repair:
-        phases["repair"] = _fullest(*_repair(facts, answering))
+        phases["repair"] = _fullest(*_repair(facts))
     held = _plus(moved, _held(facts))
     trained = _plus(held, {"moments": 8 * facts.trained})
     phases["sampling"] = _plus(trained, _own_answers(facts))
@@ -174,8 +178,11 @@ def _forward(facts: Facts) -> Bytes:
     """
     student = facts.student
     answer = max(s.answer - s.skipped for s in facts.streams)
-    tokens, positions = facts.batch * tokens_of(facts).longest, facts.batch * answer
-    kept = facts.activation * tokens
+    longest, positions = tokens_of(facts).longest, facts.batch * answer
+    shared = 0 if facts.recomputes or facts.batch < 2 else min(stream.opening for stream in facts.streams)
+    tokens = facts.batch * (longest - shared) + shared
+    # the opening's keys and values are repeated for all rows, and joined with those of the rest
+    kept = facts.activation * tokens + 2 * facts.itemsize * student.cached * facts.batch * shared
     if facts.recomputes:
         kept = 4 * student.width * student.layers * tokens + kept // max(1, student.layers)
     states = 4 * positions * student.width * (3 if facts.reference else 2)
@@ -250,7 +257,7 @@ def _measuring(facts: Facts, rows: int, answer: int) -> Bytes:
     }
 
 
-def _repair(facts: Facts, answering: Sequence[Bytes]) -> list[Bytes]:
+def _repair(facts: Facts) -> list[Bytes]:
     """Moments of a repair: the reference writes, the last block's text is joined, and its layers are solved; what came
     of it is measured, and is held."""
     main, student, reference = facts.streams[0], facts.student, facts.reference
@@ -272,7 +279,8 @@ def _repair(facts: Facts, answering: Sequence[Bytes]) -> list[Bytes]:
         _plus(came, writing),
         _plus(walked, {"activations": seen + 2 * inner + kept + passing}),
         _plus(walked, {"activations": seen + inner + kept, "Gram matrices": solved}),
-        *(_plus(done, moment) for moment in (*answering, _measuring(facts, facts.repair, facts.repair_answer))),
+        _plus(done, _measuring(facts, main.held_out, main.answer)),
+        _plus(done, _measuring(facts, facts.repair, facts.repair_answer)),
         _plus(done, {"masters": 4 * facts.held}),
     ]
 

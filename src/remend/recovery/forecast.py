@@ -15,6 +15,7 @@ from remend.files.atomic import JsonObject
 from remend.files.run_directory import METRICS
 from remend.models.device import chunk_rows, free_bytes
 from remend.models.load import maps_float32
+from remend.models.scorer import LEAST_OPENING
 from remend.recovery.begin import Run
 from remend.recovery.bootstrap import bootstrap_budget
 from remend.recovery.estimate import (
@@ -300,4 +301,13 @@ def _stream(plan: Plan, data: StreamData, rows: int) -> StreamWork:
         pool=pool,
         held_out=held_out,
         scored=not brings,
+        opening=_opening([prompt.tokens for prompt in data.train]),
     )
+
+
+def _opening(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts open with, if that is enough to be run once (models.scorer)."""
+    first, last = min(prompts, default=()), max(prompts, default=())
+    pairs = zip(first, last, strict=False)
+    length = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(first), len(last)))
+    return length if length >= LEAST_OPENING else 0

@@ -305,8 +305,7 @@ def _room(wish: Wish) -> int:
 
 def _what_would(wish: Wish, found: Sequence[Way]) -> list[str]:
     """What would fit where nothing does: more memory, a teacher on a disk, a smaller model."""
-    least = min(found, key=lambda way: way.peak)
-    needed = math.ceil(least.peak * wish.capacity / _room(wish) / GB)
+    needed, least = min((_enough(wish, way.train) for way in found), key=lambda each: each[0])
     where = "one GPU" if wish.device == "cuda" else "memory"
     how = ", ".join([f"train: {least.train}" if least.train != "adapter" else "an adapter (lora)", *least.settings])
     advice = [f"{needed} GB of {where}, with {how}"]
@@ -326,6 +325,15 @@ def _what_would(wish: Wish, found: Sequence[Way]) -> list[str]:
     if smaller:
         advice.append(f"a smaller model: of the known shapes {smaller[0].name} is the largest that fits")
     return advice
+
+
+def _enough(wish: Wish, train: Train) -> tuple[int, Way]:
+    """The GB that suffice for a way of training, and the way with them: chunks of logits grow with what is free."""
+    needed, way = math.ceil(wish.capacity / GB), _fitted(wish, train)
+    while not way.fits:
+        needed = max(needed + 1, math.ceil(way.peak * wish.capacity / _room(wish) / GB))
+        way = _fitted(replace(wish, capacity=needed * GB), train)
+    return needed, way
 
 
 def _without_teacher(wish: Wish, train: Train) -> Way:
