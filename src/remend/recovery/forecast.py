@@ -305,7 +305,7 @@ def _stream(plan: Plan, data: StreamData, rows: int) -> StreamWork:
     )
 
 
-def _opening(prompts: Sequence[Sequence[int]]) -> int:
+def _opening(prompts: Sequence[tuple[int, ...]]) -> int:
     """How many tokens all prompts open with, if that is enough to be run once (models.scorer)."""
     first, last = min(prompts, default=()), max(prompts, default=())
     pairs = zip(first, last, strict=False)
