@@ -160,8 +160,7 @@ def made(train: Train) -> tuple[Any, Constraint, int, int]:
 def test_bytes_of_real_tensors(train: Train) -> None:
     """Weights, masters, gradients and AdamW's moments of a step that was taken."""
     model, constraint, codes, scales = made(train)
-    own = [p for name, p in model.named_parameters() if "lora" not in name]
-    weights, masters = sum(p.nbytes for p in own), constraint.masters()
+    weights, masters = sum(p.nbytes for p in model.parameters()), constraint.masters()
     served = {p.data_ptr() for p in model.parameters()}
     trained = sum(tensor.numel() for tensor in masters.values())
     apart = sum(t.nbytes for t in masters.values() if t.ndim == 2 and t.data_ptr() not in served)

@@ -21,7 +21,7 @@ Bytes = Mapping[str, int]
 
 KINDS: Mapping[str, str] = {
     "program": "Python with torch and transformers, and the tokenizers",
-    "student": "the student's weights in float32",
+    "student": "the student's weights in float32, and an adapter's beside them",
     "teacher": "the reference's weights",
     "codes": "the grid's codes, scales and zeros",
     "masters": "float32 weights that the optimizer moves in place of those on the grid",
@@ -123,7 +123,7 @@ def moments_of(facts: Facts) -> dict[str, Bytes]:
     phases["sampling"] = _plus(trained, _own_answers(facts))
     phases["training"] = _fullest(*(_plus(trained, moment) for moment in (_forward(facts), _update(facts))))
     phases["saving"] = _plus(held, {"codes": facts.held})  # a code is a byte
-    phases["measuring"] = measured
+    phases["measuring"] = _plus(measured, {"student": _adapter(facts)})
     return {phase: _named(alive) for phase, alive in phases.items()}
 
 
@@ -158,7 +158,13 @@ def _held(facts: Facts) -> Bytes:
         "masters": 4 * facts.held,
         "teachers' copies": 4 * facts.copies * facts.trained,
         "codes": facts.codes if keeps else 0,
+        "student": _adapter(facts),
     }
+
+
+def _adapter(facts: Facts) -> int:
+    """An adapter's own weights."""
+    return 4 * facts.trained if facts.train == "adapter" else 0
 
 
 def _own_answers(facts: Facts) -> Bytes:
