@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -44,10 +43,8 @@ def carry_out(plan: Plan, directory: RunDirectory | None, began: float) -> RunDi
     clock = Clock(began)
     with ExitStack() as held, phases(plan.phases):
         run = begin(plan, directory, held)
-        # what the function holds, the trained student above all, is let go when it returns; where hooks of its
-        # parameters hold it in a circle, once the circle is looked for
+        # what the function holds, the trained student above all, is let go when it returns
         observer, outcome = train_and_save(run, clock, new=directory is None)
-        gc.collect()
         if observer:
             clock.enter("measuring")
             judge, degraded = observer.judge, observer.degraded
