@@ -36,9 +36,8 @@ NAVIGATION = {
         *("extending/degradation", "extending/task"),
     ],
     "Measurements": [
-        *("measurements/degradations", "measurements/results", "measurements/speed", "measurements/zoo"),
-        "measurements/reliability",
-        "measurements/claims",
+        *("measurements/degradations", "measurements/results", "measurements/speed", "measurements/scale"),
+        *("measurements/zoo", "measurements/reliability", "measurements/claims"),
         *("measurements/streams", "measurements/diagnosis", "measurements/evaluation", "measurements/runs"),
     ],
 }

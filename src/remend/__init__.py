@@ -22,6 +22,7 @@ _HOMES = {
     "evaluate": "evaluation.job",
     "export": "exporting",
     "finetune": "degrade.finetune",
+    "plan": "recovery.what_fits",
     "prune": "degrade.prune",
     "prune_depth": "degrade.depth",
     "prune_width": "degrade.width",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from remend.recovery.job import track as track
     from remend.recovery.self_prompts import write_self_prompts as write_self_prompts
     from remend.recovery.settings import RecoverConfig as RecoverConfig
+    from remend.recovery.what_fits import plan as plan
     from remend.studies.demo import demo as demo
     from remend.studies.study import study as study
     from remend.training.write_cache import cache_teacher as cache_teacher

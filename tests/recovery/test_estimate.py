@@ -7,68 +7,23 @@ from typing import Any
 
 import pytest
 
+from helpers.facts import FACTS, SMALL, STREAM
 from helpers.tiny import build_model
-from remend.models.sizes import Size, size_of
+from remend.models.sizes import size_of
 from remend.recovery.estimate import (
     BATCH,
-    CHUNKS,
     COST,
     KINDS,
-    PROGRAM,
     READING,
-    Facts,
-    StreamWork,
     decoding,
     disk,
     disk_of,
-    memory_of,
     scoring,
     seconds_of,
     solving,
     tokens_of,
     walking,
     work_by_phase,
-)
-
-SMALL = Size(
-    parameters=2_000_000,
-    embeddings=500_000,
-    matrices=1_500_000,
-    active=1_500_000,
-    vocabulary=5_000,
-    width=100,
-    layers=2,
-    cached=400,
-    grams=40_000,
-    fits=9_000_000,
-)
-STREAM = StreamWork("recover", rows=8, prompt=20.0, longest=30, shown=20.0, answer=10, held_out=16)
-FACTS = Facts(
-    student=SMALL,
-    reference=SMALL,
-    streams=[STREAM],
-    device="cpu",
-    itemsize=4,
-    reference_itemsize=4,
-    steps=6,
-    evaluations=0,
-    checkpoints=3,
-    saved_checkpoints=2,
-    updates=2,
-    batch=8,
-    recomputes=False,
-    trained=1_500_000,
-    held=1_000_000,
-    copies=0,
-    averages=False,
-    repair=0,
-    repair_answer=64,
-    repair_rows=65_536,
-    written=0,
-    best=False,
-    saved_itemsize=4,
-    activation=3_000,
-    chunk=800,
 )
 
 
@@ -81,6 +36,9 @@ def test_size_of_a_tiny_model() -> None:
     assert (size.vocabulary, size.width, size.layers) == (320, 64, 2)
     assert size.cached == 2 * 2 * 2 * 16
     assert size.grams == 2 * (6 * 64**2 + 128**2)
+    assert size.groups == ((64, 64), (64, 128), (128, 64), (256, 64))  # o, down, q with k and v, gate with up
+    assert size.largest == 256 * 64
+    assert size.sides == 2 * (2 * 128 + 2 * 96 + 3 * 192)
     inputs = [(64, 64), (64, 64), (32, 64), (32, 64), (128, 64), (128, 64), (64, 128)]
     assert size.fits == 2 * sum(i**3 + o * i * i for o, i in inputs)
 
@@ -166,31 +124,3 @@ def test_calibration_text_has_a_limit() -> None:
     work = work_by_phase(replace(FACTS, repair=10_000))["repair"]
     assert work["walk"] == pytest.approx(walking(SMALL, SMALL, 65_536))
     assert work["solve"] == pytest.approx(solving(SMALL))
-
-
-def test_memory_by_kind() -> None:
-    memory = memory_of(FACTS)
-    assert memory.parts == {
-        "program": PROGRAM,
-        "student": 8_000_000,
-        "reference": 8_000_000,
-        "masters": 4_000_000,
-        "gradients": 6_000_000,
-        "moments": 12_000_000,
-        "activations": 8 * 40 * 3_000,
-        "a chunk of logits": CHUNKS * 4 * 800 * 5_000,
-    }
-    assert memory.phases["loading"] == PROGRAM + 16_000_000
-    assert memory.phases["training"] == memory.peak == sum(memory.parts.values())
-    # sampling holds keys and values of 16 rows, and on a CPU the weights once more
-    assert memory.phases["baseline"] == PROGRAM + 16_000_000 + max(16 * 40 * 400 * 4 + 8_000_000, CHUNKS * 16_000_000)
-
-
-def test_memory_on_a_gpu_and_with_less() -> None:
-    gpu = memory_of(replace(FACTS, device="cuda", itemsize=2, reference_itemsize=2))
-    assert "program" not in gpu.parts
-    assert gpu.parts["reference"] == 4_000_000
-    less = memory_of(replace(FACTS, recomputes=True))
-    assert less.parts["activations"] == 8 * 40 * 4 * 100 * 2
-    assert memory_of(replace(FACTS, copies=2)).parts["teachers' copies"] == 12_000_000
-    assert memory_of(replace(FACTS, repair=100)).phases["repair"] > memory_of(FACTS).phases["loading"]

@@ -53,7 +53,9 @@ def test_facts_of_a_plan(recipe: dict[str, Any]) -> None:
 
 def test_facts_of_other_recipes(recipe: dict[str, Any]) -> None:
     adapter = facts_of(plan_of(recipe, lora={}, learning_rate=1e-3))
-    assert (adapter.trained, adapter.held) == (adapter.student.parameters // 50, 0)
+    assert (adapter.trained, adapter.held) == (16 * adapter.student.sides, 0)
+    some = facts_of(plan_of(recipe, lora={"targets": ["q_proj"]}, learning_rate=1e-3))
+    assert some.trained == some.student.parameters // 50
     assert facts_of(plan_of(recipe, eval_every=3)).evaluations == 2  # the last step is, for the best
     half = facts_of(plan_of(recipe, streams={"a": {"policy": 0.5}})).streams[0]
     assert (half.on_policy, half.pool) == (0.5, 4)

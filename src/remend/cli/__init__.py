@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import remend
-from remend.cli import degrading, listing, measuring, recovering
+from remend.cli import degrading, listing, measuring, planning, recovering
 from remend.cli.from_settings import recipe_options
 from remend.cli.help import Verb, Verbs
 from remend.cli.show import print_line
@@ -30,7 +30,7 @@ STORY: Mapping[str, Sequence[str]] = {
     "Start here": ("demo", "recipes", "tasks"),
     "Make a damaged model": ("degrade",),
     "Find the damage": ("diagnose",),
-    "Bring it back": ("check", "recover", "prompts", "cache-teacher"),
+    "Bring it back": ("plan", "check", "recover", "prompts", "cache-teacher"),
     "Verify": ("eval", "compare", "report", "track"),
     "Serve": ("export", "push"),
     "Many runs": ("study", "correlate"),
@@ -60,7 +60,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_anywhere)
-    for family in (recovering, degrading, measuring, listing):
+    for family in (recovering, planning, degrading, measuring, listing):
         family.add_to(app)
     panels = {verb: panel for panel, verbs in STORY.items() for verb in verbs}
     for command in app.registered_commands:

@@ -37,8 +37,12 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
     Sums over chunks of other sizes differ by rounding, so a CPU's size is constant: its runs repeat to the byte.
     """
-    share = int(CHUNK_SHARE * free_bytes(device)) if device.type == "cuda" else 0
-    row = 4 * vocabulary
+    return rows_within(vocabulary, free_bytes(device) if device.type == "cuda" else 0)
+
+
+def rows_within(vocabulary: int, free: int) -> int:
+    """`chunk_rows` of a GPU with so many free bytes; 0 stands for a CPU."""
+    share, row = int(CHUNK_SHARE * free), 4 * vocabulary
     least = max(16, min(CHUNK_ROWS, CHUNK_LIMIT // row))
     return max(least, min(CHUNK_LIMIT, max(CHUNK_BYTES, share)) // row)
 

@@ -411,6 +411,20 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
     return known[max(numbers, key=lambda kind: numbers[kind])]
 
 
+def maps_float32(source: ModelSource) -> bool:
+    """Whether a CPU maps a local model's weights from its files, which hold float32 and nothing else.
+
+    Such weights take no memory of the process's own before they are written.
+    """
+    source = source.base or source
+    files = weight_files(source.path) if source.kind == "directory" and source.path else []
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            if any(str(tensors.get_slice(name).get_dtype()) != "F32" for name in tensors.keys()):  # noqa: SIM118
+                return False
+    return bool(files)
+
+
 def inexact_in(model: CausalLM, dtype: torch.dtype) -> list[str]:
     """Names of the float32 parameters that a dtype rounds."""
     return [name for name, weight in model.named_parameters() if not weight.equal(weight.to(dtype).to(weight.dtype))]

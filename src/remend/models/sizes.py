@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from remend.models.matrices import matrices
+from remend.models.matrices import Matrix, matrices
 from remend.models.protocols import CausalLM
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ def window(config: PreTrainedConfig) -> int:
     return min((size for size in named if size > 0), default=0)
 
 
+NORMED_HEADS = ("qwen3", "qwen3_moe", "gemma3_text", "gemma3")
+"""Architectures in which queries and keys have norms of their own,"""
+
+FOUR_NORMS = ("gemma2", "gemma3_text", "gemma3")
+"""and those in which a norm follows attention and MLP too."""
+
+
 @dataclass(frozen=True)
 class Size:
     """How large a model is, as far as work and memory depend on it.
@@ -36,6 +44,8 @@ class Size:
     vocabulary, width, layers: rows of the head, columns of it, and blocks.
     cached: numbers that the key-value cache keeps of a token.
     grams: Σ I² over the matrices [O, I], and fits: Σ I³ + O · I², what a closed-form solution multiplies.
+    groups: each (rows, columns) that matrices which read one input have together.
+    sides: Σ O + I over the matrices that are no experts': an adapter of rank r has r times as many numbers.
     """
 
     parameters: int
@@ -48,12 +58,19 @@ class Size:
     cached: int
     grams: int
     fits: int
+    groups: tuple[tuple[int, int], ...] = ()
+    sides: int = 0
+
+    @property
+    def largest(self) -> int:
+        """Numbers of the largest group."""
+        return max((rows * columns for rows, columns in self.groups), default=0)
 
 
 def size_of(model: CausalLM, config: PreTrainedConfig) -> Size:
     """The size of a model, or of its skeleton, with its configuration."""
-    text = config.get_text_config()
-    shapes = [(matrix.expert is not None, *matrix.weight_OI.shape) for matrix in matrices(model).values()]
+    text, named = config.get_text_config(), matrices(model)
+    shapes = [(matrix.expert is not None, *matrix.weight_OI.shape) for matrix in named.values()]
     whole = sum(o * i for _, o, i in shapes)
     experts = sum(o * i for routed, o, i in shapes if routed)
     counts = [largest(text, name) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
@@ -74,4 +91,24 @@ def size_of(model: CausalLM, config: PreTrainedConfig) -> Size:
         cached=2 * layers * (largest(text, "num_key_value_heads") or heads) * head,
         grams=sum(i * i for _, _, i in shapes),
         fits=sum(i**3 + o * i * i for _, o, i in shapes),
+        groups=_groups(named.values()),
+        sides=sum(o + i for routed, o, i in shapes if not routed),
     )
+
+
+def _groups(known: Iterable[Matrix]) -> tuple[tuple[int, int], ...]:
+    """Which matrices read one input, as far as names and shapes tell: those of one module with as many columns, but for
+    the last one, which reads what the others made. An expert's stand alone."""
+    inside: dict[str, list[Matrix]] = {}
+    groups: set[tuple[int, int]] = set()
+    for matrix in known:
+        if matrix.expert is None:
+            inside.setdefault(matrix.name.rpartition(".")[0], []).append(matrix)
+        else:
+            groups.add((matrix.out_features, matrix.in_features))
+    for own in inside.values():
+        rows = dict[int, int]()
+        for matrix in own[:-1]:
+            rows[matrix.in_features] = rows.get(matrix.in_features, 0) + matrix.out_features
+        groups |= {(own[-1].out_features, own[-1].in_features), *((o, i) for i, o in rows.items())}
+    return tuple(sorted(groups))

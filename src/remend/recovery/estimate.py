@@ -1,4 +1,6 @@
-"""How much a recovery asks for: tokens, work, time and memory by phase, and disk. Arithmetic on facts of a plan alone.
+"""How much a recovery asks for: tokens, work and time by phase, and disk. Arithmetic on facts of a plan alone.
+
+`footprint` counts the memory of the same facts.
 
 Work is counted in a few kinds, and COST says how long a unit of each takes on one machine. On another one the times are
 multiplied by a factor: of a run that was recorded there, phase by phase; of a measurement, kind by kind; or of a guess.
@@ -9,8 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from remend.models.sizes import Size
+
+Train = Literal["all", "scales", "norms", "adapter"]
+"""What moves in training."""
 
 Work = Mapping[str, float]
 """Units by kind of work."""
@@ -63,12 +69,6 @@ READING = {"cpu": 16, "cuda": 192}
 REPAIR_LOOKS = 5
 """Passes of a block over the calibration text for each group of its matrices, and one more."""
 
-PROGRAM = 650 * 2**20
-"""Bytes of Python with torch and transformers."""
-
-CHUNKS = 6
-"""Tensors of a chunk of positions by the vocabulary that are alive at once."""
-
 WRITTEN_TOKENS, WRITTEN_SHARE = 96, 0.5
 """A try of the reference at writing a prompt has so many tokens at most, and so many tries are kept."""
 
@@ -85,6 +85,7 @@ class StreamWork:
     answer: tokens at most; skipped: of these the first, which are not trained on.
     on_policy: the student's share of the answers. pool: answers that its teacher writes beforehand.
     held_out: prompts that are measured. scored: its teacher runs a model.
+    opening: tokens that all its prompts open with, where these are run once for all rows.
     """
 
     name: str
@@ -98,6 +99,7 @@ class StreamWork:
     pool: int = 0
     held_out: int = 0
     scored: bool = True
+    opening: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,15 @@ class Facts:
 
     student, reference: their sizes; the reference is None where none is loaded.
     streams: the first of them is the one that recovery is measured on.
-    device: cpu, cuda, mps; itemsize: bytes of a number of the arithmetic; reference_itemsize: of its weights.
+    device: cpu, cuda, mps; itemsize: bytes of a number of the arithmetic; reference_itemsize: of a reference's weight.
+    mapped, reference_mapped: the weights are those of a file of float32, which a CPU maps.
     steps, evaluations, checkpoints: how many, checkpoints as far as they are kept. updates: steps of a round of
     sampling.
-    batch: rows of a micro-batch. recomputes: layers are run again in the backward pass.
-    trained: parameters that move; held: those of them whose masters lie apart. copies: of them that teachers keep;
-    averages: a checkpoint holds one of these.
+    batch: rows of a micro-batch; micro_batches: of a step. recomputes: layers are run again in the backward pass.
+    train: what moves: all, scales, norms or an adapter. codes: numbers on the student's grid; scales: bytes of its
+    scales and zeros.
+    trained: parameters that move; held: those of them whose masters lie apart; head_trained: the head is among them.
+    copies: of them that teachers keep; averages: a checkpoint holds one of these.
     repair: answers that it is fitted to, 0 for none; repair_answer: tokens of each; repair_rows: tokens at most.
     written: prompts that the reference writes.
     best: the best weights are kept beside the checkpoints. saved_itemsize: bytes of a saved weight.
@@ -124,15 +129,22 @@ class Facts:
     device: str
     itemsize: int
     reference_itemsize: int
+    mapped: bool
+    reference_mapped: bool
     steps: int
     evaluations: int
     checkpoints: int
     saved_checkpoints: int
     updates: int
     batch: int
+    micro_batches: int
     recomputes: bool
+    train: Train
+    codes: int
+    scales: int
     trained: int
     held: int
+    head_trained: bool
     copies: int
     averages: bool
     repair: int
@@ -304,59 +316,3 @@ def _summed(*works: Work) -> dict[str, float]:
 def seconds_of(work: Work, costs: Work = COST) -> float:
     """How long work takes, by seconds a unit of each kind."""
     return sum(units * costs[kind] for kind, units in work.items())
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes alive at once by what they hold, at the peak of training; and the peak of each phase."""
-
-    parts: Mapping[str, int]
-    phases: Mapping[str, int]
-
-    @property
-    def peak(self) -> int:
-        """The largest of all phases."""
-        return max(self.phases.values())
-
-
-def memory_of(facts: Facts) -> Memory:
-    """What a run holds in memory on the device that it runs on, in bytes.
-
-    Activations are those of `recovery.memory`; while the student samples, its key-value cache stands in their place,
-    and on a CPU a copy of its weights that is laid out for products.
-    """
-    student, reference = facts.student, facts.reference
-    parts = {"program": PROGRAM if facts.device == "cpu" else 0, "student": 4 * student.parameters}
-    if reference:
-        parts["reference"] = facts.reference_itemsize * reference.parameters
-    read = dict(parts)
-    parts["masters"] = 4 * facts.held
-    parts["gradients"] = 4 * facts.trained
-    parts["moments"] = 8 * facts.trained
-    parts["teachers' copies"] = 4 * facts.copies * facts.trained
-    longest = tokens_of(facts).longest
-    kept = facts.batch * longest * (4 * student.width * student.layers if facts.recomputes else facts.activation)
-    logits = CHUNKS * 4 * facts.chunk * student.vocabulary
-    rows = min(BATCH, sum(s.rows for s in facts.streams) * facts.updates)
-    sampling = rows * longest * student.cached * facts.itemsize + _laid_out(facts, student)
-    parts["activations"] = kept
-    parts["a chunk of logits"] = logits
-    training = sum(parts.values())
-    measured = sum(read.values()) + max(sampling, logits)
-    phases = {"loading": sum(read.values()), "baseline": measured}
-    if facts.written:
-        phases["prompts"] = measured
-    if facts.repair:
-        text = min(facts.repair_rows, round(facts.repair * (facts.streams[0].prompt + facts.repair_answer)))
-        phases["repair"] = sum(read.values()) + parts["masters"] + 3 * 4 * text * student.width + logits
-    still = training - kept - logits
-    phases["training"] = max(training, still - parts["gradients"] + sampling)
-    phases["saving"] = still
-    phases["measuring"] = measured
-    return Memory({name: size for name, size in parts.items() if size}, phases)
-
-
-def _laid_out(facts: Facts, size: Size) -> int:
-    """Bytes of the weights that a CPU lays out for sampling; above 4 GiB it does not (models.sampling.prepacked)."""
-    packed = facts.itemsize * (size.matrices + size.vocabulary * size.width)
-    return packed if facts.device == "cpu" and packed <= 4 * 2**30 else 0

@@ -14,6 +14,8 @@ from remend.data.examples import held_out_count
 from remend.files.atomic import JsonObject
 from remend.files.run_directory import METRICS
 from remend.models.device import chunk_rows, free_bytes
+from remend.models.load import maps_float32
+from remend.models.scorer import LEAST_OPENING
 from remend.recovery.begin import Run
 from remend.recovery.bootstrap import bootstrap_budget
 from remend.recovery.estimate import (
@@ -22,16 +24,16 @@ from remend.recovery.estimate import (
     WRITTEN_TOKENS,
     Disk,
     Facts,
-    Memory,
     StreamWork,
     Tokens,
+    Train,
     disk,
     disk_of,
-    memory_of,
     seconds_of,
     tokens_of,
     work_by_phase,
 )
+from remend.recovery.footprint import Memory, memory_of
 from remend.recovery.memory import COPY_BYTES, SHARE, STATE_BYTES
 from remend.recovery.output_directory import nearest
 from remend.recovery.plan import Plan
@@ -49,7 +51,7 @@ IN_DTYPE = ("decode", "forward", "backward", "walk")
 """Kinds of work that are done in the arithmetic's dtype; the others are in float32, or no products."""
 
 ADAPTER_SHARE = 50
-"""An adapter has a part of the model's parameters, one in so many or so."""
+"""An adapter on some of the matrices, or one that the student brings, has one in so many parameters or so."""
 
 WRITTEN_PROMPT = 24
 """Tokens that a prompt of the reference's has on average, beside the chat template's."""
@@ -177,6 +179,9 @@ def disk_at_most(plan: Plan) -> Disk:
 def _trained(plan: Plan) -> int:
     """Parameters that move, as far as they are known before a weight is loaded."""
     size = plan.size
+    lora = plan.config.lora
+    if lora and lora.targets == "all-linear":
+        return lora.rank * size.sides
     if plan.facts.adapted:
         return size.parameters // ADAPTER_SHARE
     if plan.config.train == "last":
@@ -205,8 +210,12 @@ def facts_of(plan: Plan) -> Facts:
     """The facts of a plan."""
     config, size, trained = plan.config, plan.size, _trained(plan)
     stored = plan.facts.recognised.stored
-    whole = stored and not plan.facts.adapted and config.train == "all"
-    held = sum(codes.numel() for codes, _ in stored.matrices.values()) if stored and whole else 0
+    train: Train = "adapter" if plan.facts.adapted else config.train
+    on_grid = list(stored.matrices.values()) if stored else []
+    codes = sum(codes.numel() for codes, _ in on_grid)
+    scales = sum(4 * grid.scales.numel() * (1 + (grid.zeros is not None)) for _, grid in on_grid)
+    on_cpu = plan.device.type == "cpu"
+    source = plan.teachers[plan.reference].source
     copies = sum(teacher.copies for teacher in _teachers(plan))
     evaluations = config.steps // config.eval_every if config.eval_every else 0
     if config.selects == "best" and config.eval_every and config.steps % config.eval_every:
@@ -225,15 +234,22 @@ def facts_of(plan: Plan) -> Facts:
         device=plan.device.type,
         itemsize=plan.dtype.itemsize,
         reference_itemsize=plan.dtype.itemsize if plan.device.type == "cuda" else 4,
+        mapped=on_cpu and maps_float32(plan.student),
+        reference_mapped=on_cpu and source is not None and maps_float32(source),
         steps=config.steps,
         evaluations=evaluations,
         checkpoints=_checkpoints(plan),
         saved_checkpoints=min(config.keep_checkpoints + 1, _checkpoints(plan)),
         updates=config.updates_a_round,
         batch=min(config.batch_size, plan.rows),
+        micro_batches=sum(math.ceil(stream.rows / config.batch_size) for stream in streams),
         recomputes=recomputes,
+        train=train,
+        codes=codes,
+        scales=scales,
         trained=trained,
-        held=held,
+        held=codes if train == "all" else 0,
+        head_trained=train == "all" and (not plan.facts.compressed or config.train_embeddings),
         copies=copies,
         averages=any(teacher.saved for teacher in _teachers(plan)),
         repair=config.repair_samples if plan.repairs else 0,
@@ -289,4 +305,13 @@ def _stream(plan: Plan, data: StreamData, rows: int) -> StreamWork:
         pool=pool,
         held_out=held_out,
         scored=not brings,
+        opening=_opening([prompt.tokens for prompt in data.train]),
     )
+
+
+def _opening(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all prompts open with, if that is enough to be run once (models.scorer)."""
+    first, last = min(prompts, default=()), max(prompts, default=())
+    pairs = zip(first, last, strict=False)
+    length = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(first), len(last)))
+    return length if length >= LEAST_OPENING else 0

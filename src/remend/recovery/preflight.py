@@ -32,6 +32,7 @@ from remend.models.vocabulary import ending_problem, unreadable
 from remend.models.written import RECORD
 from remend.recovery import alignment
 from remend.recovery.epochs import in_steps
+from remend.recovery.estimate import Train
 from remend.recovery.findings import Findings
 from remend.recovery.forecast import disk_at_most, free_disk, streams_of
 from remend.recovery.memory import activation_bytes
@@ -131,7 +132,7 @@ def _plan(
     say.problems += [] if resuming else inside(config.out, _directories(source, teachers))
     student, facts, shared, unknown = None, None, 0, dict[str, frozenset[int]]()
     if source:
-        student = _student(config, source, say)
+        student = _student(config, source, choose_dtype(config.dtype, device).itemsize, say)
         facts = _facts(config, source, say)
         _check_adapter(config, source, facts, teachers, say)
     for files in [source, *(teacher.source for teacher in teachers.values())]:
@@ -272,7 +273,7 @@ def _check_tracker(name: str, say: Findings) -> None:
         say.problems.append(f"report_to {name} needs the package of that tracker, which is not installed")
 
 
-def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Student | None:
+def _student(config: RecoverConfig, source: ModelSource, itemsize: int, say: Findings) -> Student | None:
     with say.collecting():
         settings = load_config(source)
         text = settings.get_text_config()
@@ -295,7 +296,8 @@ def _student(config: RecoverConfig, source: ModelSource, say: Findings) -> Stude
                 f"layer_map {given} must name, rising from 0, one of the teacher's layers for each of the student's "
                 f"{layers}"
             )
-        size, kept = size_of(model, settings), activation_bytes(text, 1, 1)
+        train: Train = "adapter" if config.lora or source.kind == "adapter" else config.train
+        size, kept = size_of(model, settings), activation_bytes(text, 1, 1, itemsize, train)
         return Student(source, tokenizer, room_of(model, settings), ends, size, kept, layers, shapes(model))
     return None
 

@@ -17,6 +17,7 @@ from remend.recovery.alignment import aligned
 from remend.recovery.begin import Run
 from remend.recovery.bootstrap import Gate
 from remend.recovery.distillation import Distillation
+from remend.recovery.estimate import Train
 from remend.recovery.judge import Judge, SideJudge
 from remend.recovery.memory import must_recompute
 from remend.recovery.rounds import Rounds, Source
@@ -85,7 +86,9 @@ def _recomputes(run: Run, student: CausalLM) -> bool:
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     copies = sum({s.stream.teacher.name: s.stream.teacher.copies for s in streams}.values())
     text = student.config.get_text_config()
-    return must_recompute(text, config.batch_size, tokens, trained, free_bytes(run.device), copies)
+    free, itemsize = free_bytes(run.device), run.plan.dtype.itemsize
+    train: Train = "adapter" if run.plan.facts.adapted else config.train
+    return must_recompute(text, config.batch_size, tokens, trained, free, copies, itemsize, train)
 
 
 def _evaluation_hook(
