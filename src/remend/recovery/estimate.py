@@ -15,7 +15,7 @@ from typing import Literal
 
 from remend.models.sizes import Size
 
-Train = Literal["all", "scales", "norms", "adapter"]
+Train = Literal["all", "scales", "norms", "last", "adapter"]
 """What moves in training."""
 
 Work = Mapping[str, float]

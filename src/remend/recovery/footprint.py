@@ -145,7 +145,7 @@ def _models(facts: Facts, written: int) -> dict[str, int]:
 
 def _written(facts: Facts) -> int:
     """Numbers of the student's weights that training, or a repair before it, writes."""
-    if facts.train == "all" and not facts.codes:
+    if facts.train == "last" or (facts.train == "all" and not facts.codes):
         return facts.trained
     moved = facts.codes if facts.train in ("all", "scales") else 0
     return max(moved, facts.student.matrices if facts.repair else 0)

@@ -249,7 +249,7 @@ def facts_of(plan: Plan) -> Facts:
         scales=scales,
         trained=trained,
         held=codes if train == "all" else 0,
-        head_trained=train == "all" and (not plan.facts.compressed or config.train_embeddings),
+        head_trained=train == "last" or (train == "all" and (not plan.facts.compressed or config.train_embeddings)),
         copies=copies,
         averages=any(teacher.saved for teacher in _teachers(plan)),
         repair=config.repair_samples if plan.repairs else 0,
