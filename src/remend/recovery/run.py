@@ -11,6 +11,7 @@ from remend.files.atomic import JsonObject
 from remend.files.run_directory import RunDirectory
 from remend.recovery.begin import Run, begin, create, load
 from remend.recovery.bootstrap import ask_gate
+from remend.recovery.by_block import remove_blocks, save_by_block
 from remend.recovery.clock import Clock
 from remend.recovery.forecast import record_speed
 from remend.recovery.helpful_repair import repair_if_it_helps
@@ -20,8 +21,8 @@ from remend.recovery.past import rewind_and_read
 from remend.recovery.plan import Plan
 from remend.recovery.plateau import Plateau, begin_plateau, with_prompts_apart
 from remend.recovery.pools import build_sources, sample_pools
-from remend.recovery.repair import check_repair, initial_weights
-from remend.recovery.save import finish, reopened, save
+from remend.recovery.repair import Repaired, check_repair, initial_weights
+from remend.recovery.save import finish, reopened, save, saved_in
 from remend.recovery.selection import Selection
 from remend.recovery.tracking import Observer, measure_baseline
 from remend.recovery.training import hooks_of, step_function, train_student, trained_parts
@@ -53,6 +54,7 @@ def carry_out(plan: Plan, directory: RunDirectory | None, began: float) -> RunDi
             recovered = judge.measure_recovered(saved, degraded)
             observer.note(saved, outcome["selected"]["step"], "recovered", recovered.on_reference)
             finish(run, degraded, recovered, outcome, began)
+            remove_blocks(run)
             if directory is None:
                 record_speed(run, clock.stop(), outcome["steps"])
         run.wait()
@@ -82,6 +84,9 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
     initial = initial_weights(run, student)
     # a checkpoint holds what came of repair, so a resumed run need not do it again
     repaired = past.repaired if run.resumed else repair_if_it_helps(run, student, reference, observer)
+    if plan.placed.student.by_block:
+        saved = save_by_block(run, student, *saved_in(plan, student)) if observer else {}
+        return observer, _outcome_without_steps(run, saved, repaired)
     if not repaired.start:
         initial = None  # nothing has changed since: the trainable parameters are the initial ones
     constraint = hold(run, student, reference, repaired)
@@ -125,6 +130,19 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
             for name in before
             if side
         },
+    }
+
+
+def _outcome_without_steps(run: Run, saved: JsonObject, repaired: Repaired) -> JsonObject:
+    """What the summary says of a run that repaired, and was not asked for steps."""
+    return {
+        "saved": saved,
+        "repair": repaired.record,
+        "steps": 0,
+        "learning_rate": run.plan.learning_rate,
+        "gradient_checkpointing": False,
+        "selected": {"step": 0},
+        "streams": {},
     }
 
 
