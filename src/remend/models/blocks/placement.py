@@ -13,7 +13,7 @@ from remend.files.settings import Placement
 from remend.models.blocks.files import TensorFiles
 from remend.models.blocks.opening import from_disk, not_on_disk
 from remend.models.device import free_bytes
-from remend.models.find import ModelSource, complete, weight_files
+from remend.models.find import ModelSource, complete, require_readable, weight_files
 from remend.models.load import load_model
 from remend.models.protocols import CausalLM
 
@@ -44,9 +44,13 @@ class Placed:
 
 
 def numbers_in(source: ModelSource) -> int | None:
-    """How many numbers a local directory of plain safetensors holds; None where they are not read one by one."""
+    """How many numbers a local directory of plain safetensors holds; None where they are not read one by one.
+
+    Raises FileError for a file that can't be read.
+    """
     if not_on_disk(source) or source.path is None or (source.repo and not complete(source.path)):
         return None
+    require_readable(source.path, source.spec)
     files = TensorFiles.of(weight_files(source.path))
     return sum(math.prod(files.shape(name)) for name in files.places)
 

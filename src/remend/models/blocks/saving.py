@@ -37,6 +37,8 @@ def planned_shell(
 ) -> list[PlannedFile]:
     """The same of a shell of a model, which may have other parameters by now; they are without numbers."""
     shell.generation_config = model.generation_config
+    # as of a model whose tensors transformers loaded by their own names: it then cuts shards in the order of the names
+    shell._weight_conversions = []  # type: ignore[attr-defined]
     with planned() as files:
         save_model(shell, tokenizer, directory, max_shard_size=max_shard_size)
     return files
