@@ -19,7 +19,7 @@ NAVIGATION = {
     "How to": [
         "how-to/index",
         *("how-to/quantized-model", "how-to/gguf", "how-to/pruned-model", "how-to/forgetting", "how-to/adapter"),
-        "how-to/large-teacher",
+        *("how-to/large-teacher", "how-to/larger-than-memory"),
         *("how-to/no-data", "how-to/processes", "how-to/resume", "how-to/read-a-diagnosis", "how-to/evaluate"),
         *("how-to/serve", "how-to/study"),
     ],

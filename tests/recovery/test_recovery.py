@@ -327,7 +327,7 @@ def test_attention_is_computed_as_asked_everywhere(recipe: dict[str, Any], monke
         seen.append(model := load_model(*args, **rest))
         return model
 
-    monkeypatch.setattr("remend.recovery.begin.load_model", noted)
+    monkeypatch.setattr("remend.models.blocks.placement.load_model", noted)
     result = recover(**{**recipe, "steps": 1, "attn_implementation": "eager"})
     assert [model.config._attn_implementation for model in seen] == ["eager"] * 3
     assert "eager" not in (result.model / "config.json").read_text()

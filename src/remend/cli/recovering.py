@@ -14,6 +14,7 @@ from remend.cli.show_check import show_check
 from remend.errors import InputError
 from remend.files.launch import go_alone, rank
 from remend.files.run_directory import RunDirectory
+from remend.files.settings import PLACEMENT, Placement
 from remend.recovery.settings import RecoverConfig
 from remend.training.cache_settings import CacheSettings
 
@@ -97,10 +98,18 @@ def export(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of one file of weights, such as 5GB; by default transformers' limit.")
     ] = None,
+    placement: Annotated[Placement, typer.Option(help=f"{PLACEMENT}.")] = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a model in the format that will be served, read it back, and compare it with what was measured."""
-    done = remend.export(source, out, format=format, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
+    done = remend.export(
+        source,
+        out,
+        format=format,
+        max_shard_size=max_shard_size,
+        placement=placement,
+        trust_remote_code=trust_remote_code,
+    )
     show_export(out, done)
 
 

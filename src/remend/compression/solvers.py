@@ -206,7 +206,7 @@ def refit_kept(
     weight_OI = _checked(weight_OI, gram_II)
     _same_shape(weight_OI, mask=mask_OI)
     kept_OI = mask_OI.to(weight_OI.dtype)
-    strength = _strength(gram_II, damping)
+    strength = _strength(gram_II.diagonal(), damping)
     damped_II = gram_II.float() + strength * torch.eye(len(gram_II), device=gram_II.device)
     refitted_OI = weight_OI * kept_OI
     residual_OI = ((weight_OI - refitted_OI) @ damped_II).mul_(kept_OI)
@@ -283,7 +283,7 @@ def least_squares(
         InputError: shapes don't fit or a number is not finite.
     """
     _same_shape(_checked(cross_IO.T, gram_II), prior=prior_OI)
-    lower_II, strength = _cholesky(gram_II.double(), damping)
+    lower_II, strength = _cholesky(gram_II.to(torch.float64, copy=True), damping)
     right_IO = cross_IO.double()
     if prior_OI is not None:
         right_IO = right_IO + strength * prior_OI.T.double()
@@ -291,10 +291,13 @@ def least_squares(
 
 
 def _sweep(work_IO: Tensor, factor_II: Tensor, block: int, settle: Settle) -> None:
-    """Settle row after row of work_IO, later ones compensating; leaves each as it stood when it was settled."""
+    """Settle row after row of work_IO, later ones compensating; leaves each as it stood when it was settled.
+
+    The factor is the caller's to lose.
+    """
     columns = work_IO.shape[0]
     # rows scaled to a unit diagonal: then an error moves later columns by itself, with no division
-    unit_II = (factor_II / factor_II.diagonal().unsqueeze(1)).float()
+    unit_II = factor_II.div_(factor_II.diagonal().clone().unsqueeze(1)).float()
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         here_JO, inside_JJ = work_IO[start:stop], unit_II[start:stop, start:stop]
@@ -312,29 +315,34 @@ def _factor(gram_II: Tensor, damping: float) -> Tensor:
     With R the upper factor of gram + λ·1 = R Rᵀ (Cholesky from the last column on), U is R⁻¹: no inverse is factored.
     """
     lower_II, _ = _cholesky(gram_II.double().flip(0, 1), damping)
-    one_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
-    factor_II: Tensor = torch.linalg.solve_triangular(lower_II.flip(0, 1), one_II, upper=True)
+    upper_II = lower_II.flip(0, 1)
+    del lower_II
+    factor_II = torch.eye(len(upper_II), dtype=upper_II.dtype, device=upper_II.device)
+    torch.linalg.solve_triangular(upper_II, factor_II, upper=True, out=factor_II)
     return factor_II
 
 
 def _cholesky(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
-    """(lower factor of gram + λ·1, λ)."""
-    share = damping
+    """(lower factor of gram + λ·1, λ). The gram is the caller's to lose: λ is put on its diagonal.
+
+    With the factor two float64 tensors of its size are alive, and no more.
+    """
+    share, diagonal_I = damping, gram_II.diagonal().clone()
     for _ in range(_RETRIES):
-        strength = _strength(gram_II, share)
-        damped_II = gram_II + strength * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        strength = _strength(diagonal_I, share)
+        gram_II.diagonal().copy_(diagonal_I + strength)
+        lower_II, failed = torch.linalg.cholesky_ex(gram_II)
         if not failed:
             return lower_II, strength
         share = max(10 * share, 1e-6)
     raise InputError(f"the gram can't be factored even with damping {share:g}: it is no sum of x xᵀ")
 
 
-def _strength(gram_II: Tensor, damping: float) -> float:
+def _strength(diagonal_I: Tensor, damping: float) -> float:
     """λ from its share of the diagonal's mean. A gram of zeros only (an input that is never on) gets λ = 1."""
     if not (0 <= damping < float("inf")):
         raise InputError(f"damping is {damping}; allowed is 0 or more, e.g. 0.01")
-    mean = float(gram_II.diagonal().mean())
+    mean = float(diagonal_I.mean())
     return damping * mean if mean > 0 else 1.0
 
 

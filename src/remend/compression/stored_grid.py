@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Size, Tensor, nn
 
-from remend.compression.grids import Grid, GridFormat, decode, restore, store
+from remend.compression.grids import Grid, GridFormat, decode, quantize, restore, store
 from remend.errors import FileError, InputError
 from remend.files.atomic import JsonObject
+from remend.models.blocks import part_of, parts_of
+from remend.models.blocks.writing import PlannedFile
 from remend.models.find import OWN_FOLDER, own_file
 from remend.models.matrices import by_key
 from remend.models.protocols import CausalLM
@@ -63,18 +65,25 @@ class StoredGrid:
 
     def check(self, model: CausalLM) -> None:
         """Raise InputError when the model lacks a matrix, or its weights are not the ones that this grid describes."""
-        parts = by_key(model)
-        for name, (codes, grid) in self.matrices.items():
-            matrix = parts.get(name)
-            if matrix is None or matrix.weight_OI.shape != codes.shape:
+        known = by_key(model)
+        for name, (codes, _) in self.matrices.items():
+            if name not in known or known[name].weight_OI.shape != codes.shape:
                 raise InputError(f"the grid describes {name} {tuple(codes.shape)}, which the model does not have")
-            weight_OI = matrix.weight_OI
-            codes, grid = codes.to(weight_OI.device), grid.to(weight_OI.device)
-            if not torch.equal(decode(codes, grid, self.format), weight_OI.float()):
-                raise InputError(
-                    f"{name} does not lie on its grid: {GRID_FILE} belongs to another model; remove it to take the "
-                    "weights as they are"
-                )
+        for number in parts_of(model):
+            with part_of(model, number) as modules:
+                inside = {id(module) for module in modules.values()}
+                for name in self.matrices:
+                    if id(known[name].module) in inside:
+                        self._require_on_grid(name, known[name].weight_OI)
+
+    def _require_on_grid(self, name: str, weight_OI: Tensor) -> None:
+        codes, grid = self.matrices[name]
+        codes, grid = codes.to(weight_OI.device), grid.to(weight_OI.device)
+        if not torch.equal(decode(codes, grid, self.format), weight_OI.float()):
+            raise InputError(
+                f"{name} does not lie on its grid: {GRID_FILE} belongs to another model; remove it to take the "
+                "weights as they are"
+            )
 
     def write(self, directory: Path) -> None:
         """Write the file into a model's `directory` (which the caller moves into place), in the folder `remend`."""
@@ -82,13 +91,29 @@ class StoredGrid:
         for name, (codes, grid) in self.matrices.items():
             for key, tensor in {"codes": codes, **store(grid, self.format)}.items():
                 tensors[f"{name}.{key}"] = tensor.cpu().contiguous()
-        formula = f"{_FORMULAS[self.format.form]}, one scale for {self.format.group or 'all'} neighbours in a row"
-        tensors |= {f"{_CARRIED}{name}": t.cpu().contiguous() for name, t in self.carried.tensors.items()}
-        told: JsonObject = {"version": 3, "format": self.format.name, "formula": formula}
-        about = json.dumps(told | ({"carried": self.carried.settings} if self.carried.settings else {}))
+        tensors |= self.carried_tensors()
         path = directory / OWN_FOLDER / GRID_FILE
         path.parent.mkdir(exist_ok=True)
-        save_file(tensors, path, metadata={"remend_grid": about})  # one entry: several are written in a random order
+        save_file(tensors, path, metadata=header_of(self.format, self.carried))
+
+    def carried_tensors(self) -> dict[str, Tensor]:
+        """What the file holds beside the grid."""
+        return {f"{_CARRIED}{name}": t.cpu().contiguous() for name, t in self.carried.tensors.items()}
+
+    def parts_in(self, model: CausalLM, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """What the file holds of the matrices that some of a model's modules have."""
+        known, inside = by_key(model), {id(module) for module in modules.values()}
+        tensors: dict[str, Tensor] = {}
+        for key, (codes, grid) in self.matrices.items():
+            if id(known[key].module) in inside:
+                parts = {"codes": codes, **store(grid, self.format)}
+                tensors |= {f"{key}.{name}": tensor.cpu() for name, tensor in parts.items()}
+        return tensors
+
+    def planned(self, directory: Path) -> PlannedFile:
+        """The file that `write` writes, to be written part by part."""
+        shapes = {key: codes.shape for key, (codes, _) in self.matrices.items()}
+        return planned_grid(self.format, shapes, directory, self.carried)
 
     @staticmethod
     def read(directory: Path) -> StoredGrid | None:
@@ -108,6 +133,35 @@ class StoredGrid:
         except (SafetensorError, OSError, InputError) as error:
             raise FileError(f"{path} can't be read as a quantization grid: {error}") from None
         return StoredGrid(fmt, matrices, Carried(told.get("carried", {}), scales))
+
+
+def header_of(fmt: GridFormat, carried: Carried | None = None) -> dict[str, str]:
+    """What the header of the file says: one entry, since several are written in a random order."""
+    formula = f"{_FORMULAS[fmt.form]}, one scale for {fmt.group or 'all'} neighbours in a row"
+    told: JsonObject = {"version": 3, "format": fmt.name, "formula": formula}
+    settings = carried.settings if carried else {}
+    return {"remend_grid": json.dumps(told | ({"carried": settings} if settings else {}))}
+
+
+def planned_grid(
+    fmt: GridFormat, shapes: Mapping[str, Size], directory: Path, carried: Carried | None = None
+) -> PlannedFile:
+    """The file of a grid, to be written part by part; `shapes` [O, I] are the matrices', by key."""
+    parts = {key: stored_shapes(fmt, *shape) for key, shape in shapes.items()}
+    tensors = {f"{key}.{name}": tensor for key, some in parts.items() for name, tensor in some.items()}
+    beside = StoredGrid(fmt, {}, carried).carried_tensors()
+    tensors |= {name: torch.empty_like(tensor, device="meta") for name, tensor in beside.items()}
+    path = directory / OWN_FOLDER / GRID_FILE
+    path.parent.mkdir(exist_ok=True)
+    return PlannedFile(path, tensors, header_of(fmt, carried))
+
+
+def stored_shapes(fmt: GridFormat, rows: int, columns: int) -> dict[str, Tensor]:
+    """What the file holds of a matrix [rows, columns], by the name behind its key: tensors without numbers."""
+    codes, grid = quantize(torch.zeros(1, columns), fmt)
+    some = {"codes": codes, **store(grid, fmt)}
+    shapes = {name: t.shape if t.ndim == 0 else (rows, *t.shape[1:]) for name, t in some.items()}
+    return {name: torch.empty(shapes[name], dtype=t.dtype, device="meta") for name, t in some.items()}
 
 
 def _told_in(metadata: Mapping[str, str]) -> JsonObject:

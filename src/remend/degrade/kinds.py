@@ -24,10 +24,11 @@ from pydantic import Field, field_validator
 from remend.data.given import as_files, rows_from_python
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
 from remend.errors import InputError
-from remend.files.settings import Settings, build, settings_in
+from remend.files.settings import PLACEMENT, Placement, Settings, build, settings_in
 from remend.registry import Registry
 
 if TYPE_CHECKING:
+    from remend.degrade.making.by_block import BlockWork
     from remend.degrade.making.job import Changed, Damage
     from remend.files.atomic import JsonObject
 
@@ -43,6 +44,7 @@ class DegradeSettings(Settings):
         True, description="measure the damage: on bundled prompts, or on some of --data that calibration did not see"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
+    placement: Placement = Field("auto", description=PLACEMENT)
     trust_remote_code: bool = Field(False, description="let a model directory run its own Python")
 
     def check(self) -> None:
@@ -56,6 +58,10 @@ class DegradeSettings(Settings):
     def change(self, damage: Damage) -> Changed:
         """Change `damage.student` or a model made from it. Raises InputError for a model that can't be changed so."""
         raise NotImplementedError
+
+    def by_block(self) -> BlockWork | None:
+        """How the same is done with one block of the model in memory; None where it takes the whole model."""
+        return None
 
 
 class Calibrated(DegradeSettings):

@@ -14,6 +14,7 @@ from remend.degrade.kinds import DEGRADATIONS, Calibrated, degrade
 from remend.files.settings import takes
 
 if TYPE_CHECKING:
+    from remend.degrade.making.by_block import BlockWork
     from remend.degrade.making.job import Changed, Damage
     from remend.degrade.making.zeros import Sparsity
     from remend.files.atomic import JsonObject
@@ -57,8 +58,18 @@ class Prune(Calibrated):
         from remend.degrade.making import zeros
 
         layers = zeros.prune_in_place(damage, self.amount(), self.method, self.scope, self.skip)
-        entry = {"method": self.method, "format": self.amount().name, "scope": self.scope, "skip": self.skip}
-        return zeros.described(damage.student, layers, entry)
+        return zeros.described(damage.student, layers, self._entry())
+
+    def _entry(self) -> JsonObject:
+        return {"method": self.method, "format": self.amount().name, "scope": self.scope, "skip": self.skip}
+
+    def by_block(self) -> BlockWork | None:
+        """See DegradeSettings: where no text is looked at, and no other layer."""
+        from remend.degrade.making.zeros import METHODS, SetToZero
+
+        if METHODS.get(self.method).calibrated or self.scope != "layer":
+            return None
+        return SetToZero(self.amount(), self.method, self._entry())
 
 
 @takes(Prune)

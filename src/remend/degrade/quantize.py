@@ -15,6 +15,7 @@ from remend.files.settings import takes
 
 if TYPE_CHECKING:
     from remend.compression.grids import GridFormat
+    from remend.degrade.making.by_block import BlockWork
     from remend.degrade.making.job import Changed, Damage
     from remend.files.atomic import JsonObject
 
@@ -51,6 +52,14 @@ class Quantize(Calibrated):
         stored = onto_grid.quantize_in_place(damage.student, fmt, self.method, skip=self.skip, damage=damage)
         entry = {"format": fmt.name, "method": self.method, "skip": self.skip}
         return onto_grid.described(damage.student, stored, entry)
+
+    def by_block(self) -> BlockWork | None:
+        """See DegradeSettings: where no text is looked at."""
+        from remend.degrade.making.onto_grid import METHODS, OntoGrid
+
+        if METHODS.get(self.method).calibrated:
+            return None
+        return OntoGrid(self.grid_format(), self.method, self.skip)
 
 
 @takes(Quantize)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from remend.console import stage
+from remend.console import console, stage
 from remend.data.examples import Example, bundled, choose, load_examples
 from remend.data.templates import Encoded, dropped_text, encode_within
 from remend.diagnosis import layers, subjects
@@ -19,9 +19,10 @@ from remend.errors import InputError
 from remend.files.launch import refusals
 from remend.files.run_directory import occupied
 from remend.models.activations.capture import LEAST_ROWS, SITES
+from remend.models.blocks.placement import Placed, numbers_in, place
 from remend.models.device import choose_device, choose_dtype, device_problem
-from remend.models.find import ModelSource, find_model
-from remend.models.load import check_weights, load_model, load_tokenizer
+from remend.models.find import ModelSource, fetch_model, find_model
+from remend.models.load import check_weights, load_tokenizer
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.vocabulary import unreadable
 
@@ -29,13 +30,16 @@ GPU_ROWS, CPU_ROWS = 1024, 256
 
 PROMPT_TOKENS = 1024
 
+BYTES = 5
+"""That a number of a model takes: float32, and some space."""
+
 
 @dataclass(frozen=True)
 class Examination:
     """A diagnosis that can begin.
 
     sites: the residual stream first. shared: leading token ids that all models share. examples: by id.
-    prompts: the examples that are short enough, encoded.
+    prompts: the examples that are short enough, encoded. placed: where each model is kept.
     """
 
     settings: DiagnoseSettings
@@ -50,11 +54,13 @@ class Examination:
     dtype: torch.dtype
     state: PartialState
     warnings: Sequence[str]
+    placed: Mapping[ModelSource, Placed]
 
     def load(self, source: ModelSource, name: str) -> CausalLM:
         """A model, its weights without gradients."""
         with stage(f"loading {name}"):
-            return load_model(source, dtype=self.dtype, device=self.device).requires_grad_(False)
+            placed = self.placed[source]
+            return placed.load(source, dtype=self.dtype, device=self.device).requires_grad_(False)
 
 
 def examination(settings: DiagnoseSettings) -> Examination:
@@ -110,7 +116,21 @@ def examination(settings: DiagnoseSettings) -> Examination:
         choose_dtype("auto", device) if device.type == "cuda" else torch.float32,
         state,
         warnings,
+        _placed(settings, [source, *(student.source for student in students)], device),
     )
+
+
+def _placed(
+    settings: DiagnoseSettings, sources: Sequence[ModelSource], device: torch.device
+) -> dict[ModelSource, Placed]:
+    """Where each model is kept: two are in memory at once. Raises InputError for a placement that can't be had."""
+    fetched = {source: fetch_model(source, weights=True) for source in sources}
+    sizes = sorted(numbers_in(local) or 0 for local in fetched.values())
+    needed = BYTES * sum(sizes[-2:])
+    placed = {s: place(settings.placement, local, needed, device, "diagnose") for s, local in fetched.items()}
+    for line in dict.fromkeys(one.why for one in placed.values() if one.why):
+        console.print(line, soft_wrap=True)
+    return placed
 
 
 def _check(settings: DiagnoseSettings, sites: Sequence[str]) -> None:

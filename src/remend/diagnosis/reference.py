@@ -40,6 +40,8 @@ from remend.files.run_directory import RunDirectory
 from remend.files.signed import SIGNATURE, as_signed, signed
 from remend.maths import cka
 from remend.models.activations.capture import LEAST_ROWS, Batch, as_layers, capture, pick_positions, usable
+from remend.models.blocks import by_block
+from remend.models.blocks.opening import born
 from remend.models.protocols import CausalLM, Tokenizer
 from remend.models.sampling.answers import answer, read_answers, write_answers
 from remend.models.sampling.rollout import Rollout
@@ -223,7 +225,12 @@ def _anchors(
 
 
 def random_model(model: CausalLM, seed: int) -> CausalLM:
-    """The same architecture with the weights that it is born with, seeded."""
+    """The same architecture with the weights that it is born with, seeded.
+
+    Of a model whose blocks are on the disk each block is drawn by itself, when it runs: those are other weights.
+    """
+    if by_block(model):
+        return born(model, seed)
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from remend.data.sources import COLUMNS_HELP, ColumnsSetting
-from remend.files.settings import MOST_TOKENS, Settings
+from remend.files.settings import MOST_TOKENS, PLACEMENT, Placement, Settings
 
 Site = Annotated[str, "residual, attention or mlp"]
 
@@ -33,4 +33,5 @@ class DiagnoseSettings(Settings):
     cache: str | None = Field(
         None, description="where the reference's answers and rows are kept; by default REMEND_CACHE or the user's cache"
     )
+    placement: Placement = Field("auto", description=PLACEMENT)
     trust_remote_code: bool = Field(False, description="let a model directory run its own Python")

@@ -14,20 +14,27 @@ import torch
 
 from remend.compression.containers import CONTAINERS, Container, Measured, read_record
 from remend.compression.recognise import recognise
-from remend.console import stage
+from remend.console import console, stage
 from remend.errors import InputError, did_you_mean
 from remend.exporting.card import told_of, write_card
 from remend.exporting.check import compare_file, verify
 from remend.files.atomic import JsonObject, new_directory, write_json, write_text
 from remend.files.reading import read_object
 from remend.files.run_directory import MANIFEST, occupied
-from remend.files.settings import shard_size
+from remend.files.settings import Placement, shard_size
 from remend.files.signed import signed
 from remend.models.adapters import is_adapter
+from remend.models.blocks import by_block
+from remend.models.blocks.placement import numbers_in, place
 from remend.models.find import ModelSource, fetch_model, find_model
-from remend.models.load import load_model, load_tokenizer
+from remend.models.load import load_tokenizer
 from remend.models.written import EXPORT_FILE, FILES, RECORD, hashes_of
 from remend.report.card import named
+
+BYTES = 13
+"""Of a number of the model: what is written, what was measured and what is read back, in float32, and codes."""
+
+CPU = torch.device("cpu")
 
 __all__ = ["CONTAINERS", "export", "verify"]
 
@@ -38,6 +45,7 @@ def export(
     *,
     format: str,
     max_shard_size: str | None = None,
+    placement: Placement = "auto",
     trust_remote_code: bool = False,
 ) -> JsonObject:
     """Write a model as it was measured, read it back and compare.
@@ -47,6 +55,8 @@ def export(
         out: a new directory.
         format: 'dense', 'compressed-tensors', 'gguf' (the type that the grid has) or 'gguf:q4_0' and the like.
         max_shard_size: of one file of weights, such as 5GB; by default transformers' limit.
+        placement: where the model's weights are meanwhile: auto, device, host or disk. With disk each block is read,
+            written and read back by itself, and no other program opens the result, since that would hold all of it.
         trust_remote_code: let the model's own code run.
 
     Returns:
@@ -64,14 +74,24 @@ def export(
         raise InputError(problem)
     shard = _shard(name, container, max_shard_size)
     assert container.write is not None
-    measured = open_measured(source, lambda grid: container.fits(grid, kind), trust_remote_code=trust_remote_code)
+    measured = open_measured(
+        source,
+        lambda grid: container.fits(grid, kind),
+        placement="device" if container.write_by_block is None and placement == "auto" else placement,
+        trust_remote_code=trust_remote_code,
+    )
+    write = container.write_by_block if by_block(measured.model) else container.write
+    if write is None:
+        raise InputError(
+            f"placement {placement} can't be had for {name}, which is written as a whole; leave it to auto"
+        )
     measured = replace(measured, max_shard_size=shard)
     told = told_of(measured)
     with new_directory(out) as target:
         with stage(f"writing {format}"):
-            facts = container.write(measured, target, kind)
+            facts = write(measured, target, kind)
         with stage("reading it back"):
-            check = compare_file(target, measured)
+            check = compare_file(target, measured, container)
         if measured.degradation is not None:
             write_json(target / RECORD, signed(measured.degradation))
         write_text(target / "README.md", write_card(measured, told, facts, check))
@@ -109,13 +129,18 @@ def _writable(name: str) -> Container:
 
 
 def open_measured(
-    source: str, unfit: Callable[[str], str | None] = lambda grid: None, *, trust_remote_code: bool = False
+    source: str,
+    unfit: Callable[[str], str | None] = lambda grid: None,
+    *,
+    placement: Placement = "device",
+    trust_remote_code: bool = False,
 ) -> Measured:
     """Load a run's recovered model, or any model, in float32 on the CPU.
 
     Args:
         source: a run or a model.
         unfit: the grid's name or 'none' → why it can't be used, which is asked before any weights are loaded.
+        placement: where its weights are to be.
         trust_remote_code: let the model's own code run.
 
     Raises InputError when a run has no model yet, the grid is unfit or the weights don't lie on the grid beside them,
@@ -139,9 +164,13 @@ def open_measured(
     reason = unfit(held.stored.format.name if held.stored else "none")
     if reason:
         raise InputError(reason)
+    numbers = numbers_in(where)
+    placed = place(placement, where, None if numbers is None else BYTES * numbers, CPU, "export")
+    if placed.why:
+        console.print(placed.why, soft_wrap=True)
     with stage(f"loading {where.spec}"):
         tokenizer = load_tokenizer(where)
-        model = load_model(where, dtype=torch.float32, device=torch.device("cpu"))
+        model = placed.load(where, dtype=torch.float32, device=CPU)
     if held.stored:
         held.stored.check(model)
     mask = held.why if held.mask else None

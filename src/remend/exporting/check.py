@@ -10,18 +10,20 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from remend.compression.containers import Measured, container_of
+from remend.compression.containers import Container, Measured, container_of
 from remend.console import stage, warn
 from remend.errors import FileError
 from remend.exporting import stranger
 from remend.files.atomic import JsonObject
+from remend.models.blocks import by_block, part_of, parts_of
 from remend.models.find import ModelSource, find_model
 from remend.models.load import load_model, load_tokenizer
 from remend.models.protocols import CausalLM
@@ -58,9 +60,15 @@ def verify(exported: str | Path, measured_dir: str | Path, *, trust_remote_code:
     return _compare(Path(exported), find_model(str(measured_dir), trust_remote_code=trust_remote_code))
 
 
-def compare_file(target: Path, measured: Measured) -> JsonObject:
-    """`verify` against the measured model's own files. Raises FileError when anything differs, or nobody reads it."""
-    check = _compare(target, measured.source)  # loaded anew: a writer may have packed the measured one in place
+def compare_file(target: Path, measured: Measured, container: Container) -> JsonObject:
+    """`verify` against the measured model's own files. Raises FileError when anything differs, or nobody reads it.
+
+    Of a model whose blocks are on the disk, blocks are compared one by one, and no other program opens the whole.
+    """
+    if by_block(measured.model):
+        check = _compare_by_block(target, measured, container)
+    else:
+        check = _compare(target, measured.source)  # loaded anew: a writer may have packed the measured one in place
     if not check["weights_equal"] or check["max_logit_difference"] != 0:
         raise FileError(
             f"what was written is not what was measured: {len(check['different'])} tensors differ "
@@ -98,6 +106,39 @@ def _compare(exported: Path, measured: ModelSource) -> JsonObject:
     del old  # a stranger needs the memory
     answers = _ask_strangers(path, measured, ids_BT, logits_NV, DTYPES if small else DTYPES[:1])
     return {**check, "read_by": ", ".join([*readers, *filter(None, map(_claim, answers))]), "strangers": answers}
+
+
+def _compare_by_block(target: Path, measured: Measured, container: Container) -> JsonObject:
+    assert container.opened_by_block is not None
+    source = find_model(str(target), trust_remote_code=measured.source.trust_remote_code)
+    new, old = container.opened_by_block(source, measured.model.device), measured.model
+    different, largest = list[str](), 0.0
+    for number in parts_of(old):
+        with part_of(old, number) as theirs, part_of(new, number) as ours:
+            one, other = (dict(_parameters(modules)) for modules in (ours, theirs))
+            different += sorted(one.keys() ^ other.keys())
+            for name in one.keys() & other.keys():
+                if not torch.equal(one[name], other[name]):
+                    different.append(name)
+                    largest = max(largest, float((one[name] - other[name]).abs().max()))
+    ids_BT = _random_ids(new, old)
+    with torch.no_grad():
+        gap = float((new(input_ids=ids_BT).logits - old(input_ids=ids_BT).logits).abs().max())
+    return {
+        "weights_equal": not different,
+        "different": sorted(different)[:10],
+        "max_weight_difference": largest,
+        "max_logit_difference": gap,
+        "tokens_compared": SEQUENCES * LENGTH,
+        "read_by": "remend, block by block",
+        "strangers": [],
+    }
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for name, module in modules.items():
+        for own, parameter in module.named_parameters(recurse=False):
+            yield f"{name}.{own}", parameter.detach()
 
 
 def _ask_strangers(
@@ -167,6 +208,13 @@ def compare(new: CausalLM, old: CausalLM) -> JsonObject:
     return _compared(new, old)[0]
 
 
+def _random_ids(*models: CausalLM) -> Tensor:
+    """[B, T]: tokens that all models know."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(model.get_input_embeddings().num_embeddings for model in models)
+    return torch.randint(vocabulary, (SEQUENCES, LENGTH), generator=generator)
+
+
 @torch.no_grad()
 def _compared(new: CausalLM, old: CausalLM) -> tuple[JsonObject, Tensor, Tensor]:
     """The comparison, the random tokens [B, T] that were read, and the old model's logits [N, V], float32."""
@@ -175,9 +223,7 @@ def _compared(new: CausalLM, old: CausalLM) -> tuple[JsonObject, Tensor, Tensor]
     different = sorted((ours.keys() | theirs.keys()) - set(shared))
     different += [n for n in shared if not torch.equal(ours[n], theirs[n])]
     largest = max((float((ours[n] - theirs[n]).abs().max()) for n in shared), default=0.0)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = min(m.get_input_embeddings().num_embeddings for m in (new, old))
-    ids_BT = torch.randint(vocabulary, (SEQUENCES, LENGTH), generator=generator)
+    ids_BT = _random_ids(new, old)
     logits_BTV = old(input_ids=ids_BT).logits
     check: JsonObject = {
         "weights_equal": not different,

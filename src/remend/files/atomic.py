@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from remend.errors import FileError
+from remend.errors import FileError, InputError
 from remend.files.lock import LOCK, take
 
 JsonObject = dict[str, Any]
@@ -32,6 +32,11 @@ TEMPORARY = ".remend-tmp-"
 """How every name begins that is not final yet. Nothing else is ever removed as a leftover."""
 OLD = f"{TEMPORARY}old-"
 """Of a directory that holds what is being replaced."""
+
+UNFINISHED = ".remend-unfinished-"
+"""How the name of a directory begins that is written part by part, and gone on with after a kill."""
+ASKED = f"{TEMPORARY}asked.json"
+"""In it: what was asked for, so that only the same command goes on with it."""
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
@@ -149,6 +154,58 @@ def new_directory(target: Path) -> Iterator[Path]:
                 raise
 
 
+@contextmanager
+def resumable_directory(target: Path, asked: JsonRow) -> Iterator[Path]:
+    """A directory that becomes `target` when the block ends well, and whose content stays when the process is killed.
+
+    The next time that the same is asked for, it is there with what was durable by then. Otherwise as `new_directory`.
+
+    Args:
+        target: the name to come.
+        asked: JSON of all that the content depends on; what was begun for something else is removed.
+
+    Raises FileError where another process is writing it. An InputError inside removes it.
+    """
+    target = target.resolve() if target.is_symlink() else target
+    with writing(target):
+        fixed = target.is_dir() and not _replaceable(target)
+        place = target if fixed else target.parent
+        place.mkdir(parents=True, exist_ok=True)
+        unfinished = place / f"{UNFINISHED}{_short(target.name)}"
+        unfinished.mkdir(exist_ok=True)
+        descriptor = os.open(unfinished, os.O_RDONLY)
+        try:
+            if take(descriptor) is False:
+                raise FileError(f"another process is writing {target}; wait until it has ended, or end it")
+            _begin_unless_same(unfinished, json.loads(json.dumps(asked)))
+            yield unfinished
+            (unfinished / ASKED).unlink()
+            _make_durable(unfinished)
+            if fixed:
+                for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
+                    path.rename(target / path.name)
+                unfinished.rmdir()
+            else:
+                _put(unfinished, target)
+            flush(place)
+        except InputError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+
+def _begin_unless_same(unfinished: Path, asked: JsonObject) -> None:
+    try:
+        same = json.loads((unfinished / ASKED).read_text(encoding="utf-8")) == asked
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        for path in list(unfinished.iterdir()):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        write_json(unfinished / ASKED, asked)
+
+
 def _replaceable(directory: Path) -> bool:
     return not os.path.ismount(directory) and os.access(directory.parent, os.W_OK)
 
@@ -194,7 +251,7 @@ def put_aside(path: Path) -> Path:
 
 def visible(directory: Path) -> list[Path]:
     """What lies in a directory, but for temporary names and the lock."""
-    return [path for path in directory.iterdir() if not path.name.startswith((TEMPORARY, LOCK))]
+    return [path for path in directory.iterdir() if not path.name.startswith((TEMPORARY, UNFINISHED, LOCK))]
 
 
 def _make_durable(directory: Path) -> None:

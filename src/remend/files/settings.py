@@ -54,6 +54,13 @@ NO_FLOAT16 = (
 )
 
 
+Placement = Literal["auto", "device", "host", "disk"]
+
+PLACEMENT = (
+    "where weights are: device, all of them; disk or host, in the files or in the CPU's memory, from where blocks come "
+    "one by one; auto: device where that fits into the free memory, else disk where the files can be read so"
+)
+
 Arithmetic = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_no_float16)]
 """The dtype of a training's arithmetic."""
 

@@ -40,6 +40,8 @@ def infer_layer_map(student: CausalLM, teacher: CausalLM) -> list[int]:
 
     Raises InputError when the student has more blocks than the teacher.
     """
+    from remend.models.blocks import blocks_in  # late: it looks for a decoder's blocks here
+
     ours, theirs = decoder_layers(student), decoder_layers(teacher)
     if len(ours) > len(theirs):
         raise InputError(
@@ -53,7 +55,8 @@ def infer_layer_map(student: CausalLM, teacher: CausalLM) -> list[int]:
     best[0, : spare + 1] = 0
     for s in range(len(ours)):
         for t in range(s, s + spare + 1):  # no other of the teacher's blocks leaves enough for the rest
-            cost = _difference(ours[s], theirs[t])
+            with blocks_in(student).at(s), blocks_in(teacher).at(t):
+                cost = _difference(ours[s], theirs[t])
             best[s + 1, t + 1] = torch.minimum(best[s + 1, t], best[s, t] + cost)
     chosen, t = [], len(theirs)
     for s in range(len(ours), 0, -1):

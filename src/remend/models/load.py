@@ -9,10 +9,10 @@ import copy
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import safe_open
@@ -22,6 +22,7 @@ from remend.errors import FileError, InputError, RemendError
 from remend.files.atomic import write_text
 from remend.models import adapters
 from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of
+from remend.models.blocks import named_weights
 from remend.models.depth_check import require_plausible_depth
 from remend.models.find import CARD, ModelSource, complete, fetch_model, require_readable, weight_files
 from remend.models.frozen_base import narrow
@@ -258,10 +259,19 @@ def check_weights(source: ModelSource) -> list[str]:
     source = source.base or source
     if source.path is None or (source.repo and not complete(source.path)):
         return []
+    account = account_of_files(source)
+    return [_tell(source, account, aloud=False)] if account.left_out else []
+
+
+def account_of_files(source: ModelSource) -> Account:
+    """The account of a local model's files by their headers alone; no weight is read.
+
+    Raises what `load_model` raises for names, shapes, types and packings.
+    """
     _require_as_written(source)
     account, _ = _open(source, torch.float32, names_only=True)
     account.require_whole(source.spec, _told_by(source))
-    return [_tell(source, account, aloud=False)] if account.left_out else []
+    return account
 
 
 def _require_as_written(source: ModelSource) -> None:
@@ -427,7 +437,7 @@ def maps_float32(source: ModelSource) -> bool:
 
 def inexact_in(model: CausalLM, dtype: torch.dtype) -> list[str]:
     """Names of the float32 parameters that a dtype rounds."""
-    return [name for name, weight in model.named_parameters() if not weight.equal(weight.to(dtype).to(weight.dtype))]
+    return [name for name, weight in named_weights(model) if not weight.equal(weight.to(dtype).to(weight.dtype))]
 
 
 def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path, *, max_shard_size: str | None = None) -> None:
@@ -458,6 +468,46 @@ def skeleton(source: ModelSource, config: PreTrainedConfig) -> CausalLM:
     with quietly(), _explained(source, "model"), torch.device("meta"):
         model: CausalLM = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     return model
+
+
+def empty_model(source: ModelSource, config: PreTrainedConfig, attention: str | None = None) -> CausalLM:
+    """The model as `load_model` gives it in float32, but without its parameters: these have shapes and no numbers.
+
+    Buffers, which are computed from the configuration, are there; weights are tied as the configuration says.
+
+    Args:
+        source: a local directory.
+        config: its configuration; it becomes the model's.
+        attention: transformers' attn_implementation.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    assert source.path is not None
+    extra = {"attn_implementation": attention} if attention else {}
+    config._name_or_path = str(source.path)
+    with quietly(), _explained(source, "model"), init_empty_weights(include_buffers=False):
+        model: CausalLM = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=source.trust_remote_code, **extra
+        )
+    model.tie_weights()  # inside, each name would get an empty parameter of its own
+    if (source.path / "generation_config.json").is_file():
+        with quietly(), _explained(source, "configuration"):
+            model.generation_config = GenerationConfig.from_pretrained(source.path)
+    return model
+
+
+def empty_of(model: CausalLM) -> CausalLM:
+    """A model of the same class and configuration, without its parameters; its buffers are on the same device."""
+    from accelerate import init_empty_weights
+
+    made = cast("Callable[[PreTrainedConfig], CausalLM]", type(model))
+    with quietly(), init_empty_weights(include_buffers=False):
+        empty = made(copy.deepcopy(model.config))
+    empty.tie_weights()
+    for module in empty.modules():
+        module._buffers = {n: None if b is None else b.to(model.device) for n, b in module._buffers.items()}
+    return empty
 
 
 def eos_ids(model_or_config: CausalLM | PreTrainedConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

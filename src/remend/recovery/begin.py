@@ -21,6 +21,7 @@ from remend.files.environment import changes, environment
 from remend.files.launch import HOW, SIZE, processes
 from remend.files.lock import only_writer
 from remend.files.run_directory import BEGINNING, MANIFEST, NEXT, RECIPE, SUMMARY, Checkpoint, RunDirectory, manifest_of
+from remend.models.blocks.placement import Placed
 from remend.models.device import mixed_precision
 from remend.models.find import ModelSource, hash_files
 from remend.models.load import load_model
@@ -102,8 +103,11 @@ class Run:
         """The context of forward passes over float32 weights."""
         return mixed_precision(self.plan.dtype, self.device)
 
-    def read(self, source: ModelSource, dtype: torch.dtype = torch.float32) -> CausalLM:
-        """Load a model onto the device. Of a base that is frozen under an adapter there is one copy of the weights."""
+    def read(self, source: ModelSource, dtype: torch.dtype = torch.float32, placed: Placed | None = None) -> CausalLM:
+        """Load a model onto the device, or to where it is placed.
+
+        Of a base that is frozen under an adapter there is one copy of the weights.
+        """
         with stage(f"loading {source.spec}"):
             under, base = source.base or source, None
             if is_base(self.plan, source):
@@ -111,7 +115,9 @@ class Run:
             if base and under is source:
                 return base
             attention = self.plan.config.attn_implementation
-            return load_model(source, dtype=dtype, device=self.device, attention=attention, base=base)
+            if base:
+                return load_model(source, dtype=dtype, device=self.device, attention=attention, base=base)
+            return (placed or Placed()).load(source, dtype=dtype, device=self.device, attention=attention)
 
     def _frozen(self, source: ModelSource) -> CausalLM:
         """The base under an adapter: its linear layers by their codes where it lies on a grid, else in their dtype.
@@ -125,6 +131,13 @@ class Run:
             pack_layers(model, stored)
         return model.to(self.device)
 
+    def read_student(self, source: ModelSource) -> CausalLM:
+        """Load the student, or what became of it, to where students are placed."""
+        return self.read(source, placed=self.plan.placed.student)
+
+    def _read_teacher(self, source: ModelSource, dtype: torch.dtype) -> CausalLM:
+        return self.read(source, dtype, self.plan.placed.teacher)
+
     def parts(self, model: CausalLM) -> Scorer:
         """A model as body and head over the shared ids."""
         return scorer(model, self.plan.shared)
@@ -133,7 +146,7 @@ class Run:
         """What the teachers are loaded into."""
         # a GPU's memory is dear, so its teacher is held in bfloat16; a CPU's measures in float32
         dtype = self.plan.dtype if self.device.type == "cuda" else torch.float32
-        return Workplace(student, initial, dtype, self.plan.config.model_dump(), self.read)
+        return Workplace(student, initial, dtype, self.plan.config.model_dump(), self._read_teacher)
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -284,7 +297,7 @@ def create(run: Run, rows: int) -> None:
 def load(run: Run) -> tuple[CausalLM, dict[str, Teacher]]:
     """The student, and the teachers that do not follow it, by name; the reference is among them."""
     plan = run.plan
-    student = run.read(plan.student)
+    student = run.read_student(plan.student)
     workplace = run.workplace(run.parts(student))
     early = (name for name, teacher in plan.teachers.items() if not teacher.moving or name == plan.reference)
     teachers = {name: at_work(plan.teachers[name], workplace) for name in early}

@@ -29,4 +29,5 @@ def hold(run: Run, student: CausalLM, reference: Teacher, repaired: Repaired) ->
     if facts.compressed and not config.train_embeddings and config.train == "all":
         freeze_healthy_embeddings(student, reference.model)
     start, rate = repaired.start, plan.learning_rate
-    return kind_of(facts).hold(student, facts, origin=reference.model, start=start, rate=rate)
+    origin = None if plan.placed.teacher.by_block else reference.model  # without steps nothing starts from it
+    return kind_of(facts).hold(student, facts, origin=origin, start=start, rate=rate)

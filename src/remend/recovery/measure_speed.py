@@ -205,7 +205,7 @@ def _repair(
         text = [answers[i % len(answers)] for i in range(count)]
         times: list[float] = []
         with suppress(_Enough):
-            kind.repair(student, plan.facts, _FirstBlocks(teacher, text, run.precision(), times))
+            kind.repair(student, plan.facts, _FirstBlocks(teacher, text, run.precision(), began=times))
         if len(times) < 2:
             return  # a student of one block: what it costs is left to the guess
         seconds.append((times[-1] - times[0]) / (len(times) - 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,6 +12,7 @@ from remend.data.templates import encode
 from remend.errors import CheckError
 from remend.files.run_directory import AUTO_STEPS
 from remend.maths.losses import of_beta
+from remend.models.blocks.placement import Placed
 from remend.models.find import ModelSource
 from remend.models.protocols import Tokenizer
 from remend.models.sizes import Size
@@ -23,6 +24,14 @@ from remend.recovery.settings import Auto, RecoverConfig
 from remend.training.constraints import StudentFacts, kind_of
 from remend.training.loop import Optimization
 from remend.training.teachers import NamedTeacher
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the student's weights are kept, and the healthy model's."""
+
+    student: Placed = field(default_factory=Placed)
+    teacher: Placed = field(default_factory=Placed)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Plan:
     teachers: by name, with their files found.
     prompts: of all streams; a stream whose prompts the reference is to write has none yet.
     checked_in: seconds that the checks took.
+    placed: where the models are kept.
     segments: that were added to a run beyond the recipe's steps.
     """
 
@@ -61,6 +71,7 @@ class Plan:
     warnings: Sequence[str]
     notes: Sequence[str]
     checked_in: float = 0.0
+    placed: Places = field(default_factory=Places)
     segments: tuple[Segment, ...] = ()
 
     @property
@@ -121,6 +132,7 @@ class Plan:
     def chosen(self) -> list[str]:
         """What was settled here and not by the user, a line each."""
         lines = [*([self.epochs.line()] if self.epochs else []), self.rate.line()]
+        lines += [placed.why for placed in (self.placed.student, self.placed.teacher) if placed.why]
         if self.ends_early:
             lines.insert(0, f"steps: at most {AUTO_STEPS}; training ends where it wins nothing over the repair")
         if self.config.dtype == "auto" and self.device.type == "cuda" and self.dtype == torch.float32:

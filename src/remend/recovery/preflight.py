@@ -37,6 +37,7 @@ from remend.recovery.findings import Findings
 from remend.recovery.forecast import disk_at_most, free_disk, streams_of
 from remend.recovery.memory import activation_bytes
 from remend.recovery.output_directory import inside, unwritable
+from remend.recovery.placing import REPAIRED, place_models
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.prompts import Prompts, StreamData, kept_apart, load_stream
 from remend.recovery.repair import TOKENS as REPAIR_TOKENS
@@ -201,6 +202,7 @@ def _plan(
         warnings=tuple(say.warnings),
         notes=tuple(say.notes),
     )
+    plan = replace(plan, placed=place_models(plan, say))
     _check_disk(plan, say, _written(config.out) if resuming else 0)
     _check_held_out(plan, say)
     return replace(plan, warnings=tuple(say.warnings))
@@ -517,11 +519,13 @@ def _check_disk(plan: Plan, say: Findings, written: int) -> None:
     """Whether the disk has room for what the run writes beyond the bytes that it has `written` already."""
     config, needed = plan.config, disk_at_most(plan)
     free = free_disk(config.out)
-    if needed.total > free + written:
+    blocks = REPAIRED * plan.size.matrices if plan.repairs and plan.placed.student.by_block else 0
+    if needed.total + blocks > free + written:
         there = f", of which {_size_in_words(written)} are there already," if written else ""
         say.problems.append(
-            f"out {config.out}: the run writes up to {_size_in_words(needed.total)} (model and {needed.checkpoints} "
-            f"checkpoints of {_size_in_words(needed.checkpoint)}){there} and {_size_in_words(free)} are free; lower "
+            f"out {config.out}: the run writes up to {_size_in_words(needed.total + blocks)} (model and "
+            f"{needed.checkpoints} checkpoints of {_size_in_words(needed.checkpoint)}"
+            f"{', and the repaired blocks' if blocks else ''}){there} and {_size_in_words(free)} are free; lower "
             "keep_checkpoints, raise save_every, or name another disk"
         )
 

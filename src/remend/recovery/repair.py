@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -20,10 +20,15 @@ from remend.data.order import Order
 from remend.data.templates import Encoded
 from remend.files.atomic import JsonObject
 from remend.models.activations.walk import check_walk, completions
+from remend.models.blocks import by_block
+from remend.models.blocks.journal import BlockJournal
+from remend.models.blocks.opening import as_float32
 from remend.models.protocols import CausalLM, Tokenizer
+from remend.models.sampling.answers import answered_once
 from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import ROWS
 from remend.recovery.begin import Run
+from remend.recovery.by_block import forget_blocks, journal_of
 from remend.training.constraints import Calibration, Start, StudentFacts, kind_of
 from remend.training.teachers import Teacher
 
@@ -31,6 +36,9 @@ TOKENS = 64
 """Of a calibration sample, the reference's own completion of a training prompt."""
 
 REPAIR_ANSWERS = "repair-answers.jsonl"
+
+CALIBRATION_TEXT = "repair-text.jsonl"
+"""What repair is fitted to, where blocks are on the disk: a killed repair goes on with the same."""
 
 MOST_ROWS = 65_536
 """Tokens of calibration text, prompts included: long prompts would else cost hours and tens of gigabytes."""
@@ -79,6 +87,8 @@ def repair(
     shared: int,
     precision: AbstractContextManager[object] | None = None,
     rows: int = ROWS,
+    journal: BlockJournal | None = None,
+    written: Callable[[Callable[[], list[Rollout]]], list[Rollout]] | None = None,
 ) -> Repaired:
     """Repair a compressed student in place. One that is not compressed, or not cut from the teacher, is left as it is.
 
@@ -90,17 +100,27 @@ def repair(
         shared: ids that both models know; a padded teacher writes no others.
         precision: context of the forward passes, and of sampling.
         rows: that are sampled at once.
+        journal: where a student whose blocks are on the disk gets its new ones.
+        written: given what lets the teacher answer, the answers, which may be kept from an earlier try.
     """
     kind = kind_of(facts)
     if not kind.repairs(student, facts, teacher):
         return Repaired()
     began = time.perf_counter()
-    with precision or nullcontext():
-        text = completions(teacher, tokenizer, prompts, max_new_tokens=TOKENS, seed=seed, shared=shared, rows=rows)
-    if next(teacher.parameters()).dtype != torch.float32:
+
+    def answered() -> list[Rollout]:
+        with precision or nullcontext():
+            return completions(teacher, tokenizer, prompts, max_new_tokens=TOKENS, seed=seed, shared=shared, rows=rows)
+
+    text = written(answered) if written else answered()
+    if by_block(teacher):
+        teacher = as_float32(teacher)
+    elif next(teacher.parameters()).dtype != torch.float32:
         # what a layer ought to add is a difference of large states, which bfloat16 (a GPU's teacher) would blur
         teacher = copy.deepcopy(teacher).to(torch.float32)
-    start = kind.repair(student, facts, Calibration(teacher, text, precision))
+    if journal:
+        journal.begin()
+    start = kind.repair(student, facts, Calibration(teacher, text, precision, journal))
     if blocks := start.walked.unexplained:
         how = "fitted to what the teacher's layers give" if start.walked.beside else "not fitted"
         numbers = ", ".join(map(str, blocks))
@@ -139,15 +159,23 @@ def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaire
     if teacher is None or not _repairs(run, student, reference):
         return Repaired()
     prompts = calibration_prompts(run.prompts.main.train, config.repair_samples, config.seed)
+    seed, how, journal, written = config.seed, run.precision(), journal_of(run, student), None
+    if journal:
+
+        def written(write: Callable[[], list[Rollout]]) -> list[Rollout]:
+            return answered_once(run.directory, CALIBRATION_TEXT, prompts, plan.tokenizer, write)
+
     return repair(
         student,
         teacher,
         plan.facts,
         plan.tokenizer,
         prompts,
-        seed=config.seed,
+        seed=seed,
         shared=plan.shared,
-        precision=run.precision(),
+        precision=how,
+        journal=journal,
+        written=written,
         rows=run.rows_at_once,
     )
 
@@ -155,6 +183,9 @@ def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaire
 @torch.no_grad()
 def take_back(run: Run, student: CausalLM) -> None:
     """The weights that the student came in with, in place: teachers may be views of it."""
+    if by_block(student):
+        forget_blocks(run, student)
+        return
     before = dict(run.read(run.plan.student).named_parameters())
     for name, parameter in student.named_parameters():
         parameter.copy_(before[name])

@@ -12,6 +12,7 @@ from remend.files.run_directory import RunDirectory
 from remend.models.device import free_bytes
 from remend.recovery.begin import Run, begin, create, load
 from remend.recovery.bootstrap import ask_gate
+from remend.recovery.by_block import remove_blocks, save_by_block, without_steps
 from remend.recovery.clock import Clock
 from remend.recovery.forecast import record_speed
 from remend.recovery.helpful_repair import repair_if_it_helps
@@ -23,7 +24,7 @@ from remend.recovery.plateau import Plateau, begin_plateau, with_prompts_apart
 from remend.recovery.pools import build_sources, sample_pools
 from remend.recovery.repair import check_repair, initial_weights
 from remend.recovery.rows_at_once import rows_at_once
-from remend.recovery.save import finish, reopened, save
+from remend.recovery.save import finish, reopened, save, saved_in
 from remend.recovery.selection import Selection
 from remend.recovery.tracking import Observer, measure_baseline
 from remend.recovery.training import hooks_of, step_function, train_student, trained_parts
@@ -55,6 +56,7 @@ def carry_out(plan: Plan, directory: RunDirectory | None, began: float) -> RunDi
             recovered = judge.measure_recovered(saved, degraded)
             observer.note(saved, outcome["selected"]["step"], "recovered", recovered.on_reference)
             finish(run, degraded, recovered, outcome, began)
+            remove_blocks(run)
             if directory is None:
                 record_speed(run, clock.stop(), outcome["steps"])
         run.wait()
@@ -84,6 +86,9 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
     initial = initial_weights(run, student)
     # a checkpoint holds what came of repair, so a resumed run need not do it again
     repaired = past.repaired if run.resumed else repair_if_it_helps(run, student, reference, observer)
+    if plan.placed.student.by_block:
+        saved = save_by_block(run, student, *saved_in(plan, student)) if observer else {}
+        return observer, without_steps(run, saved, repaired.record)
     if not repaired.start:
         initial = None  # nothing has changed since: the trainable parameters are the initial ones
     constraint = hold(run, student, reference, repaired)

@@ -17,6 +17,7 @@ from remend.files.run_directory import METRICS, SUMMARY
 from remend.files.signed import signed
 from remend.maths.losses import of_beta
 from remend.models.adapters import is_adapted, merge
+from remend.models.blocks import named_weights
 from remend.models.find import find_model
 from remend.models.load import inexact_in, save_model, stored_dtype
 from remend.models.protocols import CausalLM
@@ -42,7 +43,7 @@ def save(run: Run, student: CausalLM, constraint: Constraint) -> JsonObject:
     with stage("saving the model"), new_directory(run.results / "model") as target:
         if plan.config.merge:
             merge(student)
-        dtype, why = _saved_in(plan, student)
+        dtype, why = saved_in(plan, student)
         for weight in student.parameters() if dtype != torch.float32 else ():
             weight.data = weight.data.to(dtype)  # buffers stay: some models want theirs in float32
         save_model(student, plan.tokenizer, target, max_shard_size=plan.config.max_shard_size)
@@ -56,7 +57,7 @@ def save(run: Run, student: CausalLM, constraint: Constraint) -> JsonObject:
     return {"dtype": name, "why": why, FILES: files}
 
 
-def _saved_in(plan: Plan, student: CausalLM) -> tuple[torch.dtype, str]:
+def saved_in(plan: Plan, student: CausalLM) -> tuple[torch.dtype, str]:
     """The dtype of the saved weights, and why it is that."""
     given = plan.config.save_dtype or "auto"
     if is_adapted(student):
@@ -71,7 +72,7 @@ def _saved_in(plan: Plan, student: CausalLM) -> tuple[torch.dtype, str]:
         if rounded:
             return torch.float32, f"the student's own {name} would round trained weights; save_dtype: {name} does so"
         return theirs, "the student's files are, and it rounds nothing"
-    over = [n for n, weight in student.named_parameters() if not weight.to(theirs).isfinite().all()]
+    over = [n for n, weight in named_weights(student) if not weight.to(theirs).isfinite().all()]
     if over:
         warn(f"save_dtype {name} can't hold the numbers of {over[0]}, so the model is saved in float32")
         return torch.float32, f"{name} can't hold the numbers of {over[0]}"
@@ -80,7 +81,7 @@ def _saved_in(plan: Plan, student: CausalLM) -> tuple[torch.dtype, str]:
 
 def saved_model(run: Run) -> CausalLM:
     """The model that `save` wrote."""
-    return run.read(find_model(str(run.results / "model"), trust_remote_code=run.plan.config.trust_remote_code))
+    return run.read_student(find_model(str(run.results / "model"), trust_remote_code=run.plan.config.trust_remote_code))
 
 
 def reopened(run: Run, reference: Teacher) -> CausalLM:

@@ -26,9 +26,11 @@ from remend.files.run_directory import AUTO, AUTO_STEPS, steps_a_checkpoint, upd
 from remend.files.settings import (
     MOST_TOKENS,
     NO_FLOAT16,
+    PLACEMENT,
     Arithmetic,
     Gone,
     Number,
+    Placement,
     Settings,
     as_number,
     build,
@@ -124,6 +126,18 @@ class EmaConfig(Settings):
         description="share of the way that ema goes to the student each time (SDFT authors' code: 0.01)",
     )
     every: int = Field(1, ge=1, description="ema follows after every n steps")
+
+
+class PlacementConfig(Settings):
+    """Where the weights of student and teacher are; one word stands for both."""
+
+    student: Placement = Field("auto", description=PLACEMENT)
+    teacher: Placement = Field("auto", description="likewise, of the healthy model")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _both(cls, values: object) -> object:
+        return {"student": values, "teacher": values} if isinstance(values, str) else values
 
 
 class AlignmentConfig(Settings):
@@ -301,7 +315,7 @@ class RecoverConfig(Settings):
         "Measuring": ("eval_every", "diagnose_every", "select", "patience", "report_to"),
         "Running": (
             *("save_every", "keep_checkpoints", "save_dtype", "max_shard_size", "dtype", "attn_implementation"),
-            *("device", "seed"),
+            *("device", "placement", "seed"),
         ),
     }
 
@@ -511,6 +525,12 @@ class RecoverConfig(Settings):
         "has; by default its own choice, mostly sdpa",
     )
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda, cuda:1, mps")
+    placement: PlacementConfig = Field(
+        default_factory=lambda: build(PlacementConfig, {}, "placement"),
+        strict=False,
+        description="where weights are kept: auto, device, host or disk, or {student, teacher} with one of these each. "
+        "host and disk need steps: 0",
+    )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
         None,
         description="dtype of the saved model; auto, the default: that of the student's files where it rounds "

@@ -57,7 +57,7 @@ class Degradation:
         }
 
 
-NEWER = ("probe", "device", "trust_remote_code", "dtype", "columns")
+NEWER = ("probe", "device", "trust_remote_code", "dtype", "columns", "placement")
 """Settings of degradations that studies did not have at first. Only where they are given are students made anew."""
 
 BASES = {

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from remend.compression.stored_grid import GRID_FILE, StoredGrid
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
@@ -92,6 +94,8 @@ class Container:
             None where transformers is the only reader.
         reader: that reader's name.
         sharded: whether `write` can cut the weights into several files.
+        write_by_block: the same as `write`, of a model whose blocks are not in memory; None where there is no such way.
+        opened_by_block: opens what that wrote, likewise.
     """
 
     reads: Callable[[ModelSource], bool]
@@ -101,6 +105,8 @@ class Container:
     differing: Callable[[Path, CausalLM], list[str]] | None = None
     reader: str = ""
     sharded: bool = False
+    write_by_block: Write | None = None
+    opened_by_block: Callable[[ModelSource, torch.device], CausalLM] | None = None
 
 
 CONTAINERS: Registry[Container] = Registry("container")

@@ -9,22 +9,29 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from remend.compression.containers import CONTAINERS, Container, Measured, Recognised, held_as_dense, packed_by
-from remend.compression.grids import Grid, GridFormat, restore
+from remend.compression.grids import Grid, GridFormat, decode, fit, restore
 from remend.compression.stored_grid import Carried, StoredGrid
 from remend.errors import InputError
 from remend.files.atomic import JsonObject, write_json
 from remend.files.reading import read_object
-from remend.models.find import ModelSource
-from remend.models.load import save_model
+from remend.models.blocks.files import TensorFiles
+from remend.models.blocks.opening import from_disk
+from remend.models.blocks.saving import planned_shell
+from remend.models.blocks.writing import PlannedFiles, write_parts
+from remend.models.find import ModelSource, weight_files
+from remend.models.load import empty_of, save_model
 from remend.models.matrices import by_key
 from remend.models.packed_weights import merges_experts, packing, require_compressed_tensors
+from remend.models.protocols import CausalLM
 
 _AN_EXPERT = re.compile(r"[.]experts[.]\d+[.]")
 _OF_THE_GROUP = ("input_activations", "output_activations")
@@ -262,11 +269,22 @@ def _why_not(grid: str) -> str:
 def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
     """Packed safetensors, and `quantization_config` in config.json."""
     require_compressed_tensors("--format compressed-tensors")
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-
     model, stored = measured.model, measured.stored
     assert stored is not None
+    _require_writable(model, stored)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        compressor = _compress(model, {name: grid for name, (_, grid) in stored.matrices.items()}, stored.format)
+        for name, tensor in stored.carried.tensors.items():
+            owner, _, local = name.rpartition(".")
+            setattr(model.get_submodule(owner), local, nn.Parameter(tensor, requires_grad=False))
+        save_model(model, measured.tokenizer, target, max_shard_size=measured.max_shard_size)
+        compressor.update_config(str(target))
+    _complete_config(target, stored.carried.settings)
+    return {"container": f"compressed-tensors ({compressor.quantization_config.format.value})"}
+
+
+def _require_writable(model: CausalLM, stored: StoredGrid) -> None:
+    """Raise InputError for a grid on matrices that a reader of this container would not find."""
     parts = by_key(model)
     if other := [name for name in stored.matrices if not isinstance(parts[name].module, nn.Linear)]:
         kinds = "experts, which a model in transformers keeps in one tensor for all of a layer"
@@ -283,26 +301,130 @@ def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
             f"the experts ({left}, …) are on no grid and the other layers are, which transformers can't read back from "
             "compressed-tensors; use --format dense, which keeps the grid beside the weights"
         )
-    matrices = {name.removesuffix(".weight"): matrix for name, matrix in stored.matrices.items()}
+
+
+def _compress(model: nn.Module | CausalLM, grids: Mapping[str, Grid], fmt: GridFormat) -> Any:
+    """Let the library pack the linear layers whose weights lie on a grid, in place; it, for what config.json says.
+
+    Without numbers (on the meta device) it gives the layers the shapes of what is packed.
+
+    Args:
+        model: the linear layers that are not named stay.
+        grids: by the name of the weight.
+        fmt: their format.
+    """
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    packed = {name.removesuffix(".weight"): grid for name, grid in grids.items()}
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     config = QuantizationConfig(
-        config_groups={"group_0": {"targets": ["Linear"], "weights": _scheme_of(measured.grid)}},
-        ignore=[n for n in linear if n not in matrices],
+        config_groups={"group_0": {"targets": ["Linear"], "weights": _scheme_of(fmt.name)}},
+        ignore=[n for n in linear if n not in packed],
         quantization_status="frozen",
     )
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-        apply_quantization_config(model, config, show_progress=False)
-        for name, (_, grid) in matrices.items():
-            _set_parameters(model.get_submodule(name), grid, stored.format)
-        compressor = ModelCompressor.from_pretrained_model(model)
-        compressor.compress_model(model)
+    apply_quantization_config(model, config, show_progress=False)
+    for name, grid in packed.items():
+        _set_parameters(model.get_submodule(name), grid, fmt)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    return compressor
+
+
+def _write_by_block(measured: Measured, target: Path, kind: str) -> dict[str, str]:
+    """The same files, of which each block is packed by itself."""
+    require_compressed_tensors("--format compressed-tensors")
+    model, stored = measured.model, measured.stored
+    assert stored is not None
+    _require_writable(model, stored)
+    shell, keys = empty_of(model), set(stored.matrices)
+    with contextlib.redirect_stderr(io.StringIO()):
+        empty = {name: grid.to("meta") for name, (_, grid) in stored.matrices.items()}
+        compressor = _compress(shell, empty, stored.format)
+        _correct_shapes(shell, stored)
         for name, tensor in stored.carried.tensors.items():
             owner, _, local = name.rpartition(".")
-            setattr(model.get_submodule(owner), local, nn.Parameter(tensor, requires_grad=False))
-        save_model(model, measured.tokenizer, target, max_shard_size=measured.max_shard_size)
+            setattr(shell.get_submodule(owner), local, nn.Parameter(tensor.to("meta"), requires_grad=False))
+        weights = planned_shell(shell, model, measured.tokenizer, target, measured.max_shard_size)
         compressor.update_config(str(target))
     _complete_config(target, stored.carried.settings)
+    files = PlannedFiles(weights)
+
+    def packed(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        some = {key: module for name, module in modules.items() if (key := f"{name}.weight") in keys}
+        return {name: t for key, module in some.items() for name, t in _packed(key, module, stored).items()}
+
+    write_parts(model, files, packed)
+    files.write(stored.carried.tensors)
     return {"container": f"compressed-tensors ({compressor.quantization_config.format.value})"}
+
+
+def _correct_shapes(shell: CausalLM, stored: StoredGrid) -> None:
+    """Give packed layers without numbers the types and shapes of packed ones: the library leaves out packed zeros."""
+    known: dict[torch.Size, dict[str, Tensor]] = {}
+    for key, (codes, _) in stored.matrices.items():
+        if codes.shape not in known:
+            alone = nn.Linear(codes.shape[1], codes.shape[0], bias=False, device="meta")
+            grid = fit(torch.zeros(codes.shape), stored.format)
+            alone.weight = nn.Parameter(torch.zeros(codes.shape), requires_grad=False)
+            _compress(nn.ModuleDict({"layer": alone}), {"layer.weight": grid}, stored.format)
+            known[codes.shape] = alone.state_dict()
+        module = shell.get_submodule(key.removesuffix(".weight"))
+        for name, tensor in known[codes.shape].items():
+            planned: Tensor = getattr(module, name)
+            if (planned.dtype, planned.shape) != (tensor.dtype, tensor.shape):
+                empty = torch.empty_like(tensor, device="meta")
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
+
+
+def _packed(key: str, module: nn.Module, stored: StoredGrid) -> dict[str, Tensor]:
+    """The tensors that stand for a linear layer's weight, by their names in the files."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    alone = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    alone.weight = nn.Parameter(weight, requires_grad=False)
+    with contextlib.redirect_stderr(io.StringIO()):
+        _compress(nn.ModuleDict({"layer": alone}), {"layer.weight": stored.matrices[key][1]}, stored.format)
+    return {f"{key.removesuffix('.weight')}.{name}": tensor.detach() for name, tensor in alone.state_dict().items()}
+
+
+class _Unpacked(TensorFiles):
+    """Files of this container, whose packed weights are read as the plain ones that they stand for.
+
+    args: the library's QuantizationArgs of config.json. packed: names of the tensors that stand for each such weight.
+    """
+
+    args: JsonObject
+    packed: dict[str, list[str]]
+
+    @staticmethod
+    def of_directory(directory: Path) -> _Unpacked:
+        """Of a directory that `_write_by_block` wrote."""
+        files, packed = TensorFiles.of(weight_files(directory)), dict[str, list[str]]()
+        scaled = {name.removesuffix("_scale") for name in files.places if name.endswith(".weight_scale")}
+        for name in files.places:
+            weight = name[: name.rindex(".")] + ".weight" if "." in name else name
+            if weight in scaled and name.startswith(weight):
+                packed.setdefault(weight, []).append(name)
+        places = {**files.places, **{weight: files.places[f"{weight}_scale"] for weight in packed}}
+        unpacked = _Unpacked(places, files.facts)
+        unpacked.args, unpacked.packed = packing(directory)["config_groups"]["group_0"]["weights"], packed
+        return unpacked
+
+    def read(self, name: str) -> Tensor:
+        """See TensorFiles."""
+        if name not in self.packed:
+            return super().read(name)
+        tensors = {part.rpartition(".")[2]: super(_Unpacked, self).read(part) for part in self.packed[name]}
+        if self.args["type"] == "int":
+            fmt, repeats = _integer_format(self.args, {name: tensors})
+            return decode(*_integer(tensors, fmt, self.args, repeats[name]), fmt)
+        fmt = _float_format(self.args)
+        return decode(*_float(tensors, fmt), fmt)
+
+
+def _opened_by_block(source: ModelSource, device: torch.device) -> CausalLM:
+    assert source.path is not None
+    return from_disk(source, device=device, files=_Unpacked.of_directory(source.path))
 
 
 def _complete_config(target: Path, carried: JsonObject) -> None:
@@ -335,5 +457,13 @@ def _set_parameters(module: nn.Module, grid: Grid, fmt: GridFormat) -> None:
 
 
 CONTAINERS.register("compressed-tensors", source="https://github.com/vllm-project/compressed-tensors")(
-    Container(_reads, _recognise, _fits, _write, sharded=True)
+    Container(
+        _reads,
+        _recognise,
+        _fits,
+        _write,
+        sharded=True,
+        write_by_block=_write_by_block,
+        opened_by_block=_opened_by_block,
+    )
 )

@@ -9,14 +9,19 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from remend.compression.containers import CONTAINERS, Container, Measured, Recognised, packed_by, was_pruned
 from remend.compression.stored_grid import StoredGrid
+from remend.models.blocks.opening import from_disk
+from remend.models.blocks.saving import planned_model
+from remend.models.blocks.writing import PlannedFiles, write_parts
 from remend.models.find import ModelSource
 from remend.models.load import save_model
 from remend.models.matrices import EXPERT_PRODUCTS, STACKS
+from remend.models.protocols import CausalLM
 
 ZEROS = 0.05
 """A plain directory with a larger share of exact zeros in its linear weights counts as pruned."""
@@ -118,11 +123,38 @@ def _write(measured: Measured, target: Path, kind: str) -> dict[str, str]:
     save_model(measured.model, measured.tokenizer, target, max_shard_size=measured.max_shard_size)
     if measured.stored:
         measured.stored.write(target)
+    return _facts(measured)
+
+
+def _write_by_block(measured: Measured, target: Path, kind: str) -> dict[str, str]:
+    """The same files, written one block after the other."""
+    model, stored = measured.model, measured.stored
+    weights = planned_model(model, measured.tokenizer, target, max_shard_size=measured.max_shard_size)
+    files = PlannedFiles([*weights, *([stored.planned(target)] if stored else [])])
+    write_parts(model, files, lambda modules: stored.parts_in(model, modules) if stored else {})
+    if stored:
+        files.write(stored.carried_tensors())
+    return _facts(measured)
+
+
+def _facts(measured: Measured) -> dict[str, str]:
     if measured.mask:
         return {"container": f"dense with zeros ({measured.mask}); the zeros are stored like any other weight"}
     return {"container": "dense"}
 
 
+def _opened_by_block(source: ModelSource, device: torch.device) -> CausalLM:
+    return from_disk(source, device=device)
+
+
 CONTAINERS.register("dense", source="safetensors, one float32 tensor a weight")(
-    Container(_reads, _recognise, _fits, _write, sharded=True)
+    Container(
+        _reads,
+        _recognise,
+        _fits,
+        _write,
+        sharded=True,
+        write_by_block=_write_by_block,
+        opened_by_block=_opened_by_block,
+    )
 )

@@ -8,14 +8,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from remend.console import stage, warn
+from remend.console import console, stage, warn
 from remend.data.examples import Example, bundled, choose, data_hash, load_examples, without
 from remend.data.given import write_rows
 from remend.data.templates import Encoded, dropped_text, encode_within
@@ -27,6 +27,7 @@ from remend.files.run_directory import occupied
 from remend.files.signed import signed
 from remend.models.accounting import LEFT_OUT
 from remend.models.activations.walk import Sites, check_walk, completions, walk
+from remend.models.blocks.placement import Placed, numbers_in, place
 from remend.models.device import choose_device
 from remend.models.find import CARD, ModelSource, fetch_model, find_model, hash_files, origin_note
 from remend.models.load import CARD_OF_PARTS, load_model, load_tokenizer, save_model
@@ -43,11 +44,17 @@ from remend.report.card import Card, left_out, named, part_of_damage, relation_o
 from remend.training.measure import compare, pool
 from remend.training.teachers.frozen import Frozen
 
+if TYPE_CHECKING:
+    from remend.degrade.making.by_block import BlockWork
+
 Apply = TypeVar("Apply", bound=Callable[..., object])
 
 PROBE_PROMPTS, PROBE_TOKENS = 32, 48
 CALIBRATION_TOKENS = 64
 """Completion tokens of a calibration sample: 48 samples with their prompts are about 4,000 rows a layer."""
+
+IN_MEMORY = 10
+"""Bytes that a degradation takes of a number of the model: the reference and its copy in float32, codes, and space."""
 
 LONGEST = 2**62
 """Tokens of a prompt, where the model sets no limit."""
@@ -63,6 +70,7 @@ class Damage:
     reference: the healthy model, not to be changed; student: a copy that is.
     settings: what is asked for.
     unreached: matrices that no calibration token came to (experts, mostly), which were changed without it.
+    work: what is done block by block, where the blocks are not in memory; reference and student are then one model.
     """
 
     reference: CausalLM
@@ -73,6 +81,7 @@ class Damage:
     calibration_hash: str | None = None
     calibrated_on: Sequence[Example] = ()
     unreached: list[str] = field(default_factory=list)
+    work: BlockWork | None = None
     _rollouts: list[Rollout] | None = None
 
     def calibration(self) -> list[Rollout]:
@@ -135,6 +144,10 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
     if problem := occupied(out):
         raise InputError(problem)
     damage, hashes = _load(model, settings)
+    if damage.work is not None:
+        from remend.degrade.making.by_block import run_by_block
+
+        return run_by_block(damage, damage.work, model, hashes, out)
     with stage(settings.title()):
         changed = settings.change(damage)
         if not changed.entry.get("kind"):
@@ -145,27 +158,38 @@ def run_job(settings: DegradeSettings, model: str, out: str | Path) -> JsonObjec
     if isinstance(settings, Calibrated) and settings.data is not None and damage.calibration_hash is None:
         text = f"data {settings.data} has no effect: {settings.title()} needs no calibration"
         warn(text)
-    record = _record(damage, changed, model, hashes)
+    record = record_of(damage, changed, model, hashes)
     with stage(f"saving {out}"), new_directory(out) as target:
         save_model(changed.student, damage.tokenizer, target)
         write_rows(out, target)
         if changed.files:
             changed.files(target)
-        record[FILES] = hashes_of(target)
-        write_json(target / RECORD, signed(record))
-        _write_card(target, damage, changed.student, record)
+        write_record(target, damage, changed.student, record)
     if settings.probe:  # after the saving: whatever fails here, the work is not lost
-        try:
-            record["probe"] = _probe(damage, changed.student)
-            write_json(out / RECORD, signed(record))
-            _write_card(out, damage, changed.student, record)
-        except Exception as error:
-            reason = str(error) if isinstance(error, RemendError) else f"{type(error).__name__}: {error}"
-            warn(
-                f"{out} is saved, but what it lost could not be measured: {' '.join(reason.split())[:300]}. To measure "
-                f"it: remend diagnose --reference {model} --student {out} --data PROMPTS.jsonl --out {out}-diagnosis"
-            )
+        probed(damage, lambda: changed.student, model, out, record)
     return record
+
+
+def write_record(directory: Path, damage: Damage, student: CausalLM, record: JsonObject) -> None:
+    """Write degradation.json and the card beside a model's files, whose hashes the record gets."""
+    record[FILES] = hashes_of(directory)
+    write_json(directory / RECORD, signed(record))
+    _write_card(directory, damage, student, record)
+
+
+def probed(damage: Damage, student: Callable[[], CausalLM], model: str, out: Path, record: JsonObject) -> None:
+    """Measure what a model lost that is saved in `out`, and put it into the record there; what fails is a warning."""
+    try:
+        made = student()
+        record["probe"] = _probe(damage, made)
+        write_json(out / RECORD, signed(record))
+        _write_card(out, damage, made, record)
+    except Exception as error:
+        reason = str(error) if isinstance(error, RemendError) else f"{type(error).__name__}: {error}"
+        warn(
+            f"{out} is saved, but what it lost could not be measured: {' '.join(reason.split())[:300]}. To measure "
+            f"it: remend diagnose --reference {model} --student {out} --data PROMPTS.jsonl --out {out}-diagnosis"
+        )
 
 
 def _write_card(directory: Path, damage: Damage, student: CausalLM, record: JsonObject) -> None:
@@ -184,10 +208,16 @@ def _write_card(directory: Path, damage: Damage, student: CausalLM, record: Json
     write_text(directory / CARD, text)
 
 
-def _record(damage: Damage, changed: Changed, model: str, hashes: Mapping[str, str]) -> JsonObject:
-    """No time stands in it: the same command gives the same bytes, so that a student that is made again is the same."""
+def record_of(damage: Damage, changed: Changed, model: str, hashes: Mapping[str, str]) -> JsonObject:
+    """The content of degradation.json, but for what is measured and the hashes of the files.
+
+    No time stands in it: the same command gives the same bytes, so that a student that is made again is the same.
+    """
+    zeros = changed.entry.get("sparsity")
+    if zeros is None:
+        zeros = share_of_zeros([matrix.weight_OI for matrix in matrices(changed.student).values()])
     record: JsonObject = {
-        "sparsity": share_of_zeros([matrix.weight_OI for matrix in matrices(changed.student).values()]),
+        "sparsity": zeros,
         **changed.entry,
         "reference": {"model": named(model), "files": hashes},
         "bits_per_weight": changed.bits_per_weight,
@@ -217,11 +247,35 @@ def _load(model: str, settings: DegradeSettings) -> tuple[Damage, dict[str, str]
             "or merge the adapter (merge: true in a recipe) and degrade that"
         )
     where = choose_device(settings.device)
+    source = fetch_model(source, weights=True)
+    work, placed = _placed(settings, source, where)
     tokenizer = load_tokenizer(source)
+    if placed.by_block:
+        with stage(f"loading {model}"):
+            reference, hashes = placed.load(source, dtype=torch.float32, device=where), hash_files(source)
+        return Damage(reference, reference, tokenizer, source, settings, work=work), hashes
     with stage(f"loading {model}"):
         reference = load_model(source, dtype=torch.float32, device=where).requires_grad_(False)
         hashes = hash_files(source)
     return Damage(reference, copy.deepcopy(reference), tokenizer, source, settings), hashes
+
+
+def _placed(settings: DegradeSettings, source: ModelSource, device: torch.device) -> tuple[BlockWork | None, Placed]:
+    """What is done block by block, and where the model is kept. Raises InputError for a placement that can't be had."""
+    work = settings.by_block()
+    if work is None:
+        if settings.placement in ("host", "disk"):
+            raise InputError(
+                f"placement {settings.placement} can't be had for {settings.title()}: it needs the whole model in "
+                "memory; leave placement to auto, or choose a method that looks at each matrix by itself (rtn)"
+            )
+        return None, Placed()
+    numbers = numbers_in(source)
+    needed = None if numbers is None else IN_MEMORY * numbers
+    placed = place(settings.placement, source, needed, device, settings.title())
+    if placed.why:
+        console.print(placed.why, soft_wrap=True)
+    return (work if placed.by_block else None), placed
 
 
 @torch.no_grad()

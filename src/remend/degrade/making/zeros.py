@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ from remend.degrade.making.job import (
     Methods,
     change_each,
     chosen_matrices,
-    share_of_zeros,
     undivided,
 )
 from remend.degrade.making.shares import shares
 from remend.errors import InputError
 from remend.files.atomic import JsonObject
+from remend.models.blocks.writing import PlannedFile
 from remend.models.layers import count_parameters
 from remend.models.matrices import Matrix, matrices
 from remend.models.protocols import CausalLM
@@ -128,12 +129,7 @@ def prune_in_place(
 
     Raises InputError where m of n:m does not divide the width of one.
     """
-    layers, chosen = chosen_matrices(damage.student, skip), METHODS.get(method)
-    if sparsity.pattern and (named := undivided(layers, sparsity.pattern[1])):
-        raise InputError(
-            f"{sparsity.name} needs input widths that {sparsity.pattern[1]} divides, which it does not in {named}; "
-            "choose another pattern, or skip those layers"
-        )
+    layers, chosen = matrices_for(damage.student, sparsity, skip), METHODS.get(method)
 
     def zero(matrix: Matrix, gram_II: Tensor | None) -> None:
         apply = magnitude if chosen.calibrated and gram_II is None else chosen.apply
@@ -160,17 +156,60 @@ def check(sparsity: Sparsity, method: str, scope: str) -> None:
         )
 
 
+def matrices_for(model: CausalLM, sparsity: Sparsity, skip: Sequence[str]) -> dict[str, Matrix]:
+    """The matrices that are pruned, by name. Raises InputError where m of n:m does not divide the width of one."""
+    layers = chosen_matrices(model, skip)
+    if sparsity.pattern and (named := undivided(layers, sparsity.pattern[1])):
+        raise InputError(
+            f"{sparsity.name} needs input widths that {sparsity.pattern[1]} divides, which it does not in {named}; "
+            "choose another pattern, or skip those layers"
+        )
+    return layers
+
+
+@dataclass(frozen=True)
+class SetToZero:
+    """`prune_in_place` block by block, layer for layer and without calibration; see by_block.BlockWork."""
+
+    sparsity: Sparsity
+    method: str
+    entry: JsonObject
+
+    def chosen(self, model: CausalLM) -> dict[str, Matrix]:
+        """See BlockWork."""
+        return matrices_for(model, self.sparsity, self.entry["skip"])
+
+    def beside(self, chosen: Mapping[str, Matrix], directory: Path) -> list[PlannedFile]:
+        """Nothing: the zeros are the mask."""
+        return []
+
+    def change(self, matrix: Matrix) -> dict[str, Tensor]:
+        """See BlockWork."""
+        matrix.weight_OI.copy_(METHODS.get(self.method).apply(matrix.weight_OI, None, self.sparsity))
+        return {}
+
+    def changed(self, model: CausalLM, chosen: Mapping[str, Matrix], zeros: Mapping[str, int]) -> Changed:
+        """See BlockWork."""
+        return _described(model, chosen, self.entry, zeros)
+
+
 def described(student: CausalLM, layers: Mapping[str, Matrix], entry: JsonObject) -> Changed:
     """A pruned model with its part of degradation.json: `entry`, and what is zero of `layers`.
 
     Raises InputError where matrices hold no zeros that no skip pattern names; over all layers at once that may be.
     """
-    weights = [matrix.weight_OI for matrix in layers.values()]
-    total, share = sum(w.numel() for w in weights), share_of_zeros(weights)
-    masked = {matrix.key for matrix in layers.values() if bool((matrix.weight_OI == 0).any())}
-    decoder = shares(student, "masked", masked, entry["skip"], refuse=entry["scope"] == "layer")
-    zeros = share_of_zeros([matrix.weight_OI for matrix in matrices(student).values()])
-    entry = {"kind": "pruning", **entry, "matrices": len(weights), "sparsity": zeros, "decoder": decoder}
+    zeros = {matrix.key: int((matrix.weight_OI == 0).sum()) for matrix in matrices(student).values()}
+    return _described(student, layers, entry, zeros)
+
+
+def _described(student: CausalLM, layers: Mapping[str, Matrix], entry: JsonObject, zeros: Mapping[str, int]) -> Changed:
+    """`zeros`: of each of the decoder's matrices, by its key."""
+    sizes = {matrix.key: matrix.weight_OI.numel() for matrix in layers.values()}
+    total = sum(sizes.values())
+    share = sum(zeros[key] for key in sizes) / max(1, total)
+    decoder = shares(student, "masked", {k for k in sizes if zeros[k]}, entry["skip"], refuse=entry["scope"] == "layer")
+    every = sum(zeros.values()) / max(1, sum(m.weight_OI.numel() for m in matrices(student).values()))
+    entry = {"kind": "pruning", **entry, "matrices": len(layers), "sparsity": every, "decoder": decoder}
     of_these = DENSE_BITS * (1 - share) + MASK_BITS
     packed = round(total * of_these / 8) + (count_parameters(student) - total) * DENSE_BITS // 8
     bits = (total * of_these + (decoder["weights"] - total) * DENSE_BITS) / decoder["weights"]

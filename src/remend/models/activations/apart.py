@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from remend.models.activations.passes import Blocks, HiddenBatch, real_states, run_block
+from remend.files.atomic import JsonObject
+from remend.models.activations.passes import HiddenBatch, Walkable, real_states, run_block
 from remend.models.activations.targets import TeacherStates
 from remend.models.matrices import Matrix
 from remend.models.sampling.rollout import Rollout
@@ -68,7 +69,7 @@ class Apart:
     held_back: blocks whose change did harm beyond rounding.
     """
 
-    blocks: Blocks
+    blocks: Walkable
     batches: list[HiddenBatch]
     healthy: TeacherStates
     begun: list[Tensor]
@@ -96,6 +97,25 @@ class Apart:
             batch.states_BTD = states_BTD
         return better
 
+    def go_on(self, index: int, told: JsonObject, modules: Sequence[nn.Module]) -> None:
+        """Instead of `enter` and `judge`, past a block that an earlier process settled; it has its weights.
+
+        Args:
+            index: the block.
+            told: what `about` said of it then.
+            modules: its modules with matrices.
+        """
+        self.healthy.advance(self.healthy.places[index], self.healthy.places[index + 1])
+        for batch, states_BTD in zip(self.batches, self._run(index), strict=True):
+            batch.states_BTD = states_BTD
+        self.error = told["error"]
+        self.unchanged += [] if told["kept"] else modules
+        self.held_back += [index] if told["held_back"] else []
+
+    def about(self, index: int, *, kept: bool) -> JsonObject:
+        """What `go_on` must know of a block that was just judged."""
+        return {"kept": kept, "error": self.error, "held_back": index in self.held_back}
+
     def end(self) -> tuple[float, float]:
         """The error behind the last block, as the student came and as it is."""
         return self._distance(self.begun), self.error
@@ -110,10 +130,11 @@ class Apart:
         return float(((ours_ND - theirs_ND).square().sum(-1) / size_N).double().mean())
 
 
-def apart_of(blocks: Blocks, batches: list[HiddenBatch], healthy: TeacherStates) -> Apart:
+def apart_of(blocks: Walkable, batches: list[HiddenBatch], healthy: TeacherStates) -> Apart:
     """Before anything of the student is changed; `batches` and `healthy` are of the text held apart."""
     as_it_came = [replace(batch) for batch in batches]
-    for index, block in enumerate(blocks.items):
-        for batch in as_it_came:
-            batch.states_BTD = run_block(block, batch, index)
+    for index in range(len(blocks.items)):
+        with blocks.at(index) as block:
+            for batch in as_it_came:
+                batch.states_BTD = run_block(block, batch, index)
     return Apart(blocks, batches, healthy, [batch.states_BTD for batch in as_it_came])

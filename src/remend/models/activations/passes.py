@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from remend.data.order import batches_by_length
 from remend.errors import InputError
 from remend.models.activations.experts import Given, Keywords, Routed, joined, routing
+from remend.models.blocks import blocks_in
 from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import pack
@@ -35,7 +36,7 @@ INSTEAD = (
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Walkable:
     """A decoder's blocks, and what `walkable.blocks_of` found out about them.
 
     items: the blocks, each run once a pass.
@@ -52,6 +53,10 @@ class Blocks:
     after: tuple[nn.Module, ...] = ()
     idle: tuple[nn.Module, ...] = ()
     alone: bool = False
+
+    def at(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Inside, a block has its weights, wherever they are kept."""
+        return blocks_in(self.model).at(index)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class HiddenBatch:
 
 @torch.no_grad()
 def hidden_batches(
-    blocks: Blocks,
+    blocks: Walkable,
     rollouts: Sequence[Rollout],
     precision: AbstractContextManager[object],
     *,
@@ -90,7 +95,7 @@ def hidden_batches(
 
 
 def start(
-    blocks: Blocks, rows: Sequence[Rollout], precision: AbstractContextManager[object], once: bool = False
+    blocks: Walkable, rows: Sequence[Rollout], precision: AbstractContextManager[object], once: bool = False
 ) -> HiddenBatch:
     """What enters the first block, and each block's call: the model runs with its blocks passing states through.
 
@@ -116,7 +121,7 @@ def start(
     return HiddenBatch(tokens_BT, entered[0], real_BT, calls, precision)
 
 
-def outside(blocks: Blocks, batches: Sequence[HiddenBatch], module: nn.Module) -> Tensor:
+def outside(blocks: Walkable, batches: Sequence[HiddenBatch], module: nn.Module) -> Tensor:
     """What a module before the first block or after the last sees: [N, I]."""
     inputs: list[Tensor] = []
     for batch in batches:
@@ -138,7 +143,7 @@ def outside(blocks: Blocks, batches: Sequence[HiddenBatch], module: nn.Module) -
 
 
 @contextmanager
-def _replaced(blocks: Blocks, forward: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+def _replaced(blocks: Walkable, forward: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
     """The blocks give what `forward` does, in the form in which their caller expects it."""
 
     def instead(index: int, *args: Any, **keywords: Any) -> object:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from remend.errors import InputError
 from remend.models.activations.experts import Experts, Given, Keywords, Routed, applied
 from remend.models.activations.passes import (
-    Blocks,
     HiddenBatch,
+    Walkable,
     first_given,
     hidden_batches,
     look,
@@ -107,7 +107,7 @@ class TeacherStates:
     probe: a few tokens, on which it is found out how a block works.
     """
 
-    blocks: Blocks
+    blocks: Walkable
     matrices: Mapping[nn.Module, list[Matrix]]
     places: list[int]
     batches: list[HiddenBatch]
@@ -121,13 +121,15 @@ class TeacherStates:
     def advance(self, start: int, stop: int) -> None:
         """Run blocks start … stop - 1."""
         for at in range(start, stop):
-            for batch in self.batches:
-                batch.states_BTD = run_block(self.blocks.items[at], batch, at)
+            with self.blocks.at(at) as block:
+                for batch in self.batches:
+                    batch.states_BTD = run_block(block, batch, at)
 
     def through(self, index: int, ours: Mapping[str, Matrix]) -> Taught:
         """What the teacher's blocks show in place of the student's block `index`, and carry the states behind them.
 
-        `ours` are the block's layers by name, without experts: only outputs that they have too are kept.
+        `ours` are the block's layers by name, without experts: only outputs that they have too are kept. The teacher's
+        block must be held for as long as what is given is used.
         """
         at = self.places[index]
         block = self.blocks.items[at]
@@ -168,7 +170,7 @@ class TeacherStates:
 
 
 def teacher_states(
-    blocks: Blocks,
+    blocks: Walkable,
     rollouts: Sequence[Rollout],
     layer_map: Sequence[int],
     precision: AbstractContextManager[object],

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ from remend.console import stage
 from remend.data.order import derive_seed
 from remend.data.templates import Encoded
 from remend.errors import InputError
-from remend.models.activations.apart import Change, apart_of, divided
+from remend.files.atomic import JsonObject
+from remend.models.activations.apart import Apart, Change, apart_of, divided
 from remend.models.activations.experts import Experts, Routed, applied
 from remend.models.activations.passes import (
     HiddenBatch,
@@ -44,7 +46,7 @@ from remend.models.activations.passes import (
     start,
 )
 from remend.models.activations.stacks import inputs_of
-from remend.models.activations.targets import Targets, crossed, groups_of, teacher_states
+from remend.models.activations.targets import Targets, TeacherStates, crossed, groups_of, teacher_states
 from remend.models.activations.walkable import blocks_of, holds_experts, is_stack, modules_of_matrices, sees_some
 from remend.models.matrices import Matrix
 from remend.models.protocols import CausalLM, Tokenizer
@@ -138,6 +140,19 @@ def check_walk(model: CausalLM, prompts: Sequence[Encoded]) -> None:
         blocks_of(model, [prompt.tokens for prompt in prompts])
 
 
+class Journal(Protocol):
+    """What is kept of a walk block by block, so that a killed one goes on where it was."""
+
+    def done(self, index: int) -> JsonObject | None:
+        """What was told of a block that an earlier process settled, and that has its weights; None of any other."""
+
+    def settle(self, index: int, block: nn.Module, about: JsonObject) -> None:
+        """A block has its weights now; `about` says whether they are `kept` ones of the walk, and more."""
+
+    def as_it_came(self) -> AbstractContextManager[None]:
+        """Inside, the blocks have the weights that they had before any walk."""
+
+
 @torch.no_grad()
 def walk(
     model: CausalLM,
@@ -148,6 +163,7 @@ def walk(
     layer_map: Sequence[int] | None = None,
     precision: AbstractContextManager[object] | None = None,
     title: str = "calibrating block by block",
+    journal: Journal | None = None,
 ) -> Walked:
     """Visit every group of linear layers of the decoder, each with what it sees after the changes in front of it.
 
@@ -162,6 +178,7 @@ def walk(
         layer_map: for each block of `model` the teacher's block that it is; by default the same numbers.
         precision: context of the forward passes and sums; what `visit` does is outside it. None changes nothing.
         title: of the progress bar.
+        journal: told of each block; what it says was settled before is not visited again.
 
     Raises:
         InputError: a model whose blocks can't be run one by one (see `walkable`); a layer map that does not fit.
@@ -178,9 +195,15 @@ def walk(
         aside = teacher_states(theirs, held, placed, how, alone=alone) if held else None
     probe = start(blocks, rollouts[:1], nullcontext())
     batches = hidden_batches(blocks, rollouts, how, once=healthy is not None, alone=alone)
-    apart = None
+    apart: Apart | None = None
+    if journal and (blocks.before or blocks.after):
+        raise InputError(
+            f"{type(model).__name__} has matrices outside of its blocks, which can't be repaired with the blocks on "
+            "the disk; give placement: device, or repair: false"
+        )
     if aside:
-        apart = apart_of(blocks, hidden_batches(blocks, held, how, once=True, alone=alone), aside)
+        with journal.as_it_came() if journal else nullcontext():
+            apart = apart_of(blocks, hidden_batches(blocks, held, how, once=True, alone=alone), aside)
 
     def visit_outside(index: int, modules: Sequence[nn.Module]) -> None:
         for module in modules:
@@ -194,56 +217,68 @@ def walk(
         if apart:
             apart.batches = hidden_batches(blocks, held, how, once=True, alone=alone)
     with stage(title, depth) as advance:
-        for index, block in enumerate(blocks.items):
-            groups, parts = groups_of(block, probe, index, kept), dict(block.named_modules())
-            inner = {n: m for n, m in parts.items() if m in kept}
-            layers = {n: kept[m][0] for n, m in inner.items() if kept[m][0].expert is None}
-            taught, targets = healthy.through(index, layers) if healthy else None, None
-            if healthy and taught:
-                targets = Targets(parts, kept, taught, real_states(batches), beside=healthy.beside)
-                if not targets.known:
-                    unexplained.append(index)
-            settled, change = Settled(block, kept, ends_of(block, probe, index, kept)), Change()
-            if apart:
-                apart.enter(index)
-            for group in groups:
-                if apart:
-                    change.add(group, kept, targets.norm_behind(group[0]) if targets else None)
-                if is_stack(kept[group[0]]):
-                    for sites in _sites_of_stack(index, kept[group[0]], block, batches, settled, precision):
-                        visit(sites)
-                    settled.visited.update(group)
+        for index in range(depth):
+            theirs_held = healthy.blocks.at(healthy.places[index]) if healthy else nullcontext()
+            told = journal.done(index) if journal else None
+            with blocks.at(index) as block, theirs_held:
+                if told is not None:
+                    own = [m for m in block.modules() if m in kept]
+                    _go_on(index, block, batches, healthy, apart, told, own)
+                    unexplained += [index] if told["unexplained"] else []
+                    advance()
                     continue
-                experts = holds_experts(kept[group[0]])
-                fresh = [w for w in targets.written if w not in settled.written] if targets else []
-                seen = look(
-                    block,
-                    batches,
-                    index,
-                    into=[] if experts else group[:1],
-                    out_of=fresh,
-                    experts=group if experts else [],
-                    stop_at=group[0],
-                    settled=settled,
-                )
-                settled.written.update(seen.outputs)
-                if experts:
-                    name = next(n for n, m in inner.items() if m is group[0])
-                    their = taught.experts.get(name) if taught else None
-                    for sites in _sites_of_experts(index, kept[group[0]], seen.routed[group[0]], their, precision):
-                        visit(sites)
-                    if targets:
-                        targets.passed(group[0])
-                else:
-                    visit(_sites_of(index, [kept[m][0] for m in group], seen, targets, settled.written, precision))
-                    if targets and len(group) == 1 and group[0] in seen.inputs:
-                        targets.refit_norm(kept[group[0]][0], seen.inputs[group[0]].float())
-                settled.visited.update(group)
-            keeps = apart is None or apart.judge(index, change)
-            for number, batch in enumerate(batches):
-                with settled.at(number) if keeps else nullcontext():
-                    batch.states_BTD = run_block(block, batch, index)
-            advance()
+                groups, parts = groups_of(block, probe, index, kept), dict(block.named_modules())
+                inner = {n: m for n, m in parts.items() if m in kept}
+                layers = {n: kept[m][0] for n, m in inner.items() if kept[m][0].expert is None}
+                taught, targets = healthy.through(index, layers) if healthy else None, None
+                if healthy and taught:
+                    targets = Targets(parts, kept, taught, real_states(batches), beside=healthy.beside)
+                    if not targets.known:
+                        unexplained.append(index)
+                settled, change = Settled(block, kept, ends_of(block, probe, index, kept)), Change()
+                if apart:
+                    apart.enter(index)
+                for group in groups:
+                    if apart:
+                        change.add(group, kept, targets.norm_behind(group[0]) if targets else None)
+                    if is_stack(kept[group[0]]):
+                        for sites in _sites_of_stack(index, kept[group[0]], block, batches, settled, precision):
+                            visit(sites)
+                        settled.visited.update(group)
+                        continue
+                    experts = holds_experts(kept[group[0]])
+                    fresh = [w for w in targets.written if w not in settled.written] if targets else []
+                    seen = look(
+                        block,
+                        batches,
+                        index,
+                        into=[] if experts else group[:1],
+                        out_of=fresh,
+                        experts=group if experts else [],
+                        stop_at=group[0],
+                        settled=settled,
+                    )
+                    settled.written.update(seen.outputs)
+                    if experts:
+                        name = next(n for n, m in inner.items() if m is group[0])
+                        their = taught.experts.get(name) if taught else None
+                        for sites in _sites_of_experts(index, kept[group[0]], seen.routed[group[0]], their, precision):
+                            visit(sites)
+                        if targets:
+                            targets.passed(group[0])
+                    else:
+                        visit(_sites_of(index, [kept[m][0] for m in group], seen, targets, settled.written, precision))
+                        if targets and len(group) == 1 and group[0] in seen.inputs:
+                            targets.refit_norm(kept[group[0]][0], seen.inputs[group[0]].float())
+                    settled.visited.update(group)
+                keeps = apart is None or apart.judge(index, change)
+                for number, batch in enumerate(batches):
+                    with settled.at(number) if keeps else nullcontext():
+                        batch.states_BTD = run_block(block, batch, index)
+                if journal:
+                    about = apart.about(index, kept=keeps) if apart else {"kept": True}
+                    journal.settle(index, block, {**about, "unexplained": index in unexplained})
+                advance()
     visit_outside(depth, blocks.after)
     for module in blocks.idle:
         visit(_unseen(depth, kept[module][0]))
@@ -252,6 +287,24 @@ def walk(
         return found
     unchanged = frozenset(m.key for module in apart.unchanged if module in kept for m in kept[module])
     return replace(found, held_back=tuple(apart.held_back), unchanged=unchanged, apart=apart.end())
+
+
+def _go_on(
+    index: int,
+    block: nn.Module,
+    batches: Sequence[HiddenBatch],
+    healthy: TeacherStates | None,
+    apart: Apart | None,
+    told: JsonObject,
+    own: Sequence[nn.Module],
+) -> None:
+    """Past a block that an earlier process settled."""
+    for batch in batches:
+        batch.states_BTD = run_block(block, batch, index)
+    if healthy:
+        healthy.advance(healthy.places[index], healthy.places[index + 1])
+    if apart:
+        apart.go_on(index, told, own)
 
 
 def _sites_of(
@@ -345,8 +398,9 @@ def block_states(model: CausalLM, rollouts: Sequence[Rollout]) -> Iterator[tuple
     """For each block its number, and the residual stream before and after it: float32 [N, D], real tokens only."""
     blocks = blocks_of(model, [[*r.prompt, *r.completion] for r in rollouts])
     batches = hidden_batches(blocks, rollouts, nullcontext())
-    for index, block in enumerate(blocks.items):
+    for index in range(len(blocks.items)):
         before_ND = real_states(batches)
-        for batch in batches:
-            batch.states_BTD = run_block(block, batch, index)
+        with blocks.at(index) as block:
+            for batch in batches:
+                batch.states_BTD = run_block(block, batch, index)
         yield index, before_ND, real_states(batches)

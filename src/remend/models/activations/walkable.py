@@ -25,8 +25,8 @@ from remend.errors import InputError
 from remend.models.activations.experts import Experts, Given, Keywords, routing
 from remend.models.activations.passes import (
     INSTEAD,
-    Blocks,
     HiddenBatch,
+    Walkable,
     first_given,
     first_of,
     real_rows,
@@ -75,7 +75,7 @@ def sees_some(name: str) -> bool:
 
 
 @torch.no_grad()
-def blocks_of(model: CausalLM, text: Sequence[Sequence[int]]) -> Blocks:
+def blocks_of(model: CausalLM, text: Sequence[Sequence[int]]) -> Walkable:
     """The model's blocks, once it is sure that the walk sees what the model computes.
 
     Args:
@@ -91,7 +91,7 @@ def blocks_of(model: CausalLM, text: Sequence[Sequence[int]]) -> Blocks:
     own = _own_pass(model, items, parts, rows)
     _once_each(model, parts, own, len(items), torch.Size((len(rows), max(len(long), len(short)))))
     inside = {m for block in items for m in block.modules()}
-    blocks = Blocks(
+    blocks = Walkable(
         model,
         items,
         gives=tuple(len(output) if isinstance(output, (tuple, list)) else None for output in own.gave),
@@ -102,35 +102,38 @@ def blocks_of(model: CausalLM, text: Sequence[Sequence[int]]) -> Blocks:
     names = {m: n for n, m in model.named_modules()}
     batch, alone = start(blocks, rows, nullcontext()), [start(blocks, [row], nullcontext()) for row in rows]
     partly, proven = False, set[type]()
-    for index, block in enumerate(items):
-        for at, single in enumerate(alone):
-            single.states_BTD = batch.states_BTD[at : at + 1, : single.tokens_BT.shape[1]]
-        seen, given = _given_to(block, index, batch, parts)
-        apart, by_itself = zip(*(_given_to(block, index, single, parts) for single in alone), strict=True)
-        if _differ(first_of(own.gave[index])[batch.real_BT], given[batch.real_BT]):
-            raise _refusal(model, f"computes more between its blocks than hidden states (at block {index})")
-        # where numbers are short, a token between two experts may go to either
-        exact = given.dtype == torch.float32
-        if exact and any(_differ(ours[0], given[at, : ours.shape[1]]) for at, ours in enumerate(by_itself)):
-            raise _refusal(model, f"computes of a sequence in a batch something else than of it alone (block {index})")
-        for module in (m for m in block.modules() if m in parts):
-            if holds_experts(parts[module]):
-                if module not in seen:
-                    raise _refusal(model, f"runs the experts of {names[module]} in one kernel")
-                if type(module) not in proven and not _explained(Experts(module, parts[module]), seen[module]):
-                    raise _refusal(model, f"makes of the products of {names[module]} what remend does not know")
-                proven.add(type(module))
-            elif is_stack(parts[module]):
-                seen_of_stack = inputs_of(parts[module], block, alone, index)
-                unseen = {m.parameter for m in parts[module]} - {m.parameter for m in seen_of_stack}
-                if unseen:
-                    raise _refusal(model, f"multiplies {min(unseen)} in a way that remend does not see")
-                partly = True
-            elif sees_some(names[module]):
-                partly = True
-            elif module in seen and _mixed(seen[module], [other.get(module) for other in apart], batch, alone):
-                raise _refusal(model, f"does not give {names[module]} each token once, in their order")
-        batch.states_BTD = given
+    for index in range(len(items)):
+        with blocks.at(index) as block:
+            for at, single in enumerate(alone):
+                single.states_BTD = batch.states_BTD[at : at + 1, : single.tokens_BT.shape[1]]
+            seen, given = _given_to(block, index, batch, parts)
+            apart, by_itself = zip(*(_given_to(block, index, single, parts) for single in alone), strict=True)
+            if _differ(first_of(own.gave[index])[batch.real_BT], given[batch.real_BT]):
+                raise _refusal(model, f"computes more between its blocks than hidden states (at block {index})")
+            # where numbers are short, a token between two experts may go to either
+            exact = given.dtype == torch.float32
+            if exact and any(_differ(ours[0], given[at, : ours.shape[1]]) for at, ours in enumerate(by_itself)):
+                raise _refusal(
+                    model, f"computes of a sequence in a batch something else than of it alone (block {index})"
+                )
+            for module in (m for m in block.modules() if m in parts):
+                if holds_experts(parts[module]):
+                    if module not in seen:
+                        raise _refusal(model, f"runs the experts of {names[module]} in one kernel")
+                    if type(module) not in proven and not _explained(Experts(module, parts[module]), seen[module]):
+                        raise _refusal(model, f"makes of the products of {names[module]} what remend does not know")
+                    proven.add(type(module))
+                elif is_stack(parts[module]):
+                    seen_of_stack = inputs_of(parts[module], block, alone, index)
+                    unseen = {m.parameter for m in parts[module]} - {m.parameter for m in seen_of_stack}
+                    if unseen:
+                        raise _refusal(model, f"multiplies {min(unseen)} in a way that remend does not see")
+                    partly = True
+                elif sees_some(names[module]):
+                    partly = True
+                elif module in seen and _mixed(seen[module], [other.get(module) for other in apart], batch, alone):
+                    raise _refusal(model, f"does not give {names[module]} each token once, in their order")
+            batch.states_BTD = given
     return replace(blocks, alone=partly)
 
 

@@ -7,7 +7,7 @@ same but for the order of sums (docs/measurements/speed.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,7 +26,8 @@ def packed_linears(model: CausalLM) -> Iterator[None]:
     """Inside, the model's linear layers use packed copies of the weights that they have at the start.
 
     Does nothing off the CPU, without oneDNN, in a dtype that it can't pack here, for layers whose forward is replaced,
-    and for models above MOST_BYTES. The weights must not change inside.
+    and for models above MOST_BYTES. The weights must not change inside. Blocks that are read from the disk while they
+    run are packed as often: that wins no time, and gives the same sums in the same order.
 
     Args:
         model: a transformers model, float32 or bfloat16; under CPU autocast the copies have autocast's dtype.
@@ -42,10 +43,10 @@ def packed_linears(model: CausalLM) -> Iterator[None]:
         kept = []
     with torch.no_grad():
         for layer in kept:
-            weight_OI = layer.weight.detach().to(dtypes[layer])
-            bias_O = None if layer.bias is None else layer.bias.detach().to(weight_OI.dtype)
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
-            layer.forward = partial(_product, packed, bias_O, weight_OI.dtype)  # type: ignore[method-assign]
+            if layer.weight.is_meta:  # its numbers come with its block, and go with it
+                layer.forward = partial(_packed_anew, layer, dtypes[layer])  # type: ignore[method-assign]
+            else:
+                layer.forward = _packed(layer, dtypes[layer])  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -56,6 +57,18 @@ def packed_linears(model: CausalLM) -> Iterator[None]:
 def _multiplied_in(layer: nn.Linear) -> torch.dtype:
     """The dtype of a layer's products without autocast; a frozen one is held in a narrower one."""
     return torch.float32 if isinstance(layer, NarrowLinear) else layer.weight.dtype
+
+
+def _packed(layer: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The layer's product with a packed copy of the weight that it has now."""
+    weight_OI = layer.weight.detach().to(dtype)
+    bias_O = None if layer.bias is None else layer.bias.detach().to(weight_OI.dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
+    return partial(_product, packed, bias_O, weight_OI.dtype)
+
+
+def _packed_anew(layer: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor:
+    return _packed(layer, dtype)(x)
 
 
 def _packs(dtype: torch.dtype) -> bool:

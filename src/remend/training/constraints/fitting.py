@@ -14,7 +14,7 @@ Legend: O rows (outputs), I columns (inputs).
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -39,7 +39,9 @@ def anchored_gram(sites: Sites) -> Tensor:
 
     What rounding and masks lose is weighed by the prior's strength too, so that target and constraint are one problem.
     """
-    return sites.gram_II + torch.diag(_strength(sites))
+    gram_II = sites.gram_II.clone()
+    gram_II.diagonal().add_(_strength(sites))
+    return gram_II
 
 
 def target(sites: Sites, at: int, prior_OI: Tensor, gram_II: Tensor) -> Tensor:
@@ -61,17 +63,35 @@ def _strength(sites: Sites) -> Tensor:
     return min(max(PRIOR_TOKENS / max(sites.rows, 1), LEAST_PULL), MOST_PULL) * sites.gram_II.diagonal()
 
 
-def priors(teacher: CausalLM, keys: Container[str]) -> dict[str, Tensor]:
-    """The teacher's matrices [O, I] of these keys, in float32."""
-    return {m.key: m.weight_OI.float() for m in matrices(teacher).values() if m.key in keys}
+class Priors(Mapping[str, Tensor]):
+    """The teacher's matrices [O, I] by key, in float32, each read when it is asked for: its block must be held."""
+
+    def __init__(self, teacher: CausalLM) -> None:
+        self._matrices = {matrix.key: matrix for matrix in matrices(teacher).values()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._matrices[key].weight_OI.float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._matrices)
+
+    def __len__(self) -> int:
+        return len(self._matrices)
 
 
-def targets(sites: Sites, healthy: Mapping[str, Tensor], gram_II: Tensor) -> list[tuple[Matrix, Tensor]]:
-    """The matrices whose prior there is in the same shape, each with its `target` [O, I]; one factor serves all."""
+def targets(
+    sites: Sites, healthy: Mapping[str, Tensor], gram_II: Tensor, keys: Container[str]
+) -> list[tuple[Matrix, Tensor]]:
+    """The matrices whose prior there is in the same shape, each with its `target` [O, I]; one factor serves all.
+
+    Of `sites` only those of these keys are asked for.
+    """
     found = [
-        (at, matrix, healthy[matrix.key])
+        (at, matrix, prior_OI)
         for at, matrix in enumerate(sites.matrices)
-        if matrix.key in healthy and healthy[matrix.key].shape == matrix.weight_OI.shape
+        if matrix.key in keys
+        and matrix.key in healthy
+        and (prior_OI := healthy[matrix.key]).shape == matrix.weight_OI.shape
     ]
     crosses = {at: sites.cross_OI[at] for at, _, _ in found} if sites.cross_OI else {}
     asked = [(at, prior_OI, cross) for at, _, prior_OI in found if (cross := crosses.get(at)) is not None]

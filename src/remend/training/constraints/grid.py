@@ -21,7 +21,7 @@ from remend.models.find import OWN_FOLDER
 from remend.models.matrices import Matrix, by_key
 from remend.models.protocols import CausalLM
 from remend.models.written import RECORD
-from remend.training.constraints.fitting import anchored_gram, priors, targets
+from remend.training.constraints.fitting import Priors, anchored_gram, targets
 from remend.training.constraints.kind import (
     REPAIRED_RATE,
     Calibration,
@@ -212,13 +212,15 @@ def repair_grid(student: CausalLM, stored: StoredGrid, calibration: Calibration)
     The student's weights are changed in place.
 
     Returns:
-        The grid with its new codes, and for each matrix the compensated weights that were rounded: float32 masters.
+        The grid with its new codes, and for each matrix the compensated weights that were rounded, float32 masters. Of
+        a student on the disk its journal has the codes, and nothing has the masters.
     """
-    healthy, masters, matrices = priors(calibration.teacher, stored.matrices), {}, dict(stored.matrices)
+    healthy, masters, matrices = Priors(calibration.teacher), dict[str, Tensor](), dict(stored.matrices)
+    journal = calibration.journal
 
     def visit(sites: Sites) -> None:
         gram_II = anchored_gram(sites)
-        found = targets(sites, healthy, gram_II)
+        found = targets(sites, healthy, gram_II, stored.matrices)
         # rows don't influence one another, so layers that read one input are rounded as one, unless each has an outer
         # scale
         alone = stored.format.rule == "two scales"
@@ -230,10 +232,15 @@ def repair_grid(student: CausalLM, stored: StoredGrid, calibration: Calibration)
             for (matrix, _), grid, codes, weight in pieces:
                 codes, weight = codes.clone(), weight.clone()
                 matrix.weight_OI.copy_(decode(codes, grid, stored.format))
-                matrices[matrix.key], masters[matrix.key] = (codes, grid), weight
+                if journal:
+                    journal.note(f"{matrix.key}.codes", codes)
+                else:
+                    matrices[matrix.key], masters[matrix.key] = (codes, grid), weight
 
     walked = calibration.walk(student, visit, "repairing on the grid")
     for key in walked.unchanged & masters.keys():
         matrices[key] = stored.matrices[key]
         del masters[key]
+    if journal:
+        return Start(walked=walked)
     return Start(StoredGrid(stored.format, matrices, stored.carried), masters, walked)

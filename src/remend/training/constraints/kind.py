@@ -19,6 +19,7 @@ from torch import Size, Tensor
 from remend.compression.recognise import Recognised
 from remend.compression.stored_grid import StoredGrid
 from remend.models.activations.walk import Sites, Walked, walk
+from remend.models.blocks.journal import BlockJournal
 from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 from remend.registry import Registry
@@ -106,11 +107,15 @@ class Start:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a repair is fitted to: the teacher in float32, its answers, and the context of the forward passes."""
+    """What a repair is fitted to: the teacher in float32, its answers, and the context of the forward passes.
+
+    `journal` is where a student whose blocks are on the disk gets its new ones.
+    """
 
     teacher: CausalLM
     text: Sequence[Rollout]
     precision: AbstractContextManager[object] | None = None
+    journal: BlockJournal | None = None
 
     def walk(
         self, student: CausalLM, visit: Callable[[Sites], None], title: str, layer_map: Sequence[int] | None = None
@@ -124,6 +129,7 @@ class Calibration:
             layer_map=layer_map,
             precision=self.precision,
             title=title,
+            journal=self.journal,
         )
 
 

@@ -15,7 +15,7 @@ from remend.models.layers import kept_weights
 from remend.models.matrices import matrices
 from remend.models.protocols import CausalLM
 from remend.models.written import RECORD
-from remend.training.constraints.fitting import anchored_gram, priors, targets
+from remend.training.constraints.fitting import Priors, anchored_gram, targets
 from remend.training.constraints.free import Free
 from remend.training.constraints.kind import (
     RATE,
@@ -103,12 +103,13 @@ class MaskKind(ConstraintKind):
 @torch.no_grad()
 def repair_mask(student: CausalLM, calibration: Calibration) -> Start:
     """Refit what the mask left, in place; the zeros stay where they are."""
-    kept = kept_weights(student)
-    healthy = priors(calibration.teacher, kept)
+    healthy = Priors(calibration.teacher)
 
     def visit(sites: Sites) -> None:
         gram_II = anchored_gram(sites)
-        for matrix, target_OI in targets(sites, healthy, gram_II):
+        kept = {matrix.key: matrix.weight_OI != 0 for matrix in sites.matrices}
+        pruned = [key for key, kept_OI in kept.items() if not bool(kept_OI.all())]
+        for matrix, target_OI in targets(sites, healthy, gram_II, pruned):
             matrix.weight_OI.copy_(refit_kept(target_OI, gram_II, kept[matrix.key]))
 
     return Start(walked=calibration.walk(student, visit, "repairing under the mask"))
