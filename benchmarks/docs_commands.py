@@ -123,6 +123,12 @@ def make_input(name: str) -> None:
         shutil.copy("reference.json", name)
 
 
+def quick(words: Sequence[str]) -> list[str]:
+    """The words that make a command short, without a recipe's keys that it gives as options itself."""
+    own = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    return [word for word in QUICK.get(words[0], "").split() if word.partition("=")[0] not in own]
+
+
 def run(line: str) -> str | None:
     """Run one line of a page. Returns why it is skipped, or None.
 
@@ -148,7 +154,7 @@ def run(line: str) -> str | None:
             make_input(name)
     if out and "--resume" not in words and words[0] != "study":  # what was made beforehand under the name that it takes
         shutil.rmtree(out) if Path(out).is_dir() else Path(out).unlink(missing_ok=True)
-    remend(*words, *([] if "--resume" in words else QUICK.get(words[0], "").split()), launcher=launcher)
+    remend(*words, *([] if "--resume" in words else quick(words)), launcher=launcher)
     if words[:2] == ["recipes", "cp"]:
         copied = Path(f"{words[2]}.yaml")
         text = (
