@@ -160,7 +160,6 @@ def test_a_block_that_changed_after_a_kill_is_refused(healthy: Path) -> None:
     [
         ({"steps": 4}, "steps is 4, and training holds all weights in memory; set steps to 0"),
         ({"lora": {"rank": 2}}, "an adapter is trained"),
-        ({"teacher": "smollm2"}, "smollm2: it is a GGUF file"),
     ],
 )
 def test_placements_that_cannot_be(healthy: Path, more: dict[str, Any], words: str) -> None:
@@ -168,6 +167,13 @@ def test_placements_that_cannot_be(healthy: Path, more: dict[str, Any], words: s
     with pytest.raises(CheckError, match=words):
         remend.recover(**settings(student, healthy, "parts", placement="disk", **more))
     assert not healthy.with_name("parts").exists()
+
+
+def test_a_packed_student_is_not_read_block_by_block(healthy: Path) -> None:
+    student = damaged(healthy, "int4-g32-sym")
+    remend.export(student, healthy.with_name("packed"), format="compressed-tensors")
+    with pytest.raises(CheckError, match=r"packed: its weights are packed by compressed-tensors.*format dense"):
+        remend.recover(**settings(healthy.with_name("packed"), healthy, "parts", placement="disk"))
 
 
 def test_auto_goes_by_the_free_memory(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
