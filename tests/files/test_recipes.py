@@ -32,6 +32,9 @@ def test_every_setting_is_documented_with_its_default() -> None:
         said = rows[name].strip()
         if name == "ema":
             assert said == "{rate: 0.01, every: 1}"
+        elif name == "placement":
+            placed = field.get_default(call_default_factory=True)
+            assert said == placed.student == placed.teacher == "auto"
         elif field.is_required():
             assert said == "required"
         elif "auto" in (field.default, repr(field.default)):  # of steps too, which are a number beside

@@ -297,8 +297,8 @@ def gram_bytes(rows: int, columns: int, *, grid: bool) -> int:
     They are the Cholesky factor of the least squares, their solution, the factor of GPTQ's inverse, and its codes.
     """
     square, whole = columns * columns, rows * columns
-    moments = [32 * square + 16 * whole, 24 * square + 40 * whole]
-    return max([*moments, 44 * square + 12 * whole, 16 * square + 50 * whole] if grid else moments)
+    moments = [24 * square + 16 * whole, 16 * square + 40 * whole]
+    return max([*moments, 28 * square + 12 * whole, 16 * square + 50 * whole] if grid else moments)
 
 
 def _inner(size: Size) -> int:
