@@ -82,15 +82,10 @@ class Matrix:
         return part.T if self.transposed else part
 
     @property
-    def whole(self) -> Tensor:
-        """The parameter that it is, or is a part of."""
-        tensor: Tensor = getattr(self.module, self.parameter.rpartition(".")[2])
-        return tensor
-
-    @property
     def weight_OI(self) -> Tensor:
         """A view without gradient: what is written into it changes the model."""
-        return self.of(self.whole.detach())
+        tensor: Tensor = getattr(self.module, self.parameter.rpartition(".")[2])
+        return self.of(tensor.detach())
 
     @property
     def in_features(self) -> int:

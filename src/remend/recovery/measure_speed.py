@@ -38,7 +38,7 @@ from remend.recovery.pools import build_sources
 from remend.recovery.prompts import Prompts
 from remend.recovery.repair import Repaired
 from remend.recovery.training import step_function
-from remend.training.constraints import Calibration, Constraint, Trainable, kind_of
+from remend.training.constraints import Calibration, Constraint, kind_of
 from remend.training.optimizers import OPTIMIZERS
 from remend.training.teachers import Teacher
 
@@ -175,12 +175,7 @@ class _FirstBlocks(Calibration):
     began: list[float] | None = None
 
     def walk(
-        self,
-        student: CausalLM,
-        visit: Callable[[Sites], None],
-        title: str,
-        layer_map: Sequence[int] | None = None,
-        trainable: Trainable | None = None,
+        self, student: CausalLM, visit: Callable[[Sites], None], title: str, layer_map: Sequence[int] | None = None
     ) -> Walked:
         """See Calibration."""
         assert self.began is not None
@@ -194,7 +189,7 @@ class _FirstBlocks(Calibration):
                 raise _Enough
             visit(sites)
 
-        return super().walk(student, noted, "measuring: repair of the first blocks", layer_map, trainable)
+        return super().walk(student, noted, "measuring: repair of the first blocks", layer_map)
 
 
 def _repair(

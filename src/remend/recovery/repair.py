@@ -29,7 +29,7 @@ from remend.models.sampling.rollout import Rollout
 from remend.models.sampling.transformers_engine import ROWS
 from remend.recovery.begin import Run
 from remend.recovery.by_block import forget_blocks, journal_of
-from remend.training.constraints import BlockTraining, Calibration, Start, StudentFacts, kind_of
+from remend.training.constraints import Calibration, Start, StudentFacts, kind_of
 from remend.training.teachers import Teacher
 
 TOKENS = 64
@@ -89,7 +89,6 @@ def repair(
     rows: int = ROWS,
     journal: BlockJournal | None = None,
     written: Callable[[Callable[[], list[Rollout]]], list[Rollout]] | None = None,
-    passes: float = 0.0,
 ) -> Repaired:
     """Repair a compressed student in place. One that is not compressed, or not cut from the teacher, is left as it is.
 
@@ -103,7 +102,6 @@ def repair(
         rows: that are sampled at once.
         journal: where a student whose blocks are on the disk gets its new ones.
         written: given what lets the teacher answer, the answers, which may be kept from an earlier try.
-        passes: over the answers in which each block is trained after its closed form.
     """
     kind = kind_of(facts)
     if not kind.repairs(student, facts, teacher):
@@ -122,7 +120,7 @@ def repair(
         teacher = copy.deepcopy(teacher).to(torch.float32)
     if journal:
         journal.begin()
-    start = kind.repair(student, facts, Calibration(teacher, text, precision, journal, BlockTraining(passes, seed)))
+    start = kind.repair(student, facts, Calibration(teacher, text, precision, journal))
     if blocks := start.walked.unexplained:
         how = "fitted to what the teacher's layers give" if start.walked.beside else "not fitted"
         numbers = ", ".join(map(str, blocks))
@@ -179,7 +177,6 @@ def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaire
         journal=journal,
         written=written,
         rows=run.rows_at_once,
-        passes=config.repair_passes,
     )
 
 

@@ -309,16 +309,7 @@ class RecoverConfig(Settings):
             *("bootstrap_steps", "off_policy_passes", "alignment"),
         ),
         "Compression and adapters": (
-            *(
-                "repair",
-                "repair_samples",
-                "repair_passes",
-                "train_embeddings",
-                "as_dense",
-                "layer_map",
-                "train",
-                "lora",
-            ),
+            *("repair", "repair_samples", "train_embeddings", "as_dense", "layer_map", "train", "lora"),
             *("merge",),
         ),
         "Measuring": ("eval_every", "diagnose_every", "select", "patience", "report_to"),
@@ -464,12 +455,6 @@ class RecoverConfig(Settings):
         1024, ge=1, description="longer prompts are dropped, never cut (SDFT authors' code: 1024)"
     )
     repair: bool = Field(True, description="first refit a compressed student in closed form (GPTQ, least squares)")
-    repair_passes: Number = Field(
-        0.0,
-        ge=0,
-        le=100,
-        description="passes over repair's text in which each block is trained after its closed form; with 0 none is",
-    )
     repair_samples: int = Field(
         600, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
     )

@@ -81,14 +81,10 @@ class Apart:
     def enter(self, index: int) -> None:
         """Before a block is changed."""
         self._before = self._run(index)
-        self.healthy.advance(self.healthy.places[index], self.healthy.places[index + 1])
-
-    def error_of(self, index: int) -> float:
-        """The error behind a block that was entered, with the weights that it has now."""
-        return self._distance(self._run(index))
 
     def judge(self, index: int, change: Change) -> bool:
         """Keep a block's change where its output comes nearer; else take it back, and say False."""
+        self.healthy.advance(self.healthy.places[index], self.healthy.places[index + 1])
         after, before = self._run(index), self._before
         error, error_before = self._distance(after), self._distance(before)
         better = error <= error_before

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -154,14 +153,6 @@ class Journal(Protocol):
         """Inside, the blocks have the weights that they had before any walk."""
 
 
-Train = Callable[
-    [int, nn.Module, Sequence[HiddenBatch], Sequence[HiddenBatch], Callable[[], float] | None],
-    bool,
-]
-"""Trains a block: its number, the block, what enters it, the teacher's stream behind it, and what gives the error of
-its output on text held apart, if there is some. Says whether it changed the block."""
-
-
 @torch.no_grad()
 def walk(
     model: CausalLM,
@@ -173,7 +164,6 @@ def walk(
     precision: AbstractContextManager[object] | None = None,
     title: str = "calibrating block by block",
     journal: Journal | None = None,
-    train: Train | None = None,
 ) -> Walked:
     """Visit every group of linear layers of the decoder, each with what it sees after the changes in front of it.
 
@@ -189,7 +179,6 @@ def walk(
         precision: context of the forward passes and sums; what `visit` does is outside it. None changes nothing.
         title: of the progress bar.
         journal: told of each block; what it says was settled before is not visited again.
-        train: with a teacher, trains each block after all of its groups were visited; see `Train`.
 
     Raises:
         InputError: a model whose blocks can't be run one by one (see `walkable`); a layer map that does not fit.
@@ -282,13 +271,9 @@ def walk(
                         if targets and len(group) == 1 and group[0] in seen.inputs:
                             targets.refit_norm(kept[group[0]][0], seen.inputs[group[0]].float())
                     settled.visited.update(group)
-                trained = False
-                if train and healthy:
-                    error = partial(apart.error_of, index) if apart else None
-                    trained = train(index, block, batches, healthy.batches, error)
                 keeps = apart is None or apart.judge(index, change)
                 for number, batch in enumerate(batches):
-                    with settled.at(number) if keeps and not trained else nullcontext():
+                    with settled.at(number) if keeps else nullcontext():
                         batch.states_BTD = run_block(block, batch, index)
                 if journal:
                     about = apart.about(index, kept=keeps) if apart else {"kept": True}

@@ -9,7 +9,6 @@ anew. So a weight is quantized once per update, and sampling, scoring and saving
 from __future__ import annotations
 
 from remend.training.constraints.adapter import Adapter, AdapterKind
-from remend.training.constraints.block_training import BlockTraining, Trainable
 from remend.training.constraints.free import Free, FreeKind
 from remend.training.constraints.grid import GridKind, OnGrid
 from remend.training.constraints.healthy import freeze_healthy_embeddings
@@ -29,7 +28,6 @@ from remend.training.constraints.scales import NormsKind, OnScales, ScalesKind
 __all__ = [
     "CONSTRAINTS",
     "Adapter",
-    "BlockTraining",
     "Calibration",
     "Constraint",
     "ConstraintKind",
@@ -39,7 +37,6 @@ __all__ = [
     "OnScales",
     "Start",
     "StudentFacts",
-    "Trainable",
     "freeze_healthy_embeddings",
     "kind_of",
 ]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from remend.models.activations.walk import Sites
 from remend.models.layers import infer_layer_map
-from remend.models.matrices import Matrix
 from remend.models.protocols import CausalLM
-from remend.training.constraints.block_training import Trainable, served_as_they_are
 from remend.training.constraints.fitting import anchored_gram, shapes, target
 from remend.training.constraints.kind import (
     NO_WEIGHTS,
@@ -63,18 +59,14 @@ class FreeKind(ConstraintKind):
     @torch.no_grad()
     def repair(self, model: CausalLM, facts: StudentFacts, calibration: Calibration) -> Start:
         """The layers are refitted to the teacher's streams."""
-        visited: dict[str, Matrix] = {}
         layer_map = facts.layer_map or infer_layer_map(model, calibration.teacher)
 
         def visit(sites: Sites) -> None:
             gram_II = anchored_gram(sites)
             for at, matrix in enumerate(sites.matrices):
                 matrix.weight_OI.copy_(target(sites, at, matrix.weight_OI.float(), gram_II))
-                visited[matrix.key] = matrix
 
-        trainable = Trainable(partial(served_as_they_are, visited))
-        walked = calibration.walk(model, visit, "repairing at the cut", layer_map=layer_map, trainable=trainable)
-        return Start(walked=walked)
+        return Start(walked=calibration.walk(model, visit, "repairing at the cut", layer_map=layer_map))
 
 
 def _size(matrices: Shapes) -> int:

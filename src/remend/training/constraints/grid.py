@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from remend.compression.formats import GridFormat
 from remend.compression.grids import Grid, decode, encode, off_borders, snap, stacked, within_cell
 from remend.compression.solvers import gptq
 from remend.compression.stored_grid import GRID_FILE, StoredGrid
@@ -23,7 +21,6 @@ from remend.models.find import OWN_FOLDER
 from remend.models.matrices import Matrix, by_key
 from remend.models.protocols import CausalLM
 from remend.models.written import RECORD
-from remend.training.constraints.block_training import Moving, Trainable
 from remend.training.constraints.fitting import Priors, anchored_gram, targets
 from remend.training.constraints.kind import (
     REPAIRED_RATE,
@@ -144,7 +141,13 @@ class OnGrid(Constraint):
     @torch.no_grad()
     def project(self) -> None:
         for one in self._held.values():
-            _serve(one.matrix, one.grid, self.format, one.master)
+            weight_OI = one.matrix.weight_OI
+            if weight_OI.is_contiguous():
+                snap(one.master, one.grid, self.format, out=weight_OI)
+            else:  # `snap` writes into groups of a row, which lie apart here
+                rows_OI = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
+                snap(one.master, one.grid, self.format, out=rows_OI)
+                weight_OI.copy_(rows_OI)
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:
@@ -202,18 +205,6 @@ def _stored(facts: StudentFacts) -> StoredGrid:
     return facts.recognised.stored
 
 
-def _serve(matrix: Matrix, grid: Grid, fmt: GridFormat, master_OI: Tensor) -> None:
-    """Write the points of the grid that are nearest to a master."""
-    weight_OI = matrix.weight_OI
-    if weight_OI.is_contiguous():
-        snap(master_OI, grid, fmt, out=weight_OI)
-        return
-    # `snap` writes into groups of a row, which lie apart here
-    rows_OI = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
-    snap(master_OI, grid, fmt, out=rows_OI)
-    weight_OI.copy_(rows_OI)
-
-
 @torch.no_grad()
 def repair_grid(student: CausalLM, stored: StoredGrid, calibration: Calibration) -> Start:
     """Round the teacher's weights anew onto the student's grid, each layer compensating for those before it.
@@ -246,22 +237,7 @@ def repair_grid(student: CausalLM, stored: StoredGrid, calibration: Calibration)
                 else:
                     matrices[matrix.key], masters[matrix.key] = (codes, grid), weight
 
-    own = by_key(student)
-
-    def moving(block: nn.Module) -> dict[str, Moving]:
-        inside = set(block.modules())
-        return {
-            key: Moving(own[key], start, partial(_serve, own[key], matrices[key][1].to(start.device), stored.format))
-            for key, start in masters.items()
-            if own[key].module in inside
-        }
-
-    def trained(some: Mapping[str, Moving]) -> None:
-        for key, one in some.items():
-            grid = matrices[key][1]
-            matrices[key] = encode(one.master_OI, grid, stored.format), grid
-
-    walked = calibration.walk(student, visit, "repairing on the grid", trainable=Trainable(moving, trained))
+    walked = calibration.walk(student, visit, "repairing on the grid")
     for key in walked.unchanged & masters.keys():
         matrices[key] = stored.matrices[key]
         del masters[key]

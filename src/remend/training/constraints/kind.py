@@ -14,17 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
 from remend.compression.recognise import Recognised
 from remend.compression.stored_grid import StoredGrid
-from remend.models.activations.passes import HiddenBatch
 from remend.models.activations.walk import Sites, Walked, walk
 from remend.models.blocks.journal import BlockJournal
 from remend.models.protocols import CausalLM
 from remend.models.sampling.rollout import Rollout
 from remend.registry import Registry
-from remend.training.constraints.block_training import BlockTraining, Trainable
 from remend.training.constraints.fitting import shapes
 
 RATE, REPAIRED_RATE = 2e-4, 1e-4
@@ -111,44 +109,18 @@ class Start:
 class Calibration:
     """What a repair is fitted to: the teacher in float32, its answers, and the context of the forward passes.
 
-    `journal` is where a student whose blocks are on the disk gets its new ones. `training` is how each block is trained
-    after its closed form.
+    `journal` is where a student whose blocks are on the disk gets its new ones.
     """
 
     teacher: CausalLM
     text: Sequence[Rollout]
     precision: AbstractContextManager[object] | None = None
     journal: BlockJournal | None = None
-    training: BlockTraining = field(default_factory=BlockTraining)
 
     def walk(
-        self,
-        student: CausalLM,
-        visit: Callable[[Sites], None],
-        title: str,
-        layer_map: Sequence[int] | None = None,
-        trainable: Trainable | None = None,
+        self, student: CausalLM, visit: Callable[[Sites], None], title: str, layer_map: Sequence[int] | None = None
     ) -> Walked:
-        """Visit the student's linear layers in order, each with what it sees and ought to give; see `walk`.
-
-        Args:
-            trainable: what is trained of a block after the visits, where blocks are trained.
-        """
-
-        def train(
-            index: int,
-            block: nn.Module,
-            batches: Sequence[HiddenBatch],
-            taught: Sequence[HiddenBatch],
-            error: Callable[[], float] | None,
-        ) -> bool:
-            assert trainable is not None
-            some = trainable.moving(block)
-            kept = self.training.train(index, block, batches, taught, some, error)
-            if kept:
-                trainable.trained(some)
-            return kept
-
+        """Visit the student's linear layers in order, each with what it sees and ought to give; see `walk`."""
         return walk(
             student,
             self.text,
@@ -158,7 +130,6 @@ class Calibration:
             precision=self.precision,
             title=title,
             journal=self.journal,
-            train=train if trainable and self.training.passes else None,
         )
 
 

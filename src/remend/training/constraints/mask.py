@@ -5,8 +5,6 @@ Legend: O rows (outputs), I columns (inputs).
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from remend.compression.recognise import was_pruned
@@ -14,10 +12,9 @@ from remend.compression.solvers import refit_kept
 from remend.errors import InputError
 from remend.models.activations.walk import Sites
 from remend.models.layers import kept_weights
-from remend.models.matrices import Matrix, matrices
+from remend.models.matrices import matrices
 from remend.models.protocols import CausalLM
 from remend.models.written import RECORD
-from remend.training.constraints.block_training import Trainable, served_as_they_are
 from remend.training.constraints.fitting import Priors, anchored_gram, targets
 from remend.training.constraints.free import Free
 from remend.training.constraints.kind import (
@@ -106,7 +103,7 @@ class MaskKind(ConstraintKind):
 @torch.no_grad()
 def repair_mask(student: CausalLM, calibration: Calibration) -> Start:
     """Refit what the mask left, in place; the zeros stay where they are."""
-    healthy, visited = Priors(calibration.teacher), dict[str, Matrix]()
+    healthy = Priors(calibration.teacher)
 
     def visit(sites: Sites) -> None:
         gram_II = anchored_gram(sites)
@@ -114,7 +111,5 @@ def repair_mask(student: CausalLM, calibration: Calibration) -> Start:
         pruned = [key for key, kept_OI in kept.items() if not bool(kept_OI.all())]
         for matrix, target_OI in targets(sites, healthy, gram_II, pruned):
             matrix.weight_OI.copy_(refit_kept(target_OI, gram_II, kept[matrix.key]))
-            visited[matrix.key] = matrix
 
-    trainable = Trainable(partial(served_as_they_are, visited))
-    return Start(walked=calibration.walk(student, visit, "repairing under the mask", trainable=trainable))
+    return Start(walked=calibration.walk(student, visit, "repairing under the mask"))
