@@ -12,7 +12,6 @@ import signal
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
 def main() -> None:
@@ -20,9 +19,6 @@ def main() -> None:
     for number in SIGNALS:
         signal.signal(number, _end)
     atexit.register(_deaf)  # what is registered first is called last
-    # torch reads it at its first tensor. Large tensors then lie on 2 MiB pages where the system gives these on request
-    # (Linux): repair and measuring make many, and each page of 4 KiB would be a fault of its own.
-    os.environ.setdefault(LARGE_PAGES, "1")
     from remend.cli import main as command_line  # takes a while
 
     command_line()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,14 +37,3 @@ def test_a_signal_at_any_moment(moment: str, name: str, code: int, tmp_path: Pat
     else:
         assert done.returncode == code
         assert done.stdout == (f"{remend.__version__}\n" if moment == "after the work" else "")
-
-
-@pytest.mark.parametrize(("given", "taken"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
-def test_large_tensors_lie_on_large_pages_unless_the_environment_says_otherwise(
-    given: dict[str, str], taken: str, tmp_path: Path
-) -> None:
-    (tmp_path / "telling.py").write_text("import os\nprint(os.environ['THP_MEM_ALLOC_ENABLE'])\n")
-    command = [sys.executable, "-m", "remend", "version", "--import", "telling"]
-    rest = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    done = subprocess.run(command, cwd=tmp_path, env={**rest, **given}, capture_output=True, text=True)
-    assert done.stdout == f"{taken}\n{remend.__version__}\n"
