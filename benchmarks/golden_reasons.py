@@ -165,6 +165,26 @@ EXPLAINED = [
         r"logs/\d+-diagnose\.txt",
     ),
     Explained(SHARES, r"line \d+", r"decoder: 100\.0% (on the grid|under the mask), 0\.0% untouched .*"),
+    Explained(
+        "each answer of an evaluation is signed, and a first line says what was settled; its results are compared",
+        r"(line \d+|\[\d+\]\.sha256)",
+        file=r"after/[\w-]+\.answers\.jsonl",
+    ),
+    Explained(
+        "a degradation's record holds no seconds", r"(calibration\.)?seconds", file=r"made/\w+/degradation\.json"
+    ),
+    Explained(
+        "correlate says it in three sentences",
+        r"(kl_only|near_the_end|quotable|teachers)",
+        file=r".*/correlation\.json",
+    ),
+    Explained("correlate says it in three sentences", r"line \d+", r"|in short: .*|\s+.*", r"logs/\d+-correlate\.txt"),
+    Explained("a diagnosis says what counts as repetition", r"limits\.repetition", r"0\.3", r".*/diagnosis\.json"),
+    Explained(CAME_OR_WENT, r"(recipe\.)?optimizer", r"adamw"),
+    Explained(CAME_OR_WENT, r"(recipe\.)?placement", r"{'student': 'auto', 'teacher': 'auto'}"),
+    Explained(CAME_OR_WENT, r"(recipe\.)?train", r"all"),
+    Explained("a run says how many rows it samples at once", r"rows_at_once", r"64", r"runs/\w+/manifest\.json"),
+    Explained("a run says in what its frozen base is held", r"frozen_base", file=r"runs/\w+/manifest\.json"),
 ]
 
 
