@@ -144,7 +144,7 @@ def compress(directory: Path, dtype: torch.dtype, args: dict[str, Any], tokenize
         ignore=["lm_head"],
         quantization_status="frozen",
     )
-    apply_quantization_config(model, config, show_progress=False)
+    apply_quantization_config(model, config)
     for _, module in model.named_modules():
         wanted = getattr(getattr(module, "quantization_scheme", None), "weights", None)
         if wanted is None:

@@ -113,7 +113,7 @@ def test_thoughts_tool_calls_and_parts_are_trained_on_as_the_template_shows_them
 )
 def test_the_template_is_given_the_turn_as_the_row_gives_it(turn: dict[str, Any]) -> None:
     made = chatty(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content + '' if m.content is defined }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | string if m.content is defined }}"
         "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
         "{{ m.name }}{% if m.final is defined %}{{ m.final }}{{ m.step }}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

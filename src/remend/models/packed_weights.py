@@ -100,7 +100,7 @@ def require_fitting(config: JsonObject, files: Sequence[Path], model_type: str, 
     """
     from compressed_tensors.compressors import BaseCompressor
     from transformers import CompressedTensorsConfig
-    from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
+    from transformers.integrations import compressed_tensors as integration
 
     groups = (config.get("transform_config") or {}).get("config_groups") or {}
     for name, group in groups.items():
@@ -116,9 +116,13 @@ def require_fitting(config: JsonObject, files: Sequence[Path], model_type: str, 
     merged, missing = merges_experts(model_type), []
     for module, tensors in _modules(files).items():
         expert = merged and ".experts." in module
-        scheme = (get_experts_scheme if expert else get_dense_scheme)(schemes)
-        form = scheme.format or schemes.format
         own_name, own = _described(schemes.config_groups, module)
+        # before it unpacked all layers by one scheme, the package compressed-tensors unpacked each by its own
+        chosen = getattr(integration, "get_experts_scheme" if expert else "get_dense_scheme", lambda _, own=own: own)
+        scheme = chosen(schemes)
+        if scheme is None:
+            continue
+        form = scheme.format or schemes.format
         if own is not None and _how(own, schemes.format) != _how(scheme, schemes.format):
             raise FileError(
                 f"config.json of {what} describes {module} by {own_name}, and transformers unpacks it by another of "

@@ -10,6 +10,7 @@ import contextlib
 import io
 import re
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +324,8 @@ def _compress(model: nn.Module | CausalLM, grids: Mapping[str, Grid], fmt: GridF
         ignore=[n for n in linear if n not in packed],
         quantization_status="frozen",
     )
-    apply_quantization_config(model, config, show_progress=False)
+    bars = {"show_progress": False} if "show_progress" in signature(apply_quantization_config).parameters else {}
+    apply_quantization_config(model, config, **bars)
     for name, grid in packed.items():
         _set_parameters(model.get_submodule(name), grid, fmt)
     compressor = ModelCompressor.from_pretrained_model(model)

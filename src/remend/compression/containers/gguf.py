@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 FILE_NAME = "model.gguf"
+MXFP4_FILE = 38
+"""llama.cpp's LLAMA_FTYPE_MOSTLY_MXFP4_MOE, which older gguf packages don't name."""
 
 SAME_VALUES = {"int4-g32-sym": "gguf:q4_0", "int8-g32-sym": "gguf:q8_0", "mxfp4": "gguf:mxfp4"}
 """Grids that are a GGUF type under another name: scale * (code - 8) is q4_0, scale * (code - 128) is q8_0."""
@@ -214,8 +216,8 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, config: PreTrainedConfig, name
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     label = "ALL_F32" if type_name == "f32" else f"MOSTLY_{type_name.upper()}"
-    known = {"MOSTLY_MXFP4": "MOSTLY_MXFP4_MOE"}.get(label, label)
-    writer.add_file_type(gguf.LlamaFileType[known])
+    known = MXFP4_FILE if label == "MOSTLY_MXFP4" else gguf.LlamaFileType[label]
+    writer.add_file_type(known)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
