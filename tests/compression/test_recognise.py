@@ -22,6 +22,7 @@ from remend.errors import FileError, InputError
 from remend.exporting import export
 from remend.models.find import find_model
 from remend.models.load import check_weights, load_model, save_model
+from remend.models.packed_weights import exact_products
 from remend.training.constraints import OnGrid
 
 CPU = torch.device("cpu")
@@ -443,3 +444,9 @@ def test_zeros_of_a_dequantized_grid_are_no_mask(tmp_path: Path, tokenizer: Any)
     assert held.sparsity > ZEROS
     assert not held.mask
     assert "quantized, not pruned" in held.why
+
+
+def test_an_older_transformers_that_unpacks_otherwise_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("transformers.integrations.compressed_tensors.CompressedTensorsDequantize", raising=False)
+    with pytest.raises(FileError, match="can't be unpacked exactly by the versions of transformers"), exact_products():
+        pass

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,9 +239,18 @@ def exact_products() -> Iterator[None]:
 
     It multiplies in the scale's own dtype (bfloat16 or float16, as most writers store it) and unpacks fp4 to bfloat16.
     That rounds the products: the weights would lie beside their grid. Float32 scales give the same with and without.
+
+    Raises FileError where the transformers that is installed unpacks otherwise.
     """
-    from compressed_tensors.compressors.nvfp4 import base as fp4
-    from transformers.integrations.compressed_tensors import CompressedTensorsDequantize as Operation
+    try:
+        from compressed_tensors.compressors.nvfp4 import base as fp4
+        from transformers.integrations.compressed_tensors import CompressedTensorsDequantize as Operation
+    except ImportError:
+        raise FileError(
+            "weights packed by compressed-tensors can't be unpacked exactly by the versions of transformers "
+            f"({version('transformers')}) and compressed-tensors ({version('compressed-tensors')}) that are installed; "
+            "5.23 and 0.20 can: pip install -U transformers compressed-tensors"
+        ) from None
 
     unpack, convert = fp4.unpack_fp4_from_uint8, Operation.convert
 
