@@ -142,13 +142,7 @@ def new_directory(target: Path) -> Iterator[Path]:
                 temporary.chmod(0o777 & ~_UMASK)
                 yield temporary
                 _make_durable(temporary)
-                if fixed:
-                    for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-                        path.rename(target / path.name)
-                    temporary.rmdir()
-                else:
-                    _put(temporary, target)
-                flush(place)
+                _finish(temporary, target, fixed=fixed)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
@@ -181,13 +175,7 @@ def resumable_directory(target: Path, asked: JsonRow) -> Iterator[Path]:
             yield unfinished
             (unfinished / ASKED).unlink()
             _make_durable(unfinished)
-            if fixed:
-                for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
-                    path.rename(target / path.name)
-                unfinished.rmdir()
-            else:
-                _put(unfinished, target)
-            flush(place)
+            _finish(unfinished, target, fixed=fixed)
         except InputError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -212,6 +200,17 @@ def _replaceable(directory: Path) -> bool:
 
 def _short(name: str) -> str:
     return name[:60]  # a name has 255 bytes at most, and a letter up to four
+
+
+def _finish(made: Path, target: Path, *, fixed: bool) -> None:
+    """A durable directory becomes `target`; one that is fixed, such as a mount point, takes its files instead."""
+    if fixed:
+        for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):
+            path.rename(target / path.name)
+        made.rmdir()
+    else:
+        _put(made, target)
+    flush(target if fixed else target.parent)
 
 
 def _put(temporary: Path, target: Path) -> None:

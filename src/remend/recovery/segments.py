@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, JsonRow, json_line, write_json, write_text
+from remend.files.atomic import JsonObject, JsonRow, flush, json_line, write_json, write_text
 from remend.files.reading import read_object, understood
 from remend.files.run_directory import (
     DAMAGED,
@@ -133,6 +133,7 @@ def take_place(directory: RunDirectory) -> None:
     """
     new, path = directory.path / NEXT, directory.path
     (path / SUMMARY).unlink()
+    flush(path)  # a power cut may not leave the old summary beside the new model
     for made in new.iterdir():
         target = path / made.name
         if target.is_symlink():  # what it leads to is the user's
@@ -141,3 +142,4 @@ def take_place(directory: RunDirectory) -> None:
             shutil.rmtree(target)
         made.replace(target)
     new.rmdir()
+    flush(path)
