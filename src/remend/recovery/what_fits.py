@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from remend.compression.formats import GridFormat
@@ -15,7 +15,7 @@ from remend.errors import InputError, shortened
 from remend.models.device import rows_within
 from remend.models.shapes import SHAPES, Shape, shape_named, shape_of
 from remend.recovery.estimate import Facts, StreamWork, Train
-from remend.recovery.footprint import Bytes, moments_of
+from remend.recovery.footprint import Memory, moments_of
 from remend.recovery.memory import activation_bytes
 from remend.recovery.repair import MOST_ROWS
 from remend.recovery.repair import TOKENS as REPAIR_TOKENS
@@ -60,23 +60,12 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Way:
+class Way(Memory):
     """One way of training: what it holds by phase and kind, with which settings; and whether that fits."""
 
     train: Train
     settings: Sequence[str]
-    by_phase: Mapping[str, Bytes]
     fits: bool
-
-    @property
-    def phases(self) -> Mapping[str, int]:
-        """Bytes in all, by phase."""
-        return {phase: sum(held.values()) for phase, held in self.by_phase.items()}
-
-    @property
-    def peak(self) -> int:
-        """The largest of all phases."""
-        return max(self.phases.values())
 
     @property
     def fullest(self) -> str:
@@ -265,7 +254,7 @@ def _groups_of(wish: Wish) -> int:
 def _way(wish: Wish, facts: Facts, settings: Sequence[str]) -> Way:
     by_phase = moments_of(facts)
     peak = max(sum(held.values()) for held in by_phase.values())
-    return Way(facts.train, settings, by_phase, peak <= _room(wish))
+    return Way(by_phase, facts.train, settings, peak <= _room(wish))
 
 
 def _one_by_one(facts: Facts) -> Facts:
