@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.patching import without_the_harness_tasks
-from remend.errors import CheckError, InputError
+from remend.errors import CheckError, FileError, InputError
 from remend.evaluation import harness
 
 pytest.importorskip("lm_eval")
@@ -87,3 +87,9 @@ def test_python_that_the_harness_finds_is_refused_however_it_is_spelt(tmp_path: 
     with harness._guarded(allow_code=True):
         load_yaml(place / "mine.yaml", resolve_func=True)
     assert (tmp_path / "ran").exists()
+
+
+def test_a_pipe_among_task_files_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "task.yaml")
+    with pytest.raises(FileError, match=r"task\.yaml can't be read: it is a pipe or socket; give a file"):
+        harness.Tasks(tmp_path)

@@ -28,6 +28,7 @@ from remend.evaluation.results import scored
 from remend.evaluation.sandbox import CodeEval, require_sandbox
 from remend.evaluation.settings import LM_EVAL
 from remend.files.atomic import JsonObject
+from remend.files.reading import require_finite
 from remend.models.protocols import CausalLM, Tokenizer
 
 ROWS, GPU_ROWS = {"cpu": 8}, 16
@@ -154,9 +155,11 @@ class Tasks:
 
 
 def _digest(include: Path) -> str:
-    """SHA-256 over a folder's task files and data."""
+    """SHA-256 over a folder's task files and data. Raises FileError for a device or a pipe in the place of one."""
     digest = hashlib.sha256()
     for path in sorted(include.rglob("*")):
+        if path.exists():
+            require_finite(path)
         if path.is_file() and path.suffix in {".yaml", ".yml", ".py", ".json", ".jsonl"}:
             digest.update(f"{path.relative_to(include)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
