@@ -93,3 +93,20 @@ def test_a_pipe_among_task_files_is_told_before_anything_is_read(tmp_path: Path)
     os.mkfifo(tmp_path / "task.yaml")
     with pytest.raises(FileError, match=r"task\.yaml can't be read: it is a pipe or socket; give a file"):
         harness.Tasks(tmp_path)
+
+
+def test_a_template_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import utils
+
+    from remend.data import bounded_templates
+
+    monkeypatch.setattr(bounded_templates, "SECONDS", 1)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ question }}"
+    with harness._guarded(allow_code=False):
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"the task's template '\{% for i.* does not come to an end"):
+                utils.apply_template(endless, {"question": "?"})
+        later = "{% if question == '!' %}" + endless + "{% endif %}{{ question }}"
+        assert utils.apply_template(later, {"question": "?"}) == "?"
+        with pytest.raises(InputError, match="does not come to an end"):
+            utils.apply_template(later, {"question": "!"})

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from remend.data.bounded_templates import Unbounded, bounded
 from remend.data.examples import Example, Message, Prompt, demonstration_of, text_of
-from remend.data.template_trial import require_end
 from remend.data.tokenizer import Tokenizer
 from remend.errors import InputError
 
@@ -139,9 +139,10 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[Message], context: Con
         return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompting, **context))
 
     def written(given: Sequence[Message]) -> str:
-        require_end(template_text(tokenizer), lambda: by_template(given))
         try:
-            return by_template(given)
+            return bounded(template_text(tokenizer), lambda: by_template(given))
+        except Unbounded:
+            raise
         except Exception as error:  # jinja and template code raise anything
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"the chat template refuses the messages: {reason}") from None

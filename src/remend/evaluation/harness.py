@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from remend.console import console, stage
+from remend.data.bounded_templates import bounded
 from remend.errors import CheckError, FileError, InputError, RemendError, did_you_mean
 from remend.evaluation.results import scored
 from remend.evaluation.sandbox import CodeEval, require_sandbox
@@ -292,7 +293,20 @@ def _guarded(*, allow_code: bool) -> Iterator[None]:
         theirs(function, Path(function).parent)
         return by_path(function)
 
-    apart = SandboxedEnvironment(undefined=templates.undefined, keep_trailing_newline=True)
+    class Apart(SandboxedEnvironment):
+        """What its templates write has bounds of time and length."""
+
+        def from_string(self, source: Any, *words: Any, **options: Any) -> Any:
+            template: Any = super().from_string(source, *words, **options)
+            write = template.render
+
+            def render(*of: Any, **by_name: Any) -> str:
+                return bounded(str(source), lambda: write(*of, **by_name), called=f"the task's template {source!r:.60}")
+
+            template.render = render
+            return template
+
+    apart = Apart(undefined=templates.undefined, keep_trailing_newline=True)
     apart.filters.update(templates.filters)
     evaluate.load, utils.env = loaded, apart
     loader._import_func_in_yml, loader._import_fun_from_str = named, placed

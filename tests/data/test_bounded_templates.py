@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny import TEMPLATE, build_tokenizer
-from remend.data import template_trial
-from remend.data.template_trial import require_end
+from remend.data import bounded_templates
+from remend.data.bounded_templates import bounded
 from remend.data.templates import render
 from remend.errors import InputError
 
@@ -19,8 +19,8 @@ POWER = "{% set x = 10 ** (10 ** 8) %}"
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_trial, "SECONDS", 1)
-    monkeypatch.setattr(template_trial, "_tried", set())
+    monkeypatch.setattr(bounded_templates, "SECONDS", 1)
+    monkeypatch.setattr(bounded_templates, "_tried", set())
 
 
 def tokenizer_with(opening: str) -> PreTrainedTokenizerFast:
@@ -56,6 +56,24 @@ def test_what_a_template_raises_is_no_matter_of_the_trial() -> None:
     def raises() -> str:
         raise ValueError("no")
 
-    require_end("any", raises)
+    with pytest.raises(ValueError, match="no"):
+        bounded("any", raises)
     with pytest.raises(InputError, match="refuses the messages: no"):
         render(tokenizer_with("{{ raise_exception('no') }}"), "Hi")
+
+
+def test_one_that_loops_for_later_messages_alone_is_refused() -> None:
+    tokenizer = tokenizer_with("{% if messages[0].content == 'slow' %}" + LOOPS + "{% endif %}")
+    assert "Hi" in render(tokenizer, "Hi")
+    began = time.monotonic()
+    with pytest.raises(InputError, match="does not come to an end within 1 seconds"):
+        render(tokenizer, "slow")
+    assert time.monotonic() - began < 15
+
+
+def test_one_that_writes_too_much_of_later_messages_is_refused() -> None:
+    long = "{% if messages[0].content == 'long' %}{{ 'x' * 20000000 }}{% endif %}"
+    tokenizer = tokenizer_with(long)
+    assert "Hi" in render(tokenizer, "Hi")
+    with pytest.raises(InputError, match="is too much for the memory"):
+        render(tokenizer, "long")
