@@ -144,6 +144,14 @@ def test_files_that_are_no_json_lines(tmp_path: Path) -> None:
         load_examples(str(tmp_path / "none"))
 
 
+def test_a_folder_that_holds_a_whole_home_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remend.data.sources.MOST_FILES", 3)
+    for number in range(4):
+        (tmp_path / f"{number}.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(FileError, match="is a folder with over 3 files; name the data's own"):
+        load_examples(str(tmp_path))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 @pytest.mark.parametrize(
     ("value", "part"), [("1" * 5000, "a whole number of too many digits"), ("[" * 200_000, "nested too deeply")]

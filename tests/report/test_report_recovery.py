@@ -17,7 +17,7 @@ from remend.report.next_steps import next_steps
 from remend.report.page import Code, Figure, Table
 from remend.report.recovery import gap_share, recovery_page, table, verdict
 from remend.report.training import rolling, thinned
-from remend.report.writing import html
+from remend.report.writing import HTML, MARKDOWN, html, write_page
 
 
 def summary_of(path: Path) -> dict[str, Any]:
@@ -266,6 +266,15 @@ def test_everything_from_files_is_escaped(tmp_path: Path) -> None:
     reader = check_page(html(page))
     assert reader.text.count(bad) >= 8
     assert f"> {escape(bad)}" in markdown(page)
+
+
+def test_what_a_model_wrote_steers_no_terminal(tmp_path: Path) -> None:
+    bad = "\x1bgone\x07"
+    page = recovery_page(made_run(tmp_path / "run"), made_summary(notes=[bad]))
+    for file in (HTML, MARKDOWN):
+        text = write_page(tmp_path, page).with_name(file).read_text()
+        assert "?gone?" in text
+        assert not set(text) & {"\x1b", "\x07"}
 
 
 def test_ten_thousand_steps_stay_small(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -285,10 +286,16 @@ OTHERS = {".zip": "unpack it first", ".xz": "unpack it first", ".zst": "unpack i
 """What can't be JSON lines, by suffix."""
 
 
+MOST_FILES = 10_000
+"""That a folder of data may hold, whatever they are: one with more is a home or a whole disk."""
+
+
 def _folder(path: Path, split: str | None) -> list[Placed]:
     """One split of what datasets' save_to_disk wrote, or of a folder of files that are named by split."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
+    if len(list(islice(path.rglob("*"), MOST_FILES + 1))) > MOST_FILES:
+        raise FileError(f"data {path} is a folder with over {MOST_FILES:,} files; name the data's own")
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if not saved and not any(_kind(p) in READERS for p in path.rglob("*") if p.is_file() and p.name != "state.json"):
         raise FileError(f"data {path} is a folder without data files. What is read: {ALLOWED}")

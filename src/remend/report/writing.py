@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from remend.errors import printable
 from remend.files.atomic import write_json, write_text
 from remend.report.markdown import markdown
 from remend.report.page import Page
@@ -35,7 +36,7 @@ def html(page: Page) -> str:
     script = files("remend.report").joinpath("filter.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = _environment().get_template("page.html.j2")
-    return template.render(page=page, script=Markup(script), script_hash=f"sha256-{digest}")
+    return printable(template.render(page=page, script=Markup(script), script_hash=f"sha256-{digest}"))
 
 
 def write_page(directory: Path, page: Page) -> Path:
