@@ -1,12 +1,16 @@
 """What is worth doing with a student after its repair? Ideas beside each other, for about the same seconds.
 
 python benchmarks/after_repair.py --out runs/after [--only int3-g64 2:4] [--idea "all weights" scales] [--seconds 150]
+python benchmarks/after_repair.py --page
 
 Each format of FORMATS damages SmolLM2 once and is repaired once, with the defaults. Every idea then trains the
 repaired student, without repairing it again; "twice the text" repairs the damaged one on twice the answers instead. An
 idea gets as many steps as fit into --seconds, by the seconds of its own first steps. The table has each idea's seconds,
-and the share of the repaired student's KL that it won, with a 95% interval paired over the held-out prompts. What is
-there is not run again, and what was interrupted is resumed.
+and the share of the repaired student's KL that it won, with a 95% interval paired over the held-out prompts.
+
+Each row is kept as one JSON in docs/measurements/records/after-repair/; one that is there is not run again, and what
+was interrupted is resumed. `--page` writes docs/measurements/after-repair.md from the rows that are kept, and runs
+nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from remend.files.atomic import write_json
+from kept_rows import RECORDS, keep, kept, place, rows
+from record import ROOT
+from remend.files.atomic import write_text
 from remend.files.run_directory import MANIFEST, SUMMARY, RunDirectory
 from remend.maths.gap import bootstrap_gap_closed
 from remend.studies.demo import write_prompts
@@ -50,6 +56,20 @@ IDEAS: dict[str, tuple[str, ...]] = {
 """Words of the recipe over those that all share. 2x is twice the format's rate."""
 
 TWICE = "twice the text"
+TABLE = ("| format | idea | steps | seconds | repaired | KL after | won over repair (95%) |", "|" + " --- |" * 7)
+
+PAGE = ROOT / "docs" / "measurements" / "after-repair.md"
+
+HEAD = """# What is worth doing after a repair?
+
+<!-- Written by `python benchmarks/after_repair.py --page` from records/after-repair. Run that to change it. -->
+
+SmolLM2, damaged and repaired with the defaults; then each idea trains the repaired student for about the same seconds.
+KL is that of the held-out prompts. "Won" is the share of the repaired student's KL that the idea took away, with a 95%
+interval paired over the held-out prompts. Hardware, seed 0 and commit stand in each row's record.
+
+"""
+
 TRIED = 4
 """Steps by which an idea's pace is told; the first round of sampling is left out."""
 
@@ -93,12 +113,11 @@ def words_of(name: str, idea: str, common: list[str]) -> list[str]:
     return [stream, *(word for word in own if word != "policy=0.5")]
 
 
-def run(folder: Path, name: str, idea: str, common: list[str], repaired: dict[str, Any], given: Any) -> dict[str, Any]:
-    """One row: from before, where it is there."""
+def run(name: str, idea: str, given: Any) -> dict[str, Any]:
+    """One row, for a format and an idea."""
+    folder = given.out / name.replace(":", "-")
+    common, repaired = prepared(folder, name, given.answers)
     place = folder / idea.replace(" ", "-").replace(",", "")
-    kept = place / "row.json"
-    if kept.is_file():
-        return dict(json.loads(kept.read_text(encoding="utf-8")))
     if idea == TWICE:
         words = [*common, f"student={folder / 'student'}", "steps=0", f"repair_samples={2 * given.answers}"]
         summary = recover(place / "run", *words)
@@ -112,10 +131,10 @@ def run(folder: Path, name: str, idea: str, common: list[str], repaired: dict[st
         pace = statistics.mean(list(RunDirectory(first).step_seconds().values())[2:])
         summary = recover(place / "run", *words, f"steps={max(2, round(given.seconds / pace))}")
         spent = summary["training_seconds"]
-    rows = [_sums(folder / "repaired"), _sums(place / "run")]
-    ids = [name for name in rows[0] if name in rows[1]]
-    before, after = ([some[name] for name in ids] for some in rows)
-    row = {
+    sums = [_sums(folder / "repaired"), _sums(place / "run")]
+    ids = [prompt for prompt in sums[0] if prompt in sums[1]]
+    before, after = ([some[prompt] for prompt in ids] for some in sums)
+    return {
         "format": name,
         "idea": idea,
         "repaired": repaired["recovered"]["kl"],
@@ -126,8 +145,6 @@ def run(folder: Path, name: str, idea: str, common: list[str], repaired: dict[st
         "won_95": bootstrap_gap_closed(before, after, seed=0),
         "peak_rss_mib": summary["peak_rss_mib"],
     }
-    write_json(kept, row)
-    return row
 
 
 def _sums(run: Path) -> dict[str, float]:
@@ -145,23 +162,35 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="for students and runs")
+    parser.add_argument("--page", action="store_true", help="write the page and run nothing")
     parser.add_argument("--only", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--idea", nargs="*", default=[*IDEAS, TWICE], choices=[*IDEAS, TWICE])
     parser.add_argument("--seconds", type=float, default=150, help="of training, for each idea")
     parser.add_argument("--answers", type=int, default=600, help="that repair is fitted to")
+    parser.add_argument("--records", type=Path, default=RECORDS / "after-repair", help="where rows are kept")
     given = parser.parse_args()
-    table = ["| format | idea | steps | seconds | repaired | KL after | won over repair (95%) |", "|" + " --- |" * 7]
-    print("\n".join(table), flush=True)
+    if given.page:
+        write_text(PAGE, page(given.records))
+        return
+    if not given.out:
+        parser.error("--out is where students and runs go")
+    print("\n".join(TABLE), flush=True)
+    settings = {"seconds": given.seconds, "answers": given.answers}
     for name in given.only:
-        folder = given.out / name.replace(":", "-")
-        common, repaired = prepared(folder, name, given.answers)
         for idea in given.idea:
             if idea.startswith("scales") and name in ("nvfp4", "2:4", "width"):
                 continue  # no grid, or one whose scales have few values
-            table.append(line(run(folder, name, idea, common, repaired, given)))
-            print(table[-1], flush=True)
-    print("\n".join(table))
+            file = place(given.records, name, idea)
+            print(line(kept(file, settings) or keep(file, settings, run(name, idea, given))), flush=True)
+
+
+def page(records: Path) -> str:
+    """docs/measurements/after-repair.md, of the rows that are kept."""
+    found = rows(records)
+    made = sorted({f"{row['machine']}, {row['date']}, commit {row['commit']}" for row in found})
+    lines = [*TABLE, *(line(row) for row in sorted(found, key=lambda row: (row["format"], row["idea"])))]
+    return HEAD + "\n".join(lines) + f"\n\nMade on: {'; '.join(made) or 'nothing was run yet'}.\n"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """What repair and training win back on small trained models of other architectures than Llama.
 
 python benchmarks/architectures.py --out runs/architectures [--only gemma3 olmo2] [--damage depth] [--steps 24]
+python benchmarks/architectures.py --page
 
 Each model of `remend.studies.tiny_model` is made once (minutes), damaged in each way of DAMAGES, and recovered. The
 table has the held-out KL degraded, repaired and recovered, and the shares of it that repair and both won back, with 95%
-intervals over the held-out prompts. A cell that is there is not run again. It ends with what is asked of the whole: no
-cell worse after repair than before it by more than its interval, and the median share that was won back.
+intervals over the held-out prompts. Each cell is kept as one JSON in docs/measurements/records/architectures/, and is
+not run again when it is there. The table ends with what is asked of the whole: no cell worse after repair than before
+it by more than its interval, and the median share that was won back. `--page` writes docs/measurements/architectures.md
+from the cells that are kept, and runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import remend
-from remend.files.atomic import write_json
+from kept_rows import RECORDS, keep, kept, place, rows
+from record import ROOT
+from remend.files.atomic import write_text
 from remend.maths.gap import bootstrap_gap_closed
 from remend.studies import tiny_model
 
@@ -41,13 +47,25 @@ COLUMNS = (
 )
 
 
-def cell(architecture: str, damage: str, made: dict[str, str], out: Path, **recipe: Any) -> dict[str, Any]:
-    """Damage, recover, and what the run's files say; from before, where they are there."""
-    place = out / architecture / damage.replace(":", "-")
-    kept = place / "cell.json"
-    if kept.is_file():
-        return dict(json.loads(kept.read_text(encoding="utf-8")))
-    student, run = place / "student", place / "run"
+PAGE = ROOT / "docs" / "measurements" / "architectures.md"
+
+HEAD = """# Does recovery help architectures that nobody tuned it for?
+
+<!-- Written by `python benchmarks/architectures.py --page` from records/architectures. Run that to change it. -->
+
+Small models of other architectures than Llama, 2 to 5 million parameters, trained here for minutes until they speak a
+little (`remend.studies.tiny_model`), damaged in five ways and recovered with a healthy teacher. KL is that of the
+held-out prompts.
+The commands are in benchmarks/architectures.py; hardware, seed 0 and commit stand in each cell's record.
+
+"""
+
+
+def cell(architecture: str, damage: str, made: dict[str, str], out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Damage, recover, and what the run's files say."""
+    folder = out / architecture / damage.replace(":", "-")
+    student, run = folder / "student", folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
     if not student.exists():
         DAMAGES[damage](made["model"], student, data=made["train"]) if damage not in GRIDS else DAMAGES[damage](
             made["model"], student
@@ -56,7 +74,7 @@ def cell(architecture: str, damage: str, made: dict[str, str], out: Path, **reci
     summary = remend.recover(student=student, teacher=made["model"], out=run, **data, **recipe).summary
     rows = [_rows(run / f"{name}.jsonl") for name in ("held_out", "held_out_repaired")]
     before = [row["kl_sum_degraded"] for row in rows[0]]
-    result = {
+    return {
         "architecture": architecture,
         "damage": damage,
         "degraded": summary["degraded"]["kl"],
@@ -70,8 +88,6 @@ def cell(architecture: str, damage: str, made: dict[str, str], out: Path, **reci
         "gap_closed_95": summary["gap_closed_kl_95"],
         "seconds": summary["seconds"],
     }
-    write_json(kept, result)
-    return result
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -103,20 +119,38 @@ def table(cells: list[dict[str, Any]]) -> str:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="for models and runs")
+    parser.add_argument("--page", action="store_true", help="write the page and run nothing")
     parser.add_argument("--only", nargs="*", default=[name for name in tiny_model.SHAPES if name != tiny_model.LLAMA])
     parser.add_argument("--damage", nargs="*", default=list(DAMAGES), choices=list(DAMAGES))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--answers", type=int, default=300, help="that repair is fitted to")
+    parser.add_argument("--records", type=Path, default=RECORDS / "architectures", help="where cells are kept")
     given = parser.parse_args()
+    if given.page:
+        write_text(PAGE, page(given.records))
+        return
+    if not given.out:
+        parser.error("--out is where models and runs go")
+    settings = {"steps": given.steps, "repair_samples": given.answers}
     cells = []
     for architecture in given.only:
-        made = tiny_model.make(given.out / "models" / architecture, architecture=architecture)
         for damage in given.damage:
-            recipe = {"steps": given.steps, "repair_samples": given.answers}
-            cells.append(cell(architecture, damage, made, given.out, **recipe))
+            file = place(given.records, architecture, damage)
+            found = kept(file, settings)
+            if not found:
+                made = tiny_model.make(given.out / "models" / architecture, architecture=architecture)
+                found = keep(file, settings, cell(architecture, damage, made, given.out, settings))
+            cells.append(found)
             print(table(cells[-1:]).splitlines()[2], flush=True)
     print(table(cells))
+
+
+def page(records: Path) -> str:
+    """docs/measurements/architectures.md, of the cells that are kept."""
+    cells = rows(records)
+    made = sorted({f"{c['machine']}, {c['date']}, commit {c['commit']}" for c in cells})
+    return f"{HEAD}{table(cells)}\n\nMade on: {'; '.join(made) or 'nothing was run yet'}.\n"
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ CASES: Mapping[str, str] = {
     "estimates": "--out OUT/estimates --steps 1 --answers 8 --held-out 4 --max-new-tokens 4",
     "scale": "--out OUT/scale --sizes 10m --ways norms --steps 1",
     "durability": "--out OUT/durability steps=1 repair_samples=8 held_out=4 max_new_tokens=4",
-    "after_repair": "--out OUT/after --only int3-g64 --idea SHORTEST --seconds 2 --answers 16",
-    "architectures": "--out OUT/architectures --only SHORTEST --damage int3-g64 --steps 2 --answers 16",
+    "after_repair": "--out OUT/after --only int3-g64 --idea SHORTEST --seconds 2 --answers 16 --records OUT/rows",
+    "architectures": "--out OUT/arch --only SHORTEST --damage int3-g64 --steps 2 --answers 16 --records OUT/cells",
 }
 """Options of each; OUT is a directory that is gone afterwards, SHORTEST the name in ONLY."""
 
@@ -62,6 +62,7 @@ PARTS = {
     "docs_commands": "make docs-commands",
     "engines": "make test-engines",
     "engine_answers": "is run by engines, in vLLM's environment",
+    "kept_rows": "keeps rows of others",
     "record": "keeps what came of the others",
     "shortest": "is this",
 }
