@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.packed import needs_exact_unpacking
 from helpers.patching import replace_everywhere
 from helpers.tiny import build_model, put_on_grid
 from remend.compression.containers import CONTAINERS, Container, Measured, Recognised, packed_by
@@ -73,6 +74,7 @@ def test_a_container_from_outside_is_written_read_and_listed(registry: Any, on_g
         export(str(student), tmp_path / "no", format="npx")
 
 
+@needs_exact_unpacking
 def test_every_container_claims_its_own_files_alone(on_grid: Any, tmp_path: Path, tokenizer: Any) -> None:
     student = on_grid("int4-g32-sym")
     for name in ("dense", "compressed-tensors", "gguf"):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from helpers.packed import needs_exact_unpacking
 from helpers.tiny import build_model, put_on_grid
 from remend.compression.containers.dense import ZEROS
 from remend.compression.grids import decode
@@ -178,6 +179,7 @@ SCHEMES = {
 }
 
 
+@needs_exact_unpacking
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_compressed_tensors_directory_is_loaded_exactly_on_its_grid(
@@ -195,6 +197,7 @@ def test_a_compressed_tensors_directory_is_loaded_exactly_on_its_grid(
     assert error < 0.12, "these are the model's weights, rounded"
 
 
+@needs_exact_unpacking
 def test_a_loaded_compressed_model_saves_as_a_plain_one(tmp_path: Path, tokenizer: Any) -> None:
     compress(tmp_path / "m", torch.bfloat16, SCHEMES["int4-g32-sym"], tokenizer)
     loaded = load_model(find_model(str(tmp_path / "m")), dtype=torch.float32, device=CPU)
@@ -215,6 +218,7 @@ def test_a_model_whose_cache_alone_is_quantized_lies_on_no_grid(tmp_path: Path, 
         recognise(tmp_path / "m")
 
 
+@needs_exact_unpacking
 def test_what_is_asked_of_activations_and_cache_is_carried_into_the_next_export(
     tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,6 +316,7 @@ def test_packed_tensors_that_are_missing_are_named_before_anything_is_loaded(
             check_weights(find_model(str(tmp_path / "m")))
 
 
+@needs_exact_unpacking
 def test_a_layer_of_another_group_than_transformers_takes_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     """It unpacks all layers by the first group; the second is another way only where its numbers say so."""
     compress(tmp_path / "m", torch.bfloat16, SCHEMES["int4-g32-sym"], tokenizer)
@@ -328,6 +333,7 @@ def test_a_layer_of_another_group_than_transformers_takes_is_refused(tmp_path: P
         check_weights(find_model(str(tmp_path / "m")))
 
 
+@needs_exact_unpacking
 def test_transformed_activations_are_refused_and_transformed_weights_are_not(tmp_path: Path, tokenizer: Any) -> None:
     compress(tmp_path / "m", torch.bfloat16, SCHEMES["int4-g32-sym"], tokenizer)
     path = tmp_path / "m" / "config.json"

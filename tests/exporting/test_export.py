@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.made_reports import made_summary
+from helpers.packed import needs_exact_unpacking
 from helpers.patching import replace_everywhere
 from helpers.tiny import build_model
 from remend.compression.containers import CONTAINERS, Container
@@ -43,6 +44,7 @@ def test_dense_holds_any_grid_and_opens_with_plain_transformers(on_grid: Any, tm
     assert StoredGrid.read(tmp_path / "out") is not None
 
 
+@needs_exact_unpacking
 def test_tokenizer_template_generation_config_card_and_degradation_travel(on_grid: Any, tmp_path: Path) -> None:
     student = on_grid("int4-g32-sym")
     for name in ("dense", "compressed-tensors"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import remend
+from helpers.packed import needs_exact_unpacking
 from helpers.tiny import build_model
 from remend.errors import FileError, InputError
 from remend.models.blocks import writing
@@ -28,6 +29,7 @@ def content(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in paths}
 
 
+@needs_exact_unpacking
 @pytest.mark.parametrize(
     ("grid", "container", "size"),
     [

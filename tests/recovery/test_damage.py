@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import remend
+from helpers.packed import needs_exact_unpacking
 from helpers.recovering import assert_equal_runs, torn_copy
 from remend.errors import FileError, InputError
 from remend.files.lock import only_writer
@@ -151,6 +152,7 @@ def test_a_model_that_is_gone_is_written_again(grid_run: RecoverResult, tmp_path
     assert_equal_runs(grid_run, recover(resume=run))
 
 
+@needs_exact_unpacking
 def test_degraded_and_exported_models_are_known_too(reference_dir: Path, tmp_path: Path) -> None:
     remend.quantize(str(reference_dir), tmp_path / "q4", format="int4-g32-sym", probe=False)
     remend.export(tmp_path / "q4", tmp_path / "packed", format="compressed-tensors")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import remend
+from helpers.packed import needs_exact_unpacking
 from helpers.tiny import build_model, prompts
 from remend.errors import CheckError, FileError
 from remend.models.blocks.journal import BlockJournal
@@ -169,6 +170,7 @@ def test_placements_that_cannot_be(healthy: Path, more: dict[str, Any], words: s
     assert not healthy.with_name("parts").exists()
 
 
+@needs_exact_unpacking
 def test_a_packed_student_is_not_read_block_by_block(healthy: Path) -> None:
     student = damaged(healthy, "int4-g32-sym")
     remend.export(student, healthy.with_name("packed"), format="compressed-tensors")

@@ -208,6 +208,18 @@ def accounted(*, names_only: bool = False) -> Iterator[Account]:
         modeling_utils.convert_and_load_state_dict_in_model = convert
 
 
+def unfit(model: PreTrainedModel) -> list[tuple[str, Sequence[int], Sequence[int]]]:
+    """Weights of linear layers whose shape is not their layer's, as Account.shapes has them.
+
+    Some releases of transformers put a GGUF file's tensor in the place of one of another shape, and don't say it.
+    """
+    return [
+        (f"{name}.weight", list(layer.weight.shape), [layer.out_features, layer.in_features])
+        for name, layer in model.named_modules()
+        if type(layer) is torch.nn.Linear and tuple(layer.weight.shape) != (layer.out_features, layer.in_features)
+    ]
+
+
 def _add(account: Account, info: Any) -> None:
     """What transformers itself noticed."""
     account.failed = dict(info.conversion_errors)

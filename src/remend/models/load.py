@@ -21,7 +21,7 @@ from remend.console import warn
 from remend.errors import FileError, InputError, RemendError
 from remend.files.atomic import write_text
 from remend.models import adapters
-from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of
+from remend.models.accounting import LEFT_OUT, Account, account_of_gguf, accounted, patterns, said_of, unfit
 from remend.models.blocks import named_weights
 from remend.models.depth_check import require_plausible_depth
 from remend.models.find import CARD, ModelSource, complete, fetch_model, require_readable, weight_files
@@ -366,6 +366,7 @@ def _open(
             account.require_whole(source.spec, _told_by(source))  # says what transformers' message only hints at
             raise
         account.missing = sorted(info["missing_keys"])
+        account.shapes = account.shapes or unfit(model)
         if method:
             model = unpacked(model)
     if by_name:
