@@ -84,10 +84,14 @@ def cell(architecture: str, damage: str, made: dict[str, str], out: Path, recipe
         "unexplained": summary["repair"]["unexplained"],
         "recovered": summary["recovered"]["kl"],
         "won_by_repair": bootstrap_gap_closed(before, [row["kl_sum"] for row in rows[1]], seed=0),
-        "gap_closed": summary["gap_closed"]["kl"],
+        "gap_closed": summary["gap_closed"] and summary["gap_closed"]["kl"],
         "gap_closed_95": summary["gap_closed_kl_95"],
         "seconds": summary["seconds"],
     }
+
+
+def _share(share: float, span: list[float]) -> str:
+    return f"{share:.2f} ({span[0]:.2f} to {span[1]:.2f})"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -101,18 +105,18 @@ def table(cells: list[dict[str, Any]]) -> str:
         f"|{' --- |' * len(COLUMNS)}",
     ]
     for c in cells:
-        spans = [f"{low:.2f} to {high:.2f}" for low, high in (c["won_by_repair"], c["gap_closed_95"])]
+        won = _share(1 - c["repaired"] / c["degraded"], c["won_by_repair"])
+        closed = "no gap to close" if c["gap_closed"] is None else _share(c["gap_closed"], c["gap_closed_95"])
         repaired = f"{c['repaired']:.4f}" + ("" if c["kept"] else " (undone)")
         numbers = f"{c['degraded']:.4f} | {repaired} | {c['recovered']:.4f}"
-        shares = f"{1 - c['repaired'] / c['degraded']:.2f} ({spans[0]}) | {c['gap_closed']:.2f} ({spans[1]})"
         held_back = ", ".join(map(str, c["held_back"])) or "–"
-        lines.append(f"| {c['architecture']} | {c['damage']} | {numbers} | {shares} | {held_back} |")
+        lines.append(f"| {c['architecture']} | {c['damage']} | {numbers} | {won} | {closed} | {held_back} |")
     worse = [f"{c['architecture']} {c['damage']}" for c in cells if c["won_by_repair"][1] < 0]
     lines += ["", f"Worse after repair than before, by more than the interval: {', '.join(worse) or 'none'}."]
     for name, some in (("grids", GRIDS), ("the rest", tuple(d for d in DAMAGES if d not in GRIDS))):
-        closed = [c["gap_closed"] for c in cells if c["damage"] in some]
-        if closed:
-            lines.append(f"Median gap closed on {name}: {statistics.median(closed):.2f} ({len(closed)} cells).")
+        shares = [c["gap_closed"] for c in cells if c["damage"] in some and c["gap_closed"] is not None]
+        if shares:
+            lines.append(f"Median gap closed on {name}: {statistics.median(shares):.2f} ({len(shares)} cells).")
     return "\n".join(lines)
 
 
