@@ -218,7 +218,7 @@ def run_repair_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     Its seconds are taken to grow with the answers; those that it took are reported beside.
     """
     both = sum(RunDirectory(folder / "recovered").step_seconds().values()) + result["repair_seconds"]
-    usual = result["settings"]["recover"]["repair_samples"]
+    usual = summary_samples(folder / "recovered")
     samples = round(usual * both / result["repair_seconds"])
     alone = folder / "repair_alone"
     if not (alone / SUMMARY).is_file():
@@ -244,7 +244,7 @@ def run_repair_alone(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def summary_samples(recovered: Path) -> int:
     """How many answers a run's repair was asked to be fitted to."""
-    return int(json.loads((recovered / MANIFEST).read_text())["recipe"]["repair_samples"])
+    return int(json.loads((recovered / MANIFEST).read_text())["repair_answers"])
 
 
 def repair_alone_table(results: list[dict[str, Any]]) -> str:

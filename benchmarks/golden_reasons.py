@@ -184,6 +184,7 @@ EXPLAINED = [
     Explained(CAME_OR_WENT, r"(recipe\.)?placement", r"{'student': 'auto', 'teacher': 'auto'}"),
     Explained(CAME_OR_WENT, r"(recipe\.)?train", r"all"),
     Explained("a run says how many rows it samples at once", r"rows_at_once", r"64", r"runs/\w+/manifest\.json"),
+    Explained("a run says how many answers its repair asks for", r"repair_answers", file=r"runs/\w+/manifest\.json"),
     Explained("a run says in what its frozen base is held", r"frozen_base", file=r"runs/\w+/manifest\.json"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def test_kind_words_and_rates(facts: StudentFacts, name: str, words: str, rate: 
     assert kind is CONSTRAINTS.get(name)
     assert kind.describe(facts) == words
     assert (kind.learning_rate(facts, repaired=False), kind.learning_rate(facts, repaired=True)) == (rate, repaired)
+
+
+def test_a_fine_grid_is_fitted_to_fewer_answers() -> None:
+    for part in ("all", "norms"):
+        facts = [replace(facts, train=part) for facts in (FREE, MASK, COARSE, FINE)]
+        assert [kind_of(f).repair_answers(f) for f in facts] == [600, 600, 600, 400]
 
 
 def test_what_a_student_lost_counts_as_compressed() -> None:

@@ -330,6 +330,7 @@ def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory, rows: 
         "directory": str(Path.cwd()),
         "reference": plan.reference,
         "answer_tokens": plan.prompts.main.stream.lengths[1],
+        "repair_answers": plan.repair_answers if plan.repairs else 0,
         "kl_direction": plan.directions,
         "seeds": {"seed": plan.config.seed},
         **({"epochs": plan.epochs.record()} if plan.epochs else {}),

@@ -252,7 +252,7 @@ def facts_of(plan: Plan) -> Facts:
         head_trained=train == "last" or (train == "all" and (not plan.facts.compressed or config.train_embeddings)),
         copies=copies,
         averages=any(teacher.saved for teacher in _teachers(plan)),
-        repair=config.repair_samples if plan.repairs else 0,
+        repair=plan.repair_answers if plan.repairs else 0,
         repair_answer=REPAIR_TOKENS,
         repair_rows=MOST_ROWS,
         written=written_prompts(plan) if own else 0,

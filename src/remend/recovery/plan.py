@@ -124,6 +124,11 @@ class Plan:
         return rate_for(self.parameters, small, ADAPTER if self.facts.adapted else WEIGHTS)
 
     @property
+    def repair_answers(self) -> int:
+        """How many answers of the teacher a repair is fitted to."""
+        return self.config.repair_samples or kind_of(self.facts).repair_answers(self.facts)
+
+    @property
     def ends_early(self) -> bool:
         """Whether training after a repair ends where it wins nothing more."""
         return self.repairs and isinstance(self.config.steps, Auto)

@@ -158,7 +158,7 @@ def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaire
     plan, config, teacher = run.plan, run.plan.config, reference.model
     if teacher is None or not _repairs(run, student, reference):
         return Repaired()
-    prompts = calibration_prompts(run.prompts.main.train, config.repair_samples, config.seed)
+    prompts = calibration_prompts(run.prompts.main.train, plan.repair_answers, config.seed)
     seed, how, journal, written = config.seed, run.precision(), journal_of(run, student), None
     if journal:
 

@@ -455,8 +455,11 @@ class RecoverConfig(Settings):
         1024, ge=1, description="longer prompts are dropped, never cut (SDFT authors' code: 1024)"
     )
     repair: bool = Field(True, description="first refit a compressed student in closed form (GPTQ, least squares)")
-    repair_samples: int = Field(
-        600, ge=1, description="answers of the teacher that repair is fitted to; more win back more, and take longer"
+    repair_samples: int | None = Field(
+        None,
+        ge=1,
+        description="answers of the teacher that repair is fitted to: by default 400 for a grid of 4 bits or more and "
+        "600 for the rest; more win back more, and take longer",
     )
     train_embeddings: bool = Field(
         False, description="train a compressed student's embeddings and head even where they are still the teacher's"

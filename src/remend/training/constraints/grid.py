@@ -23,6 +23,7 @@ from remend.models.protocols import CausalLM
 from remend.models.written import RECORD
 from remend.training.constraints.fitting import Priors, anchored_gram, targets
 from remend.training.constraints.kind import (
+    REPAIR_ANSWERS,
     REPAIRED_RATE,
     Calibration,
     Constraint,
@@ -37,6 +38,10 @@ FINE_GRID_RATE = 5e-5
 """A repaired grid of 4 bits and more wants smaller steps than other repaired students
 (docs/measurements/degradations.md): its cells are narrow, and what GPTQ compensated
 for is lost when weights cross their borders by noise."""
+
+FINE_GRID_ANSWERS = 400
+"""A grid of 4 bits and more loses so little that what further answers win is not worth their time
+(docs/measurements/degradations.md)."""
 
 COARSE_LEVELS = 8
 """Codes of a grid of up to 3 bits."""
@@ -196,8 +201,14 @@ class GridKind(ConstraintKind):
 
     def learning_rate(self, facts: StudentFacts, *, repaired: bool) -> float:
         usual = super().learning_rate(facts, repaired=repaired)
-        fine = _stored(facts).format.levels > COARSE_LEVELS
-        return FINE_GRID_RATE if fine and usual == REPAIRED_RATE else usual
+        return FINE_GRID_RATE if _fine(facts) and usual == REPAIRED_RATE else usual
+
+    def repair_answers(self, facts: StudentFacts) -> int:
+        return FINE_GRID_ANSWERS if _fine(facts) else REPAIR_ANSWERS
+
+
+def _fine(facts: StudentFacts) -> bool:
+    return _stored(facts).format.levels > COARSE_LEVELS
 
 
 def _stored(facts: StudentFacts) -> StoredGrid:

@@ -29,6 +29,9 @@ RATE, REPAIRED_RATE = 2e-4, 1e-4
 """AdamW's peak where the recipe names none; they served SmolLM2 (docs/measurements/degradations.md).
 A repaired student is near its goal, where large steps add more noise than they win."""
 
+REPAIR_ANSWERS = 600
+"""Of the teacher that a repair is fitted to where the recipe names none."""
+
 Shapes = Mapping[str, Size]
 """Of the decoder's linear weights, by layer name."""
 
@@ -193,6 +196,10 @@ class ConstraintKind(Protocol):
         """AdamW's peak for 135M parameters where the recipe names none; larger models are given a share of it
         (recovery/rates.py). `repaired` says whether repair comes first."""
         return REPAIRED_RATE if repaired and not facts.layer_map else RATE
+
+    def repair_answers(self, facts: StudentFacts) -> int:
+        """How many of the teacher's answers a repair is fitted to where the recipe says nothing."""
+        return REPAIR_ANSWERS
 
 
 CONSTRAINTS: Registry[ConstraintKind] = Registry("constraint")

@@ -90,6 +90,10 @@ class PartKind(ConstraintKind):
         kind, rest = whole(facts)
         return kind.learning_rate(rest, repaired=repaired)
 
+    def repair_answers(self, facts: StudentFacts) -> int:
+        kind, rest = whole(facts)
+        return kind.repair_answers(rest)
+
 
 def whole(facts: StudentFacts) -> tuple[ConstraintKind, StudentFacts]:
     """The kind that would hold the student if all of it were trained, and the facts for it."""
