@@ -102,9 +102,8 @@ def test_a_study_goes_on_and_failures_stop_nothing(write: Any, tmp_path: Path, m
     record = out / "cells/int3/sdft/0/inputs/cell.json"
     inputs = read_object(record)
     recipe = inputs["training"]["recipe"]
-    for part in (recipe, recipe["streams"]["recover"]):
-        del part["loss"]
-    recipe |= {"scales": "fixed", "importance_clip": None}
+    assert not {"loss", "repair_samples"} & set(recipe), "what the study does not say settles nothing"
+    recipe |= {"weight_decay": 0.0, "scales": "fixed", "importance_clip": None}
     write_json(record, inputs)
     study(write(methods={"none": "none", "sdft": "on-policy", "broken": "sft"}), out)
     assert {name: when for name, when in times(out).items() if name in ran} == ran

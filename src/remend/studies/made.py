@@ -220,11 +220,14 @@ def make_student(
 
 
 def training_inputs(study: Study, made: Made, cell: Cell) -> JsonObject:
-    """What settles a cell's training, but for the models."""
+    """What settles a cell's training, but for the models.
+
+    Of the recipe what the study says: a key that a later version of remend adds makes no finished cell another one.
+    """
     files = made.tasks[cell.group.task]
     tasked = study.tasked(cell)
     return {
-        "recipe": study.draft(cell).model_dump(exclude={"out"}),
+        "recipe": study.draft(cell).model_dump(exclude={"out"}, exclude_defaults=True),
         "how": cell.method.how,
         **({"teacher": cell.method.teacher} if cell.method.teacher != "reference" else {}),
         "budget": study.budget.tokens if cell.method.steps else None,

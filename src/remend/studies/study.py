@@ -104,10 +104,10 @@ def study(
     require_said(plan.spec.model_dump(), f"study {plan.path}", said)
     cells = chosen(plan, only)
     _require_own(plan, out)
-    if dry_run:
-        return estimate(plan, out, cells, _finished(plan, out, cells))
     if records is not None and not Path(records).is_dir():
         raise InputError(f"records {records} is no folder; name one that holds records of finished cells")
+    if dry_run:
+        return estimate(plan, out, cells, _finished(plan, out, cells))
     require_benchmarks(plan)
     out.mkdir(parents=True, exist_ok=True)
     with only_writer(out, "study"):
