@@ -273,7 +273,10 @@ def _notes(overall: Relation, runs: Sequence[JsonObject], references: int) -> li
     if 0 < len(students) < len(runs):
         notes.append(f"The {len(runs)} runs start from {_count(len(students), 'student')}: they are not independent.")
     if references > 1:
-        notes.append(f"The runs have {references} different references: layers of one number are not the same layer.")
+        notes.append(
+            f"The runs are compared with {references} references; layers of one number are the same layer only where "
+            "one of them was trained from the other."
+        )
     for run in runs:
         if not run["finished"]:
             notes.append(f"{run['name']} is unfinished; its checkpoints so far are used.")
