@@ -35,11 +35,19 @@ MODEL = "smollm2"
 FORMATS = {
     "int3-g64": ("quantize", "--format", "int3-g64"),
     "int4-g32-sym": ("quantize", "--format", "int4-g32-sym"),
+    "gguf:q4_0": ("quantize", "--format", "gguf:q4_0"),
     "nvfp4": ("quantize", "--format", "nvfp4"),
     "2:4": ("prune", "--method", "wanda", "--sparsity", "2:4"),
     "width": ("prune", "--method", "width", "--ffn", "0.25"),
 }
-RATES = {"int3-g64": "1e-4", "int4-g32-sym": "5e-5", "nvfp4": "5e-5", "2:4": "2e-4", "width": "1e-4"}
+RATES = {
+    "int3-g64": "1e-4",
+    "int4-g32-sym": "5e-5",
+    "gguf:q4_0": "5e-5",
+    "nvfp4": "5e-5",
+    "2:4": "2e-4",
+    "width": "1e-4",
+}
 """What `all weights` is trained with: the defaults after a repair."""
 
 IDEAS: dict[str, tuple[str, ...]] = {
