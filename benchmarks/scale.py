@@ -56,16 +56,18 @@ EVERY = 0.005
 """Seconds between two samples of memory."""
 
 
-def config_of(size: str) -> Any:
-    """The transformers configuration of a size."""
+def config_of(size: str, layers: int | None = None) -> Any:
+    """The transformers configuration of a size, with so many layers in place of its own number."""
     from transformers import AutoConfig
 
     from remend.models.shapes import shape_named
 
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 2048}
+    shape = {} if size in LLAMA else shape_named(size).config()
     if size in LLAMA:
-        return AutoConfig.for_model("llama", **LLAMA[size], head_dim=64, tie_word_embeddings=True, **ends)
-    shape = shape_named(size).config()
+        shape = {"model_type": "llama", **LLAMA[size], "head_dim": 64, "tie_word_embeddings": True}
+    if layers is not None:
+        shape["num_hidden_layers"] = layers
     return AutoConfig.for_model(shape.pop("model_type"), **shape, **ends)
 
 
@@ -85,11 +87,11 @@ def tensors_of(config: Any) -> Iterator[tuple[str, Any]]:
         yield name, drawn.to(torch.bfloat16)
 
 
-def write_model(size: str, directory: Path) -> None:
+def write_model(size: str, directory: Path, layers: int | None = None) -> None:
     """A model of the size with random weights, shard by shard, and a tokenizer that names all of its tokens."""
     from safetensors.torch import save_file
 
-    config = config_of(size)
+    config = config_of(size, layers)
     config.dtype = "bfloat16"
     directory.mkdir(parents=True, exist_ok=True)
     held: dict[str, Any] = {}
@@ -243,12 +245,16 @@ def table(results: Mapping[tuple[str, str], Any], said: Mapping[tuple[str, str],
     return "\n".join(lines)
 
 
+def prepare_prompts(file: Path) -> None:
+    """48 short prompts."""
+    if not file.exists():
+        rows = [{"prompt": f"Tell me about number {number}."} for number in range(48)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def prepare(out: Path, size: str) -> None:
     """What the recoveries of a size read."""
-    prompts = out / "prompts.jsonl"
-    if not prompts.exists():
-        rows = [{"prompt": f"Tell me about number {number}."} for number in range(48)]
-        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prepare_prompts(out / "prompts.jsonl")
     place = out / size
     if not (place / "teacher" / "config.json").exists():  # which is written last
         write_model(size, place / "teacher")

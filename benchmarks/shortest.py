@@ -37,6 +37,7 @@ CASES: Mapping[str, str] = {
     "served": "--types f32 --tokens 2",
     "estimates": "--out OUT/estimates --steps 1 --answers 8 --held-out 4 --max-new-tokens 4",
     "scale": "--out OUT/scale --sizes 10m --ways norms --steps 1",
+    "by_block": "--out OUT/blocks --size 10m --layers 1 --records OUT/rows",
     "durability": "--out OUT/durability steps=1 repair_samples=8 held_out=4 max_new_tokens=4",
     "after_repair": "--out OUT/after --only int3-g64 --idea SHORTEST --seconds 2 --answers 16 --records OUT/rows",
     "architectures": "--out OUT/arch --only SHORTEST --damage int3-g64 --steps 2 --answers 16 --records OUT/cells",
