@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -137,3 +139,14 @@ def test_weights_that_are_not_the_grids_are_refused() -> None:
     parameters(student)[next(iter(stored.matrices))].data += 1
     with pytest.raises(InputError):
         OnScales(student, stored)
+
+
+def test_a_trained_student_is_let_go() -> None:
+    """torch keeps hooks of parameters where no collection of garbage looks, so they may hold nothing."""
+    _, student, stored = pair()
+    constraint = OnScales(student, stored)
+    student(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    weights = [ref(parameter) for parameter in student.parameters()]
+    del student, constraint
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)

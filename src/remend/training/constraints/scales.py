@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -83,9 +84,9 @@ class OnScales(Constraint):
             shifts = torch.zeros_like(grid.scales) if stored.format.zero == torch.float16 else None
             self._held[key] = _Held(parts[key], codes.to(place), grid, torch.zeros_like(grid.scales), shifts)
         self._scales = scales
+        own = ref(self)  # weakly: torch keeps a hook where no collection of garbage sees what it holds
         for name, parameter in self._parameters.items():
-            inside = [one for one in self._held.values() if one.matrix.parameter == name]
-            parameter.register_post_accumulate_grad_hook(partial(self._sum_up, inside))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(partial(_sum_up, own, name))  # type: ignore[no-untyped-call]
 
     def masters(self) -> dict[str, Tensor]:
         moving = self._held.items() if self._scales else ()
@@ -94,13 +95,15 @@ class OnScales(Constraint):
         return {**factors, **shifts, **self._vectors}
 
     @torch.no_grad()
-    def _sum_up(self, inside: Sequence[_Held], parameter: Tensor) -> None:
+    def sum_up(self, name: str, parameter: Tensor) -> None:
         """As soon as a matrix has its gradient: add it up over groups and let it go, so that one is alive at a time.
 
         The served weight is scale · (value − zero); rounding to the stored types is passed straight through.
         """
         assert parameter.grad is not None
-        for one in inside:
+        for one in self._held.values():
+            if one.matrix.parameter != name:
+                continue
             rows, groups = one.factors.shape
             gradient_OKG = one.matrix.of(parameter.grad).float().reshape(rows, groups, -1)
             served_OKG = one.matrix.weight_OI.float().reshape(rows, groups, -1)
@@ -174,6 +177,11 @@ class ScalesKind(NormsKind):
                 "rounds to none. Take train: norms or train: all"
             )
         return None
+
+
+def _sum_up(constraint: ref[OnScales], name: str, parameter: Tensor) -> None:
+    if (alive := constraint()) is not None:
+        alive.sum_up(name, parameter)
 
 
 def _add_gradient(master: Tensor, gradient: Tensor) -> None:
