@@ -8,7 +8,7 @@ Legend: O rows (outputs), I columns (inputs), K groups a row, G group size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
