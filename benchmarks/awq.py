@@ -34,7 +34,7 @@ from remend.models.load import load_model, load_tokenizer
 from remend.models.sampling.answers import answer
 from remend.models.sampling.rollout import Rollout
 from remend.models.scorer import scorer
-from remend.recovery.repair import TOKENS
+from remend.recovery.calibration_text import TOKENS
 from remend.training.constraints import Calibration
 from remend.training.constraints.grid import repair_grid
 from remend.training.measure import compare, pool

@@ -15,8 +15,10 @@ from remend.data.order import Order
 from remend.data.templates import Encoded
 from remend.errors import InputError
 from remend.files.run_directory import RunDirectory
+from remend.models.activations.walk import completions
+from remend.recovery.calibration_text import calibration_prompts
 from remend.recovery.job import RecoverResult, check, recover
-from remend.recovery.repair import REPAIR_ANSWERS, calibration_prompts, repair
+from remend.recovery.repair import REPAIR_ANSWERS, repair
 from remend.training.constraints import StudentFacts
 
 
@@ -27,7 +29,12 @@ def test_a_padded_teacher_writes_no_calibration_text_that_the_student_can_not_re
     padded.get_input_embeddings().weight.data[len(tokenizer) :] = 9.0
     facts = StudentFacts(Recognised("remend", put_on_grid(student, "int3-g64"), False, "it lies on a grid"))
     asked = [Encoded(str(i), (1, 40 + i), "") for i in range(3)]
-    result = repair(student, padded, facts, tokenizer, asked, seed=0, shared=len(tokenizer))
+    result = repair(
+        student,
+        padded,
+        facts,
+        lambda: completions(padded, tokenizer, asked, max_new_tokens=64, seed=0, shared=len(tokenizer)),
+    )
     assert result.seconds > 0
     assert len(result.answers) == 3
     assert max(token for row in result.answers for token in row.completion) < len(tokenizer)
@@ -43,9 +50,9 @@ def test_calibration_prompts_are_as_many_as_asked_or_as_rows_allow(monkeypatch: 
     assert chosen(12).count("3") >= 2  # answered again, with other draws
     first = {prompt.id for _, prompt in Order(prompts, 0).take(0, 2)}
     assert not first & set(chosen(3))  # training begins with what repair has not seen
-    monkeypatch.setattr("remend.recovery.repair.MOST_ROWS", 3 * (10 + 64))
+    monkeypatch.setattr("remend.recovery.calibration_text.MOST_ROWS", 3 * (10 + 64))
     assert len(chosen(5)) == 3
-    monkeypatch.setattr("remend.recovery.repair.MOST_ROWS", 1)
+    monkeypatch.setattr("remend.recovery.calibration_text.MOST_ROWS", 1)
     assert len(chosen(5)) == 1
 
 

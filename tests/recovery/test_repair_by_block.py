@@ -29,6 +29,7 @@ SHARED: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
 }
+TEXT = [{"prompt": f"Say {text}", "completion": text} for text in prompts(30)]
 VARIES = ("seconds", "sha256", "peak_rss_mib")
 
 
@@ -88,6 +89,7 @@ def assert_same(one: RecoverResult, other: RecoverResult) -> None:
         ("mask", {"placement": {"teacher": "disk"}}),
         ("mask", {"diagnose_every": 1, "save_dtype": "bfloat16"}),
         ("depth", {}),
+        ("int3-g32", {"repair_text": TEXT}),
     ],
 )
 def test_a_repair_block_by_block_is_the_same(healthy: Path, kind: str, more: dict[str, Any]) -> None:

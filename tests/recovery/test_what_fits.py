@@ -112,7 +112,8 @@ def test_it_is_the_arithmetic_of_check(recipe: dict[str, Any], monkeypatch: pyte
     facts = replace(facts_of(checked.plan), mapped=False, reference_mapped=False, recomputes=False)
     stream = facts.streams[0]
     longest = round(stream.longest)
-    facts = replace(facts, streams=[replace(stream, prompt=float(longest), held_out=64, opening=0)])
+    stream = replace(stream, prompt=float(longest), held_out=64, opening=0)
+    facts = replace(facts, streams=[stream], repair_prompt=stream.prompt)
     stored = checked.plan.facts.recognised.stored
     assert stored is not None
     found = plan(

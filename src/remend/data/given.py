@@ -19,7 +19,7 @@ from typing import Any
 from remend.errors import InputError
 from remend.files.atomic import write_text
 
-KEYS = ("data", "eval_data")
+KEYS = ("data", "eval_data", "repair_text")
 """The settings that may hold rows."""
 
 

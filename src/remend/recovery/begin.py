@@ -318,7 +318,8 @@ def _inputs(plan: Plan) -> dict[str, Any]:
             first = name == (plan.reference if teacher.source else main)
             if files is not None:
                 hashes["teacher" if first else f"teacher {name}"] = files
-    return {"models": hashes, "data": plan.prompts.hashes}
+    text = {"repair_text": plan.repair_text.hash} if plan.repair_text else {}
+    return {"models": hashes, "data": plan.prompts.hashes, **text}
 
 
 def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory, rows: int) -> None:
@@ -358,8 +359,9 @@ def _create(run: Run, inputs: Mapping[str, Any], directory: RunDirectory, rows: 
 
 def _require_same_inputs(directory: RunDirectory, inputs: Mapping[str, Any]) -> None:
     recorded = manifest_of(directory.path)
-    names = {**inputs["models"], "data": inputs["data"]}
-    before = {**recorded.get("models", {}), "data": recorded.get("data")}
+    rest = [name for name in inputs if name != "models"]
+    names = {**inputs["models"], **{name: inputs[name] for name in rest}}
+    before = {**recorded.get("models", {}), **{name: recorded.get(name) for name in rest}}
     changed = [name for name, hashes in names.items() if before.get(name) != hashes]
     if changed:
         raise InputError(

@@ -117,7 +117,8 @@ class Facts:
     scales and zeros.
     trained: parameters that move; held: those of them whose masters lie apart; head_trained: the head is among them.
     copies: of them that teachers keep; averages: a checkpoint holds one of these.
-    repair: answers that it is fitted to, 0 for none; repair_answer: tokens of each; repair_rows: tokens at most.
+    repair: answers that it is fitted to, 0 for none; repair_prompt, repair_answer: tokens of each; repair_rows: tokens
+    at most; repair_given: nobody writes them.
     written: prompts that the reference writes.
     best: the best weights are kept beside the checkpoints. saved_itemsize: bytes of a saved weight.
     activation: bytes that the backward pass keeps of a token. chunk: positions of a chunk of logits.
@@ -148,8 +149,10 @@ class Facts:
     copies: int
     averages: bool
     repair: int
+    repair_prompt: float
     repair_answer: int
     repair_rows: int
+    repair_given: bool
     written: int
     best: bool
     saved_itemsize: int
@@ -270,11 +273,13 @@ def _measured(facts: Facts, answered: float) -> dict[str, float]:
 
 def _repair(facts: Facts, answered: float) -> dict[str, float]:
     main, student, reference = facts.streams[0], facts.student, _healthy(facts)
-    tokens = min(facts.repair_rows, facts.repair * (main.prompt + facts.repair_answer * answered))
+    length = facts.repair_answer * (1.0 if facts.repair_given else answered)
+    asked = 0 if facts.repair_given else facts.repair
+    tokens = min(facts.repair_rows, facts.repair * (facts.repair_prompt + length))
     return {
-        "decode": decoding(reference, facts.repair, facts.repair_answer, main.prompt, facts.device),
+        "decode": decoding(reference, asked, facts.repair_answer, facts.repair_prompt, facts.device),
         "judge": scoring(student, main.held_out + FITTED, main.prompt, main.answer * answered)
-        + scoring(reference, FITTED, main.prompt, facts.repair_answer * answered),
+        + scoring(reference, FITTED, facts.repair_prompt, length),
         "walk": walking(student, reference, tokens),
         "solve": solving(student),
     }

@@ -271,16 +271,15 @@ def _repair(facts: Facts) -> list[Bytes]:
     masters, codes = 4 * facts.codes, facts.codes  # a code is a byte
     done = _plus(written, {"masters": masters, "codes": codes})
     again = 4 * reference.parameters if reference and facts.reference_itemsize < 4 else 0  # in float32
-    text = min(facts.repair_rows, round(facts.repair * (main.prompt + facts.repair_answer)))
+    text = min(facts.repair_rows, round(facts.repair * (facts.repair_prompt + facts.repair_answer)))
     inner = 4 * text * _inner(student)
     kept, passing = min(MOST_KEPT, inner), 4 * BATCH_TOKENS * (2 * student.width + 3 * _inner(student))
     seen = STREAMS * 4 * text * student.width
     block = 4 * student.matrices // max(1, student.layers)  # its weights as they were
     walked = _plus(done, {"teacher": again, "weights laid out": block})
     solved = max((gram_bytes(o, i, grid=facts.codes > 0) for o, i in student.groups), default=0)
-    writing = _sampling(
-        facts, reference, facts.repair, main.prompt, facts.repair_answer, itemsize=facts.itemsize, drawn=True
-    )
+    asked, prompt = 0 if facts.repair_given else facts.repair, facts.repair_prompt
+    writing = _sampling(facts, reference, asked, prompt, facts.repair_answer, itemsize=facts.itemsize, drawn=True)
     return [
         _plus(came, writing),
         _plus(walked, {"activations": seen + 2 * inner + kept + passing}),

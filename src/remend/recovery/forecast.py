@@ -18,6 +18,8 @@ from remend.models.load import maps_float32
 from remend.models.scorer import LEAST_OPENING
 from remend.recovery.begin import Run
 from remend.recovery.bootstrap import bootstrap_budget
+from remend.recovery.calibration_text import MOST_ROWS
+from remend.recovery.calibration_text import TOKENS as REPAIR_TOKENS
 from remend.recovery.estimate import (
     BFLOAT16,
     COST,
@@ -38,8 +40,6 @@ from remend.recovery.memory import COPY_BYTES, SHARE, STATE_BYTES
 from remend.recovery.output_directory import nearest
 from remend.recovery.plan import Plan
 from remend.recovery.prompts import StreamData
-from remend.recovery.repair import MOST_ROWS
-from remend.recovery.repair import TOKENS as REPAIR_TOKENS
 from remend.recovery.settings import SELF
 from remend.recovery.speeds import RecordedRun, best_of, factors_of, guessed_factor, machine_of, record, recorded
 from remend.recovery.streams import SELF_PROMPTS, rows_of
@@ -209,7 +209,7 @@ def _teachers(plan: Plan) -> Collection[NamedTeacher]:
 def facts_of(plan: Plan) -> Facts:
     """The facts of a plan."""
     config, size, trained = plan.config, plan.size, _trained(plan)
-    stored = plan.facts.recognised.stored
+    stored, text = plan.facts.recognised.stored, plan.repair_text
     train: Train = "adapter" if plan.facts.adapted else config.train
     on_grid = list(stored.matrices.values()) if stored else []
     codes = sum(codes.numel() for codes, _ in on_grid)
@@ -253,8 +253,10 @@ def facts_of(plan: Plan) -> Facts:
         copies=copies,
         averages=any(teacher.saved for teacher in _teachers(plan)),
         repair=plan.repair_answers if plan.repairs else 0,
-        repair_answer=REPAIR_TOKENS,
+        repair_prompt=text.prompt if text else streams[0].prompt,
+        repair_answer=text.answer if text else REPAIR_TOKENS,
         repair_rows=MOST_ROWS,
+        repair_given=text is not None,
         written=written_prompts(plan) if own else 0,
         best=config.selects == "best",
         saved_itemsize=2 if config.save_dtype in ("bfloat16", "float16") else 4,

@@ -16,6 +16,7 @@ from remend.models.blocks.placement import Placed
 from remend.models.find import ModelSource
 from remend.models.protocols import Tokenizer
 from remend.models.sizes import Size
+from remend.recovery.calibration_text import RepairText
 from remend.recovery.epochs import Epochs
 from remend.recovery.prompts import Prompts
 from remend.recovery.rates import ADAPTER, WEIGHTS, Rate, rate_for
@@ -51,6 +52,7 @@ class Plan:
     checked_in: seconds that the checks took.
     placed: where the models are kept.
     segments: that were added to a run beyond the recipe's steps.
+    repair_text: what the repair is fitted to where the recipe gives it.
     """
 
     config: RecoverConfig
@@ -73,6 +75,7 @@ class Plan:
     checked_in: float = 0.0
     placed: Places = field(default_factory=Places)
     segments: tuple[Segment, ...] = ()
+    repair_text: RepairText | None = None
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -125,7 +128,9 @@ class Plan:
 
     @property
     def repair_answers(self) -> int:
-        """How many answers of the teacher a repair is fitted to."""
+        """How many answers a repair is fitted to: the teacher's, or rows of a text that is given."""
+        if self.repair_text:
+            return len(self.repair_text.rows)
         return self.config.repair_samples or kind_of(self.facts).repair_answers(self.facts)
 
     @property

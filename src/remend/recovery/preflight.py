@@ -31,6 +31,8 @@ from remend.models.sizes import Size, size_of
 from remend.models.vocabulary import ending_problem, unreadable
 from remend.models.written import RECORD
 from remend.recovery import alignment
+from remend.recovery.calibration_text import TOKENS as REPAIR_TOKENS
+from remend.recovery.calibration_text import Reader, read_repair_text
 from remend.recovery.epochs import in_steps
 from remend.recovery.estimate import Train
 from remend.recovery.findings import Findings
@@ -40,7 +42,6 @@ from remend.recovery.output_directory import inside, unwritable
 from remend.recovery.placing import REPAIRED, place_models
 from remend.recovery.plan import Checked, Plan
 from remend.recovery.prompts import Prompts, StreamData, kept_apart, load_stream
-from remend.recovery.repair import TOKENS as REPAIR_TOKENS
 from remend.recovery.rules import notes_of_length, problems, problems_of_length, warnings, warnings_of_length
 from remend.recovery.settings import SELF, RecoverConfig
 from remend.recovery.streams import Stream, reference_of, resolve, rows_of
@@ -178,6 +179,14 @@ def _plan(
                 say.problems += unreadable(student.tokenizer, asked, unknown.get(name, frozenset()), f"teacher {name}")
                 data.append(loaded)
     data = kept_apart(data, say)
+    text = None
+    if student and facts and repairs and config.repair_text:
+        alien = unknown.get(reference, frozenset())
+        reader = Reader(student.tokenizer, sorted(student.eos), _room(student, healthy), reference, alien)
+        count = config.repair_samples or kind_of(facts).repair_answers(facts)
+        text = read_repair_text(config, reader, data, count, say)
+    elif config.repair_text and student:
+        say.warnings.append("repair_text has no effect, since the student is not repaired")
     if student is None or facts is None or say.problems:
         return None
     config, epochs = in_steps(config, data)
@@ -201,6 +210,7 @@ def _plan(
         prompts=Prompts(tuple(data)),
         warnings=tuple(say.warnings),
         notes=tuple(say.notes),
+        repair_text=text,
     )
     plan = replace(plan, placed=place_models(plan, say))
     _check_disk(plan, say, _written(config.out) if resuming else 0)

@@ -1,7 +1,7 @@
 """One-shot repair: win back in closed form what needs no gradient, before the first step.
 
 How depends on what the student is held to (training/constraints); this file chooses what it is fitted to: the teacher's
-answers to training prompts.
+answers to training prompts, or text that the user gives (calibration_text.py).
 """
 
 from __future__ import annotations
@@ -9,39 +9,33 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from remend.console import console
-from remend.data.order import Order
 from remend.data.templates import Encoded
 from remend.files.atomic import JsonObject
 from remend.models.activations.walk import check_walk, completions
 from remend.models.blocks import by_block
 from remend.models.blocks.journal import BlockJournal
 from remend.models.blocks.opening import as_float32
-from remend.models.protocols import CausalLM, Tokenizer
+from remend.models.protocols import CausalLM
 from remend.models.sampling.answers import answered_once
 from remend.models.sampling.rollout import Rollout
-from remend.models.sampling.transformers_engine import ROWS
 from remend.recovery.begin import Run
 from remend.recovery.by_block import forget_blocks, journal_of
+from remend.recovery.calibration_text import TOKENS, calibration_prompts
 from remend.training.constraints import Calibration, Start, StudentFacts, kind_of
 from remend.training.teachers import Teacher
-
-TOKENS = 64
-"""Of a calibration sample, the reference's own completion of a training prompt."""
 
 REPAIR_ANSWERS = "repair-answers.jsonl"
 
 CALIBRATION_TEXT = "repair-text.jsonl"
 """What repair is fitted to, where blocks are on the disk: a killed repair goes on with the same."""
-
-MOST_ROWS = 65_536
-"""Tokens of calibration text, prompts included: long prompts would else cost hours and tens of gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -61,58 +55,29 @@ class Repaired:
     record: JsonObject | None = None
 
 
-def calibration_prompts(prompts: Sequence[Encoded], samples: int, seed: int) -> list[Encoded]:
-    """From the end of training's order, as far as MOST_ROWS reaches; one at least, and some twice where they are few.
-
-    The order is varied (files go by topic), and training begins at its other end: with what repair has not seen.
-    """
-    chosen: list[Encoded] = []
-    rows = 0
-    for _, prompt in reversed(Order(prompts, seed).take(0, max(samples, len(prompts)))):
-        rows += len(prompt.tokens) + TOKENS
-        if chosen and (rows > MOST_ROWS or len(chosen) == samples):
-            break
-        chosen.append(prompt)
-    return chosen
-
-
 def repair(
     student: CausalLM,
     teacher: CausalLM,
     facts: StudentFacts,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Encoded],
+    text: Callable[[], Sequence[Rollout]],
     *,
-    seed: int,
-    shared: int,
     precision: AbstractContextManager[object] | None = None,
-    rows: int = ROWS,
     journal: BlockJournal | None = None,
-    written: Callable[[Callable[[], list[Rollout]]], list[Rollout]] | None = None,
 ) -> Repaired:
     """Repair a compressed student in place. One that is not compressed, or not cut from the teacher, is left as it is.
 
     Args:
         student, teacher: the models; the teacher's weights are used, so it must be of the student's family.
-        facts, tokenizer: of the student.
-        prompts: what the teacher answers for calibration text.
-        seed: of its answers.
-        shared: ids that both models know; a padded teacher writes no others.
-        precision: context of the forward passes, and of sampling.
-        rows: that are sampled at once.
+        facts: of the student.
+        text: gives what the student is fitted to; it is asked only where there is something to repair.
+        precision: context of the forward passes.
         journal: where a student whose blocks are on the disk gets its new ones.
-        written: given what lets the teacher answer, the answers, which may be kept from an earlier try.
     """
     kind = kind_of(facts)
     if not kind.repairs(student, facts, teacher):
         return Repaired()
     began = time.perf_counter()
-
-    def answered() -> list[Rollout]:
-        with precision or nullcontext():
-            return completions(teacher, tokenizer, prompts, max_new_tokens=TOKENS, seed=seed, shared=shared, rows=rows)
-
-    text = written(answered) if written else answered()
+    rows = text()
     if by_block(teacher):
         teacher = as_float32(teacher)
     elif next(teacher.parameters()).dtype != torch.float32:
@@ -120,7 +85,7 @@ def repair(
         teacher = copy.deepcopy(teacher).to(torch.float32)
     if journal:
         journal.begin()
-    start = kind.repair(student, facts, Calibration(teacher, text, precision, journal))
+    start = kind.repair(student, facts, Calibration(teacher, rows, precision, journal))
     if blocks := start.walked.unexplained:
         how = "fitted to what the teacher's layers give" if start.walked.beside else "not fitted"
         numbers = ", ".join(map(str, blocks))
@@ -129,7 +94,7 @@ def repair(
         )
     if held_back := ", ".join(map(str, start.walked.held_back)):
         console.print(f"repair leaves blocks {held_back} as they came: on text held apart its change did harm")
-    return Repaired(start, time.perf_counter() - began, text)
+    return Repaired(start, time.perf_counter() - began, rows)
 
 
 def check_repair(run: Run, student: CausalLM, reference: Teacher) -> None:
@@ -158,26 +123,25 @@ def repaired_student(run: Run, student: CausalLM, reference: Teacher) -> Repaire
     plan, config, teacher = run.plan, run.plan.config, reference.model
     if teacher is None or not _repairs(run, student, reference):
         return Repaired()
-    prompts = calibration_prompts(run.prompts.main.train, plan.repair_answers, config.seed)
-    seed, how, journal, written = config.seed, run.precision(), journal_of(run, student), None
-    if journal:
+    journal = journal_of(run, student)
 
-        def written(write: Callable[[], list[Rollout]]) -> list[Rollout]:
-            return answered_once(run.directory, CALIBRATION_TEXT, prompts, plan.tokenizer, write)
+    def text() -> Sequence[Rollout]:
+        if plan.repair_text:
+            return plan.repair_text.rows
+        prompts = calibration_prompts(run.prompts.main.train, plan.repair_answers, config.seed)
+        write = partial(_answers, run, teacher, prompts)
+        return answered_once(run.directory, CALIBRATION_TEXT, prompts, plan.tokenizer, write) if journal else write()
 
-    return repair(
-        student,
-        teacher,
-        plan.facts,
-        plan.tokenizer,
-        prompts,
-        seed=seed,
-        shared=plan.shared,
-        precision=how,
-        journal=journal,
-        written=written,
-        rows=run.rows_at_once,
-    )
+    return repair(student, teacher, plan.facts, text, precision=run.precision(), journal=journal)
+
+
+def _answers(run: Run, teacher: CausalLM, prompts: Sequence[Encoded]) -> list[Rollout]:
+    """The teacher's, of ids that both models know."""
+    plan, seed, rows = run.plan, run.plan.config.seed, run.rows_at_once
+    with run.precision():
+        return completions(
+            teacher, plan.tokenizer, prompts, max_new_tokens=TOKENS, seed=seed, shared=plan.shared, rows=rows
+        )
 
 
 @torch.no_grad()

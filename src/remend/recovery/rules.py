@@ -43,6 +43,11 @@ def problems(config: RecoverConfig, streams: Sequence[Stream]) -> Iterator[str]:
             "the prompts of one stream. That wants repair: true and a single stream with the reference as teacher, "
             "policy: on, temperature: 1 and no demonstrations; bootstrap: on samples for any stream what it lacks"
         )
+    if config.bootstrap == "repair" and config.repair_text:
+        yield (
+            "bootstrap: repair trains on answers of the teacher, and repair_text is fitted to in place of these; leave "
+            "one of them out"
+        )
     if config.bootstrap in ("auto", "on") and not on_policy:
         yield f"bootstrap: {config.bootstrap} has nothing to prepare: every stream is off-policy throughout"
 

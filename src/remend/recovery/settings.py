@@ -309,7 +309,7 @@ class RecoverConfig(Settings):
             *("bootstrap_steps", "off_policy_passes", "alignment"),
         ),
         "Compression and adapters": (
-            *("repair", "repair_samples", "train_embeddings", "as_dense", "layer_map", "train", "lora"),
+            *("repair", "repair_samples", "repair_text", "train_embeddings", "as_dense", "layer_map", "train", "lora"),
             *("merge",),
         ),
         "Measuring": ("eval_every", "diagnose_every", "select", "patience", "report_to"),
@@ -460,6 +460,12 @@ class RecoverConfig(Settings):
         ge=1,
         description="answers of the teacher that repair is fitted to: by default 400 for a grid of 4 bits or more and "
         "600 for the rest; more win back more, and take longer",
+    )
+    repair_text: Name | None = Field(
+        None,
+        min_length=1,
+        description="rows with their answers, or texts, as data takes them: what repair is fitted to in place of "
+        "answers of the teacher",
     )
     train_embeddings: bool = Field(
         False, description="train a compressed student's embeddings and head even where they are still the teacher's"

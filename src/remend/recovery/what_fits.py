@@ -14,11 +14,11 @@ from remend.compression.formats import GridFormat
 from remend.errors import InputError, shortened
 from remend.models.device import rows_within
 from remend.models.shapes import SHAPES, Shape, shape_named, shape_of
+from remend.recovery.calibration_text import MOST_ROWS
+from remend.recovery.calibration_text import TOKENS as REPAIR_TOKENS
 from remend.recovery.estimate import Facts, StreamWork, Train
 from remend.recovery.footprint import Memory, moments_of
 from remend.recovery.memory import activation_bytes
-from remend.recovery.repair import MOST_ROWS
-from remend.recovery.repair import TOKENS as REPAIR_TOKENS
 
 GB = 10**9
 """Bytes."""
@@ -233,8 +233,10 @@ def _facts(wish: Wish, train: Train) -> Facts:
         copies=0,
         averages=False,
         repair=wish.samples if wish.format and train != "adapter" else 0,
+        repair_prompt=float(wish.prompt),
         repair_answer=REPAIR_TOKENS,
         repair_rows=MOST_ROWS,
+        repair_given=False,
         written=0,
         best=False,
         saved_itemsize=4,
