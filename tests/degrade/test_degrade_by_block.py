@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,17 @@ def test_a_file_that_changes_between_blocks_is_one_message(
     with pytest.raises(FileError, match="changed while it was being read block by block"):
         remend.quantize(healthy, tmp_path / "parts", placement="disk", format="int3-g32", probe=False)
     assert done
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_disk_that_is_too_small_is_known_before_the_first_block(
+    healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=100_000))
+    with pytest.raises(FileError, match=r"files of weights take 0\.\d MiB, and 0\.1 MiB are free in .*another disk"):
+        remend.quantize(healthy, tmp_path / "parts", placement="disk", format="int3-g32", probe=False)
+    assert not list(tmp_path.glob(".remend-unfinished*/**/*.safetensors"))
     assert not (tmp_path / "parts").exists()
 
 

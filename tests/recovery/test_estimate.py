@@ -68,10 +68,10 @@ def test_tokens() -> None:
 
 
 def test_disk() -> None:
-    """12 bytes a trained parameter in a checkpoint, 16 with a teacher's average; the model in float32."""
-    assert disk(100, 80, checkpoints=3, averages=False, best=False).total == 400 + 3 * 12 * 80
-    assert disk(100, 80, checkpoints=2, averages=True, best=True).total == 400 + 2 * 16 * 80 + 4 * 80
-    assert disk_of(replace(FACTS, saved_itemsize=2)).model == 2 * 2_000_000
+    """12 bytes a trained parameter in a checkpoint, 16 with a teacher's average; the model in float32, and its grid."""
+    assert disk(100, 80, checkpoints=3, averages=False, best=False, grid=0).total == 400 + 3 * 12 * 80
+    assert disk(100, 80, checkpoints=2, averages=True, best=True, grid=30).total == 430 + 2 * 16 * 80 + 4 * 80
+    assert disk_of(replace(FACTS, saved_itemsize=2)).model == 2 * 2_000_000 + 1_000_000 + 160_000
 
 
 def test_sampling_and_scoring_by_hand() -> None:

@@ -48,7 +48,8 @@ def test_facts_of_a_plan(recipe: dict[str, Any]) -> None:
     assert facts.student == facts.reference == plan.size
     assert facts.trained == plan.parameters - 320 * 64
     assert facts.held == plan.size.matrices
-    assert disk_at_most(plan).total == 4 * plan.parameters + 2 * 12 * plan.parameters
+    grid = facts.codes + facts.scales
+    assert disk_at_most(plan).total == 4 * plan.parameters + grid + 2 * 12 * plan.parameters
 
 
 def test_facts_of_other_recipes(recipe: dict[str, Any]) -> None:

@@ -172,6 +172,17 @@ def test_placements_that_cannot_be(healthy: Path, more: dict[str, Any], words: s
     assert not healthy.with_name("parts").exists()
 
 
+def test_a_disk_that_is_too_small_for_model_and_blocks_is_a_problem(
+    healthy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = damaged(healthy, "int3-g32")
+    monkeypatch.setattr("remend.recovery.preflight.free_disk", lambda out: 100_000)
+    said = r"the run writes up to .* MiB \(the model, the repaired blocks\) and 0\.1 MiB are free; free some space, or"
+    with pytest.raises(CheckError, match=said):
+        remend.recover(**settings(student, healthy, "parts", placement="disk"))
+    assert not healthy.with_name("parts").exists()
+
+
 @needs_exact_unpacking
 def test_a_packed_student_is_not_read_block_by_block(healthy: Path) -> None:
     student = damaged(healthy, "int4-g32-sym")

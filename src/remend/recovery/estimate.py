@@ -200,14 +200,20 @@ def disk_of(facts: Facts) -> Disk:
         checkpoints=facts.saved_checkpoints,
         averages=facts.averages,
         best=facts.best,
+        grid=facts.codes + facts.scales,
         itemsize=facts.saved_itemsize,
     )
 
 
-def disk(parameters: int, trained: int, *, checkpoints: int, averages: bool, best: bool, itemsize: int = 4) -> Disk:
-    """`disk_of` in numbers: a checkpoint has 12 bytes a trained parameter, 4 more where a teacher's average is kept."""
+def disk(
+    parameters: int, trained: int, *, checkpoints: int, averages: bool, best: bool, grid: int, itemsize: int = 4
+) -> Disk:
+    """`disk_of` in numbers: a checkpoint has 12 bytes a trained parameter, 4 more where a teacher's average is kept.
+
+    grid: bytes of the codes, scales and zeros that lie beside a model.
+    """
     each = (12 + 4 * averages) * trained
-    return Disk(itemsize * parameters, each, checkpoints, 4 * trained if best else 0)
+    return Disk(itemsize * parameters + grid, each, checkpoints, 4 * trained if best else 0)
 
 
 def work_by_phase(facts: Facts, answered: float = 1.0) -> dict[str, dict[str, float]]:

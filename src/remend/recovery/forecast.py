@@ -173,7 +173,16 @@ def disk_at_most(plan: Plan) -> Disk:
         checkpoints=min(config.keep_checkpoints + 1, _checkpoints(plan)),
         averages=any(teacher.saved for teacher in _teachers(plan)),
         best=config.selects == "best",
+        grid=sum(_grid(plan)),
     )
+
+
+def _grid(plan: Plan) -> tuple[int, int]:
+    """Of the student's grid: its codes, of a byte each, and the bytes of scales and zeros in float32."""
+    stored = plan.facts.recognised.stored
+    on_grid = list(stored.matrices.values()) if stored else []
+    codes = sum(codes.numel() for codes, _ in on_grid)
+    return codes, sum(4 * grid.scales.numel() * (1 + (grid.zeros is not None)) for _, grid in on_grid)
 
 
 def _trained(plan: Plan) -> int:
@@ -209,11 +218,8 @@ def _teachers(plan: Plan) -> Collection[NamedTeacher]:
 def facts_of(plan: Plan) -> Facts:
     """The facts of a plan."""
     config, size, trained = plan.config, plan.size, _trained(plan)
-    stored, text = plan.facts.recognised.stored, plan.repair_text
+    (codes, scales), text = _grid(plan), plan.repair_text
     train: Train = "adapter" if plan.facts.adapted else config.train
-    on_grid = list(stored.matrices.values()) if stored else []
-    codes = sum(codes.numel() for codes, _ in on_grid)
-    scales = sum(4 * grid.scales.numel() * (1 + (grid.zeros is not None)) for _, grid in on_grid)
     on_cpu = plan.device.type == "cpu"
     source = plan.teachers[plan.reference].source
     copies = sum(teacher.copies for teacher in _teachers(plan))

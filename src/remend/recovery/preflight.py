@@ -532,11 +532,14 @@ def _check_disk(plan: Plan, say: Findings, written: int) -> None:
     blocks = REPAIRED * plan.size.matrices if plan.repairs and plan.placed.student.by_block else 0
     if needed.total + blocks > free + written:
         there = f", of which {_size_in_words(written)} are there already," if written else ""
+        what, way = "the model", "free some space"
+        if needed.checkpoints:
+            what += f", {needed.checkpoints} checkpoints of {_size_in_words(needed.checkpoint)}"
+            way = "lower keep_checkpoints, raise save_every"
+        what += ", the repaired blocks" if blocks else ""
         say.problems.append(
-            f"out {config.out}: the run writes up to {_size_in_words(needed.total + blocks)} (model and "
-            f"{needed.checkpoints} checkpoints of {_size_in_words(needed.checkpoint)}"
-            f"{', and the repaired blocks' if blocks else ''}){there} and {_size_in_words(free)} are free; lower "
-            "keep_checkpoints, raise save_every, or name another disk"
+            f"out {config.out}: the run writes up to {_size_in_words(needed.total + blocks)} ({what}){there} and "
+            f"{_size_in_words(free)} are free; {way}, or name another disk"
         )
 
 

@@ -265,9 +265,11 @@ def _placed(settings: DegradeSettings, source: ModelSource, device: torch.device
     work = settings.by_block()
     if work is None:
         if settings.placement in ("host", "disk"):
+            by_itself = ", or choose a method that looks at each matrix by itself (rtn, magnitude)"
+            way = by_itself if hasattr(settings, "method") else ""
             raise InputError(
                 f"placement {settings.placement} can't be had for {settings.title()}: it needs the whole model in "
-                "memory; leave placement to auto, or choose a method that looks at each matrix by itself (rtn)"
+                f"memory; leave placement to auto{way}"
             )
         return None, Placed()
     numbers = numbers_in(source)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from remend.console import stage
+from remend.errors import FileError
 from remend.files.atomic import TEMPORARY, JsonObject, write_json
 from remend.files.own import open_own
 from remend.files.reading import read_object
@@ -150,7 +152,16 @@ class PlannedFiles:
         return name in self._of
 
     def create(self) -> None:
-        """See PlannedFile."""
+        """See PlannedFile. Raises FileError, before any is there, where the disk has no room for all of them."""
+        place = self.files[0].path.parent
+        needed = sum(file.size for file in self.files)
+        there = sum(file.path.stat().st_size for file in self.files if file.path.is_file())
+        free = shutil.disk_usage(place).free
+        if needed > free + there:
+            raise FileError(
+                f"the disk is too small: files of weights take {needed / 2**20:.1f} MiB, and "
+                f"{(free + there) / 2**20:.1f} MiB are free in {place.parent}; free some space, or name another disk"
+            )
         for file in self.files:
             file.create()
 
