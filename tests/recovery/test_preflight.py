@@ -224,7 +224,7 @@ def test_what_a_run_has_written_already_needs_no_room(
     config = build(RecoverConfig, recipe, "test")
     assert "are there already" not in preflight(config, resuming=True).problems[0]
     (checkpoints / "a.safetensors").write_bytes(bytes(2**20))
-    assert "2.5 MiB" in preflight(config, resuming=True).problems[0]
+    assert "2.6 MiB" in preflight(config, resuming=True).problems[0]
     assert "of which 1.0 MiB are there already" in preflight(config, resuming=True).problems[0]
     (checkpoints / "b.safetensors").write_bytes(bytes(2**21))
     assert preflight(config, resuming=True).problems == []
