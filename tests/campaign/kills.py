@@ -44,8 +44,9 @@ def finished(place: Place, case: Case, without: str = "") -> tuple[str, ...]:
     """Give the command again, to its end: how the result falls short. `without`: what may differ, see `differs`."""
     words = place.again(case)
     ended = place.run(words)
-    if ended.clean and re.search(THERE, ended.said) and not place.differs(case, PROBE):
-        return ()
+    if ended.clean and re.search(THERE, ended.said):
+        found = place.differs(case, f"{PROBE}|{without}" if without else PROBE)
+        return (f"{case.name}: what is there counts as a result, and is another: {found}",) if found else ()
     if ended.code:
         return (f"{case.name}: remend {words} ended with {ended.code}: {ended.said.strip()[-700:]}",)
     if found := place.differs(case, without):

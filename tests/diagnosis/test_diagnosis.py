@@ -198,6 +198,31 @@ def test_a_cache_that_changed_is_made_again(
     assert third["layers"] == second["layers"]
 
 
+def test_two_processes_that_fill_one_cache_leave_it_whole(
+    reference_dir: Path,
+    student_dir: Path,
+    tmp_path: Path,
+    prompt_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from remend.diagnosis import reference
+
+    capture = reference.capture
+
+    def beside_another(parts: Any, name: str, *rest: Any, **options: Any) -> Any:
+        (folder,) = tmp_path.glob("cache/diagnosis/*")
+        (folder / "done.json").write_text('{"files": {}}')  # the other one's record, while this one still reads
+        return capture(parts, name, *rest, **options)
+
+    monkeypatch.setattr(reference, "capture", beside_another)
+    diagnose(reference_dir, [student_dir], tmp_path / "a", prompt_file, cache=str(tmp_path / "cache"))
+    monkeypatch.undo()
+    capsys.readouterr()
+    diagnose(reference_dir, [student_dir], tmp_path / "b", prompt_file, cache=str(tmp_path / "cache"))
+    assert "changed since it was written" not in " ".join(capsys.readouterr().err.split())
+
+
 def test_answers_that_are_cut_at_their_row_give_the_same_rows(
     reference_dir: Path, student_dir: Path, tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,7 +186,9 @@ def _pass(
         anchors = _anchors(parts, rollouts, picks, rows, conditions)
         _save(folder / "rows.safetensors", rows)
         about = {**vars(conditions), "sequences": len(rollouts), "anchors": anchors}
-        write_json(folder / DONE, signed({**about, "files": hash_directory(folder)}))
+        # another process that made the same may have written its own record meanwhile, which this one replaces
+        files = {name: digest for name, digest in hash_directory(folder).items() if name != DONE}
+        write_json(folder / DONE, signed({**about, "files": files}))
 
 
 def gathered(mine: Mapping[int, Tensor]) -> dict[int, Tensor]:

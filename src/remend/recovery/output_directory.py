@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from remend.files.atomic import TEMPORARY, remove_temporary
 
 
 def nearest(path: str | Path) -> Path:
@@ -22,7 +25,10 @@ def unwritable(out: str) -> str | None:
     if not parent.is_dir():
         return f"out {out} can't be written: {parent} is a file; name a directory in another place"
     try:
-        Path(tempfile.mkdtemp(dir=parent, prefix=".remend-")).rmdir()
+        remove_temporary(parent, "probe")  # of a process that was killed here
+        probe = Path(tempfile.mkdtemp(dir=parent, prefix=f"{TEMPORARY}probe-"))
+        with contextlib.suppress(FileNotFoundError):  # another process that asks the same took it for abandoned
+            probe.rmdir()
     except OSError as error:
         return f"out {out} can't be written to {parent}: {error.strerror}; name a directory that you may write to"
     return None
