@@ -15,7 +15,7 @@ OLDER = r"^out/checkpoints/step-00000[1-5]/|state\.json (logged\.repair\.json\.)
 """A signal has one checkpoint more written, and one that an undisturbed run keeps may be too old then. repair.json says
 how long repair took, and the clock stands still only in processes that are forked."""
 STRANGERS = r"export\.json (check\.(read_by|strangers)|sha256)"
-"""A command from nothing asks transformers at more precisions than one in a fork of this process, see `command_line`."""
+"""A command from nothing asks transformers at more precisions than one in a fork of this process."""
 BEGINNING = ".remend-tmp-beginning"
 """By it the same command knows that a run which has no manifest yet is its own; the next one takes it away."""
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}

@@ -22,7 +22,7 @@ from remend.data.answers import ending
 from remend.data.examples import demonstration_of, load_examples
 from remend.errors import InputError
 from remend.evaluation.job import evaluate
-from remend.files.atomic import JsonObject, JsonRow, put_aside, write_json
+from remend.files.atomic import JsonObject, JsonRow, put_aside, visible, write_json
 from remend.files.reading import read_object, understood
 from remend.files.run_directory import INPUTS, MANIFEST, METRICS, SUMMARY, RunDirectory, manifest_of, summary_of
 from remend.files.settings import Settings, build, merged
@@ -52,7 +52,7 @@ def state_of(place: Path, inputs: JsonRow) -> str:
     on other rows or tasks and the model is not kept, so that it stays as it is; started; stale, of other inputs; new.
     """
     if not inputs_file(place).is_file():
-        return "stale" if place.exists() else "new"
+        return "stale" if _holds_anything(place) else "new"
     with understood(inputs_file(place), f"move {place} away to have the cell made anew"):
         before = read_object(inputs_file(place))
         if _as_today(before.get("training")) != _as_today(inputs["training"]):
@@ -62,6 +62,14 @@ def state_of(place: Path, inputs: JsonRow) -> str:
         if not ungraded(place, inputs):
             return "done"
     return "graded otherwise" if (place / "model").is_dir() else "ungraded"
+
+
+def _holds_anything(place: Path) -> bool:
+    """Whether more lies there than what a process leaves that was killed before it wrote what settles the cell."""
+    if not place.is_dir() or place.is_symlink():
+        return place.exists()
+    inputs = place / INPUTS
+    return any(path != inputs or not inputs.is_dir() or visible(inputs) for path in visible(place))
 
 
 def _as_today(training: JsonRow | None) -> JsonRow | None:

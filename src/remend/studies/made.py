@@ -13,7 +13,7 @@ from remend.data import tasks
 from remend.data.examples import DEMONSTRATION_KEYS, Example, bundled, choose, load_examples, split_held_out, without
 from remend.degrade.kinds import degrade
 from remend.errors import InputError
-from remend.files.atomic import JsonObject, json_line, put_aside, write_json, write_text
+from remend.files.atomic import JsonObject, json_line, put_aside, remove_directory, write_json, write_text
 from remend.files.reading import read_object
 from remend.models.find import find_model, hash_files
 from remend.studies import tiny_model
@@ -192,6 +192,10 @@ def reference_grades(study: Study, out: Path, group: Group) -> Path:
     return out / "reference" / group.model if parent is None else out / "reference-students" / parent.student
 
 
+BEGUN = "begun"
+"""In a student's record, before it says what the student was made of: that this is being made."""
+
+
 def record_of(student: Path) -> Path:
     """Where it is kept what a student was made of: beside its directory, whose files are hashed."""
     return student.with_name(f"{student.name}.json")
@@ -208,15 +212,21 @@ def make_student(
 ) -> None:
     """Make a degraded student; one that was made of other inputs is moved aside.
 
+    What a process left that was ended while it made one, which its record says, is made anew in its place.
+
     Raises InputError and FileError as the degradation does.
     """
-    target = Path(out)
-    record_of(target).unlink(missing_ok=True)
-    if target.exists():
+    target, record = Path(out), record_of(Path(out))
+    begun = record.is_file() and bool(read_object(record).get(BEGUN))
+    if target.is_dir() and begun:
+        remove_directory(target)
+    elif target.exists():
+        record.unlink(missing_ok=True)
         aside = put_aside(target)
         warn(f"{target} was made of other inputs and is moved to {aside}; remove that when you need it no more")
+    write_json(record, {BEGUN: True})
     degrade(kind, model, target, arguments)
-    write_json(record_of(target), inputs)
+    write_json(record, inputs)
 
 
 def training_inputs(study: Study, made: Made, cell: Cell) -> JsonObject:
