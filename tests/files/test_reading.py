@@ -31,6 +31,9 @@ def test_what_is_wrong_is_said_with_file_and_line(text: str, tmp_path: Path) -> 
     lines.write_text('{"b": 1}\n\n' + text + "\n")
     with pytest.raises(FileError, match=rf"a\.jsonl, line 3, can't be read: .*{WRONG[text]}.*; do this"):
         read_objects(lines, "do this")
+    lines.write_text('{"step": 1}\n{"step": 2, "open": NaN}\n')
+    with pytest.raises(FileError, match=r"line 2, can't be read: it holds a number that is not finite; do this"):
+        read_objects(lines, "do this")
 
 
 def test_text_that_is_none(tmp_path: Path) -> None:

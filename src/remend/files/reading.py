@@ -103,17 +103,26 @@ def read_object(path: Path, remedy: str = AGAIN) -> JsonObject:
 def read_objects(path: Path, remedy: str = AGAIN) -> list[JsonObject]:
     """The objects of a JSON lines file; a last line without its end, as a killed process leaves it, is left out.
 
-    Raises FileError that names file and line.
+    Raises FileError that names file and line, also where a number is not finite: no such file is written so.
     """
     rows = []
     for number, line in enumerate(read_text(path, remedy).split("\n")[:-1], start=1):
         if not line:
             continue
         try:
-            rows.append(object_of(line))
+            row = object_of(line)
+            rows.append(_finite(row))
         except ValueError as error:
             raise FileError(f"{path}, line {number}, can't be read: {error}; {remedy}") from None
     return rows
+
+
+def _finite(row: JsonObject) -> JsonObject:
+    try:
+        json.dumps(row, allow_nan=False)
+    except ValueError:
+        raise ValueError("it holds a number that is not finite") from None
+    return row
 
 
 def stays_inside(name: object) -> bool:
