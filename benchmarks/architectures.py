@@ -1,6 +1,6 @@
 """What repair and training win back on small trained models of other architectures than Llama.
 
-python benchmarks/architectures.py --out runs/architectures [--only gemma3 olmo2] [--damage depth] [--steps 24]
+python benchmarks/architectures.py --out runs/architectures [--only gemma3 olmo2] [--damage depth] [--steps auto]
 python benchmarks/architectures.py --page
 
 Each model of `remend.studies.tiny_model` is made once (minutes), damaged in each way of DAMAGES, and recovered. The
@@ -54,8 +54,8 @@ HEAD = """# Does recovery help architectures that nobody tuned it for?
 <!-- Written by `python benchmarks/architectures.py --page` from records/architectures. Run that to change it. -->
 
 Small models of other architectures than Llama, 2 to 5 million parameters, trained here for minutes until they speak a
-little (`remend.studies.tiny_model`), damaged in five ways and recovered with a healthy teacher. KL is that of the
-held-out prompts.
+little (`remend.studies.tiny_model`), damaged in five ways and recovered with a healthy teacher, by the defaults of a recipe
+(`steps: auto`). KL is that of the held-out prompts.
 The commands are in benchmarks/architectures.py; hardware, seed 0 and commit stand in each cell's record.
 
 """
@@ -94,6 +94,10 @@ def _share(share: float, span: list[float]) -> str:
     return f"{share:.2f} ({span[0]:.2f} to {span[1]:.2f})"
 
 
+def _steps(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -127,7 +131,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page and run nothing")
     parser.add_argument("--only", nargs="*", default=[name for name in tiny_model.SHAPES if name != tiny_model.LLAMA])
     parser.add_argument("--damage", nargs="*", default=list(DAMAGES), choices=list(DAMAGES))
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=_steps, default="auto", help="a number, or auto as in a recipe")
     parser.add_argument("--answers", type=int, default=300, help="that repair is fitted to")
     parser.add_argument("--records", type=Path, default=RECORDS / "architectures", help="where cells are kept")
     given = parser.parse_args()
