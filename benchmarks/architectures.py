@@ -54,8 +54,8 @@ HEAD = """# Does recovery help architectures that nobody tuned it for?
 <!-- Written by `python benchmarks/architectures.py --page` from records/architectures. Run that to change it. -->
 
 Small models of other architectures than Llama, 2 to 5 million parameters, trained here for minutes until they speak a
-little (`remend.studies.tiny_model`), damaged in five ways and recovered with a healthy teacher, by the defaults of a recipe
-(`steps: auto`). KL is that of the held-out prompts.
+little (`remend.studies.tiny_model`), damaged in five ways and recovered with a healthy teacher, by the defaults of a
+recipe (`steps: auto`). KL is that of the held-out prompts.
 The commands are in benchmarks/architectures.py; hardware, seed 0 and commit stand in each cell's record.
 
 """

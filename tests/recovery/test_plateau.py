@@ -16,12 +16,14 @@ from remend.models.sampling.rollout import Rollout
 from remend.recovery import plateau
 from remend.recovery.job import check, recover, settings
 from remend.recovery.plateau import Plateau
+from remend.recovery.selection import Best, Selection
 
 ANSWER = Rollout("a", (1, 2), (3,), False)
 
 
 def seen(*kls: float) -> Plateau:
-    return Plateau(cast(Any, None), cast(Any, None), [ANSWER] * 12, [*kls])
+    selection = Selection(RunDirectory(Path()), cast(Any, None), keep=False, patience=None)
+    return Plateau(cast(Any, None), cast(Any, None), [ANSWER] * 12, [*kls], selection)
 
 
 def test_nothing_is_trained_where_repair_came_close() -> None:
@@ -79,6 +81,26 @@ def test_a_run_that_ends_at_a_plateau_and_resumes(
     trained = {row["id"] for row in RunDirectory(result.out).rows("repair-answers.jsonl")}
     assert not trained & {row["id"] for row in RunDirectory(result.out).rows("apart.jsonl")}
     assert_equal_runs(result, recover(resume=torn_copy(result.out, tmp_path / "torn", 4)))
+
+
+def test_training_that_makes_it_worse_is_undone(many: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plateau, "EVERY", 2)
+    monkeypatch.setattr(plateau, "CLOSE", 0.0)
+    worse = {**many, "learning_rate": 0.3, "warmup_steps": 0}
+    result = recover(**worse)
+    assert result.summary["selected"]["step"] == 0
+    assert "; the weights of the repair are kept, which are the best there" in result.summary["ended"]["why"]
+    assert result.summary["recovered"]["kl"] == pytest.approx(result.summary["repair"]["kl"], rel=1e-4)
+    last = recover(**{**worse, "select": "last", "out": str(result.out.with_name("last"))})
+    assert last.summary["selected"]["step"] == last.summary["steps"] == 4
+    assert last.summary["recovered"]["kl"] > 2 * last.summary["repair"]["kl"]
+
+
+def test_a_look_that_is_not_the_last_is_named() -> None:
+    flat = seen(0.5, 0.4, 0.41, 0.42)
+    flat.selection.best = Best(8, -0.4)
+    assert flat.stop()
+    assert flat.why.endswith("; the weights of step 8 are kept, which are the best there")
 
 
 def test_steps_are_a_number_or_auto() -> None:

@@ -172,7 +172,7 @@ def disk_at_most(plan: Plan) -> Disk:
         _trained(plan) if plan.facts.adapted or config.train != "all" else plan.parameters,
         checkpoints=min(config.keep_checkpoints + 1, _checkpoints(plan)),
         averages=any(teacher.saved for teacher in _teachers(plan)),
-        best=config.selects == "best",
+        best=config.selects == "best" or plan.keeps_best_apart,
         grid=sum(_grid(plan)),
     )
 
@@ -264,7 +264,7 @@ def facts_of(plan: Plan) -> Facts:
         repair_rows=MOST_ROWS,
         repair_given=text is not None,
         written=written_prompts(plan) if own else 0,
-        best=config.selects == "best",
+        best=config.selects == "best" or plan.keeps_best_apart,
         saved_itemsize=2 if config.save_dtype in ("bfloat16", "float16") else 4,
         activation=plan.activation,
         chunk=chunk_rows(plan.shared, plan.device),

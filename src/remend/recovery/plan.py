@@ -139,6 +139,11 @@ class Plan:
         return self.repairs and isinstance(self.config.steps, Auto)
 
     @property
+    def keeps_best_apart(self) -> bool:
+        """Whether the weights that are kept are the best on the prompts that `ends_early` looks at."""
+        return self.ends_early and self.config.select is None and self.config.selects == "last"
+
+    @property
     def chosen(self) -> list[str]:
         """What was settled here and not by the user, a line each."""
         lines = [*([self.epochs.line()] if self.epochs else []), self.rate.line()]

@@ -1,7 +1,8 @@
 """`steps: auto`: training after a repair goes on while it wins something.
 
 That is looked at on training prompts that are set apart: nothing is fitted to them or trained on them, and the held-out
-prompts, by which the run is measured, decide nothing here.
+prompts, by which the run is measured, decide nothing here. Unless the recipe says which weights are kept, those are
+that were best there, be it those of the repair.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from remend.recovery.begin import Run
 from remend.recovery.judge import Judge, figures_of
 from remend.recovery.plan import Plan
 from remend.recovery.prompts import Prompts
+from remend.recovery.selection import Best, Selection
+from remend.training.constraints import Constraint
 from remend.training.measure import compare
 
 APART = "apart/kl"
@@ -61,26 +64,29 @@ class Plateau:
 
     completions: the reference's answers to them.
     kls: after the repair, and after every EVERY steps.
+    selection: of the best of these.
     why: why training ended, once it did; "" before.
     """
 
     judge: Judge
     student: Scorer
     completions: Sequence[Rollout]
-    kls: list[float] = field(default_factory=list)
+    kls: list[float]
+    selection: Selection
     why: str = ""
-    _kept: dict[int, Target] = field(default_factory=dict)  # of the reference on them, which does not move
+    _targets: dict[int, Target] = field(default_factory=dict)  # of the reference on them, which does not move
 
     def hook(self, step: int) -> Mapping[str, float] | None:
         """A look after a step, when it is its turn."""
         if step % EVERY:
             return None
         self.kls.append(self.look())
+        self.selection.seen(step, -self.kls[-1])
         return {APART: self.kls[-1]}
 
     def look(self) -> float:
         """The student's KL, nats per token."""
-        return figures_of(compare(self.student, self.judge.reference, self.completions, kept=self._kept))["kl"]
+        return figures_of(compare(self.student, self.judge.reference, self.completions, kept=self._targets))["kl"]
 
     def stop(self) -> bool:
         """Whether nothing is left to win."""
@@ -100,15 +106,28 @@ class Plateau:
         before, since = self.kls[:-LOOKS], self.kls[-LOOKS:]
         if before and min(since) > (1 - GAIN) * min(before):
             step = EVERY * (len(self.kls) - 1)
-            return f"training ends at step {step}: {apart} the last {EVERY * LOOKS} steps won less than {GAIN:.0%}"
+            return (
+                f"training ends at step {step}: {apart} the last {EVERY * LOOKS} steps won less than "
+                f"{GAIN:.0%}{self._kept_instead(step)}"
+            )
         return ""
+
+    def _kept_instead(self, step: int) -> str:
+        best = self.selection.best
+        if best is None or best.step == step:
+            return ""
+        return (
+            f"; the weights of {f'step {best.step}' if best.step else 'the repair'} are kept, which are the best there"
+        )
 
     def record(self) -> JsonObject:
         """For the summary."""
         return {"why": self.why, "prompts": len(self.completions), "kl": self.kls}
 
 
-def begin_plateau(run: Run, judge: Judge, student: Scorer, kls: Sequence[float]) -> Plateau | None:
+def begin_plateau(
+    run: Run, judge: Judge, student: Scorer, constraint: Constraint, kls: Sequence[float]
+) -> Plateau | None:
     """What ends training early, once the student is repaired; None where no prompts are set apart.
 
     kls: what an earlier process of the run saw.
@@ -116,9 +135,14 @@ def begin_plateau(run: Run, judge: Judge, student: Scorer, kls: Sequence[float])
     prompts = run.prompts.main.apart
     if not prompts or run.plan.segments:  # steps that were asked for by their number are taken
         return None
-    plateau = Plateau(judge, student, judge.answered(prompts, "apart.jsonl"), [*kls])
+    keep = run.plan.keeps_best_apart
+    best = Best.read(run.directory) if keep else None
+    selection = Selection(run.directory, constraint, keep, None, best=best)
+    plateau = Plateau(judge, student, judge.answered(prompts, "apart.jsonl"), [*kls], selection)
     if not plateau.kls:
         with stage("looking at prompts set apart"):
             plateau.kls.append(plateau.look())
         run.directory.append(METRICS, {"step": 0, APART: plateau.kls[0]})
+        if plateau.kls[0] >= CLOSE:  # else nothing is trained that could be worse
+            selection.seen(0, -plateau.kls[0])
     return plateau

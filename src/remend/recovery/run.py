@@ -110,11 +110,13 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
         run.directory, constraint, config.selects == "best", config.patience, [*past.scores], past.best
     )
     hooks = hooks_of(run, parts, observer, side, before, selection) if observer and side else []
-    plateau = begin_plateau(run, observer.judge, parts, past.apart) if observer and repair and repair["kept"] else None
+    plateau = None
+    if observer and repair and repair["kept"]:
+        plateau = begin_plateau(run, observer.judge, parts, constraint, past.apart)
     hooks += [plateau.hook] if plateau else []
     objective = step_function(run, parts, sources, gate)
     steps = train_student(run, objective, constraint, hooks, partial(_stops, selection, plateau), repair)
-    selected = selection.restore() if observer else None
+    selected = (selection.restore() or (plateau and plateau.selection.restore())) if observer else None
     after = side.measure() if side else {}
 
     clock.enter("saving", shown=False)

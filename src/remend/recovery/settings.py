@@ -507,7 +507,7 @@ class RecoverConfig(Settings):
     select: Literal["last", "best"] | None = Field(
         None,
         description="which weights are saved: last, or best of the evaluated steps by weighted gap closed; by default "
-        "best where eval_every has some evaluated",
+        "best where eval_every has some evaluated; where steps: auto looks at prompts set apart, the best there",
     )
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations in a row without a better one")
     save_every: int | None = Field(
