@@ -38,13 +38,8 @@ NAVIGATION = {
     "Measurements": [
         *("measurements/degradations", "measurements/results", "measurements/speed", "measurements/scale"),
         *("measurements/zoo", "measurements/reliability", "measurements/claims"),
-        *(
-            "measurements/after-repair",
-            "measurements/streams",
-            "measurements/diagnosis",
-            "measurements/evaluation",
-            "measurements/runs",
-        ),
+        *("measurements/after-repair", "measurements/streams", "measurements/diagnosis"),
+        *("measurements/evaluation", "measurements/runs"),
     ],
 }
 """The pages in the order of the sidebar. A page that is missing here is a warning, and warnings fail."""
