@@ -43,6 +43,7 @@ FACTS = Facts(
     trained=1_500_000,
     held=1_000_000,
     head_trained=False,
+    optimizer="adamw",
     copies=0,
     averages=False,
     repair=0,

@@ -38,6 +38,7 @@ from remend.training.constraints import Constraint
 from remend.training.constraints.adapter import Adapter
 from remend.training.constraints.grid import OnGrid
 from remend.training.constraints.scales import OnScales
+from remend.training.optimizers import OPTIMIZERS
 
 STEPS = replace(FACTS, streams=[replace(STREAM, on_policy=0.0)])
 """Training on the teacher's answers, so that a step is what holds most."""
@@ -98,6 +99,34 @@ def test_a_mapped_file_counts_where_it_is_written() -> None:
     assert memory_of(free).parts["student"] == 4 * 1_500_000
     assert "student" not in memory_of(replace(mapped, train="norms", held=0)).parts
     assert "teacher" not in memory_of(replace(FACTS, reference_mapped=True)).parts
+
+
+def test_moments_by_optimizer() -> None:
+    """A GPU has none of those on the host; in 8 bits two numbers of 256 take 520 bytes."""
+    assert SMALL.parameters == SMALL.matrices + SMALL.embeddings  # no vectors
+    gpu = replace(STEPS, device="cuda")
+    assert "moments" not in memory_of(replace(gpu, optimizer="adamw-host")).parts
+    assert memory_of(replace(STEPS, optimizer="adamw-host")).parts == memory_of(STEPS).parts
+    eighth = replace(STEPS, optimizer="adamw-8bit")
+    assert memory_of(eighth).parts["moments"] == 1_500_000 * 520 // 256
+    vectors = replace(SMALL, matrices=1_400_000)
+    assert memory_of(replace(eighth, student=vectors)).parts["moments"] == 800_000 + 1_400_000 * 520 // 256
+
+
+def test_moments_in_8_bits_of_real_tensors() -> None:
+    """A norm's stay in float32; a matrix' are held with a scale for each 256 numbers."""
+    kind = OPTIMIZERS.get("adamw-8bit")
+    if problem := kind.problem(torch.device("cpu")):
+        pytest.skip(problem)
+    norm, matrix = torch.zeros(64), torch.zeros(128, 64)
+    optimizer = kind.make([{"params": [norm, matrix], "weight_decay": 0.0}], 1e-3)
+    for master in (norm, matrix):
+        master.grad = torch.ones_like(master)
+    optimizer.step()
+    held = sum(t.nbytes for t in (*kind.state(optimizer, norm).values(), *kind.state(optimizer, matrix).values()))
+    size = replace(SMALL, parameters=64 + 128 * 64, matrices=128 * 64, embeddings=0, width=64)
+    facts = replace(STEPS, student=size, trained=size.parameters, optimizer="adamw-8bit")
+    assert memory_of(facts).parts["moments"] == held
 
 
 def test_on_a_gpu() -> None:

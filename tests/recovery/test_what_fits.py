@@ -59,6 +59,16 @@ def test_settings_make_it_fit_only_where_they_are_needed() -> None:
     assert any("gradient_checkpointing: true" in one.settings for one in long.found)
 
 
+def test_moments_on_the_host_are_told_of() -> None:
+    """A dense student's moments are eight bytes a parameter, which a GPU need not have."""
+    size = shape_named("Qwen2.5-1.5B").size
+    whole = way(plan(shape="Qwen2.5-1.5B", gpu=24, format="dense"), "all", asked=False)
+    assert whole.fits
+    assert "optimizer: adamw-host" in whole.settings
+    assert whole.host == 8 * size.parameters
+    assert "moments" not in whole.by_phase["training"]
+
+
 def test_what_fits_nowhere_says_what_would() -> None:
     found = plan(params="405b", gpu=80, gpus=8)
     assert not found.fits

@@ -71,11 +71,12 @@ def _verdict(result: WhatFits, where: str) -> list[str]:
     wish, lines = result.wish, list[str]()
     for way in result.found:
         how = f" with {', '.join(way.settings)}" if way.settings else " as it is"
+        beside = f" The machine's memory holds {_size(way.host)} GB of moments." if way.host else ""
         if way.fits:
-            lines.append(f"{_title(way)} fits {where}{how}: {_size(way.peak)} GB at most, in {way.fullest}.")
+            lines.append(f"{_title(way)} fits {where}{how}: {_size(way.peak)} GB at most, in {way.fullest}.{beside}")
         else:
             even = f", even with {', '.join(way.settings)}" if way.settings else ""
-            lines.append(f"{_title(way)} does not fit {where}{even}: {_size(way.peak)} GB in {way.fullest}.")
+            lines.append(f"{_title(way)} does not fit {where}{even}: {_size(way.peak)} GB in {way.fullest}.{beside}")
     if wish.gpus > 1:
         lines.append(
             f"{wish.gpus} GPUs share the prompts of a step; each holds both models and all that is trained, so more "

@@ -62,6 +62,11 @@ class Size:
     sides: int = 0
 
     @property
+    def vectors(self) -> int:
+        """Numbers of norms and biases."""
+        return self.parameters - self.matrices - self.embeddings
+
+    @property
     def largest(self) -> int:
         """Numbers of the largest group."""
         return max((rows * columns for rows, columns in self.groups), default=0)

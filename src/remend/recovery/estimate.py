@@ -18,6 +18,9 @@ from remend.models.sizes import Size
 Train = Literal["all", "scales", "norms", "last", "adapter"]
 """What moves in training."""
 
+Moments = Literal["adamw", "adamw-host", "adamw-8bit"]
+"""Where AdamW's moments are, and in how many bits (training/optimizers)."""
+
 Work = Mapping[str, float]
 """Units by kind of work."""
 
@@ -116,6 +119,7 @@ class Facts:
     train: what moves: all, scales, norms or an adapter. codes: numbers on the student's grid; scales: bytes of its
     scales and zeros.
     trained: parameters that move; held: those of them whose masters lie apart; head_trained: the head is among them.
+    optimizer: where and how AdamW's moments are held.
     copies: of them that teachers keep; averages: a checkpoint holds one of these.
     repair: answers that it is fitted to, 0 for none; repair_prompt, repair_answer: tokens of each; repair_rows: tokens
     at most; repair_given: nobody writes them.
@@ -146,6 +150,7 @@ class Facts:
     trained: int
     held: int
     head_trained: bool
+    optimizer: Moments
     copies: int
     averages: bool
     repair: int

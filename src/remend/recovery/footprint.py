@@ -26,7 +26,7 @@ KINDS: Mapping[str, str] = {
     "codes": "the grid's codes, scales and zeros",
     "masters": "float32 weights that the optimizer moves in place of those on the grid",
     "gradients": "of what is trained",
-    "moments": "AdamW's two of what is trained",
+    "moments": "AdamW's two of what is trained, as far as they are on the device",
     "teachers' copies": "of moving averages and of the student as it came in",
     "Gram matrices": "of repair, with their factors and what is solved by them",
     "weights laid out": "copies of weights in which products are taken",
@@ -66,6 +66,12 @@ two writers, and the student's attention with and without padding."""
 
 LAID_OUT = 4 * 2**30
 """A CPU lays no more weights out for sampling than so many bytes (models.sampling.prepacked)."""
+
+SMALL = 4096
+"""Numbers of a tensor from which on adamw-8bit holds its moments in 8 bits,"""
+
+SHARING = 256
+"""and numbers that share a float32 scale then."""
 
 ROOM = 64
 """Tokens that a cache has room for behind a prompt at least (models.sampling.kv_cache)."""
@@ -119,7 +125,7 @@ def moments_of(facts: Facts) -> dict[str, Bytes]:
     if facts.repair:
         phases["repair"] = _fullest(*_repair(facts))
     held = _plus(moved, _held(facts))
-    trained = _plus(held, {"moments": 8 * facts.trained})
+    trained = _plus(held, {"moments": moment_bytes(facts)})
     phases["sampling"] = _plus(trained, _own_answers(facts))
     phases["training"] = _fullest(*(_plus(trained, moment) for moment in (_forward(facts), _update(facts))))
     phases["saving"] = _plus(held, {"codes": facts.held})  # a code is a byte
@@ -165,6 +171,22 @@ def _held(facts: Facts) -> Bytes:
 def _adapter(facts: Facts) -> int:
     """An adapter's own weights."""
     return 4 * facts.trained if facts.train == "adapter" else 0
+
+
+def moment_bytes(facts: Facts) -> int:
+    """AdamW's moments on the device that the run is on, in bytes.
+
+    A GPU has none of those that are on the host. In 8 bits a moment takes a byte and its part of a scale; vectors that
+    are shorter than SMALL keep theirs in float32.
+    """
+    if facts.optimizer == "adamw-host" and facts.device != "cpu":
+        return 0
+    if facts.optimizer != "adamw-8bit":
+        return 8 * facts.trained
+    size = facts.student
+    vectors = 0 if facts.train == "adapter" or size.width >= SMALL else size.vectors
+    whole = min(facts.trained, vectors)
+    return 8 * whole + 2 * (facts.trained - whole) * (SHARING + 4) // SHARING
 
 
 def _own_answers(facts: Facts) -> Bytes:

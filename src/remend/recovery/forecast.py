@@ -199,8 +199,7 @@ def _trained(plan: Plan) -> int:
     if plan.config.train != "all":
         stored = plan.facts.recognised.stored if plan.config.train == "scales" else None
         grids = [grid for _, grid in stored.matrices.values()] if stored else []
-        vectors = size.parameters - size.matrices - size.embeddings
-        return vectors + sum(grid.scales.numel() * (1 + (grid.zeros is not None)) for grid in grids)
+        return size.vectors + sum(grid.scales.numel() * (1 + (grid.zeros is not None)) for grid in grids)
     kept = plan.facts.compressed and not plan.config.train_embeddings
     return size.parameters - (size.embeddings if kept else 0)
 
@@ -256,6 +255,7 @@ def facts_of(plan: Plan) -> Facts:
         trained=trained,
         held=codes if train == "all" else 0,
         head_trained=train == "last" or (train == "all" and (not plan.facts.compressed or config.train_embeddings)),
+        optimizer=config.optimizer,
         copies=copies,
         averages=any(teacher.saved for teacher in _teachers(plan)),
         repair=plan.repair_answers if plan.repairs else 0,

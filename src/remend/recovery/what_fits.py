@@ -17,7 +17,7 @@ from remend.models.shapes import SHAPES, Shape, shape_named, shape_of
 from remend.recovery.calibration_text import MOST_ROWS
 from remend.recovery.calibration_text import TOKENS as REPAIR_TOKENS
 from remend.recovery.estimate import Facts, StreamWork, Train
-from remend.recovery.footprint import Memory, moments_of
+from remend.recovery.footprint import Memory, moment_bytes, moments_of
 from remend.recovery.memory import activation_bytes
 
 GB = 10**9
@@ -61,11 +61,15 @@ class Wish:
 
 @dataclass(frozen=True)
 class Way(Memory):
-    """One way of training: what it holds by phase and kind, with which settings; and whether that fits."""
+    """One way of training: what it holds by phase and kind, with which settings; and whether that fits.
+
+    host: bytes that a GPU's run holds in the machine's memory beside its files, of the optimizer's moments.
+    """
 
     train: Train
     settings: Sequence[str]
     fits: bool
+    host: int = 0
 
     @property
     def fullest(self) -> str:
@@ -187,7 +191,7 @@ def _facts(wish: Wish, train: Train) -> Facts:
     itemsize = 2 if on_gpu else 4
     rows = math.ceil(PROMPTS / wish.gpus)
     codes = size.matrices if wish.format else 0
-    vectors = size.parameters - size.matrices - size.embeddings
+    vectors = size.vectors
     groups = _groups_of(wish)
     per_group = 1 + bool(wish.format and wish.format.zero is not None)
     trained = {
@@ -230,6 +234,7 @@ def _facts(wish: Wish, train: Train) -> Facts:
         trained=trained,
         held=codes if train == "all" else 0,
         head_trained=train == "all" and not wish.format,
+        optimizer="adamw",
         copies=0,
         averages=False,
         repair=wish.samples if wish.format and train != "adapter" else 0,
@@ -256,19 +261,26 @@ def _groups_of(wish: Wish) -> int:
 def _way(wish: Wish, facts: Facts, settings: Sequence[str]) -> Way:
     by_phase = moments_of(facts)
     peak = max(sum(held.values()) for held in by_phase.values())
-    return Way(by_phase, facts.train, settings, peak <= _room(wish))
+    host = 8 * facts.trained - moment_bytes(facts) if facts.optimizer == "adamw-host" else 0
+    return Way(by_phase, facts.train, settings, peak <= _room(wish), host)
 
 
 def _one_by_one(facts: Facts) -> Facts:
     return replace(facts, batch=1, micro_batches=sum(stream.rows for stream in facts.streams))
 
 
-FEWER, NONE = f"repair_samples: {FEW_SAMPLES}", "repair: false"
+def _on_host(facts: Facts) -> Facts:
+    return replace(facts, optimizer="adamw-host")
+
+
+FEWER, NONE, HOST = f"repair_samples: {FEW_SAMPLES}", "repair: false", "optimizer: adamw-host"
 
 LIGHTER: Sequence[tuple[str, str, Callable[[Facts], Facts]]] = (
     ("gradient_checkpointing: true", "training", lambda facts: replace(facts, recomputes=True)),
     ("batch_size: 1 with gradient_accumulation", "training", _one_by_one),
     ("updates_per_rollout: 1", "sampling", lambda facts: replace(facts, updates=1)),
+    (HOST, "training", _on_host),
+    (HOST, "sampling", _on_host),
     (FEWER, "repair", lambda facts: replace(facts, repair=min(facts.repair, FEW_SAMPLES))),
     (NONE, "repair", lambda facts: replace(facts, repair=0)),
 )
