@@ -40,6 +40,7 @@ FACTS = Facts(
     train="all",
     codes=1_000_000,
     scales=160_000,
+    base=None,
     trained=1_500_000,
     held=1_000_000,
     head_trained=False,

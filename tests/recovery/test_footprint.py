@@ -15,12 +15,15 @@ from helpers.facts import FACTS, SMALL, STREAM
 from helpers.tiny import build_model, put_on_grid
 from remend.compression.formats import GridFormat
 from remend.compression.grids import fit
+from remend.compression.packed_linear import PackedLinear, pack_layers, packed_bytes
 from remend.compression.solvers import gptq, least_squares
 from remend.maths.losses.forward_kl import forward_kl, forward_kl_with_gradient
 from remend.models.adapters import add_lora
+from remend.models.frozen_base import narrow, over_the_same_weights
+from remend.models.frozen_linear import NarrowLinear
 from remend.models.sampling.kv_cache import decoding_cache
 from remend.models.sizes import size_of
-from remend.recovery.estimate import Facts, Train
+from remend.recovery.estimate import Facts, FrozenBase, Train
 from remend.recovery.footprint import (
     BUFFERS,
     KINDS,
@@ -140,6 +143,69 @@ def test_on_a_gpu() -> None:
     # repair computes in float32, so that the teacher is there twice
     repaired = memory_of(replace(FACTS, device="cuda", itemsize=2, reference_itemsize=2, repair=100)).by_phase["repair"]
     assert repaired["teacher"] == 4_000_000 + 8_000_000
+
+
+ADAPTER = replace(STEPS, train="adapter", trained=48_000, held=0)
+NARROW = FrozenBase(numbers=1_400_000, held=2_800_000, packed=False, shared=False)
+VECTORS = replace(SMALL, matrices=1_400_000)
+"""A tenth of a million numbers are norms' and biases'."""
+
+
+def test_a_frozen_base_in_its_files_dtype() -> None:
+    """Linear layers take two bytes a number; a model over the base copies vectors alone, on a GPU in bfloat16 more."""
+    facts = replace(ADAPTER, student=VECTORS, reference=VECTORS, base=NARROW)
+    own = 4 * 600_000 + 2_800_000 + 4 * 100_000
+    memory = memory_of(facts)
+    assert memory.parts["student"] == own + 4 * 48_000
+    assert memory.parts["teacher"] == 8_000_000
+    assert memory.by_phase["loading"]["student"] == own  # the teacher beside it is more than one float32 copy
+    shared = replace(facts, base=replace(NARROW, shared=True))
+    assert memory_of(shared).parts["teacher"] == 4 * 100_000
+    assert memory_of(shared).by_phase["loading"]["student"] == 8_000_000  # while it is read
+    gpu = memory_of(replace(shared, device="cuda", itemsize=2, reference_itemsize=2))
+    assert gpu.parts["teacher"] == 2 * 600_000
+    assert gpu.parts["weights laid out"] == 2 * 500_000  # the head's copy, none of frozen layers
+    assert gpu.by_phase["loading"]["student"] == own
+
+
+def test_a_base_of_codes() -> None:
+    """They are widened layer by layer, and not laid out for sampling."""
+    packed = FrozenBase(numbers=1_400_000, held=800_000, packed=True, shared=False)
+    memory = memory_of(replace(ADAPTER, student=VECTORS, reference=VECTORS, base=packed))
+    assert memory.parts["student"] == 4 * 700_000 + 800_000 + 4 * 48_000
+    assert memory.parts["weights laid out"] == 4 * 250 * 100
+    mapped = memory_of(replace(ADAPTER, student=VECTORS, mapped=True, base=packed)).by_phase
+    assert mapped["loading"]["student"] == 800_000 + 4 * 100_000
+    moments = moments_of(replace(ADAPTER, student=VECTORS, base=packed, streams=[STREAM]))
+    assert moments["sampling"]["weights laid out"] == 4 * (500_000 + 250 * 100)
+
+
+@pytest.mark.parametrize("format", ["int4-g32", "int8-g32", "mxfp4"])
+def test_bytes_of_a_real_packed_base(format: str) -> None:
+    model = build_model(320)
+    stored = put_on_grid(model, format)
+    pack_layers(model, stored)
+    held = sum(
+        packed_bytes(stored.format, c.shape[1], c.numel(), g.scales.numel()) for c, g in stored.matrices.values()
+    )
+    buffers = [b for m in model.modules() if isinstance(m, PackedLinear) for b in m.buffers(recurse=False)]
+    assert held == sum(buffer.nbytes for buffer in buffers)
+
+
+def test_bytes_of_a_real_base_that_two_models_share() -> None:
+    base, size = build_model(320), size_of(build_model(320), build_model(320).config)
+    base.to(torch.bfloat16).to(torch.float32)
+    narrow(base, torch.bfloat16)
+    student, teacher = over_the_same_weights(base), over_the_same_weights(base)
+    held = {
+        t.data_ptr(): t.nbytes
+        for model in (base, student, teacher)
+        for t in (*model.parameters(), *(m.held for m in model.modules() if isinstance(m, NarrowLinear)))
+    }
+    frozen = FrozenBase(size.matrices, 2 * size.matrices, packed=False, shared=True)
+    facts = replace(facts_of_tiny("adapter", 0, 0, 0), base=frozen)
+    parts = memory_of(facts).parts
+    assert parts["student"] + parts["teacher"] == sum(held.values())
 
 
 def test_repair_holds_masters_and_codes_twice_at_its_end() -> None:

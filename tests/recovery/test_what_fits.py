@@ -40,6 +40,10 @@ def test_seven_billion_on_one_gpu() -> None:
     assert whole.by_phase["repair"]["teacher"] == 6 * size.parameters
     assert not whole.fits
     adapter = way(found, "adapter", asked=False)
+    # under the adapter four bits, scale and zero of two bytes for 64 numbers, embeddings in float32, vectors twice
+    base = size.matrices // 2 + 4 * size.matrices // 64
+    rest = 4 * (size.parameters - size.matrices) + 4 * size.vectors
+    assert adapter.by_phase["loading"]["student"] == base + rest
     assert adapter.fits
     assert adapter.peak <= 80 * GB * (1 - LEFT)
     assert adapter.by_phase["training"]["moments"] == 8 * 16 * size.sides

@@ -41,7 +41,7 @@ class PackedLinear(FrozenLinear):
 
     def __init__(self, layer: nn.Linear, codes_OI: Tensor, grid: Grid, fmt: GridFormat) -> None:
         super().__init__(layer)
-        self.format, self.paired = fmt, fmt.bits <= 4 and codes_OI.shape[1] % 2 == 0
+        self.format, self.paired = fmt, _pairs(fmt, codes_OI.shape[1])
         self.register_buffer("packed", _paired(codes_OI) if self.paired else codes_OI.clone())
         self._shared = list(stored := store(grid, fmt))
         for name, tensor in stored.items():
@@ -65,6 +65,16 @@ class PackedLinear(FrozenLinear):
     def _grid(self, rows: slice) -> Grid:
         parts = {name: self.get_buffer(name) for name in self._shared}
         return restore({name: tensor[rows] if tensor.ndim else tensor for name, tensor in parts.items()}, self.format)
+
+
+def _pairs(fmt: GridFormat, columns: int) -> bool:
+    return fmt.bits <= 4 and columns % 2 == 0
+
+
+def packed_bytes(fmt: GridFormat, columns: int, codes: int, scales: int) -> int:
+    """Bytes in which a `PackedLinear` holds so many codes, of rows with so many columns, and so many scales."""
+    each = fmt.scale.itemsize + (fmt.zero.itemsize if fmt.zero is not None else 0)
+    return codes // (2 if _pairs(fmt, columns) else 1) + scales * each
 
 
 def _paired(codes_OI: Tensor) -> Tensor:

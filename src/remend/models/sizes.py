@@ -46,6 +46,7 @@ class Size:
     grams: Σ I² over the matrices [O, I], and fits: Σ I³ + O · I², what a closed-form solution multiplies.
     groups: each (rows, columns) that matrices which read one input have together.
     sides: Σ O + I over the matrices that are no experts': an adapter of rank r has r times as many numbers.
+    experts: numbers of the matrices that are experts'.
     """
 
     parameters: int
@@ -60,6 +61,7 @@ class Size:
     fits: int
     groups: tuple[tuple[int, int], ...] = ()
     sides: int = 0
+    experts: int = 0
 
     @property
     def vectors(self) -> int:
@@ -98,6 +100,7 @@ def size_of(model: CausalLM, config: PreTrainedConfig) -> Size:
         fits=sum(i**3 + o * i * i for _, o, i in shapes),
         groups=_groups(named.values()),
         sides=sum(o + i for routed, o, i in shapes if not routed),
+        experts=experts,
     )
 
 

@@ -106,6 +106,20 @@ class StreamWork:
 
 
 @dataclass(frozen=True)
+class FrozenBase:
+    """What lies under an adapter (models.frozen_base).
+
+    numbers: of the linear layers that are held in fewer bytes than float32 takes. held: bytes of these.
+    packed: they are held by their codes on a grid. shared: the reference reads the same memory.
+    """
+
+    numbers: int
+    held: int
+    packed: bool
+    shared: bool
+
+
+@dataclass(frozen=True)
 class Facts:
     """What an estimate rests on.
 
@@ -118,6 +132,7 @@ class Facts:
     batch: rows of a micro-batch; micro_batches: of a step. recomputes: layers are run again in the backward pass.
     train: what moves: all, scales, norms or an adapter. codes: numbers on the student's grid; scales: bytes of its
     scales and zeros.
+    base: what is frozen under an adapter; None where none is trained.
     trained: parameters that move; held: those of them whose masters lie apart; head_trained: the head is among them.
     optimizer: where and how AdamW's moments are held.
     copies: of them that teachers keep; averages: a checkpoint holds one of these.
@@ -147,6 +162,7 @@ class Facts:
     train: Train
     codes: int
     scales: int
+    base: FrozenBase | None
     trained: int
     held: int
     head_trained: bool

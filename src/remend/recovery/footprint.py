@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from remend.models.sizes import Size
-from remend.recovery.estimate import BATCH, Facts, tokens_of
+from remend.recovery.estimate import BATCH, Facts, FrozenBase, tokens_of
 
 Bytes = Mapping[str, int]
 """By kind, see KINDS."""
 
 KINDS: Mapping[str, str] = {
     "program": "Python with torch and transformers, and the tokenizers",
-    "student": "the student's weights in float32, and an adapter's beside them",
+    "student": "the student's weights in float32, or under an adapter as they are held, and the adapter's beside them",
     "teacher": "the reference's weights",
     "codes": "the grid's codes, scales and zeros",
     "masters": "float32 weights that the optimizer moves in place of those on the grid",
@@ -109,16 +109,18 @@ def memory_of(facts: Facts) -> Memory:
 def moments_of(facts: Facts) -> dict[str, Bytes]:
     """`memory_of` by phase and kind, with the student's sampling apart from the steps that it feeds."""
     main, student, reference = facts.streams[0], facts.student, facts.reference
-    came, moved = _models(facts, 0), _models(facts, _written(facts))
+    came, wide = _models(facts, 0), {"weights laid out": _widened(facts)}
+    moved = _plus(_models(facts, _written(facts)), wide)
     theirs = facts.reference_itemsize
     answering = [
-        _sampling(facts, reference, main.held_out, main.prompt, main.answer, itemsize=theirs),
-        _sampling(facts, student, main.held_out, main.prompt, main.answer, drawn=True),
+        _sampling(facts, reference, main.held_out, main.prompt, main.answer, itemsize=theirs, base=_theirs(facts)),
+        _sampling(facts, student, main.held_out, main.prompt, main.answer, drawn=True, base=facts.base),
         _measuring(facts, main.held_out, main.answer),
     ]
-    measured = _fullest(*(_plus(came, moment) for moment in answering))
+    measured = _fullest(*(_plus(came, wide, moment) for moment in answering))
     buffers = BUFFERS if came["program"] else 0
-    phases: dict[str, Bytes] = {"loading": {**came, "program": came["program"] - buffers}}
+    loaded = _fullest(came, *_reading_base(facts, came))
+    phases: dict[str, Bytes] = {"loading": {**loaded, "program": came["program"] - buffers}}
     if facts.written:
         phases["prompts"] = measured
     phases["baseline"] = measured
@@ -138,15 +140,41 @@ def _models(facts: Facts, written: int) -> dict[str, int]:
 
     `written`: numbers of the student that were written, and are mapped from its file no more.
     """
-    student, reference = facts.student, facts.reference
+    student, reference, base = facts.student, facts.reference, facts.base
     names = NAMED * (student.vocabulary + (reference.vocabulary if reference else 0)) // 2
     theirs = reference.parameters if reference and not facts.reference_mapped else 0
+    ours = 4 * (written if facts.mapped else student.parameters - (base.numbers if base else 0))
+    if base:
+        ours += base.held + 4 * student.vectors  # which each model over the base has for itself
+    if base and base.shared and reference:
+        # in another dtype than float32 a model over the base has its own copies of all but the frozen layers
+        theirs = student.vectors if facts.reference_itemsize == 4 else student.parameters - base.numbers
     return {
         "program": PROGRAM + names if facts.device == "cpu" else 0,
-        "student": 4 * (written if facts.mapped else student.parameters),
+        "student": ours,
         "teacher": facts.reference_itemsize * theirs,
         "codes": facts.scales,
     }
+
+
+def _reading_base(facts: Facts, came: Bytes) -> list[Bytes]:
+    """On a CPU the base is there in float32 before its layers are held in fewer bytes, and before the reference is."""
+    if facts.base is None or facts.device != "cpu" or facts.mapped:
+        return []
+    return [{**came, "student": 4 * facts.student.parameters, "teacher": 0}]
+
+
+def _theirs(facts: Facts) -> FrozenBase | None:
+    """The base that the reference reads."""
+    return facts.base if facts.base and facts.base.shared else None
+
+
+def _widened(facts: Facts) -> int:
+    """The weight of a frozen layer while it is multiplied; a CPU keeps the place of the largest."""
+    base, dtype = facts.base, facts.itemsize
+    if base is None or not base.numbers or (base.held == dtype * base.numbers and not base.packed):
+        return 0
+    return dtype * _inner(facts.student) * facts.student.width
 
 
 def _written(facts: Facts) -> int:
@@ -194,7 +222,8 @@ def _own_answers(facts: Facts) -> Bytes:
     rows = sum(round(s.rows * s.on_policy) for s in facts.streams) * facts.updates
     longest = max(facts.streams, key=lambda stream: stream.longest + stream.answer)
     prompt, answer = longest.longest, longest.answer
-    sampled = _sampling(facts, facts.student, rows, prompt, answer, itemsize=facts.itemsize, drawn=True)
+    student, itemsize = facts.student, facts.itemsize
+    sampled = _sampling(facts, student, rows, prompt, answer, itemsize=itemsize, drawn=True, base=facts.base)
     casts = facts.device != "cpu" and facts.train in ("all", "scales")
     return {**sampled, "weights laid out": _cast(facts)} if sampled and casts else sampled
 
@@ -238,26 +267,40 @@ def _head(facts: Facts) -> int:
 
 
 def _cast(facts: Facts) -> int:
-    """Copies of the matrices and the head in the arithmetic's dtype, which a pass under autocast keeps."""
-    student = facts.student
-    return facts.itemsize * (student.matrices + student.vocabulary * student.width) if facts.itemsize < 4 else 0
+    """Copies of the matrices and the head in the arithmetic's dtype, which a pass under autocast keeps.
+
+    A frozen layer is widened in each pass, and keeps none.
+    """
+    student, frozen = facts.student, facts.base.numbers if facts.base else 0
+    return (
+        facts.itemsize * (student.matrices - frozen + student.vocabulary * student.width) if facts.itemsize < 4 else 0
+    )
 
 
 def _sampling(
-    facts: Facts, size: Size | None, rows: int, prompt: float, answer: int, *, itemsize: int = 4, drawn: bool = False
+    facts: Facts,
+    size: Size | None,
+    rows: int,
+    prompt: float,
+    answer: int,
+    *,
+    itemsize: int = 4,
+    drawn: bool = False,
+    base: FrozenBase | None = None,
 ) -> Bytes:
     """A model that answers: its weights as they are laid out, keys and values, and one token's logits or the prompts'
     pass through one MLP.
 
     itemsize: bytes of a number of its products. drawn: beside the logits there are probabilities, and their sums in
-    float64.
+    float64. base: what is frozen of it; layers that are held by codes are not laid out.
     """
     if size is None or rows <= 0:
         return {}
     rows, start = min(BATCH, rows), round(prompt)
     opening = rows * start * 4 * (2 * size.width + 3 * _inner(size))
     logits = rows * size.vocabulary * (24 if drawn else 4)
-    packed = itemsize * (size.matrices + size.vocabulary * size.width)
+    plain = size.matrices - (base.numbers if base and base.packed else 0)
+    packed = itemsize * (plain + size.vocabulary * size.width)
     return {
         "weights laid out": packed if facts.device == "cpu" and packed <= LAID_OUT else 0,
         "cache": rows * room_of_cache(start, answer) * size.cached * itemsize,

@@ -10,12 +10,14 @@ from statistics import fmean
 
 import torch
 
+from remend.compression.packed_linear import packed_bytes
 from remend.data.examples import held_out_count
 from remend.files.atomic import JsonObject
 from remend.files.run_directory import METRICS
 from remend.models.device import chunk_rows, free_bytes
-from remend.models.load import maps_float32
+from remend.models.load import maps_float32, stored_dtype
 from remend.models.scorer import LEAST_OPENING
+from remend.recovery.base import is_base
 from remend.recovery.begin import Run
 from remend.recovery.bootstrap import bootstrap_budget
 from remend.recovery.calibration_text import MOST_ROWS
@@ -26,6 +28,7 @@ from remend.recovery.estimate import (
     WRITTEN_TOKENS,
     Disk,
     Facts,
+    FrozenBase,
     StreamWork,
     Tokens,
     Train,
@@ -185,6 +188,23 @@ def _grid(plan: Plan) -> tuple[int, int]:
     return codes, sum(4 * grid.scales.numel() * (1 + (grid.zeros is not None)) for _, grid in on_grid)
 
 
+def _base(plan: Plan) -> FrozenBase | None:
+    """What is frozen under the plan's adapter: codes of a grid, or else numbers in the dtype of their files."""
+    if not plan.facts.adapted:
+        return None
+    source, stored = plan.teachers[plan.reference].source, plan.facts.recognised.stored
+    shared, linear = source is not None and is_base(plan, source), plan.size.matrices - plan.size.experts
+    if stored is None:
+        dtype = stored_dtype(plan.student.base or plan.student)
+        numbers = 0 if dtype == torch.float32 else linear
+        return FrozenBase(numbers, dtype.itemsize * numbers, packed=False, shared=shared)
+    on_grid = [(codes.shape[1], codes.numel(), grid.scales.numel()) for codes, grid in stored.matrices.values()]
+    numbers = sum(codes for _, codes, _ in on_grid)
+    held = sum(packed_bytes(stored.format, *each) for each in on_grid)
+    left = min(numbers, linear)  # experts stay as they are
+    return FrozenBase(left, held * left // max(1, numbers), packed=True, shared=shared)
+
+
 def _trained(plan: Plan) -> int:
     """Parameters that move, as far as they are known before a weight is loaded."""
     size = plan.size
@@ -252,6 +272,7 @@ def facts_of(plan: Plan) -> Facts:
         train=train,
         codes=codes,
         scales=scales,
+        base=_base(plan),
         trained=trained,
         held=codes if train == "all" else 0,
         head_trained=train == "last" or (train == "all" and (not plan.facts.compressed or config.train_embeddings)),

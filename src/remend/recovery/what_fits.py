@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from remend.compression.formats import GridFormat
+from remend.compression.packed_linear import packed_bytes
 from remend.errors import InputError, shortened
 from remend.models.device import rows_within
 from remend.models.shapes import SHAPES, Shape, shape_named, shape_of
 from remend.recovery.calibration_text import MOST_ROWS
 from remend.recovery.calibration_text import TOKENS as REPAIR_TOKENS
-from remend.recovery.estimate import Facts, StreamWork, Train
+from remend.recovery.estimate import Facts, FrozenBase, StreamWork, Train
 from remend.recovery.footprint import Memory, moment_bytes, moments_of
 from remend.recovery.memory import activation_bytes
 
@@ -231,6 +232,7 @@ def _facts(wish: Wish, train: Train) -> Facts:
         train=train,
         codes=codes,
         scales=4 * groups * per_group,
+        base=_base(wish, groups) if train == "adapter" else None,
         trained=trained,
         held=codes if train == "all" else 0,
         head_trained=train == "all" and not wish.format,
@@ -248,6 +250,13 @@ def _facts(wish: Wish, train: Train) -> Facts:
         activation=activation_bytes(shape, 1, 1, itemsize, train),
         chunk=rows_within(size.vocabulary, max(0, free) if on_gpu else 0),
     )
+
+
+def _base(wish: Wish, groups: int) -> FrozenBase:
+    """Under an adapter: codes, or else numbers of files in bfloat16. The teacher has files of its own."""
+    numbers, fmt = wish.shape.size.matrices, wish.format
+    held = packed_bytes(fmt, wish.shape.hidden_size, numbers, groups) if fmt else 2 * numbers
+    return FrozenBase(numbers, held, packed=fmt is not None, shared=False)
 
 
 def _groups_of(wish: Wish) -> int:
