@@ -9,7 +9,8 @@ subtracted: files that are mapped don't count. glibc is told to map every block 
 goes back: by default it raises that limit to 32 MiB as it goes, and keeps small models' tensors for reuse
 (MALLOC_MMAP_THRESHOLD_ in the environment sets another limit). Beside each phase's peak stands what `remend check` says
 of the same recipe. What is in DIR already is not run again; predictions are made anew each time. Weights are random:
-nothing is said of quality. Any name that `remend plan` knows is a size too (Qwen2.5-0.5B, Qwen2.5-1.5B).
+nothing is said of quality. Two more ways are `8bit` (adamw-8bit) and `disk` (repaired block by block). Any name that
+`remend plan` knows is a size too (Qwen2.5-0.5B, Qwen2.5-1.5B).
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ WAYS: Mapping[str, Sequence[str]] = {
     "scales": ("train=scales", "repair=false"),
     "norms": ("train=norms", "repair=false"),
     "adapter": ("lora.rank=16",),
+    "8bit": ("optimizer=adamw-8bit", "repair=false"),
+    "disk": ("steps=0", "placement=disk", "repair_samples=8"),
 }
-"""What the recipes differ in."""
+"""What the recipes differ in: what moves, in how many bits its moments are held, and where blocks are kept."""
+
+USUAL = ("all", "scales", "norms", "adapter")
+"""Ways that are run where none is named."""
 
 COMMON = ("held_out=4", "max_new_tokens=8", "batch_size=8", "save_every=0", "updates_per_rollout=1", "dtype=float32")
 
@@ -211,7 +217,8 @@ def recipe(out: Path, size: str, way: str, steps: int) -> list[str]:
     """The words of a recovery."""
     place = out / size
     own = [f"student={place / 'student'}", f"teacher={place / 'teacher'}", f"data={out / 'prompts.jsonl'}"]
-    return [*own, f"out={place / way}", f"steps={steps}", *COMMON, *WAYS[way]]
+    count = [] if any(word.startswith("steps=") for word in WAYS[way]) else [f"steps={steps}"]
+    return [*own, f"out={place / way}", *count, *COMMON, *WAYS[way]]
 
 
 def predicted(words: Sequence[str]) -> Mapping[str, int]:
@@ -268,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=list(LLAMA))
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=list(USUAL), choices=list(WAYS))
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--watch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)

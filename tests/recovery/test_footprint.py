@@ -208,6 +208,40 @@ def test_bytes_of_a_real_base_that_two_models_share() -> None:
     assert parts["student"] + parts["teacher"] == sum(held.values())
 
 
+def test_blocks_that_come_one_by_one() -> None:
+    """Embeddings and a norm stay; of a block the student's own copy, the teacher's, and the weights as they were."""
+    size = replace(SMALL, parameters=2_000_100, groups=((1, 1),))  # a norm of 100, and blocks of 750,000
+    facts = replace(FACTS, student=size, reference=size, by_block=True, reference_by_block=True, repair=1, chunk=1)
+    memory = memory_of(facts)
+    loaded = memory.by_phase["loading"]
+    assert loaded["student"] == loaded["teacher"] == 4 * 500_100
+    baseline = memory.by_phase["baseline"]
+    assert baseline["blocks"] == 4 * 750_000
+    assert baseline["weights laid out"] == 4 * (500_000 + 100)  # the head, and one matrix of 100 rows
+    repaired = memory.by_phase["repair"]
+    assert repaired["blocks"] == 3 * 4 * 750_000 + 500_000  # and what is written of it, with its codes
+    assert repaired["weights laid out"] == 4 * 750_000
+    assert "masters" not in repaired
+    assert memory.by_phase["saving"]["blocks"] == 2 * 4 * 750_000
+    mapped = memory_of(replace(facts, mapped=True, reference_mapped=True)).by_phase
+    assert not {"student", "teacher", "blocks"} & mapped["baseline"].keys()
+    on_gpu = replace(facts, device="cuda", itemsize=2, reference_itemsize=2)
+    assert memory_of(on_gpu).by_phase["loading"]["teacher"] == 2 * 500_100
+    assert memory_of(on_gpu).by_phase["repair"]["teacher"] == 6 * 500_100
+
+
+def test_twice_the_blocks_take_hardly_more() -> None:
+    size = replace(SMALL, parameters=2_000_100)
+    double = replace(size, parameters=3_500_100, matrices=3_000_000, layers=4)
+    one, two = (
+        memory_of(
+            replace(FACTS, student=own, reference=own, by_block=True, reference_by_block=True, repair=8, steps=0)
+        ).phases["repair"]
+        for own in (size, double)
+    )
+    assert two <= one  # there are as many codes, of more blocks
+
+
 def test_repair_holds_masters_and_codes_twice_at_its_end() -> None:
     """Of a model with hardly any text or vocabulary what remains are weights: the masters and their copies."""
     small = replace(SMALL, vocabulary=1, groups=((1, 1),), width=1)

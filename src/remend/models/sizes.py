@@ -69,6 +69,21 @@ class Size:
         return self.parameters - self.matrices - self.embeddings
 
     @property
+    def outside(self) -> int:
+        """Numbers that stand in no block: embeddings, and the norm before the head."""
+        return self.embeddings + self.width
+
+    @property
+    def block(self) -> int:
+        """Numbers of a block."""
+        return (self.parameters - self.outside) // max(1, self.layers)
+
+    @property
+    def widest(self) -> int:
+        """Numbers of the largest single matrix: the MLP's."""
+        return self.width * max((columns for _, columns in self.groups), default=4 * self.width)
+
+    @property
     def largest(self) -> int:
         """Numbers of the largest group."""
         return max((rows * columns for rows, columns in self.groups), default=0)

@@ -126,6 +126,7 @@ class Facts:
     student, reference: their sizes; the reference is None where none is loaded.
     streams: the first of them is the one that recovery is measured on.
     device: cpu, cuda, mps; itemsize: bytes of a number of the arithmetic; reference_itemsize: of a reference's weight.
+    by_block, reference_by_block: blocks come to the device one by one, from the disk or the host's memory.
     mapped, reference_mapped: the weights are those of a file of float32, which a CPU maps.
     steps, evaluations, checkpoints: how many, checkpoints as far as they are kept. updates: steps of a round of
     sampling.
@@ -149,6 +150,8 @@ class Facts:
     device: str
     itemsize: int
     reference_itemsize: int
+    by_block: bool
+    reference_by_block: bool
     mapped: bool
     reference_mapped: bool
     steps: int

@@ -23,6 +23,7 @@ KINDS: Mapping[str, str] = {
     "program": "Python with torch and transformers, and the tokenizers",
     "student": "the student's weights in float32, or under an adapter as they are held, and the adapter's beside them",
     "teacher": "the reference's weights",
+    "blocks": "weights of the blocks that are there, where a model's come one by one",
     "codes": "the grid's codes, scales and zeros",
     "masters": "float32 weights that the optimizer moves in place of those on the grid",
     "gradients": "of what is trained",
@@ -113,8 +114,8 @@ def moments_of(facts: Facts) -> dict[str, Bytes]:
     moved = _plus(_models(facts, _written(facts)), wide)
     theirs = facts.reference_itemsize
     answering = [
-        _sampling(facts, reference, main.held_out, main.prompt, main.answer, itemsize=theirs, base=_theirs(facts)),
-        _sampling(facts, student, main.held_out, main.prompt, main.answer, drawn=True, base=facts.base),
+        _sampling(facts, reference, main.held_out, main.prompt, main.answer, itemsize=theirs, ours=False),
+        _sampling(facts, student, main.held_out, main.prompt, main.answer, drawn=True),
         _measuring(facts, main.held_out, main.answer),
     ]
     measured = _fullest(*(_plus(came, wide, moment) for moment in answering))
@@ -126,6 +127,10 @@ def moments_of(facts: Facts) -> dict[str, Bytes]:
     phases["baseline"] = measured
     if facts.repair:
         phases["repair"] = _fullest(*_repair(facts))
+    if facts.by_block:
+        parts = {"blocks": 2 * 4 * student.block}  # and as it is written
+        phases |= {"sampling": came, "training": came, "saving": _plus(came, parts), "measuring": measured}
+        return {phase: _named(alive) for phase, alive in phases.items()}
     held = _plus(moved, _held(facts))
     trained = _plus(held, {"moments": moment_bytes(facts)})
     phases["sampling"] = _plus(trained, _own_answers(facts))
@@ -142,8 +147,10 @@ def _models(facts: Facts, written: int) -> dict[str, int]:
     """
     student, reference, base = facts.student, facts.reference, facts.base
     names = NAMED * (student.vocabulary + (reference.vocabulary if reference else 0)) // 2
-    theirs = reference.parameters if reference and not facts.reference_mapped else 0
-    ours = 4 * (written if facts.mapped else student.parameters - (base.numbers if base else 0))
+    kept = (reference.outside if facts.reference_by_block else reference.parameters) if reference else 0
+    theirs = 0 if facts.reference_mapped else kept
+    came = student.outside if facts.by_block else student.parameters - (base.numbers if base else 0)
+    ours = 4 * ((0 if facts.by_block else written) if facts.mapped else came)
     if base:
         ours += base.held + 4 * student.vectors  # which each model over the base has for itself
     if base and base.shared and reference:
@@ -174,7 +181,7 @@ def _widened(facts: Facts) -> int:
     base, dtype = facts.base, facts.itemsize
     if base is None or not base.numbers or (base.held == dtype * base.numbers and not base.packed):
         return 0
-    return dtype * _inner(facts.student) * facts.student.width
+    return dtype * facts.student.widest
 
 
 def _written(facts: Facts) -> int:
@@ -223,7 +230,7 @@ def _own_answers(facts: Facts) -> Bytes:
     longest = max(facts.streams, key=lambda stream: stream.longest + stream.answer)
     prompt, answer = longest.longest, longest.answer
     student, itemsize = facts.student, facts.itemsize
-    sampled = _sampling(facts, student, rows, prompt, answer, itemsize=itemsize, drawn=True, base=facts.base)
+    sampled = _sampling(facts, student, rows, prompt, answer, itemsize=itemsize, drawn=True)
     casts = facts.device != "cpu" and facts.train in ("all", "scales")
     return {**sampled, "weights laid out": _cast(facts)} if sampled and casts else sampled
 
@@ -286,27 +293,49 @@ def _sampling(
     *,
     itemsize: int = 4,
     drawn: bool = False,
-    base: FrozenBase | None = None,
+    ours: bool = True,
 ) -> Bytes:
     """A model that answers: its weights as they are laid out, keys and values, and one token's logits or the prompts'
     pass through one MLP.
 
     itemsize: bytes of a number of its products. drawn: beside the logits there are probabilities, and their sums in
-    float64. base: what is frozen of it; layers that are held by codes are not laid out.
+    float64. ours: it is the student.
     """
     if size is None or rows <= 0:
         return {}
     rows, start = min(BATCH, rows), round(prompt)
     opening = rows * start * 4 * (2 * size.width + 3 * _inner(size))
     logits = rows * size.vocabulary * (24 if drawn else 4)
-    plain = size.matrices - (base.numbers if base and base.packed else 0)
-    packed = itemsize * (plain + size.vocabulary * size.width)
     return {
-        "weights laid out": packed if facts.device == "cpu" and packed <= LAID_OUT else 0,
+        "weights laid out": _laid_out(facts, size, itemsize, ours=ours),
+        "blocks": _at_work(facts, ours=ours),
         "cache": rows * room_of_cache(start, answer) * size.cached * itemsize,
         "logits": logits if logits >= opening else 0,
         "activations": opening if logits < opening else 0,
     }
+
+
+def _laid_out(facts: Facts, size: Size, itemsize: int, *, ours: bool) -> int:
+    """Copies of weights in which a CPU samples: none of layers that are held by codes, and of those that come with
+    their blocks one at a time."""
+    base = facts.base if ours else _theirs(facts)
+    plain = size.matrices - (base.numbers if base and base.packed else 0)
+    head = size.vocabulary * size.width
+    if facts.device != "cpu" or itemsize * (plain + head) > LAID_OUT:
+        return 0
+    return itemsize * (head + (size.widest if _comes_by_block(facts, ours=ours) else plain))
+
+
+def _comes_by_block(facts: Facts, *, ours: bool) -> bool:
+    return facts.by_block if ours else facts.reference_by_block
+
+
+def _at_work(facts: Facts, *, ours: bool) -> int:
+    """The block that runs, where a model's come one by one. A CPU looks at those of float32 in their file."""
+    size = facts.student if ours else facts.reference
+    if size is None or not _comes_by_block(facts, ours=ours) or (facts.mapped if ours else facts.reference_mapped):
+        return 0
+    return (4 if ours else facts.reference_itemsize) * size.block
 
 
 def room_of_cache(prompt: int, answer: int) -> int:
@@ -325,6 +354,7 @@ def _measuring(facts: Facts, rows: int, answer: int) -> Bytes:
     return {
         "logits": MEASURE * 4 * min(facts.chunk, positions) * size.vocabulary,
         "activations": 4 * 2 * positions * size.width,
+        "blocks": max(_at_work(facts, ours=ours) for ours in (True, False)),
     }
 
 
@@ -334,24 +364,32 @@ def _repair(facts: Facts) -> list[Bytes]:
     main, student, reference = facts.streams[0], facts.student, facts.reference
     came, written = _models(facts, 0), _models(facts, student.matrices)
     masters, codes = 4 * facts.codes, facts.codes  # a code is a byte
+    if facts.by_block:
+        masters, codes = 0, codes // max(1, student.layers)
     done = _plus(written, {"masters": masters, "codes": codes})
-    again = 4 * reference.parameters if reference and facts.reference_itemsize < 4 else 0  # in float32
+    theirs, again = (reference.block if reference and facts.reference_by_block else 0), 0
+    if reference and facts.reference_itemsize < 4:  # in float32
+        again = 4 * (reference.outside if facts.reference_by_block else reference.parameters)
+    at_work = 4 * (theirs + (student.block if facts.by_block else 0))  # which may be written into
     text = min(facts.repair_rows, round(facts.repair * (facts.repair_prompt + facts.repair_answer)))
     inner = 4 * text * _inner(student)
     kept, passing = min(MOST_KEPT, inner), 4 * BATCH_TOKENS * (2 * student.width + 3 * _inner(student))
     seen = STREAMS * 4 * text * student.width
     block = 4 * student.matrices // max(1, student.layers)  # its weights as they were
-    walked = _plus(done, {"teacher": again, "weights laid out": block})
+    walked = _plus(done, {"teacher": again, "weights laid out": block, "blocks": at_work})
     solved = max((gram_bytes(o, i, grid=facts.codes > 0) for o, i in student.groups), default=0)
     asked, prompt = 0 if facts.repair_given else facts.repair, facts.repair_prompt
-    writing = _sampling(facts, reference, asked, prompt, facts.repair_answer, itemsize=facts.itemsize, drawn=True)
+    writing = _sampling(
+        facts, reference, asked, prompt, facts.repair_answer, itemsize=facts.itemsize, drawn=True, ours=False
+    )
+    kept_apart = {"blocks": 4 * student.block + codes} if facts.by_block else {"masters": 4 * facts.held}
     return [
         _plus(came, writing),
         _plus(walked, {"activations": seen + 2 * inner + kept + passing}),
         _plus(walked, {"activations": seen + inner + kept, "Gram matrices": solved}),
         _plus(done, _measuring(facts, main.held_out, main.answer)),
         _plus(done, _measuring(facts, facts.repair, facts.repair_answer)),
-        _plus(done, {"masters": 4 * facts.held}),
+        _plus(walked if facts.by_block else done, kept_apart),
     ]
 
 

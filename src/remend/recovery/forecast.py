@@ -259,6 +259,8 @@ def facts_of(plan: Plan) -> Facts:
         device=plan.device.type,
         itemsize=plan.dtype.itemsize,
         reference_itemsize=plan.dtype.itemsize if plan.device.type == "cuda" else 4,
+        by_block=plan.placed.student.by_block,
+        reference_by_block=plan.placed.teacher.by_block,
         mapped=on_cpu and maps_float32(plan.student),
         reference_mapped=on_cpu and source is not None and maps_float32(source),
         steps=config.steps,

@@ -219,6 +219,8 @@ def _facts(wish: Wish, train: Train) -> Facts:
         device=wish.device,
         itemsize=itemsize,
         reference_itemsize=itemsize,
+        by_block=False,
+        reference_by_block=False,
         mapped=False,
         reference_mapped=False,
         steps=40,
