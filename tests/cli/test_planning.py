@@ -17,6 +17,7 @@ def test_bytes_by_phase_and_kind_and_what_fits(run: Any) -> None:
     assert "train: scales fits one GPU of 80 GB with repair: false" in said
     assert "train: all does not fit one GPU of 80 GB" in said
     assert "8 GPUs share the prompts of a step; each holds both models" in said
+    assert "A repair alone, block by block (steps: 0, placement: disk), fits" in said
     assert "What would fit" not in said
 
 

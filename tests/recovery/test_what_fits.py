@@ -73,6 +73,20 @@ def test_moments_on_the_host_are_told_of() -> None:
     assert "moments" not in whole.by_phase["training"]
 
 
+def test_a_repair_alone_comes_block_by_block() -> None:
+    """Where both models are too large for a GPU, embeddings and a few blocks may not be."""
+    size = shape_named("Qwen2.5-7B").size
+    found = plan(shape="Qwen2.5-7B", gpu=40)
+    alone = found.repair
+    assert alone is not None
+    assert alone.fits
+    assert list(alone.settings) == ["steps: 0", "placement: disk", "repair_samples: 64"]
+    assert alone.by_phase["loading"]["student"] == 4 * (size.embeddings + size.width)
+    assert "masters" not in alone.by_phase["repair"]
+    assert not way(found, "all", asked=False).fits
+    assert plan(shape="Qwen2.5-7B", gpu=40, format="dense").repair is None
+
+
 def test_what_fits_nowhere_says_what_would() -> None:
     found = plan(params="405b", gpu=80, gpus=8)
     assert not found.fits

@@ -77,6 +77,12 @@ def _verdict(result: WhatFits, where: str) -> list[str]:
         else:
             even = f", even with {', '.join(way.settings)}" if way.settings else ""
             lines.append(f"{_title(way)} does not fit {where}{even}: {_size(way.peak)} GB in {way.fullest}.{beside}")
+    if alone := result.repair:
+        fits = "fits" if alone.fits else "does not fit"
+        how = ", ".join(alone.settings)
+        lines.append(
+            f"A repair alone, block by block ({how}), {fits}: {_size(alone.peak)} GB at most, in {alone.fullest}."
+        )
     if wish.gpus > 1:
         lines.append(
             f"{wish.gpus} GPUs share the prompts of a step; each holds both models and all that is trained, so more "

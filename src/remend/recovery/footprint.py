@@ -160,7 +160,7 @@ def _models(facts: Facts, written: int) -> dict[str, int]:
         "program": PROGRAM + names if facts.device == "cpu" else 0,
         "student": ours,
         "teacher": facts.reference_itemsize * theirs,
-        "codes": facts.scales,
+        "codes": 0 if facts.by_block and facts.device != "cpu" else facts.scales,
     }
 
 

@@ -83,7 +83,8 @@ class WhatFits:
     """The answer: of each way of training what it takes.
 
     taken: what stands for the model, in words. asked: with the settings that were asked for; found: with those that
-    make it fit, or come nearest. advice: what would fit where nothing does.
+    make it fit, or come nearest. advice: what would fit where nothing does. repair: a repair alone, whose blocks come
+    one by one from the disk; None for a student that is held to nothing.
     """
 
     wish: Wish
@@ -91,6 +92,7 @@ class WhatFits:
     asked: Sequence[Way]
     found: Sequence[Way]
     advice: Sequence[str]
+    repair: Way | None = None
 
     @property
     def fits(self) -> bool:
@@ -161,7 +163,7 @@ def plan(
     asked = [_way(wish, _facts(wish, train), []) for train in ways]
     found = [_fitted(wish, train) for train in ways]
     advice = [] if any(way.fits for way in found) else _what_would(wish, found)
-    return WhatFits(wish, taken, asked, found, advice)
+    return WhatFits(wish, taken, asked, found, advice, _repaired_alone(wish) if grid else None)
 
 
 def _gigabytes(name: str, given: float) -> int:
@@ -254,6 +256,14 @@ def _facts(wish: Wish, train: Train) -> Facts:
     )
 
 
+def _repaired_alone(wish: Wish) -> Way:
+    """A repair without steps, with the blocks of both models on the disk; on fewer answers where it must."""
+    facts = replace(_facts(wish, "all"), by_block=True, reference_by_block=True, steps=0)
+    settings = ["steps: 0", "placement: disk"]
+    way = _way(wish, facts, settings)
+    return way if way.fits else _way(wish, _on_few(facts), [*settings, FEWER])
+
+
 def _base(wish: Wish, groups: int) -> FrozenBase:
     """Under an adapter: codes, or else numbers of files in bfloat16. The teacher has files of its own."""
     numbers, fmt = wish.shape.size.matrices, wish.format
@@ -280,6 +290,10 @@ def _one_by_one(facts: Facts) -> Facts:
     return replace(facts, batch=1, micro_batches=sum(stream.rows for stream in facts.streams))
 
 
+def _on_few(facts: Facts) -> Facts:
+    return replace(facts, repair=min(facts.repair, FEW_SAMPLES))
+
+
 def _on_host(facts: Facts) -> Facts:
     return replace(facts, optimizer="adamw-host")
 
@@ -292,7 +306,7 @@ LIGHTER: Sequence[tuple[str, str, Callable[[Facts], Facts]]] = (
     ("updates_per_rollout: 1", "sampling", lambda facts: replace(facts, updates=1)),
     (HOST, "training", _on_host),
     (HOST, "sampling", _on_host),
-    (FEWER, "repair", lambda facts: replace(facts, repair=min(facts.repair, FEW_SAMPLES))),
+    (FEWER, "repair", _on_few),
     (NONE, "repair", lambda facts: replace(facts, repair=0)),
 )
 """Settings that take less memory, the phase that each is for, and what it does; a phase's dearer one comes last."""
