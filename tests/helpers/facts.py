@@ -36,6 +36,7 @@ FACTS = Facts(
     checkpoints=3,
     saved_checkpoints=2,
     updates=2,
+    rows_at_once=64,
     batch=8,
     micro_batches=1,
     recomputes=False,

@@ -37,6 +37,7 @@ from remend.recovery.footprint import (
     room_of_cache,
 )
 from remend.recovery.memory import activation_bytes
+from remend.recovery.rows_at_once import bytes_of_row, rows_at_once, rows_that_fit
 from remend.training.constraints import Constraint
 from remend.training.constraints.adapter import Adapter
 from remend.training.constraints.grid import OnGrid
@@ -240,6 +241,17 @@ def test_twice_the_blocks_take_hardly_more() -> None:
         for own in (size, double)
     )
     assert two <= one  # there are as many codes, of more blocks
+
+
+def test_rows_that_are_sampled_at_once() -> None:
+    """With less free memory fewer rows have a cache and logits at once, and moments on the host leave room for more."""
+    few = moments_of(replace(FACTS, rows_at_once=4))["sampling"]
+    assert few["cache"] == 4 * room_of_cache(30, 10) * 400 * 4
+    each = bytes_of_row(SMALL, 40, 3_000)
+    assert rows_at_once(FACTS, 40_000_000) == rows_that_fit(40_000_000 - 4 * 2_500_000 - 12_000_000, each, 64)
+    gpu = replace(FACTS, device="cuda", optimizer="adamw-host")
+    assert rows_at_once(gpu, 40_000_000) == rows_that_fit(40_000_000 - 4 * 2_500_000, each, 512)
+    assert rows_at_once(gpu, 10**12) == 512
 
 
 def test_repair_holds_masters_and_codes_twice_at_its_end() -> None:

@@ -130,6 +130,7 @@ class Facts:
     mapped, reference_mapped: the weights are those of a file of float32, which a CPU maps.
     steps, evaluations, checkpoints: how many, checkpoints as far as they are kept. updates: steps of a round of
     sampling.
+    rows_at_once: that are sampled together at most.
     batch: rows of a micro-batch; micro_batches: of a step. recomputes: layers are run again in the backward pass.
     train: what moves: all, scales, norms or an adapter. codes: numbers on the student's grid; scales: bytes of its
     scales and zeros.
@@ -159,6 +160,7 @@ class Facts:
     checkpoints: int
     saved_checkpoints: int
     updates: int
+    rows_at_once: int
     batch: int
     micro_batches: int
     recomputes: bool

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from remend.models.sizes import Size
-from remend.recovery.estimate import BATCH, Facts, FrozenBase, tokens_of
+from remend.recovery.estimate import Facts, FrozenBase, tokens_of
 
 Bytes = Mapping[str, int]
 """By kind, see KINDS."""
@@ -105,6 +105,11 @@ def memory_of(facts: Facts) -> Memory:
     by_phase = dict(moments_of(facts))
     by_phase["training"] = _fullest(by_phase.pop("sampling"), by_phase["training"])
     return Memory(by_phase)
+
+
+def loaded_bytes(facts: Facts) -> int:
+    """What both models hold once they are loaded, in bytes; the program apart."""
+    return sum(held for kind, held in _models(facts, 0).items() if kind != "program")
 
 
 def moments_of(facts: Facts) -> dict[str, Bytes]:
@@ -303,7 +308,7 @@ def _sampling(
     """
     if size is None or rows <= 0:
         return {}
-    rows, start = min(BATCH, rows), round(prompt)
+    rows, start = min(facts.rows_at_once, rows), round(prompt)
     opening = rows * start * 4 * (2 * size.width + 3 * _inner(size))
     logits = rows * size.vocabulary * (24 if drawn else 4)
     return {

@@ -23,6 +23,7 @@ from remend.recovery.bootstrap import bootstrap_budget
 from remend.recovery.calibration_text import MOST_ROWS
 from remend.recovery.calibration_text import TOKENS as REPAIR_TOKENS
 from remend.recovery.estimate import (
+    BATCH,
     BFLOAT16,
     COST,
     WRITTEN_TOKENS,
@@ -38,11 +39,12 @@ from remend.recovery.estimate import (
     tokens_of,
     work_by_phase,
 )
-from remend.recovery.footprint import Memory, memory_of
+from remend.recovery.footprint import Memory, loaded_bytes, memory_of
 from remend.recovery.memory import COPY_BYTES, SHARE, STATE_BYTES
 from remend.recovery.output_directory import nearest
 from remend.recovery.plan import Plan
 from remend.recovery.prompts import StreamData
+from remend.recovery.rows_at_once import rows_at_once
 from remend.recovery.settings import SELF
 from remend.recovery.speeds import RecordedRun, best_of, factors_of, guessed_factor, machine_of, record, recorded
 from remend.recovery.streams import SELF_PROMPTS, rows_of
@@ -252,7 +254,7 @@ def facts_of(plan: Plan) -> Facts:
     if recomputes is None:
         left = free_bytes(plan.device) - (STATE_BYTES + COPY_BYTES * copies) * trained - 8 * size.parameters
         recomputes = plan.activation * config.batch_size * longest > SHARE * left
-    return Facts(
+    facts = Facts(
         student=size,
         reference=plan.reference_size,
         streams=streams,
@@ -268,6 +270,7 @@ def facts_of(plan: Plan) -> Facts:
         checkpoints=_checkpoints(plan),
         saved_checkpoints=min(config.keep_checkpoints + 1, _checkpoints(plan)),
         updates=config.updates_a_round,
+        rows_at_once=BATCH,
         batch=min(config.batch_size, plan.rows),
         micro_batches=sum(math.ceil(stream.rows / config.batch_size) for stream in streams),
         recomputes=recomputes,
@@ -292,6 +295,7 @@ def facts_of(plan: Plan) -> Facts:
         activation=plan.activation,
         chunk=chunk_rows(plan.shared, plan.device),
     )
+    return replace(facts, rows_at_once=rows_at_once(facts, free_bytes(plan.device) - loaded_bytes(facts)))
 
 
 def written_prompts(plan: Plan) -> int:

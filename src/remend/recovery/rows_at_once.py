@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from remend.models.sampling.transformers_engine import ROWS
 from remend.models.sizes import Size
-from remend.recovery.estimate import tokens_of
-from remend.recovery.forecast import facts_of
-from remend.recovery.memory import COPY_BYTES, STATE_BYTES
-from remend.recovery.plan import Plan
+from remend.recovery.estimate import Facts, tokens_of
+from remend.recovery.footprint import moment_bytes
+from remend.recovery.memory import COPY_BYTES
 
 SHARE = 0.25
 """Of the free memory that one batch of rows may take: the estimate leaves out what the allocator wastes."""
@@ -50,11 +49,11 @@ def rows_that_fit(free: int, each: int, most: int) -> int:
     return rows
 
 
-def rows_at_once(plan: Plan, free: int) -> int:
-    """For a run of this plan, whose models are loaded and leave `free` bytes. Training's own state is left room for."""
-    facts = facts_of(plan)
-    state = (STATE_BYTES + COPY_BYTES * facts.copies) * facts.trained + COPY_BYTES * facts.held
-    largest = max((plan.size, plan.reference_size or plan.size), key=lambda size: size.cached)
+def rows_at_once(facts: Facts, free: int) -> int:
+    """For a run of these facts, whose models are loaded and leave `free` bytes. Training's own state is left room for:
+    a gradient, moments and teachers' copies of what is trained, and masters."""
+    state = COPY_BYTES * ((1 + facts.copies) * facts.trained + facts.held) + moment_bytes(facts)
+    largest = max((facts.student, facts.reference or facts.student), key=lambda size: size.cached)
     tokens = max(tokens_of(facts).longest, *(round(s.shown) + s.answer for s in facts.streams))
-    each = bytes_of_row(largest, tokens, plan.activation)
-    return rows_that_fit(free - state, each, ROWS if plan.device.type == "cpu" else GPU_ROWS)
+    each = bytes_of_row(largest, tokens, facts.activation)
+    return rows_that_fit(free - state, each, ROWS if facts.device == "cpu" else GPU_ROWS)

@@ -14,7 +14,7 @@ from remend.recovery.begin import Run, begin, create, load
 from remend.recovery.bootstrap import ask_gate
 from remend.recovery.by_block import remove_blocks, save_by_block, without_steps
 from remend.recovery.clock import Clock
-from remend.recovery.forecast import record_speed
+from remend.recovery.forecast import facts_of, record_speed
 from remend.recovery.helpful_repair import repair_if_it_helps
 from remend.recovery.hold import hold
 from remend.recovery.judge import gate_verdict, prepare_side_judge
@@ -73,7 +73,7 @@ def train_and_save(run: Run, clock: Clock, *, new: bool) -> tuple[Observer | Non
     if not run.resumed:
         check_repair(run, student, reference)
     if new:
-        create(run, rows_at_once(plan, free_bytes(run.device)))
+        create(run, rows_at_once(facts_of(plan), free_bytes(run.device)))
     clock.enter("prompts", shown=False)
     run = replace(run, prompts=with_prompts_apart(write_missing_prompts(run, reference), plan))
     past = rewind_and_read(run)

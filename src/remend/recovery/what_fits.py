@@ -17,9 +17,10 @@ from remend.models.device import rows_within
 from remend.models.shapes import SHAPES, Shape, shape_named, shape_of
 from remend.recovery.calibration_text import MOST_ROWS
 from remend.recovery.calibration_text import TOKENS as REPAIR_TOKENS
-from remend.recovery.estimate import Facts, FrozenBase, StreamWork, Train
-from remend.recovery.footprint import Memory, moment_bytes, moments_of
+from remend.recovery.estimate import BATCH, Facts, FrozenBase, StreamWork, Train
+from remend.recovery.footprint import Memory, loaded_bytes, moment_bytes, moments_of
 from remend.recovery.memory import activation_bytes
+from remend.recovery.rows_at_once import rows_at_once
 
 GB = 10**9
 """Bytes."""
@@ -230,6 +231,7 @@ def _facts(wish: Wish, train: Train) -> Facts:
         checkpoints=4,
         saved_checkpoints=3,
         updates=2,
+        rows_at_once=BATCH,
         batch=batch,
         micro_batches=math.ceil(rows / batch),
         recomputes=False,
@@ -256,6 +258,11 @@ def _facts(wish: Wish, train: Train) -> Facts:
     )
 
 
+def _sampled_together(wish: Wish, facts: Facts) -> Facts:
+    """With as many rows at once as a run would take where the capacity is free."""
+    return replace(facts, rows_at_once=rows_at_once(facts, wish.capacity - loaded_bytes(facts)))
+
+
 def _repaired_alone(wish: Wish) -> Way:
     """A repair without steps, with the blocks of both models on the disk; on fewer answers where it must."""
     facts = replace(_facts(wish, "all"), by_block=True, reference_by_block=True, steps=0)
@@ -280,6 +287,7 @@ def _groups_of(wish: Wish) -> int:
 
 
 def _way(wish: Wish, facts: Facts, settings: Sequence[str]) -> Way:
+    facts = _sampled_together(wish, facts)
     by_phase = moments_of(facts)
     peak = max(sum(held.values()) for held in by_phase.values())
     host = 8 * facts.trained - moment_bytes(facts) if facts.optimizer == "adamw-host" else 0
