@@ -40,6 +40,7 @@ CASES: Mapping[str, str] = {
     "by_block": "--out OUT/blocks --size 10m --layers 1 --records OUT/rows",
     "durability": "--out OUT/durability steps=1 repair_samples=8 held_out=4 max_new_tokens=4",
     "after_repair": "--out OUT/after --only int3-g64 --idea SHORTEST --seconds 2 --answers 16 --records OUT/rows",
+    "claims": "--out OUT/claims.md",
     "architectures": "--out OUT/arch --only SHORTEST --damage int3-g64 --steps 2 --answers 16 --records OUT/cells",
 }
 """Options of each; OUT is a directory that is gone afterwards, SHORTEST the name in ONLY."""
@@ -58,6 +59,7 @@ PARTS = {
     "golden": "make golden",
     "golden_reasons": "is a part of golden",
     "count": "make count",
+    "verdicts": "is a part of claims",
     "reference": "make docs",
     "oldest": "make test-oldest",
     "docs_commands": "make docs-commands",
